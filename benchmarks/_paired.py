@@ -1,18 +1,20 @@
 """Paired CPU-time ratios: how every speed claim of the project is measured.
 
-Absolute times on a shared machine mean little; the ratio of two arms that ran a moment apart means a lot. An *arm*
-is a callable without arguments that does its work once and returns the CPU-seconds it took (user + system, all
-threads of its process). `paired` runs the arms in turn, round after round, and forms one ratio a round.
+Absolute times on a shared machine mean little; the ratio of two arms that ran a moment apart means a lot.
+An *arm* is a callable without arguments that does its work once and returns the CPU-seconds it took (user +
+system, all threads of its process). `paired` runs the arms in turn, round after round, and forms one ratio a
+round.
 
     results = paired(
         {"peer": timed(peer_step), "ours": timed(our_step)},
         baseline="peer",
         repeats=7,
     )
-    print(markdown_table({"k = 32": results}, baseline="peer", targets={("k = 32", "ours"): 18.0}))
+    targets = {("k = 32", "ours"): 18.0}
+    print(markdown_table({"k = 32": results}, baseline="peer", targets=targets))
 
-An arm that needs another environment (allocator settings, thread counts) lives in a process of its own: the parent
-holds a `Worker(argv, env)`, the child calls `serve(step)`; the two alternate with the other arms all the same.
+An arm that needs another environment (allocator settings, thread counts) lives in a process of its own: the
+parent holds a `Worker(argv, env)`, the child calls `serve(step)`; it alternates with the other arms all the same.
 """
 
 from __future__ import annotations
@@ -64,9 +66,7 @@ class Worker:
         for line in self._process.stdout:
             if line.startswith(prefix):
                 return line.strip()
-        raise RuntimeError(
-            f"benchmark worker ended with exit code {self._process.wait()}; see its stderr above"
-        )
+        raise RuntimeError(f"benchmark worker ended with exit code {self._process.wait()}; see its stderr above")
 
     def _send(self, word: str) -> None:
         assert self._process.stdin is not None
@@ -128,10 +128,10 @@ def paired(
     warmup: int = 1,
     progress: Callable[[str], object] | None = None,
 ) -> dict[str, Paired]:
-    """Run all arms in turn `warmup + repeats` times; returns every arm (the baseline too) against `baseline`.
+    """Run all arms in turn `warmup + repeats` times; returns every arm (baseline too) against `baseline`.
 
-    The order turns around each round, so that a slow drift of the machine favours nobody. Raises ValueError when
-    the baseline is not an arm or `repeats` is not positive.
+    The order turns around each round, so that a slow drift of the machine favours nobody. Raises ValueError
+    when the baseline is not an arm or `repeats` is not positive.
     """
     if baseline not in arms:
         raise ValueError(f"baseline={baseline!r} is not an arm; choose one of {sorted(arms)}")
@@ -139,15 +139,13 @@ def paired(
         raise ValueError(f"repeats={repeats} must be at least 1")
     taken: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(-warmup, repeats):
-        names = list(arms) if turn % 2 == 0 else list(reversed(arms))
+        names = list(arms) if turn % 2 == 0 else list(arms)[::-1]
         for name in names:
             seconds = arms[name]()
             if turn >= 0:
                 taken[name].append(seconds)
             if progress is not None:
-                progress(
-                    f"round {turn + 1}/{repeats}{' (warm-up)' if turn < 0 else ''} {name}: {seconds:.3f} s"
-                )
+                progress(f"round {turn + 1}/{repeats}{' (warm-up)' if turn < 0 else ''} {name}: {seconds:.3f} s")
     return {
         name: Paired(name=name, baseline_s=tuple(taken[baseline]), arm_s=tuple(seconds))
         for name, seconds in taken.items()
@@ -160,8 +158,10 @@ def markdown_table(
     baseline: str,
     targets: Mapping[tuple[str, str], float] | None = None,
 ) -> str:
-    """Markdown table of `{case: paired(...)}`: median CPU-seconds, median ratio [min, max], the target and whether
-    it is met. `targets` maps (case, arm) to the least ratio wanted."""
+    """Markdown table of `{case: paired(...)}`: median CPU-seconds, median ratio [min, max], target met or not.
+
+    `targets` maps (case, arm) to the least ratio wanted.
+    """
     targets = targets or {}
     lines = [
         f"| case | arm | CPU-seconds (median) | ratio to {baseline} (median [min, max]) | target | met |",
@@ -183,9 +183,7 @@ def machine() -> str:
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        models = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
-        ]
+        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         cpu = models[0] if models else cpu
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
