@@ -1,0 +1,131 @@
+"""What a running pack may do: publish cells, keep checkpoints of unfinished work, tell how far it is."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sweeps._ledger import Ledger
+from sweeps._storage import Store
+from sweeps._sweep import Cell, Row, digest
+from sweeps._where import RunSettings, hardware, provenance
+
+PROGRESS_SECONDS = 1.0
+
+
+class WorkStore:
+    """Checkpoints of unfinished work under `_work/` of the ledger, one pointer a name.
+
+    A checkpoint is a torch file named by its step; the pointer (a small JSON, replaced last) names the file and its
+    digest. A crash at any moment leaves the old pointer and the old file. Loading is weights-only: no pickled
+    code is ever run.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def save(self, name: str, step: int, state: Mapping[str, Any]) -> None:
+        """Keep `state` (tensors, numbers, texts, nested dicts and lists) as the newest checkpoint of `name`."""
+        import json
+
+        import torch
+
+        buffer = io.BytesIO()
+        torch.save(dict(state), buffer)
+        data = buffer.getvalue()
+        old = self.store.read_json(f"_work/{name}/latest.json")
+        file = f"{step:012d}.pt"
+        self.store.replace(f"_work/{name}/{file}", data)
+        pointer = {"file": file, "step": step, "bytes": len(data)}
+        self.store.replace(f"_work/{name}/latest.json", json.dumps(pointer).encode())
+        if old and old["file"] != file:
+            self.store.remove(f"_work/{name}/{old['file']}")
+
+    def step(self, name: str) -> int:
+        """Step of the newest checkpoint, 0 where there is none."""
+        pointer = self.store.read_json(f"_work/{name}/latest.json")
+        return int(pointer["step"]) if pointer else 0
+
+    def load(self, name: str) -> dict[str, Any] | None:
+        """The newest whole checkpoint of `name`, or None; a short or missing file counts as none."""
+        import torch
+
+        pointer = self.store.read_json(f"_work/{name}/latest.json")
+        if pointer is None:
+            return None
+        try:
+            data = self.store.read(f"_work/{name}/{pointer['file']}")
+        except FileNotFoundError:
+            return None
+        if len(data) != pointer["bytes"]:
+            return None
+        return torch.load(io.BytesIO(data), weights_only=True)
+
+    def drop(self, name: str) -> None:
+        """Forget the checkpoints of finished work."""
+        self.store.remove(f"_work/{name}")
+
+
+class PackContext:
+    """Handed to `Sweep.run`: the ledger to publish to, the share of the machine to use, and the progress line.
+
+    threads: CPU threads this pack may use. device: "cuda" or "cpu".
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        run: RunSettings,
+        *,
+        threads: int,
+        device: str,
+        fingerprint: Callable[[Cell], str],
+        report: Callable[[dict[str, Any]], None] | None = None,
+        launch_id: str = "",
+    ) -> None:
+        self.ledger, self.run = ledger, run
+        self.threads, self.device = threads, device
+        self.work = WorkStore(ledger.store)
+        self._fingerprint = fingerprint
+        self._report = report
+        self._launch_id = launch_id
+        self._state: dict[str, Any] = {"published": 0, "failed": 0}
+        self._said = 0.0
+        self._started = time.time()
+        self._meta = {**provenance(), "hardware": hardware(), "threads": threads, "device": device}
+
+    def publish(self, cell: Cell, rows: Sequence[Row], files: Mapping[str, bytes | Path] | None = None) -> bool:
+        """Publish a finished cell; False when another launch was first (its result stays)."""
+        meta = {
+            **self._meta,
+            "fingerprint": self._fingerprint(cell),
+            "launch": self._launch_id,
+            "pack_seconds": time.time() - self._started,
+        }
+        fresh = self.ledger.publish(cell, rows, files or {}, meta)
+        self._state["published"] += 1
+        self.progress(force=True)
+        return fresh
+
+    def fail(self, cell: Cell, error: str) -> None:
+        """Give up one cell for a reason that a retry cannot change; the pack goes on with the others."""
+        self.ledger.record_failure(cell, error, attempts=1)
+        self._state["failed"] += 1
+        self.progress(force=True)
+
+    def progress(self, *, force: bool = False, **state: Any) -> None:
+        """Update the progress line: done, total (tokens), rate (tokens/s), best (headline number), phase (text)."""
+        self._state |= state
+        now = time.monotonic()
+        if self._report is None or (not force and now - self._said < PROGRESS_SECONDS):
+            return
+        self._said = now
+        self._report(dict(self._state))
+
+
+def short_name(value: Any) -> str:
+    """A 16-digit name for a JSON value, for checkpoints that belong to no single cell."""
+    return digest(value)[:16]

@@ -1,0 +1,199 @@
+"""A folder on any fsspec URI, with the three operations a crash cannot hurt.
+
+`publish_folder` makes a folder of files appear whole or not at all, `replace` swaps one small file atomically and
+`create` succeeds for exactly one of many callers. On a local disk they are rename, rename and O_EXCL; on object
+stores (where a PUT is atomic) a commit marker written last, a PUT, and a conditional PUT.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import tenacity
+from fsspec.implementations.local import LocalFileSystem
+
+from sweeps._sweep import UserError
+
+MARKER = "_PUBLISHED"
+_PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
+
+
+def _transient(error: BaseException) -> bool:
+    return isinstance(error, OSError) and not isinstance(error, _PERMANENT) and error.errno != 28
+
+
+_retry = tenacity.retry(
+    retry=tenacity.retry_if_exception(_transient),
+    wait=tenacity.wait_exponential_jitter(initial=0.2, max=5),
+    stop=tenacity.stop_after_attempt(5),
+    reraise=True,
+)
+
+
+class Store:
+    """Files under one root URI (`runs/ledger`, `memory://x`, `s3://bucket/prefix`, ...).
+
+    Transient OSErrors are retried five times with exponential back-off; a full disk, a missing file and a
+    refused permission are not.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.fs, root = fsspec.url_to_fs(uri)
+        self.local = isinstance(self.fs, LocalFileSystem)
+        self.root = str(Path(root).resolve()) if self.local else root.rstrip("/")
+        self.uri = self.root if self.local else self.fs.unstrip_protocol(self.root)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Store, (self.uri,)
+
+    def path(self, name: str) -> str:
+        """Full path of a file named relative to the root."""
+        return f"{self.root}/{name}"
+
+    def check_writable(self) -> None:
+        """Write and remove a probe file; raises UserError if that does not work."""
+        name = f".probe-{uuid.uuid4().hex}"
+        try:
+            self.replace(name, b"")
+            self.fs.rm_file(self.path(name))
+        except Exception as error:
+            raise UserError(
+                f"storage {self.uri} is not writable ({type(error).__name__}: {error}); "
+                "choose another place with --storage"
+            ) from error
+
+    @_retry
+    def read(self, name: str) -> bytes:
+        """Bytes of a file; raises FileNotFoundError."""
+        return self.fs.cat_file(self.path(name))
+
+    def read_json(self, name: str) -> Any | None:
+        """Parsed JSON of a file, or None where there is none."""
+        try:
+            return json.loads(self.read(name))
+        except FileNotFoundError:
+            return None
+
+    @_retry
+    def exists(self, name: str) -> bool:
+        """Whether the file exists now (directory caches are bypassed)."""
+        self.fs.invalidate_cache()
+        return self.fs.exists(self.path(name))
+
+    @_retry
+    def replace(self, name: str, data: bytes) -> None:
+        """Write a whole file; readers see the old bytes or the new ones, never a part."""
+        target = self.path(name)
+        if not self.local:
+            self.fs.pipe_file(target, data)
+            return
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        aside = f"{target}.{uuid.uuid4().hex}.tmp"
+        try:
+            with open(aside, "wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(aside, target)
+        except BaseException:
+            Path(aside).unlink(missing_ok=True)
+            raise
+
+    @_retry
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a file that must not exist yet; True for the one caller that made it."""
+        target = self.path(name)
+        if self.local:
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            aside = f"{target}.{uuid.uuid4().hex}.tmp"
+            Path(aside).write_bytes(data)
+            try:
+                os.link(aside, target)  # link, not O_EXCL: the name never shows an empty file
+            except FileExistsError:
+                return False
+            finally:
+                os.unlink(aside)
+            return True
+        try:
+            self.fs.pipe_file(target, data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    @_retry
+    def remove(self, name: str) -> None:
+        """Remove a file or folder; nothing happens where there is none."""
+        self.fs.invalidate_cache()
+        if self.fs.exists(self.path(name)):
+            self.fs.rm(self.path(name), recursive=True)
+
+    @_retry
+    def names(self, folder: str = "") -> list[str]:
+        """Names directly inside a folder, sorted; empty where there is none."""
+        self.fs.invalidate_cache()
+        try:
+            found = self.fs.ls(self.path(folder) if folder else self.root, detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(p.rstrip("/").rsplit("/", 1)[-1] for p in found)
+
+    @_retry
+    def files(self, folder: str = "") -> list[str]:
+        """All file names below a folder, relative to it, sorted."""
+        self.fs.invalidate_cache()
+        base = self.path(folder) if folder else self.root
+        try:
+            found = self.fs.find(base)
+        except FileNotFoundError:
+            return []
+        return sorted(p[len(base) :].lstrip("/") for p in found)
+
+    def published(self, folder: str) -> bool:
+        """Whether the folder was published."""
+        return self.exists(f"{folder}/{MARKER}")
+
+    @_retry
+    def publish_folder(self, folder: str, contents: Mapping[str, bytes | Path]) -> bool:
+        """Publish files (bytes, or paths of local files to copy) as a folder, whole or not at all.
+
+        Returns False, and changes nothing, when the folder is already published: the first result stays.
+        """
+        if self.published(folder):
+            return False
+        if not self.local:
+            for name, data in contents.items():
+                if isinstance(data, Path):
+                    self.fs.put_file(str(data), self.path(f"{folder}/{name}"))
+                else:
+                    self.fs.pipe_file(self.path(f"{folder}/{name}"), data)
+            self.fs.pipe_file(self.path(f"{folder}/{MARKER}"), b"")
+            return True
+        target = self.path(folder)
+        aside = f"{os.path.dirname(target)}/.tmp-{os.path.basename(target)}-{uuid.uuid4().hex}"
+        try:
+            for name, data in contents.items():
+                place = Path(aside, name)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                if isinstance(data, Path):
+                    shutil.copyfile(data, place)
+                else:
+                    place.write_bytes(data)
+                with open(place, "rb") as f:
+                    os.fsync(f.fileno())
+            Path(aside, MARKER).touch()
+            try:
+                os.rename(aside, target)
+            except OSError:
+                if self.published(folder):
+                    return False
+                raise
+            return True
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)

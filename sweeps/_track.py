@@ -1,0 +1,263 @@
+"""MLflow from the ledger: one parent run a launch, exactly one run a cell, whatever restarts happen.
+
+The ledger is the truth and MLflow a view of it. A thread copies published cells that MLflow lacks, so a tracking
+server that is down costs nothing but the view: the next launch copies what is missing. All points carry the time
+of publication, so copying twice writes the same rows.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit, urlunsplit
+
+from sweeps._ledger import Ledger
+from sweeps._sweep import PublishedCell
+
+_POLL_SECONDS = 0.5
+_BATCH = 1000  # metrics a log_batch call may carry (MLflow REST limit)
+_COMPARE_RUNS = 100  # the compare page slows beyond this
+
+
+def default_uri() -> str:
+    """The tracking store used when none is named: a SQLite file under runs/."""
+    return f"sqlite:///{Path('runs').resolve()}/mlflow.db"
+
+
+def without_password(uri: str) -> str:
+    """The URI without user name and password, fit for print and record."""
+    parts = urlsplit(uri)
+    if "@" not in parts.netloc:
+        return uri
+    return urlunsplit(parts._replace(netloc=parts.netloc.rsplit("@", 1)[1]))
+
+
+class Tracker:
+    """Copies the cells of one ledger into one MLflow experiment; `say` prints a line for the user.
+
+    Raises nothing after construction: an unreachable server is said once and retried by `finish` and later launches.
+    """
+
+    def __init__(
+        self, uri: str, ledger: Ledger, launch_id: str, *, artifact_mb: float, say: Callable[[str], None]
+    ) -> None:
+        self.uri, self.ledger, self.launch_id, self.say = uri, ledger, launch_id, say
+        self._artifact_bytes = artifact_mb * 2**20
+        self._wanted: dict[str, None] = {}
+        self._run_of: dict[str, str] = {}
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._client: Any = None
+        self._experiment = ""
+        self._parent = ""
+        self._down = False
+        self.run_ids: dict[str, str] = {}
+
+    def start(self, parent_params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        """Open the launch's parent run in a thread that then copies whatever `want` names."""
+        self._parent_params, self._parent_tags = dict(parent_params), dict(tags)
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def want(self, keys: Iterable[str]) -> None:
+        """Cells that are published and belong into MLflow."""
+        with self._lock:
+            self._wanted.update(dict.fromkeys(k for k in keys if k not in self.run_ids))
+
+    def finish(self, status: str, metrics: Mapping[str, float], files: Sequence[Path], timeout: float = 600.0) -> bool:
+        """Copy what is left, close the parent run with its summary and report files; False if MLflow is away."""
+        self._stop.set()
+        if self._thread:
+            self._thread.join(timeout)
+        try:
+            self._open()
+            self._drain()
+            self._log_points(self._parent, [(n, v, 0) for n, v in metrics.items()], int(time.time() * 1000))
+            for file in files:
+                self._client.log_artifact(self._parent, str(file), "report")
+            self._client.set_terminated(self._parent, status)
+        except Exception as error:
+            self._unreachable(error)
+            return False
+        return not self._wanted
+
+    def _work(self) -> None:
+        while True:
+            stopping = self._stop.is_set()
+            try:
+                self._open()
+                self._drain()
+            except Exception as error:
+                self._unreachable(error)
+                self._stop.wait(10.0)
+            if stopping or self._stop.wait(_POLL_SECONDS):
+                return
+
+    def _unreachable(self, error: Exception) -> None:
+        if not self._down:
+            reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+            self.say(
+                f"MLflow at {without_password(self.uri)} does not answer ({reason}); results are safe in the ledger "
+                "and the next launch copies them"
+            )
+        self._down = True
+
+    def _open(self) -> None:
+        if self._parent:
+            return
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        from mlflow.entities import RunTag
+        from mlflow.tracking import MlflowClient
+
+        artifacts = None
+        if self.uri.startswith("sqlite:///"):
+            folder = Path(self.uri.removeprefix("sqlite:///")).parent
+            folder.mkdir(parents=True, exist_ok=True)
+            artifacts = (folder / "mlartifacts").as_uri()
+        self._client = MlflowClient(self.uri)
+        name = f"plumbline/{self.ledger.sweep}"
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                self._experiment = self._client.create_experiment(name, artifact_location=artifacts)
+            except Exception:  # another launch made it in between
+                again = self._client.get_experiment_by_name(name)
+                if again is None:
+                    raise
+                self._experiment = again.experiment_id
+        else:
+            self._experiment = found.experiment_id
+        self._run_of = self._existing()
+        parent = self._client.create_run(
+            self._experiment,
+            run_name=f"launch {self.launch_id}",
+            tags={"plumbline.kind": "launch", "plumbline.launch": self.launch_id, **self._parent_tags},
+        )
+        params = [RunTag(f"setting.{k}", str(v)[:5000]) for k, v in self._parent_params.items()]
+        self._client.log_batch(parent.info.run_id, tags=params)
+        self._parent = parent.info.run_id
+        if self._down:
+            self.say(f"MLflow at {without_password(self.uri)} answers again")
+            self._down = False
+
+    def _existing(self) -> dict[str, str]:
+        """{ledger address of a cell: run id} of the runs that earlier launches made, finished or not."""
+        out: dict[str, str] = {}
+        token = None
+        while True:
+            page = self._client.search_runs(
+                [self._experiment], "tags.`plumbline.kind` = 'cell'", max_results=5000, page_token=token
+            )
+            for run in page:
+                tags = run.data.tags
+                whole = run.info.status == "FINISHED"
+                out[tags.get("plumbline.cell_uri", "")] = run.info.run_id if whole else f"?{run.info.run_id}"
+            token = page.token
+            if not token:
+                return out
+
+    def _drain(self) -> None:
+        while True:
+            with self._lock:
+                key = next(iter(self._wanted), None)
+            if key is None:
+                return
+            self.run_ids[key] = self._copy(key)
+            with self._lock:
+                self._wanted.pop(key, None)
+
+    def _copy(self, key: str) -> str:
+        known = self._run_of.get(f"{self.ledger.store.uri}/{key}", "")
+        if known and not known.startswith("?"):
+            return known
+        cell = self.ledger.read(key)
+        from mlflow.entities import Param, RunTag
+
+        published = int(cell.meta["published_unix"] * 1000)
+        tags = {
+            "plumbline.kind": "cell",
+            "plumbline.cell_key": key,
+            "plumbline.cell_uri": cell.uri,
+            "plumbline.version": self.ledger.version,
+            "plumbline.launch": str(cell.meta.get("launch", "")),
+            "plumbline.git_commit": str(cell.meta.get("git_commit", "")),
+            "plumbline.packages": json.dumps(cell.meta.get("packages", {})),
+            "plumbline.hardware": str(cell.meta.get("hardware", "")),
+            "mlflow.parentRunId": self._parent,
+            **{str(k): str(v) for k, v in cell.identity.items()},
+        }
+        name = " ".join(str(v) for k, v in cell.identity.items() if k in _NAME_FIELDS) or key
+        if known:
+            run_id = known[1:]
+        else:
+            run_id = self._client.create_run(
+                self._experiment, start_time=published, run_name=name, tags={"plumbline.cell_uri": cell.uri, **tags}
+            ).info.run_id
+        self._client.log_batch(
+            run_id,
+            params=[Param(k, str(v)) for k, v in cell.identity.items()],
+            tags=[RunTag(k, v) for k, v in tags.items()] if known else [],
+        )
+        self._log_points(run_id, list(_points(cell)), published)
+        self._log_files(run_id, cell)
+        self._client.set_terminated(run_id, "FINISHED", end_time=published)
+        self._run_of[cell.uri] = run_id
+        return run_id
+
+    def _log_points(self, run_id: str, points: Sequence[tuple[str, float, int]], stamp: int) -> None:
+        from mlflow.entities import Metric
+
+        for i in range(0, len(points), _BATCH):
+            metrics = [Metric(n, v, stamp, s) for n, v, s in points[i : i + _BATCH]]
+            self._client.log_batch(run_id, metrics=metrics)
+
+    def _log_files(self, run_id: str, cell: PublishedCell) -> None:
+        store = self.ledger.store
+        left_out = []
+        with tempfile.TemporaryDirectory() as folder:
+            for name in cell.files:
+                if store.fs.size(store.path(f"{cell.key}/{name}")) > self._artifact_bytes:
+                    left_out.append(name)
+                    continue
+                place = Path(folder, name)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_bytes(store.read(f"{cell.key}/{name}"))
+            if left_out:
+                text = "".join(f"{cell.uri}/{name}\n" for name in left_out)
+                Path(folder, "larger_files_in_ledger.txt").write_text(text)
+            self._client.log_artifacts(run_id, folder)
+
+    def compare_link(self, keys: Sequence[str]) -> str:
+        """Address of MLflow's compare page for the runs of these cells (the first hundred)."""
+        base = without_password(self.uri) if self.uri.startswith("http") else "http://127.0.0.1:5000"
+        runs = [self.run_ids[k] for k in keys if k in self.run_ids][:_COMPARE_RUNS]
+        experiments = quote(json.dumps([self._experiment]))
+        return f"{base.rstrip('/')}/#/compare-runs?runs={quote(json.dumps(runs))}&experiments={experiments}"
+
+
+_NAME_FIELDS = ("model", "arch", "representation", "table", "layer", "depth", "metric", "route", "k", "seed", "tokens")
+
+
+def _points(cell: PublishedCell) -> Iterable[tuple[str, float, int]]:
+    """(name, value, step): rows with a `step` parameter are curves; rows with other parameters stay in the ledger."""
+    rows = cell.rows
+    parameters = [c for c in rows.columns if c not in ("metric", "value", "unit", "step")]
+    for record in rows.to_dict("records"):
+        if (
+            any(record[p] is not None and record[p] == record[p] for p in parameters)
+            or record["value"] != record["value"]
+        ):
+            continue
+        step = record.get("step")
+        yield record["metric"], record["value"], int(step) if step is not None and step == step else 0
