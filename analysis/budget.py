@@ -1,0 +1,156 @@
+"""What a sparse code costs, what it uses, and how many active features a target fidelity takes.
+
+Shape suffixes: N tokens, K active features a token, F features (d_sae), G grid points of k, S seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+VALUE_BITS = 8  # the study quantises each active value to one byte
+
+
+def rate_bits(d_sae: int, k: int) -> float:
+    """Bits a token with all supports equally likely: log2 C(d_sae, k) + 8k, exact to float64 rounding."""
+    if not 1 <= k <= d_sae:
+        raise ValueError(f"k={k} must lie in 1..d_sae={d_sae}; choose k <= d_sae")
+    return math.log2(math.comb(d_sae, k)) + VALUE_BITS * k
+
+
+def rate_bits_entropy(index_entropy: float, k: int) -> float:
+    """Bits a token with indices entropy-coded by how often each feature fires: k·H − log2 k! + 8k.
+
+    The order of the k indices carries no information, so its log2 k! bits are taken off, as in the uniform
+    bound log2 C(d_sae, k); with equal use of all features and k ≪ d_sae the two agree.
+
+    Args:
+        index_entropy: H in bits, the entropy of the feature index of a randomly chosen activation.
+        k: active features a token.
+    """
+    if k < 1 or not index_entropy >= 0:
+        raise ValueError(f"index_entropy={index_entropy} bits must be >= 0 and k={k} >= 1")
+    return max(0.0, k * index_entropy - math.lgamma(k + 1) / math.log(2)) + VALUE_BITS * k
+
+
+class FeatureCounts:
+    """How often each of F features fires on the evaluation set, counted on the indices' device."""
+
+    def __init__(self, d_sae: int) -> None:
+        if d_sae < 1:
+            raise ValueError(f"d_sae={d_sae} must be >= 1")
+        self.d_sae = d_sae
+        self._counts_F = torch.zeros(d_sae, dtype=torch.int64)
+
+    def update(self, index_NK: torch.Tensor, value_NK: torch.Tensor | None = None) -> None:
+        """Add the active indices of some tokens, any leading shape.
+
+        Args:
+            index_NK: feature indices, integers in [0, d_sae).
+            value_NK: their activations; an entry of value <= 0 did not fire and is not counted.
+        """
+        index = index_NK.reshape(-1)
+        if value_NK is not None:
+            index = index[value_NK.reshape(-1) > 0]
+        counts = torch.bincount(index, minlength=self.d_sae)
+        if counts.numel() > self.d_sae:
+            raise ValueError(f"feature index {int(index.max())} is outside [0, d_sae={self.d_sae})")
+        self._counts_F = self._counts_F.to(counts.device) + counts
+
+    @property
+    def counts_F(self) -> npt.NDArray[np.int64]:
+        """Firings of each feature."""
+        return self._counts_F.cpu().numpy()
+
+    def alive(self) -> float:
+        """Share of features that fired at least once, in [0, 1]."""
+        return float((self.counts_F > 0).mean())
+
+    def index_entropy(self) -> float:
+        """H = −Σ p log2 p in bits, p_j feature j's share of all firings."""
+        counts = self.counts_F[self.counts_F > 0].astype(float)
+        if not len(counts):
+            raise ValueError("no feature fired; the index entropy needs at least one active feature")
+        share = counts / counts.sum()
+        return max(0.0, float(-(share * np.log2(share)).sum()))
+
+    def rate_bits_entropy(self, k: int) -> float:
+        """`rate_bits_entropy` at the measured index entropy."""
+        return rate_bits_entropy(self.index_entropy(), k)
+
+
+@dataclass(frozen=True)
+class Censored:
+    """A k* known only to lie beyond the grid: side ">" above its largest k, side "<=" at or below its smallest."""
+
+    side: str
+    limit: float
+
+    def __str__(self) -> str:
+        return f"{self.side} {self.limit:g}"
+
+
+KStar = float | Censored
+
+
+@dataclass(frozen=True)
+class KStarInterval:
+    """k* of the mean curve and its smallest and largest value over seeds."""
+
+    value: KStar
+    lo: KStar
+    hi: KStar
+
+    def __str__(self) -> str:
+        return f"{format_k_star(self.value)} [{format_k_star(self.lo)}, {format_k_star(self.hi)}]"
+
+
+def format_k_star(value: KStar | KStarInterval) -> str:
+    """One decimal, or the censored marker: "71.2", "> 256"."""
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def k_star(k: npt.ArrayLike, ce_rec: npt.ArrayLike, target: float) -> KStar | KStarInterval:
+    """The smallest k with CE_rec >= target, linearly interpolated on the grid and never extrapolated.
+
+    Args:
+        k: (G,) the grid, in any order.
+        ce_rec: (G,) one curve, or (S, G) one curve a seed.
+        target: the CE_rec to reach, 0.85 or 0.90 in the study.
+    Returns:
+        One curve: a float, or Censored("> largest k") when the grid never reaches the target, or
+        Censored("<= smallest k") when it starts above it. Seeds: a KStarInterval.
+    """
+    grid = np.asarray(k, dtype=float)
+    curves = np.asarray(ce_rec, dtype=float)
+    if grid.ndim != 1 or not len(grid) or curves.ndim not in (1, 2) or curves.shape[-1] != len(grid):
+        raise ValueError(f"k has shape {grid.shape} and ce_rec {curves.shape}; give (G,) and (G,) or (seeds, G)")
+    if len(np.unique(grid)) != len(grid) or not np.isfinite(curves).all():
+        raise ValueError(f"k={grid.tolist()} must be distinct and every ce_rec finite; average or drop duplicates")
+    order = np.argsort(grid)
+    if curves.ndim == 1:
+        return _crossing(grid[order], curves[order], target)
+    each = [_crossing(grid[order], curve[order], target) for curve in curves]
+    mean = _crossing(grid[order], curves.mean(axis=0)[order], target)
+    return KStarInterval(value=mean, lo=min(each, key=_rank), hi=max(each, key=_rank))
+
+
+def _crossing(grid: npt.NDArray[np.float64], curve: npt.NDArray[np.float64], target: float) -> KStar:
+    reached = np.flatnonzero(curve >= target)
+    if not len(reached):
+        return Censored(">", float(grid[-1]))
+    first = int(reached[0])
+    if first == 0:
+        return Censored("<=", float(grid[0]))
+    share = (target - curve[first - 1]) / (curve[first] - curve[first - 1])
+    return float(grid[first - 1] + share * (grid[first] - grid[first - 1]))
+
+
+def _rank(value: KStar) -> tuple[int, float]:
+    if isinstance(value, Censored):
+        return (1 if value.side == ">" else -1, value.limit)
+    return (0, value)
