@@ -1,0 +1,68 @@
+"""Precision, chunking and argument checks shared by the sequence operators.
+
+Shapes: B batch, R batch rows processed together, T time, H heads, D any feature width, N chunks, C chunk length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+IMPLS = ("auto", "recurrent", "chunked")
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 as soon as one input is float64, otherwise float32, whatever the storage type."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def no_autocast(x: Tensor) -> torch.autocast:
+    """Context in which matrix products keep the precision of their operands, under an outer autocast too."""
+    return torch.autocast(device_type=x.device.type, enabled=False)
+
+
+def row_groups(batch: int, device: torch.device) -> Iterable[slice]:
+    """Batch rows to process together.
+
+    On a CPU one row at a time keeps every chunk-sized temporary in cache and peak memory independent of the
+    batch; a GPU needs the whole batch to be busy.
+    """
+    step = 1 if device.type == "cpu" else max(batch, 1)
+    return (slice(start, start + step) for start in range(0, batch, step))
+
+
+def to_chunks(x_RTHD: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
+    """[R, T, H, D] -> contiguous [R*H*N, C, D] in `dtype`, time padded with zeros to a whole number of chunks."""
+    R, T, H, D = x_RTHD.shape
+    padded = -(-T // chunk) * chunk
+    out = torch.empty(R, H, padded, D, dtype=dtype, device=x_RTHD.device)
+    out[:, :, :T].copy_(x_RTHD.transpose(1, 2))
+    out[:, :, T:].zero_()
+    return out.view(-1, chunk, D)
+
+
+def from_chunks(x_MCD: Tensor, out_RTHD: Tensor) -> None:
+    """Inverse of `to_chunks`, written into `out_RTHD` (which decides T, H and the dtype)."""
+    R, T, H, D = out_RTHD.shape
+    out_RTHD.copy_(x_MCD.view(R, H, -1, D)[:, :, :T].transpose(1, 2))
+
+
+def check_shape(name: str, x: Tensor, expected: tuple[int, ...], legend: str) -> None:
+    """Raise ValueError unless `x` has the expected shape; `legend` names its axes."""
+    if tuple(x.shape) != expected:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {legend} = {expected}; check the layout")
+
+
+def check_rank(name: str, x: Tensor, legend: str) -> None:
+    """Raise ValueError unless `x` has as many axes as `legend`, a list such as [B, T, H, K]."""
+    rank = legend.count(",") + 1
+    if x.dim() != rank:
+        raise ValueError(f"{name} has {x.dim()} axes {tuple(x.shape)}, expected {rank}: {legend}")
+
+
+def check_impl(impl: str, allowed: tuple[str, ...] = IMPLS) -> None:
+    """Raise ValueError for an implementation that the operator does not have."""
+    if impl not in allowed:
+        raise ValueError(f"impl={impl!r} is not one of {', '.join(allowed)}; choose one of these")
