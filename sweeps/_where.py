@@ -68,11 +68,9 @@ class Machine:
     @staticmethod
     def here() -> Machine:
         """This machine, without asking Ray."""
-        gpus = 0
+        gpus = 0  # counted without importing torch: --plan and --report must be quick
         if os.environ.get("CUDA_VISIBLE_DEVICES", "unset") != "":
-            import torch
-
-            gpus = torch.cuda.device_count()
+            gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return Machine(
             nodes=1, cpus=cpus, gpus=gpus, memory_bytes=psutil.virtual_memory().available, hardware=hardware()
@@ -136,6 +134,7 @@ def prepare_process() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
 
 
 def connect(address: str | None, storage: str) -> Machine:

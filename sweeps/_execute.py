@@ -1,0 +1,153 @@
+"""Packs on Ray Tune: one function trial a pack, retried after crashes, never after bad input."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import tempfile
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sweeps._board import Board
+from sweeps._context import PackContext
+from sweeps._ledger import Ledger
+from sweeps._sweep import Pack, UserError
+from sweeps._where import RunSettings, prepare_process
+
+_PERMANENT = (UserError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError, ImportError)
+_HEADROOM = 0.9  # share of a CPU that a pack asks of Ray for each it uses; the rest feeds data tasks
+
+
+def one_line(error: BaseException) -> str:
+    """The error as one line; the type is left out where the text speaks for itself."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) and text else f"{type(error).__name__}: {text}"
+
+
+def run_packs(
+    module: str,
+    packs: Sequence[Pack],
+    preset: Any,
+    run: RunSettings,
+    storage: str,
+    fingerprints: Mapping[str, str],
+    launch_id: str,
+    board: Board,
+) -> dict[str, str]:
+    """Run packs as Tune trials; returns {pack name: error line} of those that crashed more than `max_retries` times.
+
+    Raises KeyboardInterrupt when the user stops it; published cells and checkpoints stay.
+    """
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S"] = "0"
+    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "3600"  # the ledger, not Tune's snapshot, is what restarts read
+    from ray import tune
+
+    by_name = {pack.name: pack for pack in packs}
+    if len(by_name) != len(packs):
+        raise ValueError("two packs share a name")
+
+    def trial(config: dict[str, Any]) -> None:
+        pack = by_name[config["pack"]]
+        run_one(module, pack, preset, run, storage, fingerprints, launch_id, tune.report)
+
+    def resources(config: dict[str, Any]) -> Any:
+        pack = by_name[config["pack"]]
+        bundle: dict[str, float] = {"CPU": max(0.01, pack.cpus * _HEADROOM)}
+        if pack.gpus:
+            bundle["GPU"] = pack.gpus
+        return tune.PlacementGroupFactory([bundle])
+
+    folder = tempfile.mkdtemp(prefix="plumbline-tune-")
+    try:
+        tuner = tune.Tuner(
+            tune.with_resources(trial, resources),
+            param_space={"pack": tune.grid_search(list(by_name))},
+            tune_config=tune.TuneConfig(
+                reuse_actors=False,
+                trial_name_creator=lambda t: t.config["pack"],
+                trial_dirname_creator=lambda t: t.trial_id,
+            ),
+            run_config=tune.RunConfig(
+                name=launch_id,
+                storage_path=folder,
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=run.max_retries),
+                callbacks=[_board_callback(board)],
+            ),
+        )
+        results = tuner.fit()
+        errors = {}
+        for result in (results[i] for i in range(len(results))):
+            if result.error is not None and result.config:
+                lines = str(result.error).strip().splitlines()
+                errors[result.config["pack"]] = lines[-1].strip() if lines else "crashed"
+        return errors
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _board_callback(board: Board) -> Any:
+    from ray import tune
+
+    class BoardCallback(tune.Callback):
+        def __reduce__(self) -> Any:  # Tune pickles its settings; a screen cannot be pickled and is not needed there
+            return tune.Callback, ()
+
+        def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
+            board.update(trial.config["pack"], result.get("progress", {}))
+
+        def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+            board.drop(trial.config["pack"])
+
+        def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+            name = trial.config["pack"]
+            board.say(f"{name} crashed (attempt {trial.num_failures}); a retry continues from its checkpoint")
+
+    return BoardCallback()
+
+
+def run_one(
+    module: str,
+    pack: Pack,
+    preset: Any,
+    run: RunSettings,
+    storage: str,
+    fingerprints: Mapping[str, str],
+    launch_id: str,
+    report: Any,
+) -> None:
+    """Body of a trial, in its worker process: set the threads, run what is not yet published, sort the errors."""
+    prepare_process()
+    threads = max(1, int(pack.cpus))
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(threads)
+    sweep = importlib.import_module(module).SWEEP
+    ledger = Ledger(storage, sweep.name, sweep.version)
+    done = ledger.done(cell.key for cell in pack.cells)
+    cells = tuple(cell for cell in pack.cells if cell.key not in done)
+    context = PackContext(
+        ledger,
+        run,
+        threads=threads,
+        device="cuda" if pack.gpus else "cpu",
+        fingerprint=lambda cell: fingerprints[cell.key],
+        report=lambda state: report({"progress": state}),
+        launch_id=launch_id,
+    )
+    context.progress(force=True, published=len(done))
+    if cells:
+        try:
+            sweep.run(Pack(name=pack.name, cells=cells, cpus=pack.cpus, gpus=pack.gpus), preset, context)
+        except _PERMANENT as error:
+            if not isinstance(error, UserError):
+                traceback.print_exc()
+            missing = [c for c in cells if c.key not in ledger.done([c.key])]
+            already = ledger.failures([c.key for c in missing])
+            for cell in missing:
+                if cell.key not in already:
+                    context.fail(cell, one_line(error))
+    context.progress(force=True, phase="done")

@@ -1,0 +1,270 @@
+"""The one command line of every sweep: plan → skip what is done → pack → Ray Tune → report.
+
+    python sweeps/NAME.py [--preset P] [--plan] [--only KEY ...] [--report] [--retry-failed] [--storage URI]
+                          [--tracking-uri URI] [--address ADDR] [--set field=value ...]
+
+Exit codes: 0 when every planned cell is published, 2 for bad arguments, 1 otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sweeps._board import Board, duration, quantity
+from sweeps._claims import Claims
+from sweeps._execute import one_line, run_packs
+from sweeps._ledger import Ledger
+from sweeps._sweep import Cell, Pack, Sweep, UserError, apply_settings, nearest
+from sweeps._track import Tracker, default_uri, without_password
+from sweeps._where import Machine, RunSettings, connect, git_commit, normal_storage, prepare_process
+
+_WAIT_SECONDS = 2.0
+
+
+def parser(sweep: Sweep) -> argparse.ArgumentParser:
+    """The command line of a sweep."""
+    p = argparse.ArgumentParser(
+        prog=f"python sweeps/{sweep.name}.py",
+        description=sweep.question,
+        epilog="Running the same command again continues; finished cells are never computed twice. "
+        "Exit codes: 0 all planned cells published, 2 bad arguments, 1 otherwise.",
+    )
+    p.add_argument("--preset", default=sweep.default_preset, metavar="P", help=f"one of {', '.join(sweep.presets)}")
+    p.add_argument("--plan", action="store_true", help="print cells, work, memory, time and cost; run nothing")
+    p.add_argument("--only", nargs="+", default=[], metavar="KEY", help="only cells whose key starts with KEY")
+    p.add_argument("--report", action="store_true", help="write the report from what is published; run nothing")
+    p.add_argument("--retry-failed", action="store_true", help="run cells again that failed for good")
+    p.add_argument("--storage", default="runs/ledger", metavar="URI", help="ledger: a path, s3://, gs://, memory://")
+    p.add_argument("--tracking-uri", default=None, metavar="URI", help="MLflow; default: SQLite under runs/")
+    p.add_argument("--address", default=None, metavar="ADDR", help="Ray cluster to join (auto, HOST:PORT)")
+    p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of the preset")
+    return p
+
+
+def main(module: str, argv: Sequence[str] | None = None) -> int:
+    """Run the sweep that `module` names as SWEEP; returns the exit code."""
+    prepare_process()
+    sweep: Sweep = importlib.import_module(module).SWEEP
+    arguments = parser(sweep).parse_args(argv)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return _Launch(module, sweep, arguments).go()
+    except UserError as error:
+        print(f"{sweep.name}: {one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command to continue where it was", file=sys.stderr)
+        return 1
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+class _Launch:
+    """One invocation: what was asked, what is planned, what the ledger already holds."""
+
+    def __init__(self, module: str, sweep: Sweep, arguments: argparse.Namespace) -> None:
+        if arguments.preset not in sweep.presets:
+            hint = nearest(arguments.preset, sweep.presets)
+            raise UserError(f"preset {arguments.preset!r} is not known{hint}; presets: {', '.join(sweep.presets)}")
+        self.module, self.sweep, self.arguments = module, sweep, arguments
+        self.preset, self.run = apply_settings(arguments.set, sweep.presets[arguments.preset], RunSettings())
+        self.storage = normal_storage(arguments.storage)
+        self.ledger = Ledger(self.storage, sweep.name, sweep.version)
+        self.cells = self._planned()
+        self.by_key = {cell.key: cell for cell in self.cells}
+        self.done = self.ledger.done(self.by_key)
+        self.failures = self.ledger.failures(set(self.by_key) - self.done)
+        self.out = Path("runs/reports") / sweep.name / arguments.preset
+
+    def _planned(self) -> list[Cell]:
+        cells = list(self.sweep.plan(self.preset))
+        if not cells:
+            raise UserError("the plan has no cells; give every grid field at least one value")
+        if not self.arguments.only:
+            return cells
+        chosen = [c for c in cells if any(c.key.startswith(k) for k in self.arguments.only)]
+        if not chosen:
+            raise UserError(f"--only {' '.join(self.arguments.only)} matches none of the {len(cells)} planned cells")
+        return chosen
+
+    def go(self) -> int:
+        if self.arguments.plan:
+            self._print_plan()
+            return 0
+        if self.arguments.report:
+            if not self.done:
+                raise UserError(f"none of the {len(self.cells)} cells is published in {self.ledger.store.uri}")
+            for line in self._report():
+                print(line)
+            return 0 if len(self.done) == len(self.cells) else 1
+        return self._execute()
+
+    def _print_plan(self) -> None:
+        missing = [c for c in self.cells if c.key not in self.done]
+        machine = Machine.here()
+        print(f"{self.sweep.name} --preset {self.arguments.preset}: {self.sweep.question}")
+        for line in self.sweep.banner(self.arguments.preset, self.preset):
+            print(f"  {line}")
+        print(f"{'key':16}  state    cell")
+        for cell in self.cells:
+            state = "done" if cell.key in self.done else "failed" if cell.key in self.failures else "to do"
+            print(f"{cell.key}  {state:7}  {cell}")
+        packs = self.sweep.pack(missing, self.preset, machine, self.run) if missing else []
+        estimate = self.sweep.estimate(missing, self.preset, machine, self.run)
+        print(f"cells        {len(self.cells)} planned, {len(self.done)} done, {len(missing)} to do")
+        print(f"packs        {len(packs)} on {machine.cpus} CPUs, {machine.gpus} GPUs")
+        print(f"LM passes    {estimate.lm_passes} shared by all cells of a model and stream")
+        print(f"tokens       {quantity(estimate.tokens)}")
+        print(f"FLOPs        {quantity(estimate.flops)}")
+        print(f"memory       {estimate.memory_bytes / 2**30:.2f} GiB in the largest pack")
+        print(f"time         {duration(estimate.seconds)} h:m:s on this machine ({estimate.basis})")
+        if self.run.price_per_hour:
+            print(
+                f"cost         {estimate.seconds / 3600 * self.run.price_per_hour:.2f} at {self.run.price_per_hour}/h"
+            )
+        print("nothing was run")
+
+    def _execute(self) -> int:
+        self.ledger.store.check_writable()
+        started = time.monotonic()
+        print(f"{self.sweep.name} --preset {self.arguments.preset} → {self.ledger.store.uri}")
+        for line in self.sweep.banner(self.arguments.preset, self.preset):
+            print(f"  {line}")
+        fingerprints = {c.key: self.sweep.fingerprint(c, self.preset, self.run) for c in self.cells}
+        self.ledger.verify({key: fingerprints[key] for key in self.done})
+        if self.arguments.retry_failed:
+            self.ledger.forget_failures(self.failures)
+            self.failures = {}
+        board = Board(self.sweep.name, len(self.cells), getattr(self.sweep, "headline", "value"))
+        board.already(len(self.done))
+        claims = Claims(self.ledger.store)
+        uri = self.arguments.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri()
+        tracker = Tracker(uri, self.ledger, claims.launch_id, artifact_mb=self.run.mlflow_artifact_mb, say=board.say)
+        tracker.start(
+            {"preset": self.arguments.preset, "cells": len(self.cells), "storage": without_password(self.storage)},
+            {"plumbline.preset": self.arguments.preset, "plumbline.git_commit": git_commit()},
+        )
+        tracker.want(sorted(self.done))
+        interrupted = False
+        try:
+            self._work(fingerprints, claims, tracker, board)
+        except KeyboardInterrupt:
+            interrupted = True
+            board.say("stopping: finished cells and checkpoints are kept")
+        finally:
+            _shutdown_ray()
+            claims.release()
+            self.done = self.ledger.done(self.by_key)
+            board.already(len(self.done))
+            board.close()
+        tracker.want(sorted(self.done))
+        lines = self._report() if self.done else []
+        whole = len(self.done) == len(self.cells)
+        synced = tracker.finish(
+            "FINISHED" if whole else "KILLED" if interrupted else "FAILED",
+            {"cells_done": len(self.done), "cells_planned": len(self.cells), "seconds": time.monotonic() - started},
+            sorted(p for p in self.out.glob("*") if p.is_file()) if lines else [],
+        )
+        self._close(lines, tracker, synced, uri, started)
+        if interrupted:
+            raise KeyboardInterrupt
+        return 0 if whole else 1
+
+    def _work(self, fingerprints: dict[str, str], claims: Claims, tracker: Tracker, board: Board) -> None:
+        """Rounds of claim and run until nothing is left that this launch could do or wait for."""
+        machine: Machine | None = None
+        waiting_said = False
+        while True:
+            self.done = self.ledger.done(self.by_key)
+            tracker.want(sorted(self.done))
+            self.failures = self.ledger.failures(set(self.by_key) - self.done)
+            missing = [k for k in self.by_key if k not in self.done and k not in self.failures]
+            if not missing:
+                return
+            ours, others = claims.claim(missing)
+            board.already(len(self.done))
+            if ours:
+                if machine is None:
+                    machine = connect(self.arguments.address, self.arguments.storage)
+                cells = [self.by_key[k] for k in ours]
+                packs = self.sweep.pack(cells, self.preset, machine, self.run)
+                self._run_round(packs, fingerprints, claims, tracker, board)
+                continue
+            if not waiting_said:
+                board.say(f"{len(others)} cells are being computed by launch {next(iter(others.values()))}; waiting")
+                waiting_said = True
+            time.sleep(_WAIT_SECONDS)
+
+    def _run_round(
+        self, packs: list[Pack], fingerprints: dict[str, str], claims: Claims, tracker: Tracker, board: Board
+    ) -> None:
+        watch = _Watch(self.ledger, tracker, [c.key for p in packs for c in p.cells])
+        try:
+            errors = run_packs(
+                self.module, packs, self.preset, self.run, self.storage, fingerprints, claims.launch_id, board
+            )
+        finally:
+            watch.stop()
+        board.forget()
+        done = self.ledger.done(c.key for p in packs for c in p.cells)
+        failed = self.ledger.failures(c.key for p in packs for c in p.cells)
+        for pack in packs:
+            for cell in pack.cells:
+                if cell.key not in done and cell.key not in failed:
+                    reason = errors.get(pack.name, "its pack ended without publishing it")
+                    self.ledger.record_failure(cell, reason, attempts=self.run.max_retries + 1)
+
+    def _report(self) -> list[str]:
+        self.out.mkdir(parents=True, exist_ok=True)
+        keys = [key for key in self.by_key if key in self.done]
+        lines = self.sweep.report(self.ledger.read_many(keys), self.arguments.preset, self.preset, self.out)
+        return [*lines, f"report       {self.out / 'report.md'}"]
+
+    def _close(self, lines: list[str], tracker: Tracker, synced: bool, uri: str, started: float) -> None:
+        for line in lines:
+            print(line)
+        if synced:
+            print(f"MLflow       {without_password(uri)}" + ("" if uri.startswith("http") else "   (make ui opens it)"))
+            print(f"compare      {tracker.compare_link([k for k in self.by_key if k in self.done])}")
+        for key, record in self.ledger.failures(set(self.by_key) - self.done).items():
+            print(f"failed       {key} {self.by_key[key]}: {record.get('error')}", file=sys.stderr)
+        print(f"cells        {len(self.done)}/{len(self.cells)} published in {duration(time.monotonic() - started)}")
+        if len(self.done) < len(self.cells):
+            print("             run the same command to continue; --retry-failed repeats failed cells", file=sys.stderr)
+
+
+class _Watch:
+    """Tells the tracker of cells as they are published, while Tune holds the main thread."""
+
+    def __init__(self, ledger: Ledger, tracker: Tracker, keys: list[str]) -> None:
+        import threading
+
+        self._stop = threading.Event()
+
+        def look() -> None:
+            while not self._stop.wait(_WAIT_SECONDS):
+                tracker.want(sorted(ledger.done(keys)))
+
+        self._thread = threading.Thread(target=look, name="watch", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def _shutdown_ray() -> None:
+    if "ray" in sys.modules:
+        import ray
+
+        ray.shutdown()

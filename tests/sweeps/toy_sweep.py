@@ -1,0 +1,95 @@
+"""A sweep with nothing in it but the machinery: squares of numbers, slow, failing or crashing on demand."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from sweeps._context import PackContext
+from sweeps._sweep import Cell, Estimate, Pack, PublishedCell, Row, UserError, digest
+from sweeps._where import Machine, RunSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Square(Cell):
+    SWEEP: ClassVar[str] = "toy"
+    VERSION: ClassVar[str] = "1"
+    n: int
+    model: str = "square"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Toy:
+    n: tuple[int, ...] = (1, 2, 3)
+    pack_size: int = 2
+    seconds: float = 0.0
+    bad: tuple[int, ...] = ()
+    crash: tuple[int, ...] = ()
+    salt: str = ""
+    scratch: str = ""
+
+
+class ToySweep:
+    name = "toy"
+    version = "1"
+    question = "what is the square of a number?"
+    headline = "square"
+    default_preset = "small"
+    presets: ClassVar[dict[str, Toy]] = {"small": Toy(), "many": Toy(n=tuple(range(200)), pack_size=50)}
+
+    def plan(self, preset: Toy) -> Sequence[Cell]:
+        if any(n < 0 for n in preset.n):
+            raise UserError(f"n={min(preset.n)} is negative; choose n >= 0")
+        return [Square(n=n) for n in preset.n]
+
+    def pack(self, cells: Sequence[Cell], preset: Toy, machine: Machine, run: RunSettings) -> list[Pack]:
+        size = preset.pack_size
+        return [Pack(name=f"pack{i}", cells=tuple(cells[i : i + size])) for i in range(0, len(cells), size)]
+
+    def run(self, pack: Pack, preset: Toy, context: PackContext) -> None:
+        for done, cell in enumerate(pack.cells):
+            assert isinstance(cell, Square)
+            if preset.scratch:
+                with open(Path(preset.scratch, f"{cell.n}.tries"), "a") as f:
+                    f.write("x")
+            if cell.n in preset.bad:
+                raise UserError(f"n={cell.n} is on the list of bad numbers; choose another")
+            if cell.n in preset.crash:
+                once = Path(preset.scratch, f"{cell.n}.crashed")
+                if not once.exists():
+                    once.touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(preset.seconds)
+            rows = [Row("square", cell.n**2), Row("curve", 1.0, params={"step": 1})]
+            context.publish(cell, rows, {"value.txt": str(cell.n**2).encode()})
+            context.progress(done=done + 1, total=len(pack.cells), best=float(cell.n**2))
+
+    def fingerprint(self, cell: Cell, preset: Toy, run: RunSettings) -> str:
+        return digest([cell.key, preset.salt])
+
+    def estimate(self, cells: Sequence[Cell], preset: Toy, machine: Machine, run: RunSettings) -> Estimate:
+        return Estimate(seconds=preset.seconds * len(cells), basis="sleeping")
+
+    def report(self, cells: Sequence[PublishedCell], preset_name: str, preset: Any, out: Path) -> list[str]:
+        (out / "report.md").write_text("\n".join(f"{c.identity['n']} {c.rows.value[0]}" for c in cells))
+        return [f"sum          {sum(c.rows.value[0] for c in cells):.0f}"]
+
+    def banner(self, preset_name: str, preset: Any) -> list[str]:
+        return ["a toy for the machinery's tests"]
+
+
+SWEEP = ToySweep()
+
+if __name__ == "__main__":
+    from sweeps._launch import main
+
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # the workers must find this module too
+    sys.exit(main("toy_sweep"))
