@@ -8,7 +8,7 @@ counts, so the means of C columns over R resamples are the product counts_RS @ c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +32,7 @@ def resample_counts(n: int, n_resamples: int, rng: np.random.Generator) -> Float
     return np.bincount(draws_RS.ravel(), minlength=n_resamples * n).reshape(n_resamples, n).astype(np.float64)
 
 
-def count_blocks(n: int, n_resamples: int, seed: int, block: int | None = None) -> Iterator[Floats]:
+def count_blocks(n: int, n_resamples: int, seed: int | Sequence[int], block: int | None = None) -> Iterator[Floats]:
     """The same `resample_counts`, a block of resamples at a time, so that memory stays bounded.
 
     The same n, n_resamples, seed and block give the same resamples: statistics computed from them are

@@ -1,0 +1,196 @@
+"""The cells table of the proxy gap: its columns, one row a cell, and the order in which reports list them.
+
+Shape suffixes: C cells, S sequences, R resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from analysis.bootstrap import Floats, ce_rec_ci, count_blocks
+from analysis.budget import FeatureCounts, rate_bits
+from analysis.fidelity import LOSSES, TOKEN_SUMS, SequenceSums
+
+IDENTITY = ("model", "layer", "depth", "k", "seed", "tokens")
+CELL_COLUMNS = (
+    *IDENTITY,
+    *("r2", "r2_legacy", "r2_energy", "ce_rec", "ce_rec_lo", "ce_rec_hi", "ce_loss_score", "mse", "cosine"),
+    *("relative_error", "alive", "swd", "abs_gdelta", "nmse", "rate_bits", "rate_bits_entropy"),
+    *("pr", "pr_deflated", *LOSSES, "d_model", "d_sae", "cell_key"),
+)
+CONFIGURATION = ("model", "depth", "layer", "k", "tokens")
+_DEPTHS = {"early": 0, "mid": 1, "late": 2}
+
+
+def cell_record(
+    identity: Mapping[str, object],
+    sums: SequenceSums,
+    features: FeatureCounts,
+    geometry: Mapping[str, float],
+    *,
+    n_resamples: int = 5_000,
+    seed: int = 0,
+) -> dict[str, object]:
+    """One row of the cells table, keys CELL_COLUMNS.
+
+    Args:
+        identity: model, layer, depth, k, seed, tokens and cell_key.
+        sums: the evaluated sequences, with their losses.
+        features: what fired on the same tokens.
+        geometry: `pr` and `pr_deflated` of the hooked layer (`CovarianceSums.summary`).
+        n_resamples: bootstrap resamples over sequences for the interval of CE_rec.
+        seed: of the resamples; the same for all cells, so that their intervals are paired.
+    """
+    table = sums.table()
+    absent = int(table[list(LOSSES)].isna().any(axis=1).sum())
+    if absent:
+        raise ValueError(f"{absent} of {len(table)} sequences have no losses; call add_losses for every sequence")
+    k = int(str(identity["k"]))
+    interval = ce_rec_ci(table["loss_orig"], table["loss_recon"], n_resamples=n_resamples, seed=seed)
+    values: dict[str, object] = {
+        **identity,
+        **sums.metrics(),
+        "ce_rec_lo": interval.lo,
+        "ce_rec_hi": interval.hi,
+        "alive": features.alive(),
+        "rate_bits": rate_bits(features.d_sae, k),
+        "rate_bits_entropy": features.rate_bits_entropy(k),
+        "pr": geometry["pr"],
+        "pr_deflated": geometry["pr_deflated"],
+        "d_model": sums.mean_D.numel(),
+        "d_sae": features.d_sae,
+    }
+    return {name: values[name] for name in CELL_COLUMNS}
+
+
+def prepare_cells(cells: pd.DataFrame) -> pd.DataFrame:
+    """The cells in report order (model by width, layer, k, tokens, seed), contract columns first.
+
+    Raises ValueError on missing columns and on two rows of the same cell.
+    """
+    missing = [c for c in CELL_COLUMNS if c not in cells.columns]
+    if missing:
+        raise ValueError(f"the cells table lacks columns {missing}; build its rows with cells.cell_record")
+    if cells.empty:
+        raise ValueError("the cells table is empty; finish at least one cell before reporting")
+    twice = cells.duplicated(list(IDENTITY)) | cells.duplicated("cell_key")
+    if twice.any():
+        raise ValueError(f"cells {cells.loc[twice, 'cell_key'].tolist()[:5]} occur twice; keep one row a cell")
+    extra = [c for c in cells.columns if c not in CELL_COLUMNS]
+    ordered = cells[[*CELL_COLUMNS, *extra]].sort_values(["d_model", "model", "layer", "k", "tokens", "seed"])
+    return ordered.reset_index(drop=True)
+
+
+def models_of(cells: pd.DataFrame) -> list[str]:
+    """Models from narrow to wide."""
+    return cells.sort_values(["d_model", "model"])["model"].drop_duplicates().tolist()
+
+
+def depths_of(cells: pd.DataFrame) -> list[str]:
+    """Depth names: early, mid, late, then any others by name."""
+    return sorted(cells["depth"].unique(), key=lambda depth: (_DEPTHS.get(depth, len(_DEPTHS)), depth))
+
+
+def tokens_label(tokens: float) -> str:
+    """10000000 → "10M", 250000 → "250k", 4096 → "4096"."""
+    for unit, suffix in ((1_000_000, "M"), (1_000, "k")):
+        if tokens >= 10 * unit or (tokens >= unit and tokens % (unit // 100) == 0):
+            return f"{tokens / unit:.4g}{suffix}"
+    return f"{tokens:.0f}"
+
+
+# Each metric as a function of a resample's sums, with the columns it needs. Later metrics join here.
+_METRICS = {
+    "r2": (("sse", "sst"), lambda s: 1.0 - s["sse"] / s["sst"]),
+    "cosine": (("cos_sum", "n_tokens"), lambda s: s["cos_sum"] / s["n_tokens"]),
+    "nmse": (("sse", "sum_sq"), lambda s: s["sse"] / s["sum_sq"]),
+    "swd": (("swd_sum", "n_tokens"), lambda s: s["swd_sum"] / s["n_tokens"]),
+    "abs_gdelta": (("abs_sum", "n_tokens"), lambda s: s["abs_sum"] / s["n_tokens"]),
+    "ce_rec": (("loss_orig", "loss_recon"), lambda s: 2.0 - s["loss_recon"] / s["loss_orig"]),
+}
+
+
+class SequenceTables:
+    """The evaluated sequences of many cells, ready for paired resampling.
+
+    Cells evaluated on the same sequences (all cells of a model; all models that share a tokenizer) share
+    every resample. R² keeps each sequence's Σ‖a − ā‖² around the mean of the whole evaluation set: the
+    mean is not drawn again.
+    """
+
+    def __init__(self, cells: pd.DataFrame, sequences: Mapping[str, pd.DataFrame] | pd.DataFrame | None) -> None:
+        self._cells = cells
+        self._groups: dict[tuple[int, ...], list[int]] = {}
+        tables = _by_key(sequences)
+        absent = [key for key in cells["cell_key"] if key not in tables]
+        if tables and absent:
+            raise ValueError(
+                f"cells {absent[:5]} (of {len(absent)}) have no sequence table; give one for all or for none"
+            )
+        self._columns: list[dict[str, Floats]] = []
+        for row, key in enumerate(cells["cell_key"]):
+            if not tables:
+                break
+            table = tables[key].sort_values("sequence")
+            self._groups.setdefault(tuple(table["sequence"].tolist()), []).append(row)
+            weights = table["n_tokens"].to_numpy(float)
+            columns = {name: table[name].to_numpy(float) for name in (*TOKEN_SUMS, "n_tokens")}
+            self._columns.append(columns | {name: weights * table[name].to_numpy(float) for name in LOSSES})
+
+    @property
+    def levels(self) -> str:
+        """What the resamples cover, in words for a report."""
+        return (
+            "cells (seeds within configurations) and sequences" if self._columns else "cells only: no sequence tables"
+        )
+
+    def blocks(
+        self, metrics: Sequence[str], *, n_resamples: int, seed: int, block: int = 250
+    ) -> Iterator[dict[str, Floats]]:
+        """Each metric of every cell in every sequence resample, (R, C) arrays a block of R at a time.
+
+        Without sequence tables every resample repeats the cell's own value.
+        """
+        size = len(self._cells)
+        if not self._columns:
+            for start in range(0, n_resamples, block):
+                shape = (min(block, n_resamples - start), size)
+                yield {name: np.broadcast_to(self._cells[name].to_numpy(float), shape) for name in metrics}
+            return
+        needed = sorted({column for name in metrics for column in _METRICS[name][0]})
+        stacked = [
+            (rows, np.stack([np.stack([self._columns[r][c] for r in rows], axis=1) for c in needed], axis=1))
+            for rows in self._groups.values()
+        ]
+        draws = [
+            count_blocks(len(ids), n_resamples, [seed, position], block) for position, ids in enumerate(self._groups)
+        ]
+        for counts in zip(*draws, strict=True):
+            result = {name: np.empty((len(counts[0]), size)) for name in metrics}
+            for (rows, columns_SMC), counts_RS in zip(stacked, counts, strict=True):
+                flat = counts_RS @ columns_SMC.reshape(len(columns_SMC), -1)
+                sums = dict(zip(needed, np.moveaxis(flat.reshape(len(counts_RS), len(needed), -1), 1, 0), strict=True))
+                for name in metrics:
+                    result[name][:, rows] = _METRICS[name][1](sums)
+            yield result
+
+
+def _by_key(sequences: Mapping[str, pd.DataFrame] | pd.DataFrame | None) -> dict[str, pd.DataFrame]:
+    if sequences is None:
+        return {}
+    if isinstance(sequences, pd.DataFrame):
+        return {str(key): table for key, table in sequences.groupby("cell_key", sort=False)}
+    return dict(sequences)
+
+
+def configurations(cells: pd.DataFrame) -> tuple[pd.DataFrame, list[npt.NDArray[np.int64]]]:
+    """The distinct (model, depth, layer, k, tokens) in report order and the rows (seeds) of each."""
+    codes = cells.groupby(list(CONFIGURATION), sort=False).ngroup().to_numpy()
+    rows = [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
+    table = cells.loc[[r[0] for r in rows], [*CONFIGURATION, "d_model"]].reset_index(drop=True)
+    table["n_seeds"] = [len(r) for r in rows]
+    return table, rows

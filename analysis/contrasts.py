@@ -1,0 +1,81 @@
+"""Means over seeds and differences between models, with two-level bootstrap intervals.
+
+Shape suffixes: R resamples, C cells, G configurations (model, layer, k, tokens).
+
+Each resample draws the evaluated sequences once for all cells that share them, and within every
+configuration its seeds, both with replacement. A configuration of one seed has sequence variation only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from analysis.bootstrap import Floats, percentile_interval
+from analysis.cells import SequenceTables, configurations
+
+METRICS = ("ce_rec", "r2")
+
+
+@dataclass(frozen=True)
+class ConfigurationMeans:
+    """One row a configuration: its metrics' means over seeds, `<metric>_lo` and `<metric>_hi`."""
+
+    table: pd.DataFrame
+    resamples: dict[str, Floats]  # metric → (R, G), columns in the table's row order
+
+
+def configuration_means(
+    cells: pd.DataFrame, tables: SequenceTables, *, n_resamples: int = 5_000, seed: int = 0
+) -> ConfigurationMeans:
+    """Mean over seeds of CE_rec and R² (with 95% intervals) and of every other numeric column."""
+    table, rows = configurations(cells)
+    rng = np.random.default_rng([seed, 1])
+    parts: dict[str, list[Floats]] = {metric: [] for metric in METRICS}
+    for block in tables.blocks(METRICS, n_resamples=n_resamples, seed=seed):
+        size = len(block[METRICS[0]])
+        draws = [r[rng.integers(len(r), size=(size, len(r)))] for r in rows]
+        for metric in METRICS:
+            means = [np.take_along_axis(block[metric], draw, axis=1).mean(axis=1) for draw in draws]
+            parts[metric].append(np.stack(means, axis=1))
+    resamples = {metric: np.concatenate(part) for metric, part in parts.items()}
+    numeric = [c for c in cells.select_dtypes("number").columns if c not in (*table.columns, "seed")]
+    for column in numeric:
+        table[column] = [float(cells[column].to_numpy(float)[r].mean()) for r in rows]
+    for metric in METRICS:
+        intervals = [percentile_interval(column) for column in resamples[metric].T]
+        table[f"{metric}_lo"] = [i.lo for i in intervals]
+        table[f"{metric}_hi"] = [i.hi for i in intervals]
+    return ConfigurationMeans(table, resamples)
+
+
+def model_deltas(means: ConfigurationMeans) -> pd.DataFrame:
+    """Widest minus narrowest model at the same depth, k and budget, with intervals; empty with one model.
+
+    Columns: depth, k, tokens, small, large, n_seeds (the fewer of the two), delta_ce_rec, delta_r2, each
+    with _lo and _hi. The models' shared sequences are resampled together, so their variation cancels.
+    """
+    records = []
+    for (depth, k, tokens), group in means.table.groupby(["depth", "k", "tokens"], sort=True):
+        ordered = group.sort_values(["d_model", "model"])
+        small, large = ordered.index[0], ordered.index[-1]
+        if ordered.loc[small, "model"] == ordered.loc[large, "model"]:
+            continue
+        record = {
+            "depth": depth,
+            "k": k,
+            "tokens": tokens,
+            "small": ordered.loc[small, "model"],
+            "large": ordered.loc[large, "model"],
+            "n_seeds": int(ordered.loc[[small, large], "n_seeds"].min()),
+        }
+        for metric in METRICS:
+            interval = percentile_interval(means.resamples[metric][:, large] - means.resamples[metric][:, small])
+            record[f"delta_{metric}"] = ordered.loc[large, metric] - ordered.loc[small, metric]
+            record[f"delta_{metric}_lo"], record[f"delta_{metric}_hi"] = interval
+        records.append(record)
+    columns = ["depth", "k", "tokens", "small", "large", "n_seeds"]
+    columns += [f"delta_{metric}{end}" for metric in METRICS for end in ("", "_lo", "_hi")]
+    return pd.DataFrame(records, columns=columns)

@@ -1,0 +1,115 @@
+"""A synthetic proxy-gap grid with known structure, for the leaderboard and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis.bootstrap import ce_rec_ci
+from analysis.budget import rate_bits, rate_bits_entropy
+from analysis.cells import CELL_COLUMNS
+from analysis.fidelity import SEQUENCE_COLUMNS, metrics_from_table
+
+LAYERS = {
+    "pythia-70m": (512, 6, (1, 3, 5)),
+    "pythia-160m": (768, 12, (2, 6, 10)),
+    "pythia-410m": (1024, 24, (4, 12, 20)),
+}
+DEPTHS = ("early", "mid", "late")
+TOKENS_A_SEQUENCE = 256
+
+
+@dataclass(frozen=True)
+class Grid:
+    cells: pd.DataFrame
+    sequences: dict[str, pd.DataFrame]
+    geometry: pd.DataFrame
+
+
+def _sequence_table(
+    ce: float, r2: float, d: int, n: int, difficulty: np.ndarray, rng: np.random.Generator
+) -> pd.DataFrame:
+    """Sequences whose ratio-of-sums metrics lie near ce and r2; SWD falls as CE_rec rises, whatever r2 does."""
+    t = TOKENS_A_SEQUENCE
+    sst = t * 0.5 * d * np.exp(0.3 * rng.normal(size=n))
+    sse = (1 - r2) * sst * np.exp(0.1 * rng.normal(size=n))
+    original = 3.2 * difficulty
+    table = pd.DataFrame(
+        {
+            "sequence": np.arange(n),
+            "n_tokens": t,
+            "loss_orig": original,
+            "loss_recon": original * (2 - ce) * np.exp(0.04 * rng.normal(size=n)),
+            "loss_zero": original + 6.0,
+            "sse": sse,
+            "sst": sst,
+            "sum_sq": 1.4 * sst,
+            "cos_sum": t * np.sqrt(r2) * np.exp(0.005 * rng.normal(size=n)),
+            "rel_sum": t * np.sqrt(1 - r2),
+            "swd_sum": t * 0.02 * (1.02 - ce) ** 2 * difficulty * np.exp(0.2 * rng.normal(size=n)),
+            "abs_sum": t * 0.1 * (1.05 - ce) ** 0.8 * difficulty * np.exp(0.3 * rng.normal(size=n)),
+        }
+    )
+    table["legacy_sum"] = t * (r2 - 0.03)
+    return table[list(SEQUENCE_COLUMNS)]
+
+
+def build_grid(
+    models: Sequence[str] = ("pythia-70m", "pythia-410m"),
+    depths: Sequence[str] = DEPTHS,
+    ks: Sequence[int] = (8, 16, 32, 64, 128, 256),
+    tokens: Sequence[int] = (10_000_000,),
+    seeds: int = 1,
+    n_sequences: int = 60,
+    seed: int = 0,
+) -> Grid:
+    """At fixed k the wide model has the higher R² and the lower CE_rec, as in the source study."""
+    rng = np.random.default_rng(seed)
+    difficulty = np.exp(0.25 * rng.normal(size=n_sequences))
+    records, sequences = [], {}
+    for model in models:
+        d, _, layers = LAYERS[model]
+        width = np.log2(d / 512)
+        for depth in depths:
+            position = DEPTHS.index(depth)
+            for k in ks:
+                for budget in tokens:
+                    for s in range(seeds):
+                        trained = np.log10(budget / 1e7)
+                        loss = (0.62 + 0.1 * width * (1 - trained) - 0.12 * position) * (8 / k) ** 0.65 * 0.55**trained
+                        ce = float(np.clip(1 - loss - 0.03 * rng.normal() * loss, 0.02, 0.995))
+                        r2 = 1 - (0.2 - 0.07 * width - 0.02 * position) * (8 / k) ** 0.3 * 0.8**trained
+                        key = f"{model}-{depth}-{k}-{budget}-{s}"
+                        table = _sequence_table(ce, r2, d, n_sequences, difficulty, rng)
+                        sequences[key] = table
+                        low, high = ce_rec_ci(table["loss_orig"], table["loss_recon"], n_resamples=500)
+                        metrics = metrics_from_table(table, d_model=d, mean_sq=0.1 * d)
+                        records.append(
+                            metrics
+                            | {"model": model, "layer": layers[position], "depth": depth, "k": k, "seed": s}
+                            | {"tokens": budget, "ce_rec_lo": low, "ce_rec_hi": high, "d_model": d, "d_sae": 32 * d}
+                            | {"alive": float(np.clip(0.1 * (k / 8) ** 0.6 * 1.4**trained, 0, 1)), "cell_key": key}
+                            | {"rate_bits": rate_bits(32 * d, k), "rate_bits_entropy": rate_bits_entropy(11.5, k)}
+                            | {"pr": 40.0 / (1 + position), "pr_deflated": 90.0}
+                        )
+    geometry = [
+        {
+            "model": model,
+            "layer": layer,
+            "d_model": LAYERS[model][0],
+            "pr": 1.2 + 80 * np.exp(-layer / 2) + 6 * layer / LAYERS[model][1],
+            "pr_deflated": 60 + 40 * np.sin(layer / 3),
+        }
+        for model in models
+        for layer in range(LAYERS[model][1])
+    ]
+    return Grid(pd.DataFrame(records)[list(CELL_COLUMNS)], sequences, pd.DataFrame(geometry))
+
+
+@pytest.fixture(scope="session")
+def make_grid() -> Callable[..., Grid]:
+    return build_grid

@@ -1,0 +1,137 @@
+"""The leaderboard: scipy agreement, explicit resampling, planted rankings, pairing, missing proxies."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from analysis import published
+from analysis.cells import SequenceTables, prepare_cells
+from analysis.proxies import _CellDraws, available_proxies, demean_within, leaderboard, midranks, pearson
+
+
+def _board(grid, **kwargs):
+    cells = prepare_cells(grid.cells)
+    return cells, leaderboard(cells, SequenceTables(cells, grid.sequences), **kwargs)
+
+
+def _value(board, proxy, relation="pooled", statistic="pearson", column="value", scope="all cells"):
+    t = board.table
+    row = t[(t.scope == scope) & (t.relation == relation) & (t.statistic == statistic) & (t.proxy == proxy)]
+    return float(row[column].iloc[0])
+
+
+def test_point_correlations_equal_scipy(make_grid):
+    cells, board = _board(make_grid(), n_resamples=20)
+    series = {"r2": cells.r2, "inv_swd": 1 / cells.swd, "inv_nmse": 1 / cells.nmse, "cosine": cells.cosine}
+    for name, x in series.items():
+        assert _value(board, name) == pytest.approx(stats.pearsonr(x, cells.ce_rec).statistic, abs=1e-12)
+        rho = stats.spearmanr(x, cells.ce_rec).statistic
+        assert _value(board, name, statistic="spearman") == pytest.approx(rho, abs=1e-12)
+        dx, dy = (v - v.groupby(cells.k).transform("mean") for v in (x, cells.ce_rec))
+        assert _value(board, name, "within k") == pytest.approx(stats.pearsonr(dx, dy).statistic, abs=1e-9)
+        assert _value(board, name, "within k", "spearman") == pytest.approx(stats.spearmanr(dx, dy).statistic, abs=1e-9)
+
+
+def test_weighted_correlations_equal_scipy_on_repeated_cells():
+    rng = np.random.default_rng(0)
+    x = np.round(rng.normal(size=(40, 15)), 1)  # rounding makes ties
+    y = np.round(x + rng.normal(size=(40, 15)), 1)
+    weight = rng.multinomial(15, np.full(15, 1 / 15), size=40).astype(float)
+    linear, rank = pearson(x, y, weight), pearson(midranks(x, weight), midranks(y, weight), weight)
+    for r in range(40):
+        repeat = np.repeat(np.arange(15), weight[r].astype(int))
+        assert linear[r] == pytest.approx(stats.pearsonr(x[r, repeat], y[r, repeat]).statistic, abs=1e-12)
+        assert rank[r] == pytest.approx(stats.spearmanr(x[r, repeat], y[r, repeat]).statistic, abs=1e-12)
+        np.testing.assert_allclose(midranks(x, weight)[r, repeat], stats.rankdata(x[r, repeat]))
+
+
+def test_demeaning_removes_group_effects_and_undefined_correlations_are_nan():
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(6, 12))
+    group = np.repeat([8, 16, 32], 4)
+    ones = np.ones_like(x)
+    shifted = x + 1e3 * group
+    np.testing.assert_allclose(demean_within(shifted, ones, group), demean_within(x, ones, group), atol=1e-9)
+    one_each = demean_within(rng.normal(size=(1, 3)) + 0.1, np.ones((1, 3)), np.array([1, 2, 3]))
+    assert (one_each == 0).all()
+    assert np.isnan(pearson(one_each, np.array([[1.0, 2.0, 3.0]]), np.ones((1, 3)))).all()
+
+
+def test_planted_ranking_is_recovered(make_grid):
+    """SWD is built from CE_rec and R² against it at fixed k, so 1/SWD leads within k and R² is negative."""
+    _, board = _board(make_grid(depths=("mid",), n_sequences=100), n_resamples=600)
+    within = board.table[(board.table.relation == "within k") & (board.table.statistic == "spearman")]
+    assert within.iloc[-1]["proxy"] in {"r2", "inv_nmse", "cosine"}
+    assert within.iloc[0]["proxy"] in {"inv_swd", "inv_abs_gdelta"}
+    assert _value(board, "r2", "within k", column="hi") < 0
+    assert _value(board, "inv_swd", "within k", "spearman", "minus_r2_lo") > 0
+    pair = board.pairs[
+        (board.pairs.relation == "within k")
+        & (board.pairs.statistic == "spearman")
+        & (board.pairs.proxy_a == "inv_swd")
+    ].set_index("proxy_b")
+    assert pair.loc["r2", "difference"] == pytest.approx(_value(board, "inv_swd", "within k", "spearman", "minus_r2"))
+    assert pair.loc["r2", "lo"] == _value(board, "inv_swd", "within k", "spearman", "minus_r2_lo")
+
+
+def test_correlation_interval_matches_fisher_z_when_only_cells_vary(make_grid):
+    grid = make_grid(models=("pythia-70m", "pythia-160m", "pythia-410m"))
+    cells = prepare_cells(grid.cells)
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=len(cells))
+    cells["r2"], cells["ce_rec"] = x, 0.7 * x + rng.normal(size=len(cells)) * 0.7
+    board = leaderboard(cells, SequenceTables(cells, None), n_resamples=4_000)
+    z = np.arctanh(_value(board, "r2"))
+    half = 1.96 / np.sqrt(len(cells) - 3)
+    assert _value(board, "r2", column="lo") == pytest.approx(np.tanh(z - half), abs=0.08)
+    assert _value(board, "r2", column="hi") == pytest.approx(np.tanh(z + half), abs=0.08)
+
+
+def test_cell_draws_keep_seeds_with_their_configuration(make_grid):
+    cells = prepare_cells(make_grid(depths=("mid",), ks=(8, 16), seeds=3, n_sequences=5).cells)
+    cells = cells.drop(index=0).reset_index(drop=True)  # one configuration keeps two seeds
+    weight = _CellDraws(cells).weights(40_000, np.random.default_rng(0))
+    totals = np.stack([weight[:, :2].sum(1), weight[:, 2:5].sum(1), weight[:, 5:8].sum(1), weight[:, 8:].sum(1)])
+    sizes = np.array([[2], [3], [3], [3]])
+    assert (totals % sizes == 0).all()
+    assert ((totals / sizes).sum(axis=0) == 4).all()
+    np.testing.assert_allclose(weight.mean(axis=0), 1.0, atol=0.03)  # five standard errors
+
+
+def test_scopes_missing_proxies_and_tiny_grids(make_grid):
+    grid = make_grid(ks=(8, 16), n_sequences=9)
+    cells = prepare_cells(grid.cells)
+    cells["swd"] = np.nan
+    cells.loc[0, "abs_gdelta"] = 0.0
+    kept, dropped = available_proxies(cells)
+    assert [p.name for p in kept] == ["r2", "cosine", "inv_nmse"]
+    assert dropped == ["1/SWD: no cell measured `swd`", "1/E|gᵀδ|: `abs_gdelta` is missing or zero in 1 of 12 cells"]
+    scopes = {"early": (cells.depth == "early").to_numpy(), "two": np.arange(12) < 2}
+    board = leaderboard(cells, SequenceTables(cells, grid.sequences), scopes=scopes, n_resamples=50)
+    assert set(board.table["scope"]) == {"early"}
+    alone = leaderboard(cells[:2], SequenceTables(cells[:2], grid.sequences), n_resamples=50)
+    assert alone.table.empty
+    assert alone.pairs.empty
+
+
+def test_board_is_deterministic(make_grid):
+    grid = make_grid(ks=(8, 16), n_sequences=20)
+    first, second = (_board(grid, n_resamples=300)[1] for _ in range(2))
+    assert first.table.equals(second.table)
+    assert first.pairs.equals(second.pairs)
+
+
+@pytest.mark.slow
+def test_large_grid_is_fast(make_grid):
+    """486 cells, 200 sequences, 2,000 resamples of both levels."""
+    models = ("pythia-70m", "pythia-160m", "pythia-410m")
+    grid = make_grid(models, tokens=(published.TEN, published.FIFTY, published.HUNDRED), seeds=3, n_sequences=200)
+    start = time.process_time()
+    _, board = _board(grid)
+    assert len(grid.cells) == 486
+    assert time.process_time() - start < 60
+    assert len(board.table) == 20
