@@ -43,6 +43,7 @@ class RunSettings:
     lm_path: str = ""  # local folder with the language model (Hugging Face format) instead of the hub
     stream_path: str = ""  # local folder with the token shards (same Parquet schema) instead of the hub
     on_corrupt: str = "raise"  # a corrupt shard: "raise" names it and stops, "skip" names it and goes on
+    gpu_memory_gb: float = 0.0  # of one GPU; 0: asked of this node's first GPU
     price_per_hour: float = 0.0  # money per machine hour, for --plan
     mlflow_artifact_mb: float = 64.0  # larger files stay in the ledger alone; MLflow gets their address
     probe: bool = True  # --plan measures a few steps to calibrate its estimate

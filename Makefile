@@ -1,0 +1,37 @@
+# Every target sets itself up: the virtual environment is made once from requirements.lock.
+PYTHON ?= python3.11
+PY := .venv/bin/python
+READY := .venv/.ready
+
+.PHONY: venv proxy-gap test test-fast lint bench ui clean
+
+venv: $(READY)
+
+$(READY): requirements.lock
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps -r requirements.lock
+	touch $@
+
+proxy-gap: $(READY)
+	$(PY) sweeps/proxy_gap.py
+
+test: $(READY)
+	$(PY) -m pytest
+
+test-fast: $(READY)
+	$(PY) -m pytest -m "not slow"
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: $(READY)
+	for b in benchmarks/[!_]*.py; do $(PY) $$b --quick || exit 1; done
+
+ui: $(READY)
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false .venv/bin/mlflow server --backend-store-uri sqlite:///runs/mlflow.db \
+		--artifacts-destination runs/mlartifacts --host 127.0.0.1 --port 5000
+
+clean:
+	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

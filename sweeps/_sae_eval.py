@@ -1,0 +1,139 @@
+"""Evaluates SAEs on the held-out sequences: one LM pass and one backward serve every cell of the pack.
+
+Shape suffixes: S sequences, B sequences of a chunk, T context, D = d_model, k active features.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from models.sae_io import save_saelens
+
+from analysis.budget import FeatureCounts
+from analysis.cells import CELL_COLUMNS, IDENTITY, cell_record
+from analysis.fidelity import SequenceSums
+from analysis.geometry import CovarianceSums
+from data.pile import TokenStream
+from models.topk_sae import TopKSAE
+from sweeps._context import PackContext
+from sweeps._sweep import Row, UserError
+
+if TYPE_CHECKING:
+    from models.host_lm import HostLM
+    from sweeps.proxy_gap import SAECell
+
+_CHUNK = 8  # sequences evaluated at once
+_RESAMPLES = 5000
+_UNITS = {"mse": "squared norm / d_model", "loss_orig": "nats/token", "loss_recon": "nats/token"} | {
+    "loss_zero": "nats/token",
+    "rate_bits": "bits/token",
+    "rate_bits_entropy": "bits/token",
+    "swd": "nats²",
+    "abs_gdelta": "nats",
+}
+
+
+class Evaluation:
+    """The held-out sequences of a stream, with what all SAEs of a pack share, made once.
+
+    Holds activations and gradients of the hooked layers: 2 · layers · S · T · D float32 on the device.
+    """
+
+    def __init__(
+        self, lm: HostLM, stream: TokenStream, layers: Sequence[int], cell: SAECell, context: PackContext
+    ) -> None:
+        self.lm, self.layers = lm, layers
+        self.cell, self.stream = cell, stream
+        self.logits_dtype = torch.bfloat16 if cell.lm_dtype == "bfloat16" else torch.float32
+        context.progress(force=True, phase="evaluating the unpatched model")
+        try:
+            tokens = stream.eval_sequences(cell.eval_sequences)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self.tokens_ST = torch.from_numpy(tokens.astype("int64")).to(context.device)
+        self._pass()
+
+    def _chunks(self) -> list[slice]:
+        return [slice(i, i + _CHUNK) for i in range(0, len(self.tokens_ST), _CHUNK)]
+
+    def _pass(self) -> None:
+        sums = {layer: CovarianceSums() for layer in range(self.lm.n_layers)}
+        losses: list[torch.Tensor] = []
+        acts, grads, zero_losses = (_lists(self.layers) for _ in range(3))
+        for rows in self._chunks():
+            tokens_BT = self.tokens_ST[rows]
+            for layer, a_BTD in self.lm.activations(tokens_BT, list(sums)).items():
+                sums[layer].update(a_BTD)
+            loss_B, a, g = self.lm.loss_and_gradients(tokens_BT, self.layers, logits_dtype=self.logits_dtype)
+            losses.append(loss_B)
+            for layer in self.layers:
+                acts[layer].append(a[layer])
+                grads[layer].append(g[layer])
+                zeros = torch.zeros_like(a[layer])
+                zero_losses[layer].append(self.lm.patched_loss(zeros, layer, tokens_BT, logits_dtype=self.logits_dtype))
+        self.loss_orig_S = torch.cat(losses)
+        self.a_STD = {layer: torch.cat(parts) for layer, parts in acts.items()}
+        self.g_STD = {layer: torch.cat(parts) for layer, parts in grads.items()}
+        self.loss_zero_S = {layer: torch.cat(parts) for layer, parts in zero_losses.items()}
+        # the gradients' own forward pass may round differently in low precision; the mean must be of a_STD itself
+        self.mean_D = {}
+        for layer in self.layers:
+            exact = CovarianceSums()
+            exact.update(self.a_STD[layer])
+            self.mean_D[layer] = exact.mean_D
+        self.geometry = {layer: s.summary() for layer, s in sums.items()}
+
+    def run(self, cell: SAECell, sae: TopKSAE) -> tuple[list[Row], dict[str, bytes | Path], float]:
+        """Rows, files and CE_rec of one trained SAE."""
+        sums = SequenceSums(self.mean_D[cell.layer])
+        features = FeatureCounts(cell.d_sae)
+        for rows in self._chunks():
+            a_BTD = self.a_STD[cell.layer][rows]
+            index_BTk, value_BTk = sae.encode(a_BTD)
+            a_hat_BTD = sae.decode(index_BTk, value_BTk)
+            sequence_B = torch.arange(rows.start, rows.start + len(a_BTD))
+            sums.update(a_BTD, a_hat_BTD, sequence_B, self.g_STD[cell.layer][rows])
+            features.update(index_BTk.flatten(0, -2), value_BTk.flatten(0, -2))
+            recon_B = self.lm.patched_loss(a_hat_BTD, cell.layer, self.tokens_ST[rows], logits_dtype=self.logits_dtype)
+            sums.add_losses(sequence_B, self.loss_orig_S[rows], recon_B, self.loss_zero_S[cell.layer][rows])
+        identity = {name: getattr(cell, name) for name in IDENTITY} | {"cell_key": cell.key}
+        record = cell_record(identity, sums, features, self.geometry[cell.layer], n_resamples=_RESAMPLES)
+        numbers = [n for n in CELL_COLUMNS if n not in (*IDENTITY, "cell_key")]
+        rows_out = [Row(n, float(str(record[n])), _UNITS.get(n, "")) for n in numbers]
+        for layer, summary in self.geometry.items():
+            at = {"geometry_layer": layer}
+            rows_out += [
+                Row("pr_of_layer", summary["pr"], "", at),
+                Row("pr_deflated_of_layer", summary["pr_deflated"], "", at),
+            ]
+        table = io.BytesIO()
+        sums.table().to_parquet(table, index=False)
+        files: dict[str, bytes | Path] = {"sequences.parquet": table.getvalue(), **self._sae_files(cell, sae)}
+        return rows_out, files, float(str(record["ce_rec"]))
+
+    def _sae_files(self, cell: SAECell, sae: TopKSAE) -> dict[str, bytes | Path]:
+        with tempfile.TemporaryDirectory() as folder:
+            save_saelens(
+                sae,
+                Path(folder),
+                {
+                    "model_name": cell.model,
+                    "hook_name": self.lm.hook_name(cell.layer),
+                    "hook_layer": cell.layer,
+                    "context_size": cell.context,
+                    "dataset_path": self.stream.source,
+                    "training_tokens": cell.tokens,
+                    "prepend_bos": False,
+                    "plumbline_cell": cell.key,
+                },
+            )
+            return {f"sae/{p.name}": p.read_bytes() for p in Path(folder).iterdir()}
+
+
+def _lists(layers: Sequence[int]) -> dict[int, list[torch.Tensor]]:
+    return {layer: [] for layer in layers}

@@ -1,0 +1,296 @@
+"""Trains a pack of SAEs on one language-model pass and publishes each cell when its budget is reached.
+
+Shape suffixes: B tokens of a step, N tokens of a shuffle block, D = d_model, T context.
+
+The stream is cut into blocks of `shuffle_sequences` sequences. A block's activations (every hooked layer, one LM
+pass) are permuted by a seed that depends on the block's number alone and served as consecutive steps. So step s of
+every SAE of a model sees the same tokens whatever else is in the pack, a restart needs no buffer (it redoes the
+block its step lies in), and the shuffle's memory is one block.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from models.topk_sae import SAEBank, SAEConfig, SparseTrainer
+from sweeps._context import PackContext, short_name
+from sweeps._sae_eval import Evaluation
+from sweeps._sae_sources import fingerprint, open_lm, open_stream
+from sweeps._sweep import Row, UserError
+
+if TYPE_CHECKING:
+    from models.host_lm import HostLM
+    from sweeps.proxy_gap import SAECell
+
+_LM_BATCH = 16  # sequences a forward pass while activations are collected
+_CURVE_POINTS = 200
+
+
+def sae_config(cell: SAECell, d_in: int) -> SAEConfig:
+    """The trainer's configuration for a cell; raises UserError."""
+    try:
+        return SAEConfig(
+            d_in=d_in,
+            d_sae=cell.d_sae,
+            k=cell.k,
+            seed=cell.seed,
+            lr=cell.lr,
+            schedule=cell.schedule,  # type: ignore[arg-type]
+            warmup_steps=cell.warmup_steps,
+            decay_steps=cell.decay_steps,
+            aux_coefficient=cell.aux_coefficient,
+            dead_after_steps=cell.dead_after_steps,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+@dataclass
+class Trajectory:
+    """One SAE on its way through the budgets of its cells, with the decay branches that have left it.
+
+    All of it stands at one step: the trunk advances to its last branching point, each branch to its budget.
+    """
+
+    key: tuple[Any, ...]
+    name: str
+    cells: list[SAECell]  # not yet published, by budget
+    config: SAEConfig
+    trainer: SparseTrainer
+    branches: dict[int, SparseTrainer] = field(default_factory=dict)  # by budget in steps
+    curve: list[tuple[int, float, float, int]] = field(default_factory=list)  # step, loss, grad norm, dead
+    block: tuple[int, int] = (0, 0)  # shuffle block of the last step, index of its first sequence
+
+    @property
+    def layer(self) -> int:
+        return self.cells[0].layer
+
+    @property
+    def step_count(self) -> int:
+        return max([self.trainer.step_count, *(b.step_count for b in self.branches.values())])
+
+    def branch_off(self) -> None:
+        """Start the decay branches that leave the trunk at this step."""
+        for cell in self.cells:
+            leaves = self.config.branch_step(cell.steps)
+            if leaves < cell.steps and leaves == self.trainer.step_count and cell.steps not in self.branches:
+                self.branches[cell.steps] = self.trainer.branch()
+
+    def running(self) -> list[SparseTrainer]:
+        """Trunk and branches that have a step to do."""
+        end = max(self.config.branch_step(cell.steps) for cell in self.cells)
+        trunk = [self.trainer] if self.trainer.step_count < end else []
+        return trunk + [b for budget, b in self.branches.items() if b.step_count < budget]
+
+    def finished(self, cell: SAECell) -> SparseTrainer | None:
+        """The trainer that stands at the cell's budget, if one does."""
+        trainer = self.branches.get(cell.steps, self.trainer)
+        at_end = self.config.branch_step(cell.steps) == cell.steps or cell.steps in self.branches
+        return trainer if at_end and trainer.step_count == cell.steps else None
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "step": self.step_count,
+            "trunk": self.trainer.state_dict(),
+            "branches": {str(budget): b.state_dict() for budget, b in self.branches.items()},
+            "curve": json.dumps(self.curve),
+            "block": list(self.block),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.trainer.load_state_dict(state["trunk"])
+        for budget, branch in state["branches"].items():
+            twin = SparseTrainer(
+                self.config,
+                backend=self.trainer.backend,
+                n_threads=self.trainer.n_threads,
+                device=self.trainer.device,
+                name=self.trainer.name,
+                scratch=self.trainer.scratch,
+            )
+            twin.load_state_dict(branch)
+            self.branches[int(budget)] = twin
+        self.curve = [
+            (int(s), float(loss), float(norm), int(dead)) for s, loss, norm, dead in json.loads(state["curve"])
+        ]
+        self.block = (int(state["block"][0]), int(state["block"][1]))
+
+
+def train_pack(cells: Sequence[SAECell], context: PackContext) -> None:
+    """Train, evaluate and publish every cell; all must share model, stream, context, batch and shuffle."""
+    torch.set_num_threads(context.threads)
+    first = cells[0]
+    context.progress(force=True, phase=f"loading {first.model}")
+    lm = open_lm(first, context.run, context.device)
+    run = _PackRun(cells, lm, context)
+    run.go()
+
+
+class _PackRun:
+    def __init__(self, cells: Sequence[SAECell], lm: HostLM, context: PackContext) -> None:
+        self.lm, self.context, self.first = lm, context, cells[0]
+        self.stream = open_stream(self.first, context.run, lm.tokenizer_dir)
+        try:
+            self.stream.require(max(c.tokens for c in cells), self.first.eval_sequences)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self.batch = self.first.batch_tokens
+        self.block_steps = self.first.shuffle_sequences * self.first.context // self.batch
+        self.layers = sorted({c.layer for c in cells})
+        groups: dict[tuple[Any, ...], list[SAECell]] = {}
+        for cell in cells:
+            groups.setdefault(cell.trajectory(), []).append(cell)
+        configs: dict[Any, tuple[int, SAEConfig]] = {
+            key: (group[0].layer, sae_config(group[0], lm.d_model)) for key, group in groups.items()
+        }
+        self.bank = SAEBank(configs, n_threads=context.threads, device=context.device, backend="auto")
+        self.trajectories = [
+            Trajectory(
+                key=key,
+                name=short_name([fingerprint(replace(group[0], tokens=self.batch), context.run)]),
+                cells=sorted(group, key=lambda c: c.tokens),
+                config=configs[key][1],
+                trainer=self.bank.trainers[key],
+            )
+            for key, group in groups.items()
+        ]
+        self._last = max(c.steps for c in cells)
+        self._saved = time.monotonic()
+        self._save_took = 0.0
+        self._began = (time.monotonic(), 0)
+        self._best = float("-inf")
+
+    def go(self) -> None:
+        self.evaluation = Evaluation(self.lm, self.stream, self.layers, self.first, self.context)
+        for t in self.trajectories:
+            self._resume(t)
+        self._finish_due()
+        step = min((t.step_count for t in self.trajectories), default=0)
+        self._began = (time.monotonic(), step)
+        for block, index, acts_ND in self._blocks(step):
+            for number in range(max(step, block * self.block_steps), (block + 1) * self.block_steps):
+                if not self.trajectories:
+                    return
+                row = (number - block * self.block_steps) * self.batch
+                self._step(number, (block, index), {layer: a[row : row + self.batch] for layer, a in acts_ND.items()})
+                self._finish_due()
+                self._tell(number + 1)
+                if time.monotonic() - self._saved > max(self.context.run.checkpoint_seconds, 20 * self._save_took):
+                    self._checkpoint()
+        if self.trajectories:
+            t = self.trajectories[0]
+            raise UserError(
+                f"the stream ended at {t.step_count * self.batch} of {t.cells[-1].tokens} tokens; "
+                "choose a smaller budget"
+            )
+
+    def _resume(self, t: Trajectory) -> None:
+        """Continue from the checkpoint, unless it lies beyond a budget that is still to be published."""
+        state = self.context.work.load(t.name)
+        if state is not None and int(state["step"]) <= t.cells[0].steps:
+            t.restore(state)
+
+    def _blocks(self, step: int) -> Iterator[tuple[int, int, dict[int, torch.Tensor]]]:
+        """From the shuffle block that holds `step` on: (block, index of its first sequence, permuted activations)."""
+        n = self.first.shuffle_sequences
+        block = step // self.block_steps
+        # indices have gaps where a corrupt shard was skipped, so the checkpoint says where its block began
+        start = next((t.block[1] for t in self.trajectories if t.block[0] == block and t.step_count), block * n)
+        parts: list[tuple[int, np.ndarray]] = []
+        for index, tokens_nT in self.stream.sequences(start):
+            parts.append((index, tokens_nT))
+            while sum(len(tokens) for _, tokens in parts) >= n:
+                rows = np.concatenate([tokens for _, tokens in parts])
+                yield block, parts[0][0], self._activations(rows[:n], block)
+                left = len(rows) - n
+                parts = [(index + len(tokens_nT) - left, rows[n:])] if left else []
+                block += 1
+        if parts:
+            yield block, parts[0][0], self._activations(np.concatenate([tokens for _, tokens in parts]), block)
+
+    def _activations(self, tokens_NT: np.ndarray, block: int) -> dict[int, torch.Tensor]:
+        """Activations of a block in its shuffled order, {layer: [N, D] float32}."""
+        n, width = tokens_NT.size, self.lm.d_model
+        device = torch.device(self.context.device)
+        place = torch.from_numpy(np.random.default_rng([block, n]).permutation(n)).to(device)
+        out = {layer: torch.empty(n, width, device=device) for layer in self.layers}
+        for i in range(0, len(tokens_NT), _LM_BATCH):
+            tokens_BT = torch.from_numpy(tokens_NT[i : i + _LM_BATCH].astype(np.int64)).to(device)
+            rows = place[i * self.first.context :][: tokens_BT.numel()]
+            for layer, a_BTD in self.lm.activations(tokens_BT, self.layers).items():
+                out[layer][rows] = a_BTD.flatten(0, 1)
+        return out
+
+    def _step(self, number: int, block: tuple[int, int], acts_BD: dict[int, torch.Tensor]) -> None:
+        """Step `number` of the stream for every SAE that stands there."""
+        if len(acts_BD[self.layers[0]]) < self.batch:
+            return  # the stream's last, partial batch
+        for t in self.trajectories:
+            if t.step_count != number:
+                continue
+            t.branch_off()
+            for trainer in t.running():
+                try:
+                    stats = trainer.step(acts_BD[t.layer])
+                except (ValueError, FloatingPointError) as error:
+                    raise UserError(str(error)) from error
+                every = max(1, t.cells[-1].steps // _CURVE_POINTS)
+                if trainer is t.trainer and (stats.step % every == 0 or stats.step in {c.steps for c in t.cells}):
+                    t.curve.append((stats.step, stats.loss, stats.grad_norm, stats.dead))
+            t.block = block
+
+    def _finish_due(self) -> None:
+        """Evaluate and publish the cells whose budget is reached; forget SAEs with no cell left."""
+        due = [(t, t.cells[0], done) for t in self.trajectories if (done := t.finished(t.cells[0])) is not None]
+        if not due:
+            return
+        for i, (t, cell, trainer) in enumerate(due):
+            self.context.progress(force=True, phase=f"evaluating SAE {i + 1} of {len(due)}")
+            rows, files, ce_rec = self.evaluation.run(cell, trainer.sae)
+            self._best = max(self._best, ce_rec)
+            self.context.publish(cell, [*rows, *_curve_rows(t, cell)], files)
+            self.context.progress(best=self._best)
+            t.cells.pop(0)
+            t.branches.pop(cell.steps, None)
+            if not t.cells:
+                self.context.work.drop(t.name)
+                self.bank.pop(t.key)
+        self.trajectories = [t for t in self.trajectories if t.cells]
+
+    def _checkpoint(self) -> None:
+        began = time.monotonic()
+        for t in self.trajectories:
+            self.context.work.save(t.name, t.step_count, t.state())
+        self._saved = time.monotonic()
+        self._save_took = self._saved - began
+
+    def _tell(self, step: int) -> None:
+        then, start = self._began
+        rate = (step - start) * self.batch / max(1e-6, time.monotonic() - then)
+        self.context.progress(
+            done=step * self.batch,
+            total=self._last * self.batch,
+            rate=rate,
+            eta=(self._last - step) * self.batch / max(rate, 1e-9),
+            phase=f"training {len(self.trajectories)} SAEs",
+        )
+
+
+def _curve_rows(t: Trajectory, cell: SAECell) -> list[Row]:
+    rows = []
+    for step, loss, norm, dead in t.curve:
+        if step <= cell.steps:
+            at = {"step": step * cell.batch_tokens}
+            rows += [
+                Row("train_loss", loss, "squared norm", at),
+                Row("train_grad_norm", norm, "", at),
+                Row("train_dead", dead, "features", at),
+            ]
+    return rows

@@ -1,0 +1,217 @@
+"""Packs of the proxy gap by memory and devices, and what finishing them takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from sweeps._sweep import Estimate, Pack, UserError
+from sweeps._where import Machine, RunSettings
+
+if TYPE_CHECKING:
+    from models.host_lm import HostLMSpec
+    from sweeps.proxy_gap import SAECell
+
+_PROCESS_BYTES = 3 * 2**29  # an interpreter with torch, transformers and Ray loaded
+_USABLE = 0.75  # share of free memory that packs may plan with
+_LM_EFFICIENCY = 0.6  # of the matmul rate that a whole transformer block reaches
+_NOMINAL_FLOPS = 5e10  # a CPU core, when nothing is measured
+
+
+def _spec(cell: SAECell, run: RunSettings) -> HostLMSpec:
+    from models.host_lm import host_lm_spec
+
+    try:
+        return host_lm_spec(cell.model, run.lm_path or None)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def pack_bytes(cells: Sequence[SAECell], run: RunSettings) -> int:
+    """Peak memory of one pack: process, LM, SAEs with their training state, one shuffle block, evaluation."""
+    from models.topk_sae import bank_bytes
+    from sweeps._sae_grid import sae_config
+
+    first, spec = cells[0], _spec(cells[0], run)
+    width = spec.d_model
+    layers = len({c.layer for c in cells})
+    configs = {c.trajectory(): sae_config(c, width) for c in cells}
+    lm = spec.n_parameters * (2 if first.lm_dtype == "bfloat16" else 4)
+    block = layers * first.shuffle_sequences * first.context * width * 4
+    evaluation = 2 * layers * first.eval_sequences * first.context * width * 4
+    covariance = spec.n_layers * width * width * 8
+    return _PROCESS_BYTES + lm + block + evaluation + covariance + bank_bytes(configs.values(), first.batch_tokens)
+
+
+def _groups(cells: Sequence[SAECell]) -> dict[tuple[Any, ...], dict[tuple[Any, ...], list[SAECell]]]:
+    """{what an LM pass is shared by: {trajectory: its cells}}, both in plan order by layer."""
+    groups: dict[tuple[Any, ...], dict[tuple[Any, ...], list[SAECell]]] = {}
+    for cell in sorted(cells, key=lambda c: c.layer):
+        shared = (cell.model, cell.stream, cell.context, cell.batch_tokens, cell.shuffle_sequences)
+        shared += (cell.eval_sequences, cell.lm_dtype)
+        groups.setdefault(shared, {}).setdefault(cell.trajectory(), []).append(cell)
+    return groups
+
+
+def _split(trajectories: list[list[SAECell]], parts: int) -> list[list[SAECell]]:
+    """Contiguous parts (neighbouring layers together) of nearly equal numbers of trajectories."""
+    bounds = [len(trajectories) * i // parts for i in range(parts + 1)]
+    chunks = [trajectories[lo:hi] for lo, hi in pairwise(bounds)]
+    return [[cell for trajectory in chunk for cell in trajectory] for chunk in chunks if chunk]
+
+
+def make_packs(cells: Sequence[SAECell], machine: Machine, run: RunSettings) -> list[Pack]:
+    """One pack a (model, stream) where it fits; more where memory, `cells_per_pack` or idle devices ask for it.
+
+    Raises UserError when a single SAE does not fit.
+    """
+    groups = [list(g.values()) for g in _groups(cells).values()]
+    devices = machine.gpus or machine.nodes
+    per_node = max(1, machine.cpus // machine.nodes)
+    wanted = _shares([len(g) for g in groups], max(len(groups), devices))
+    side_by_side = 1 if machine.gpus else min(per_node, max(1, -(-sum(wanted) // machine.nodes)))
+    room = _device_bytes(machine, run) * _USABLE / side_by_side
+    out: list[list[SAECell]] = []
+    for trajectories, parts in zip(groups, wanted, strict=True):
+        while True:
+            split = _split(trajectories, parts)
+            too_large = any(pack_bytes(p, run) > room for p in split)
+            too_many = run.cells_per_pack and any(len(p) > run.cells_per_pack for p in split)
+            if not (too_large or too_many) or parts >= len(trajectories):
+                break
+            parts += 1
+        largest = max(pack_bytes(p, run) for p in split)
+        if largest > room and parts >= len(trajectories):
+            raise UserError(
+                f"one SAE of {split[0][0].model} with d_sae={split[0][0].d_sae} needs {largest / 2**30:.1f} GiB but "
+                f"{room / 2**30:.1f} GiB are free for a pack; choose a smaller expansion, batch_tokens or threads that "
+                "leave one pack alone on the machine"
+            )
+        out += split
+    on_node = -(-len(out) // machine.nodes)
+    if machine.gpus:
+        cpus, gpus = max(1, machine.cpus // machine.gpus), 1.0
+    else:
+        cpus, gpus = run.threads or max(1, per_node // min(per_node, on_node)), 0.0
+    return [
+        Pack(
+            name=f"{part[0].model}-{i:02d}",
+            cells=tuple(part),
+            cpus=run.threads or cpus,
+            gpus=gpus,
+            memory_bytes=pack_bytes(part, run),
+        )
+        for i, part in enumerate(out)
+    ]
+
+
+def _shares(sizes: list[int], total: int) -> list[int]:
+    """`total` parts over groups in proportion to their sizes, at least one each, at most one a trajectory."""
+    shares = [1] * len(sizes)
+    while sum(shares) < total:
+        open_groups = [i for i, n in enumerate(sizes) if shares[i] < n]
+        if not open_groups:
+            break
+        shares[max(open_groups, key=lambda i: sizes[i] / shares[i])] += 1
+    return shares
+
+
+def _device_bytes(machine: Machine, run: RunSettings) -> int:
+    if not machine.gpus:
+        return machine.memory_bytes
+    if run.gpu_memory_gb:
+        return int(run.gpu_memory_gb * 2**30)
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError("the cluster has GPUs but this node has none to ask for its memory; add --set gpu_memory_gb=80")
+    return torch.cuda.get_device_properties(0).total_memory
+
+
+def estimate(cells: Sequence[SAECell], machine: Machine, run: RunSettings) -> Estimate:
+    """Passes, tokens, FLOPs, memory and time to finish `cells` on this machine."""
+    from models.host_lm import lm_flops_per_token
+    from models.topk_sae import step_flops
+    from sweeps._sae_grid import sae_config
+    from sweeps.proxy_gap import SAECell
+
+    if not cells:
+        return Estimate(seconds=0.0, basis="nothing to do")
+    packs = make_packs(cells, machine, run)
+    tokens, flops, busy = 0, 0.0, 0.0
+    measured: dict[tuple[Any, ...], tuple[float, float]] = {}
+    for pack in packs:
+        part = [c for c in pack.cells if isinstance(c, SAECell)]
+        first = part[0]
+        spec = _spec(first, run)
+        deepest = max(c.layer for c in part)
+        longest = max(c.tokens for c in part)
+        forward = partial(lm_flops_per_token, first.model, context=first.context, lm_path=run.lm_path or None)
+        evaluated = first.eval_sequences * first.context
+        lm = longest * forward(deepest) + 4 * evaluated * forward(None)
+        for cell in part:
+            lm += evaluated * (forward(None) - forward(cell.layer))
+        longest_of = {c.trajectory(): c for c in sorted(part, key=lambda c: c.tokens)}
+        train = sum(step_flops(sae_config(c, spec.d_model), c.batch_tokens) * c.steps for c in longest_of.values())
+        tokens += longest
+        flops += lm + train
+        kind = (first.model, first.d_sae, first.batch_tokens, pack.cpus)
+        if kind not in measured:
+            measured[kind] = _probe(first, spec.d_model, int(pack.cpus), run)
+        lm_rate, sae_rate = measured[kind]
+        busy += lm / lm_rate + train / sae_rate
+    abreast = min(
+        len(packs), machine.gpus or machine.nodes * max(1, machine.cpus // machine.nodes // int(packs[0].cpus))
+    )
+    basis = "calibrated by a short probe" if run.probe else f"assuming {_NOMINAL_FLOPS:.0e} FLOP/s a core, not measured"
+    return Estimate(
+        lm_passes=len(packs),
+        tokens=tokens,
+        flops=flops,
+        memory_bytes=max(p.memory_bytes for p in packs),
+        seconds=busy / abreast,
+        basis=basis,
+    )
+
+
+def _probe(cell: SAECell, d_in: int, threads: int, run: RunSettings) -> tuple[float, float]:
+    """Measured FLOP/s of the LM's matmuls and of the SAE step at the cell's true shape: a few seconds."""
+    if not run.probe:
+        return _NOMINAL_FLOPS * threads, _NOMINAL_FLOPS * threads
+    import torch
+
+    from models.topk_sae import SparseTrainer, step_flops
+    from sweeps._sae_grid import sae_config
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        dtype = getattr(torch, cell.lm_dtype)
+        x = torch.randn(cell.batch_tokens, d_in, device=device, dtype=dtype)
+        w = torch.randn(d_in, 4 * d_in, device=device, dtype=dtype)
+        lm_rate = 2 * x.numel() * w.shape[1] / _seconds(lambda: x @ w) * _LM_EFFICIENCY
+        config = sae_config(cell, d_in)
+        trainer = SparseTrainer(config, n_threads=threads, device=device)
+        batch = x.float()
+        sae_rate = step_flops(config, cell.batch_tokens) / _seconds(lambda: trainer.step(batch), repeats=2)
+    finally:
+        torch.set_num_threads(before)
+    return lm_rate, sae_rate
+
+
+def _seconds(work: Any, repeats: int = 5) -> float:
+    import torch
+
+    def once() -> float:
+        began = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    once()
+    return min(once() for _ in range(repeats))

@@ -1,0 +1,68 @@
+"""From published cells to the tables that `analysis` turns into the report."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from analysis.proxy_gap_report import write_report
+
+from models.registry import HOST_LMS
+from sweeps._sae_sources import banner
+from sweeps._storage import Store
+from sweeps._sweep import PublishedCell
+
+PAPER_PRESETS = ("fast2", "fast3", "phase2", "budget_k32", "bridge")
+_GEOMETRY = {"pr_of_layer": "pr", "pr_deflated_of_layer": "pr_deflated"}
+
+
+def tables(cells: Sequence[PublishedCell]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """(cells: one row each, sequences: one row a cell and sequence, geometry: one row a model and layer)."""
+    records, sequences, geometry = [], [], {}
+    for cell in cells:
+        rows = cell.rows
+        plain = rows[rows["step"].isna() & rows["geometry_layer"].isna()]
+        wanted = ("model", "layer", "depth", "k", "seed", "tokens")
+        identity = {name: cell.identity[name] for name in wanted} | {"cell_key": cell.key}
+        records.append(identity | dict(zip(plain["metric"], plain["value"], strict=True)))
+        table = pd.read_parquet(io.BytesIO(Store(cell.uri).read("sequences.parquet")))
+        sequences.append(table.assign(cell_key=cell.key))
+        for row in rows[rows["metric"].isin(_GEOMETRY)].itertuples():
+            place = geometry.setdefault((cell.identity["model"], int(row.geometry_layer)), {})
+            place[_GEOMETRY[row.metric]] = row.value
+    frame = pd.DataFrame(records)
+    width = frame.set_index("model")["d_model"].to_dict()
+    layers = pd.DataFrame(
+        [{"model": m, "layer": layer, "d_model": width[m], **values} for (m, layer), values in geometry.items()]
+    )
+    return frame, pd.concat(sequences, ignore_index=True), layers
+
+
+def write(cells: Sequence[PublishedCell], preset_name: str, models: Sequence[str], out: Path) -> list[str]:
+    """Write the report folder; returns the headline lines for the screen."""
+    frame, sequences, geometry = tables(cells)
+    stream = str(cells[0].identity["stream"])
+    notes = [f"{m}: {HOST_LMS[m].note}" for m in models if m in HOST_LMS and HOST_LMS[m].note]
+    facts = {
+        "ran on": " ".join(banner(preset_name, models, stream)),
+        "cells": len(cells),
+        "hardware": ", ".join(sorted({str(c.meta.get("hardware")) for c in cells})),
+        "commit": ", ".join(sorted({str(c.meta.get("git_commit")) for c in cells})),
+    }
+    write_report(
+        frame,
+        sequences,
+        geometry,
+        out,
+        preset=preset_name,
+        facts=facts,
+        notes=notes,
+        published=preset_name in PAPER_PRESETS,
+    )
+    best = frame.loc[frame["ce_rec"].idxmax()]
+    return [
+        f"best CE_rec  {best.ce_rec:.3f} [{best.ce_rec_lo:.3f}, {best.ce_rec_hi:.3f}] at R² {best.r2:.3f} "
+        f"({best.model}, {best.depth}, k={best.k}, {best.tokens:.0f} tokens)",
+    ]

