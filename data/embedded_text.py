@@ -12,9 +12,11 @@ from __future__ import annotations
 import hashlib
 import importlib
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -102,12 +104,33 @@ def encode_bytes(text: str) -> np.ndarray:
     return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32)
 
 
+def encode_documents(documents: Sequence[Document], tokenizer: str) -> list[np.ndarray]:
+    """int32 ids [N] of each document, its separator first.
+
+    ``tokenizer`` is "byte", or a directory that holds a Hugging Face tokenizer.json; its separator is
+    ``<|endoftext|>``, the id that GPT-NeoX and SmolLM2 were pretrained with between documents.
+    """
+    if tokenizer == "byte":
+        return [np.concatenate([[SEPARATOR], encode_bytes(d.text)]).astype(np.int32) for d in documents]
+    fast = _fast_tokenizer(tokenizer)
+    separator = fast.token_to_id("<|endoftext|>")
+    if separator is None:
+        raise ValueError(f"tokenizer {tokenizer} has no <|endoftext|> to separate documents; choose another")
+    encodings = fast.encode_batch_fast([d.text for d in documents], add_special_tokens=False)
+    return [np.array([separator, *e.ids], dtype=np.int32) for e in encodings]
+
+
+@lru_cache(maxsize=2)
+def _fast_tokenizer(directory: str) -> Any:
+    from tokenizers import Tokenizer
+
+    path = Path(directory) / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"tokenizer={directory} holds no tokenizer.json; give a Hugging Face directory or byte")
+    return Tokenizer.from_file(str(path))
+
+
 def byte_corpus() -> tuple[np.ndarray, np.ndarray]:
     """Training and held-out tokens [N] (uint16) of the byte vocabulary, a SEPARATOR before each document."""
-    sides = []
-    for held_out in (False, True):
-        parts: list[np.ndarray] = []
-        for document in split(held_out=held_out):
-            parts += [np.array([SEPARATOR], dtype=np.uint16), encode_bytes(document.text).astype(np.uint16)]
-        sides.append(np.concatenate(parts))
+    sides = [np.concatenate(encode_documents(split(held_out=side), "byte")).astype(np.uint16) for side in (False, True)]
     return sides[0], sides[1]
