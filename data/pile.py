@@ -103,7 +103,7 @@ class TokenStream:
         first = 0
         shards = self._shards()
         for shard in range(len(shards.names)):
-            count = self._count(shard)
+            count = self._count(shard) if index > first else 1
             if index < first + count:
                 return Position(index=index, shard=shard, rank=index - first)
             first += count

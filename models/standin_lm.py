@@ -33,20 +33,27 @@ SEPARATOR = 256
 class Recipe:
     """How a stand-in is pretrained; part of its cache key, so an edit never meets an old checkpoint."""
 
-    steps: int
-    batch: int
-    context: int = 256
+    phases: tuple[tuple[int, int, int], ...]
+    """(steps, batch, context) one after another: many short windows first, the sweep's context last."""
     lr: float = 1e-2
     warmup: int = 20
-    decay: float = 0.5  # the last share of the steps, linear to zero
+    decay: float = 0.6  # the last share of the steps, linear to zero
     bigram_steps: int = 300
     seed: int = 0
     version: int = 1
 
+    @property
+    def steps(self) -> int:
+        return sum(steps for steps, _, _ in self.phases)
+
+    @property
+    def tokens(self) -> int:
+        return sum(steps * batch * context for steps, batch, context in self.phases)
+
 
 RECIPES = {
-    "standin-small": Recipe(steps=700, batch=4),
-    "standin-large": Recipe(steps=600, batch=2),
+    "standin-small": Recipe(phases=((300, 8, 64), (60, 4, 256))),
+    "standin-large": Recipe(phases=((400, 8, 64), (60, 4, 256))),
 }
 
 
@@ -99,10 +106,10 @@ def train(
         heldout = torch.from_numpy(heldout_N.astype(np.int64))
         unigram, bigram = ngram_cross_entropies(train, heldout, HOST_LMS[name].d_vocab)
         summary = {
-            "heldout_ce": evaluate(model, heldout, recipe.context),
+            "heldout_ce": evaluate(model, heldout, recipe.phases[-1][2]),
             "heldout_unigram_ce": unigram,
             "heldout_bigram_ce": bigram,
-            "tokens": recipe.steps * recipe.batch * recipe.context,
+            "tokens": recipe.tokens,
             "tokens_per_second": rate,
         }
         progress(
@@ -158,6 +165,7 @@ def _fit_blocks(name: str, model: Any, train_N: Tensor, recipe: Recipe, progress
         torch.optim.AdamW(rest, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
     started = reported = time.monotonic()
+    done = 0
     for step, x_BT in enumerate(_batches(train_N, recipe)):
         left = (recipe.steps - step) / (recipe.decay * recipe.steps)
         scale = min(1.0, (step + 1) / recipe.warmup, left)
@@ -168,23 +176,25 @@ def _fit_blocks(name: str, model: Any, train_N: Tensor, recipe: Recipe, progress
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+        done += x_BT.numel()
         now = time.monotonic()
         if now - reported > 5.0:
             reported = now
-            rate = (step + 1) / (now - started)
+            rate = done / (now - started)
             progress(
                 f"{name}: pretraining step {step + 1}/{recipe.steps}, loss {loss.item():.3f}, "
-                f"{rate * x_BT.numel():,.0f} tokens/s, ETA {(recipe.steps - step - 1) / rate:.0f} s"
+                f"{rate:,.0f} tokens/s, ETA {(recipe.tokens - done) / rate:.0f} s"
             )
-    return recipe.steps * recipe.batch * recipe.context / (time.monotonic() - started)
+    return recipe.tokens / (time.monotonic() - started)
 
 
 def _batches(train_N: Tensor, recipe: Recipe) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(recipe.seed)
-    offsets_T = torch.arange(recipe.context)
-    for _ in range(recipe.steps):
-        starts_B = torch.randint(len(train_N) - recipe.context, (recipe.batch,), generator=generator)
-        yield train_N[starts_B[:, None] + offsets_T]
+    for steps, batch, context in recipe.phases:
+        offsets_T = torch.arange(context)
+        for _ in range(steps):
+            starts_B = torch.randint(len(train_N) - context, (batch,), generator=generator)
+            yield train_N[starts_B[:, None] + offsets_T]
 
 
 def _cross_entropy(model: Any, x_BT: Tensor) -> Tensor:
