@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from models.ops.gated_delta import gated_delta, gated_delta_step
-from models.ops.linear_attention import (
+from models.ops.delta_rule import gated_delta, gated_delta_step
+from models.ops.linear import (
     elu_feature_map,
     linear_attention,
     linear_attention_segments,
     linear_attention_step,
 )
+from models.ops.mamba1 import selective_scan, selective_scan_step
+from models.ops.mamba2 import ssd, ssd_step
 from models.ops.memory_cache import (
     memory_cache_retrieval,
     memory_cache_retrieval_step,
@@ -25,4 +27,8 @@ __all__ = [
     "memory_cache_retrieval",
     "memory_cache_retrieval_step",
     "segment_gate_logits",
+    "selective_scan",
+    "selective_scan_step",
+    "ssd",
+    "ssd_step",
 ]

@@ -1,6 +1,7 @@
 """Precision, chunking and argument checks shared by the sequence operators.
 
-Shapes: B batch, R batch rows processed together, T time, H heads, D any feature width, N chunks, C chunk length.
+Shapes: B batch, R batch rows processed together, T time, H heads, D any feature width, N chunks, C chunk length,
+M matrices of one chunk each.
 """
 
 from __future__ import annotations
@@ -47,6 +48,25 @@ def from_chunks(x_MCD: Tensor, out_RTHD: Tensor) -> None:
     """Inverse of `to_chunks`, written into `out_RTHD` (which decides T, H and the dtype)."""
     R, T, H, D = out_RTHD.shape
     out_RTHD.copy_(x_MCD.view(R, H, -1, D)[:, :, :T].transpose(1, 2))
+
+
+def relative_decay(gamma64_MC: Tensor, dtype: torch.dtype) -> Tensor:
+    """D_ij = exp(gamma_i - gamma_j) on and below the diagonal, 0 above.
+
+    At -20 a step gamma reaches -640 within a chunk, where float32 resolves 6e-5. Its integer part is exact in
+    float32, so integer and fractional parts are subtracted apart and no digit of the difference is lost.
+    """
+    C = gamma64_MC.shape[1]
+    above = torch.full((C, C), -torch.inf, dtype=dtype, device=gamma64_MC.device).triu_(1)
+    if dtype == torch.float64:
+        difference = gamma64_MC.unsqueeze(2) - gamma64_MC.unsqueeze(1)
+    else:
+        whole64 = gamma64_MC.round()
+        fraction = (gamma64_MC - whole64).to(dtype)
+        whole = whole64.to(dtype)
+        difference = whole.unsqueeze(2) - whole.unsqueeze(1)
+        difference.add_(fraction.unsqueeze(2)).sub_(fraction.unsqueeze(1))
+    return difference.add_(above).exp_()
 
 
 def check_shape(name: str, x: Tensor, expected: tuple[int, ...], legend: str) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.ops import gated_delta, gated_delta_step
-from models.ops._gated_delta_chunked import unit_lower_inverse
+from models.ops._delta_rule_chunked import unit_lower_inverse
 
 NAMES = ("q", "k", "v", "g", "beta")
 

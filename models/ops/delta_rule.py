@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.ops._gated_delta_chunked import chunked_gated_delta
+from models.ops._delta_rule_chunked import chunked_gated_delta
 from models.ops._layout import check_impl, check_rank, check_shape, compute_dtype, no_autocast
 
 GATED_DELTA_IMPLS = ("auto", "recurrent", "chunked", "fused")

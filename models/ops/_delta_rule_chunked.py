@@ -22,7 +22,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models.ops._layout import compute_dtype, from_chunks, no_autocast, row_groups, to_chunks
+from models.ops._layout import (
+    compute_dtype,
+    from_chunks,
+    no_autocast,
+    relative_decay,
+    row_groups,
+    to_chunks,
+)
 
 CHUNK = 32
 SOLVE_BLOCK = 16
@@ -80,25 +87,6 @@ class _Chunks(NamedTuple):
     R_MKV: Tensor
 
 
-def _relative_decay(gamma64_MC: Tensor, dtype: torch.dtype) -> Tensor:
-    """D_ij = exp(gamma_i - gamma_j) on and below the diagonal, 0 above.
-
-    At -20 a step gamma reaches -640 within a chunk, where float32 resolves 6e-5. Its integer part is exact in
-    float32, so integer and fractional parts are subtracted apart and no digit of the difference is lost.
-    """
-    C = gamma64_MC.shape[1]
-    above = torch.full((C, C), -torch.inf, dtype=dtype, device=gamma64_MC.device).triu_(1)
-    if dtype == torch.float64:
-        difference = gamma64_MC.unsqueeze(2) - gamma64_MC.unsqueeze(1)
-    else:
-        whole64 = gamma64_MC.round()
-        fraction = (gamma64_MC - whole64).to(dtype)
-        whole = whole64.to(dtype)
-        difference = whole.unsqueeze(2) - whole.unsqueeze(1)
-        difference.add_(fraction.unsqueeze(2)).sub_(fraction.unsqueeze(1))
-    return difference.add_(above).exp_()
-
-
 def _prepare(
     q_RThK: Tensor, k_RThK: Tensor, v_RTHV: Tensor, g_RTH: Tensor, beta_RTH: Tensor, scale: float, chunk: int
 ) -> _Chunks:
@@ -114,7 +102,7 @@ def _prepare(
     beta = to_chunks(beta_RTH.unsqueeze(3), chunk, dtype)
     gamma64 = to_chunks(g_RTH.unsqueeze(3), chunk, torch.float64).squeeze(2).cumsum(1)
 
-    D = _relative_decay(gamma64, dtype)
+    D = relative_decay(gamma64, dtype)
     kk = torch.bmm(k, k.transpose(1, 2)).mul_(D)
     qk = torch.bmm(q, k.transpose(1, 2)).mul_(D)
     # correlated keys at beta near 2 lose two digits in a float32 solve; in float64 it costs no measurable time
@@ -189,10 +177,11 @@ def _backward_rows(c: _Chunks, states_GNKV: Tensor, do_MCV: Tensor, dfinal_GKV: 
     dk_out = torch.bmm(v_new, dnext.transpose(1, 2))
     dv_beta, dk_beta = dwrites[..., :V], dwrites[..., V:]
 
-    # every product that D enters also feeds gamma: +1 to its row, -1 to its column
+    # every product that D enters also feeds gamma: +1 to its row, -1 to its column. On the diagonal the two cancel
+    # and are dropped: under fast decay they are far larger than what remains
     through_D = dA * c.kk_MCC
     dbeta = through_D.sum(2, keepdim=True)
-    through_D.mul_(c.beta_MC1).addcmul_(dqk, c.qk_MCC)
+    through_D.mul_(c.beta_MC1).addcmul_(dqk, c.qk_MCC).tril_(-1)
     dgamma = through_D.sum(2).sub_(through_D.sum(1))
     dA.mul_(c.beta_MC1).mul_(c.D_MCC)
     dqk.mul_(c.D_MCC)
@@ -203,6 +192,7 @@ def _backward_rows(c: _Chunks, states_GNKV: Tensor, do_MCV: Tensor, dfinal_GKV: 
     from_k_beta = (dk_beta * c.k_MCK).sum(2, keepdim=True).mul_(c.decay_in_MC1)
     dbeta.add_((dv_beta * c.v_MCV).sum(2, keepdim=True)).add_(from_k_beta)
     from_k_out = (dk_out * c.k_out_MCK).sum(2)
+    from_k_out[:, -1] = 0
     dgamma.add_((from_k_beta * c.beta_MC1).squeeze(2)).add_((dq_in * q_in).sum(2)).sub_(from_k_out)
     dgamma[:, -1] += from_k_out.sum(1) + c.decay_all_M * (S * dnext).sum((1, 2))
     dg = dgamma.flip(1).cumsum(1).flip(1)

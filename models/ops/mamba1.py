@@ -1,0 +1,175 @@
+"""Selective scan of Mamba (Gu, Dao 2023, arXiv 2312.00752, eqs. 2-4 with zero-order hold on A, Euler on B).
+
+    h_t = exp(dt_t A) * h_{t-1} + dt_t x_t B_t      y_t = C_t . h_t + D x_t
+
+Shapes: B batch, R rows, T time, D channels, N states a channel, C chunk length.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from models.ops._layout import check_impl, check_rank, check_shape, compute_dtype, no_autocast, row_groups
+
+CHUNK = 16
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Mamba-1 state space over a sequence, differentiable in every tensor argument.
+
+    Args:
+        x: [B, T, D] inputs.
+        dt: [B, T, D] positive time steps, after their softplus.
+        A: [D, N] negative rates.
+        B, C: [B, T, N] writing and reading vectors.
+        D: [D] skip weights.
+        initial_state: [B, D, N]; zeros when None.
+        impl: "recurrent" (reference), "chunked" (memory of one state a chunk), or "auto" (= chunked).
+
+    Returns:
+        y [B, T, D] in x's dtype and the final state [B, D, N] in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: shapes that disagree, an empty sequence or an unknown impl.
+    """
+    check_impl(impl)
+    _check(x, dt, A, B, C, D, initial_state)
+    dtype = compute_dtype(x, dt, A)
+    state = x.new_zeros(x.shape[0], *A.shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    if impl == "recurrent":
+        outputs = []
+        for t in range(x.shape[1]):
+            y_t, state = selective_scan_step(x[:, t], dt[:, t], A, B[:, t], C[:, t], state, D=D)
+            outputs.append(y_t)
+        return torch.stack(outputs, 1), state
+    y, final_BND = _ChunkedScan.apply(x, dt, A, B, C, state.transpose(1, 2))
+    if D is not None:
+        y = y + D.to(dtype) * x.to(dtype)
+    return y.to(x.dtype), final_BND.transpose(1, 2)
+
+
+def selective_scan_step(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, *, D: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One token: x, dt [B, D], A [D, N], B, C [B, N], state [B, D, N] -> (y [B, D], new state)."""
+    dtype = compute_dtype(x, dt, A, state)
+    u, dt = x.to(dtype), dt.to(dtype)
+    with no_autocast(x):
+        decay_BDN = torch.exp(dt.unsqueeze(2) * A.to(dtype))
+        state = decay_BDN * state + (dt * u).unsqueeze(2) * B.to(dtype).unsqueeze(1)
+        y = (state @ C.to(dtype).unsqueeze(2)).squeeze(2)
+        if D is not None:
+            y = y + D.to(dtype) * u
+    return y.to(x.dtype), state
+
+
+def _check(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial_state: Tensor | None
+) -> None:
+    check_rank("x", x, "[B, T, D]")
+    check_rank("A", A, "[D, N]")
+    batch, T, width = x.shape
+    N = A.shape[1]
+    check_shape("dt", dt, (batch, T, width), "[B, T, D] of x")
+    check_shape("A", A, (width, N), "[D, N]")
+    check_shape("B", B, (batch, T, N), "[B, T, N]")
+    check_shape("C", C, (batch, T, N), "[B, T, N]")
+    if T == 0:
+        raise ValueError("sequence of 0 tokens; pass at least one token")
+    if D is not None:
+        check_shape("D", D, (width,), "[D]")
+    if initial_state is not None:
+        check_shape("initial_state", initial_state, (batch, width, N), "[B, D, N]")
+
+
+def _scan_chunk(h_RND: Tensor, x_RCD: Tensor, dt_RCD: Tensor, A_ND: Tensor, B_RCN: Tensor) -> tuple[Tensor, Tensor]:
+    """States after every token of a chunk and the decays that led to them, both [R, C, N, D].
+
+    Channels come last: they are many and contiguous, so that one step of the recurrence is one long vector
+    operation.
+    """
+    decay = (dt_RCD.unsqueeze(2) * A_ND).exp_()
+    states = (dt_RCD * x_RCD).unsqueeze(2) * B_RCN.unsqueeze(3)
+    for i in range(states.shape[1]):
+        h_RND = states[:, i].addcmul_(decay[:, i], h_RND)
+    return states, decay
+
+
+class _ChunkedScan(torch.autograd.Function):
+    """Saves the inputs and the state that enters each chunk; the other states exist for one chunk at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_BND: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        batch, T, width = x.shape
+        dtype = initial_BND.dtype
+        A_ND = A.to(dtype).t().contiguous()
+        y = torch.empty(batch, T, width, dtype=dtype, device=x.device)
+        entering = torch.empty(batch, -(-T // CHUNK), *A_ND.shape, dtype=dtype, device=x.device)
+        final = torch.empty_like(initial_BND, memory_format=torch.contiguous_format)
+        with no_autocast(x):
+            for r in row_groups(batch, x.device):
+                h = initial_BND[r].contiguous()
+                for n, tokens in enumerate(_chunks(T)):
+                    entering[r, n] = h
+                    x_c, dt_c, B_c, C_c = (z[r, tokens].to(dtype) for z in (x, dt, B, C))
+                    states, _ = _scan_chunk(h, x_c, dt_c, A_ND, B_c)
+                    y[r, tokens] = torch.matmul(C_c.unsqueeze(2), states).squeeze(2)
+                    h = states[:, -1]
+                final[r] = h
+        ctx.save_for_backward(x, dt, A, B, C, entering)
+        ctx.set_materialize_grads(False)
+        return y, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor, ...]:
+        x, dt, A, B, C, entering = ctx.saved_tensors
+        batch, T, _ = x.shape
+        dtype = entering.dtype
+        A_ND = A.to(dtype).t().contiguous()
+        dx, ddt, dB, dC = (torch.empty_like(z, memory_format=torch.contiguous_format) for z in (x, dt, B, C))
+        dA_ND = torch.zeros_like(A_ND)
+        dinitial = torch.empty_like(entering[:, 0])
+        with no_autocast(x):
+            for r in row_groups(batch, x.device):
+                dh = torch.zeros_like(entering[r, 0]) if dfinal is None else dfinal[r].contiguous()
+                for n, tokens in reversed(list(enumerate(_chunks(T)))):
+                    h = entering[r, n]
+                    x_c, dt_c, B_c, C_c = (z[r, tokens].to(dtype) for z in (x, dt, B, C))
+                    dy_c = torch.zeros_like(x_c) if dy is None else dy[r, tokens]
+                    states, decay = _scan_chunk(h, x_c, dt_c, A_ND, B_c)
+                    dC[r, tokens] = torch.matmul(states, dy_c.unsqueeze(3)).squeeze(3).to(C.dtype)
+                    grad = C_c.unsqueeze(3) * dy_c.unsqueeze(2)  # of every state, through its own output
+                    for i in range(grad.shape[1] - 1, -1, -1):
+                        dh = torch.mul(grad[:, i].add_(dh), decay[:, i])
+                    dB[r, tokens] = torch.matmul(grad, (dt_c * x_c).unsqueeze(3)).squeeze(3).to(B.dtype)
+                    dinput = torch.matmul(B_c.unsqueeze(2), grad).squeeze(2)
+                    # grad becomes the gradient of the exponent dt A
+                    grad.mul_(decay)
+                    grad[:, 0].mul_(h)
+                    grad[:, 1:].mul_(states[:, :-1])
+                    dA_ND += torch.mul(grad, dt_c.unsqueeze(2), out=decay).sum((0, 1))
+                    ddt[r, tokens] = (grad.mul_(A_ND).sum(2) + dinput * x_c).to(dt.dtype)
+                    dx[r, tokens] = (dinput * dt_c).to(x.dtype)
+                dinitial[r] = dh
+        return dx, ddt, dA_ND.t().to(A.dtype), dB, dC, dinitial
+
+
+def _chunks(T: int) -> list[slice]:
+    return [slice(start, min(start + CHUNK, T)) for start in range(0, T, CHUNK)]
