@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from models.ops.convolution import short_conv, short_conv_step
 from models.ops.delta_rule import gated_delta, gated_delta_step
 from models.ops.linear import (
     elu_feature_map,
@@ -29,6 +30,8 @@ __all__ = [
     "segment_gate_logits",
     "selective_scan",
     "selective_scan_step",
+    "short_conv",
+    "short_conv_step",
     "ssd",
     "ssd_step",
 ]
