@@ -149,7 +149,7 @@ class _Launch:
         board.already(len(self.done))
         claims = Claims(self.ledger.store)
         uri = self.arguments.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri()
-        tracker = Tracker(uri, self.ledger, claims.launch_id, artifact_mb=self.run.mlflow_artifact_mb, say=board.say)
+        tracker = Tracker(uri, self.ledger, claims, artifact_mb=self.run.mlflow_artifact_mb, say=board.say)
         tracker.start(
             {"preset": self.arguments.preset, "cells": len(self.cells), "storage": without_password(self.storage)},
             {"plumbline.preset": self.arguments.preset, "plumbline.git_commit": git_commit()},
@@ -163,7 +163,6 @@ class _Launch:
             board.say("stopping: finished cells and checkpoints are kept")
         finally:
             _shutdown_ray()
-            claims.release()
             self.done = self.ledger.done(self.by_key)
             board.already(len(self.done))
             board.close()
@@ -175,6 +174,7 @@ class _Launch:
             {"cells_done": len(self.done), "cells_planned": len(self.cells), "seconds": time.monotonic() - started},
             sorted(p for p in self.out.glob("*") if p.is_file()) if lines else [],
         )
+        claims.release()
         self._close(lines, tracker, synced, uri, started)
         if interrupted:
             raise KeyboardInterrupt

@@ -50,8 +50,10 @@ def _groups(cells: Sequence[SAECell]) -> dict[tuple[Any, ...], dict[tuple[Any, .
     """{what an LM pass is shared by: {trajectory: its cells}}, both in plan order by layer."""
     groups: dict[tuple[Any, ...], dict[tuple[Any, ...], list[SAECell]]] = {}
     for cell in sorted(cells, key=lambda c: c.layer):
-        shared = (cell.model, cell.stream, cell.context, cell.batch_tokens, cell.shuffle_sequences)
-        shared += (cell.eval_sequences, cell.lm_dtype)
+        shared = (
+            *(cell.model, cell.stream, cell.context, cell.batch_tokens, cell.shuffle_sequences),
+            *(cell.eval_sequences, cell.lm_dtype),
+        )
         groups.setdefault(shared, {}).setdefault(cell.trajectory(), []).append(cell)
     return groups
 

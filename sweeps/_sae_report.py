@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-from analysis.proxy_gap_report import write_report
 
+from analysis.proxy_gap_report import write_report
 from models.registry import HOST_LMS
 from sweeps._sae_sources import banner
 from sweeps._storage import Store
@@ -20,7 +20,8 @@ _GEOMETRY = {"pr_of_layer": "pr", "pr_deflated_of_layer": "pr_deflated"}
 
 def tables(cells: Sequence[PublishedCell]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """(cells: one row each, sequences: one row a cell and sequence, geometry: one row a model and layer)."""
-    records, sequences, geometry = [], [], {}
+    records, sequences = [], []
+    geometry: dict[tuple[str, int], dict[str, float]] = {}
     for cell in cells:
         rows = cell.rows
         plain = rows[rows["step"].isna() & rows["geometry_layer"].isna()]
@@ -29,9 +30,9 @@ def tables(cells: Sequence[PublishedCell]) -> tuple[pd.DataFrame, pd.DataFrame, 
         records.append(identity | dict(zip(plain["metric"], plain["value"], strict=True)))
         table = pd.read_parquet(io.BytesIO(Store(cell.uri).read("sequences.parquet")))
         sequences.append(table.assign(cell_key=cell.key))
-        for row in rows[rows["metric"].isin(_GEOMETRY)].itertuples():
-            place = geometry.setdefault((cell.identity["model"], int(row.geometry_layer)), {})
-            place[_GEOMETRY[row.metric]] = row.value
+        for row in rows[rows["metric"].isin(list(_GEOMETRY))].to_dict("records"):
+            place = geometry.setdefault((cell.identity["model"], int(row["geometry_layer"])), {})
+            place[_GEOMETRY[row["metric"]]] = row["value"]
     frame = pd.DataFrame(records)
     width = frame.set_index("model")["d_model"].to_dict()
     layers = pd.DataFrame(
@@ -61,8 +62,8 @@ def write(cells: Sequence[PublishedCell], preset_name: str, models: Sequence[str
         notes=notes,
         published=preset_name in PAPER_PRESETS,
     )
-    best = frame.loc[frame["ce_rec"].idxmax()]
+    best = frame.sort_values("ce_rec").to_dict("records")[-1]
     return [
-        f"best CE_rec  {best.ce_rec:.3f} [{best.ce_rec_lo:.3f}, {best.ce_rec_hi:.3f}] at R² {best.r2:.3f} "
-        f"({best.model}, {best.depth}, k={best.k}, {best.tokens:.0f} tokens)",
+        f"best CE_rec  {best['ce_rec']:.3f} [{best['ce_rec_lo']:.3f}, {best['ce_rec_hi']:.3f}] at R² {best['r2']:.3f} "
+        f"({best['model']}, {best['depth']}, k={best['k']}, {best['tokens']} tokens)",
     ]

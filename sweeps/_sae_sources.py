@@ -44,8 +44,10 @@ def open_stream(cell: SAECell, run: RunSettings, tokenizer_dir: Path | None = No
         tokenizer = "byte" if HOST_LMS[cell.model].origin == "standin" else str(tokenizer_dir)
         return TokenStream(source=EMBEDDED, context=cell.context, tokenizer=tokenizer)
     if cell.stream == "pile":
-        on_corrupt = "skip" if run.on_corrupt == "skip" else "raise"
-        return TokenStream(source=run.stream_path or PILE_HUB, context=cell.context, on_corrupt=on_corrupt)
+        source = run.stream_path or PILE_HUB
+        return TokenStream(
+            source=source, context=cell.context, on_corrupt="skip" if run.on_corrupt == "skip" else "raise"
+        )
     raise UserError(f"stream {cell.stream!r} is not known; choose pile or embedded")
 
 

@@ -18,11 +18,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
+from sweeps._claims import Claims
 from sweeps._ledger import Ledger
-from sweeps._sweep import PublishedCell
+from sweeps._sweep import PublishedCell, digest
 
 _POLL_SECONDS = 0.5
+_WAIT_SECONDS = 60.0  # for cells that another launch is copying
 _BATCH = 1000  # metrics a log_batch call may carry (MLflow REST limit)
+_SINGLE_LOOKUPS = 20  # cells looked up one by one; more are found by one listing
 _COMPARE_RUNS = 100  # the compare page slows beyond this
 
 
@@ -46,12 +49,12 @@ class Tracker:
     """
 
     def __init__(
-        self, uri: str, ledger: Ledger, launch_id: str, *, artifact_mb: float, say: Callable[[str], None]
+        self, uri: str, ledger: Ledger, claims: Claims, *, artifact_mb: float, say: Callable[[str], None]
     ) -> None:
-        self.uri, self.ledger, self.launch_id, self.say = uri, ledger, launch_id, say
+        self.uri, self.ledger, self.claims, self.say = uri, ledger, claims, say
+        self._place = digest(without_password(uri))[:8]
         self._artifact_bytes = artifact_mb * 2**20
         self._wanted: dict[str, None] = {}
-        self._run_of: dict[str, str] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -79,7 +82,11 @@ class Tracker:
             self._thread.join(timeout)
         try:
             self._open()
+            end = time.monotonic() + _WAIT_SECONDS
             self._drain()
+            while self._wanted and time.monotonic() < end:  # another live launch is copying these
+                time.sleep(_POLL_SECONDS)
+                self._drain()
             self._log_points(self._parent, [(n, v, 0) for n, v in metrics.items()], int(time.time() * 1000))
             for file in files:
                 self._client.log_artifact(self._parent, str(file), "report")
@@ -138,11 +145,10 @@ class Tracker:
                 self._experiment = again.experiment_id
         else:
             self._experiment = found.experiment_id
-        self._run_of = self._existing()
         parent = self._client.create_run(
             self._experiment,
-            run_name=f"launch {self.launch_id}",
-            tags={"plumbline.kind": "launch", "plumbline.launch": self.launch_id, **self._parent_tags},
+            run_name=f"launch {self.claims.launch_id}",
+            tags={"plumbline.kind": "launch", "plumbline.launch": self.claims.launch_id, **self._parent_tags},
         )
         params = [RunTag(f"setting.{k}", str(v)[:5000]) for k, v in self._parent_params.items()]
         self._client.log_batch(parent.info.run_id, tags=params)
@@ -151,39 +157,53 @@ class Tracker:
             self.say(f"MLflow at {without_password(self.uri)} answers again")
             self._down = False
 
-    def _existing(self) -> dict[str, str]:
-        """{ledger address of a cell: run id} of the runs that earlier launches made, finished or not."""
+    def _existing(self, keys: Sequence[str]) -> dict[str, str]:
+        """{cell address: run id} of the runs that exist for these cells; `?` before an id marks an unfinished one."""
+        kind = "tags.`plumbline.kind` = 'cell'"
+        if len(keys) <= _SINGLE_LOOKUPS:
+            filters = [f"{kind} and tags.`plumbline.cell_uri` = '{self.ledger.store.uri}/{key}'" for key in keys]
+        else:
+            filters = [kind]
         out: dict[str, str] = {}
-        token = None
-        while True:
-            page = self._client.search_runs(
-                [self._experiment], "tags.`plumbline.kind` = 'cell'", max_results=5000, page_token=token
-            )
-            for run in page:
-                tags = run.data.tags
-                whole = run.info.status == "FINISHED"
-                out[tags.get("plumbline.cell_uri", "")] = run.info.run_id if whole else f"?{run.info.run_id}"
-            token = page.token
-            if not token:
-                return out
+        for text in filters:
+            token = None
+            while True:
+                page = self._client.search_runs([self._experiment], text, max_results=5000, page_token=token)
+                for run in page:
+                    whole = run.info.status == "FINISHED"
+                    out[run.data.tags["plumbline.cell_uri"]] = run.info.run_id if whole else f"?{run.info.run_id}"
+                token = page.token
+                if not token:
+                    break
+        return out
 
     def _drain(self) -> None:
-        while True:
-            with self._lock:
-                key = next(iter(self._wanted), None)
-            if key is None:
-                return
-            self.run_ids[key] = self._copy(key)
+        """Copy every wanted cell that no other live launch is copying."""
+        with self._lock:
+            wanted = list(self._wanted)
+        if not wanted:
+            return
+        # claimed first, looked up second: nobody else can make a run for these cells after the look-up
+        names = {f"track-{self._place}-{key}": key for key in wanted}
+        ours, others = self.claims.claim(names)
+        known = self._existing(wanted)
+        for name in [*ours, *others]:
+            key = names[name]
+            run_id = known.get(f"{self.ledger.store.uri}/{key}", "")
+            if run_id and not run_id.startswith("?"):
+                self.run_ids[key] = run_id
+            elif name not in others:
+                self.run_ids[key] = self._copy(key, run_id.removeprefix("?"))
+            else:
+                continue
             with self._lock:
                 self._wanted.pop(key, None)
 
-    def _copy(self, key: str) -> str:
-        known = self._run_of.get(f"{self.ledger.store.uri}/{key}", "")
-        if known and not known.startswith("?"):
-            return known
-        cell = self.ledger.read(key)
+    def _copy(self, key: str, unfinished: str) -> str:
+        """Make the run of a cell, or fill the one that a launch left unfinished; returns its id."""
         from mlflow.entities import Param, RunTag
 
+        cell = self.ledger.read(key)
         published = int(cell.meta["published_unix"] * 1000)
         tags = {
             "plumbline.kind": "cell",
@@ -197,22 +217,19 @@ class Tracker:
             "mlflow.parentRunId": self._parent,
             **{str(k): str(v) for k, v in cell.identity.items()},
         }
-        name = " ".join(str(v) for k, v in cell.identity.items() if k in _NAME_FIELDS) or key
-        if known:
-            run_id = known[1:]
-        else:
-            run_id = self._client.create_run(
-                self._experiment, start_time=published, run_name=name, tags={"plumbline.cell_uri": cell.uri, **tags}
-            ).info.run_id
+        run_id = unfinished
+        if not run_id:
+            name = " ".join(str(v) for k, v in cell.identity.items() if k in _NAME_FIELDS) or key
+            made = self._client.create_run(self._experiment, start_time=published, run_name=name, tags=tags)
+            run_id = made.info.run_id
         self._client.log_batch(
             run_id,
             params=[Param(k, str(v)) for k, v in cell.identity.items()],
-            tags=[RunTag(k, v) for k, v in tags.items()] if known else [],
+            tags=[RunTag(k, v) for k, v in tags.items()] if unfinished else [],
         )
         self._log_points(run_id, list(_points(cell)), published)
         self._log_files(run_id, cell)
         self._client.set_terminated(run_id, "FINISHED", end_time=published)
-        self._run_of[cell.uri] = run_id
         return run_id
 
     def _log_points(self, run_id: str, points: Sequence[tuple[str, float, int]], stamp: int) -> None:

@@ -1,0 +1,221 @@
+"""The command line on the toy sweep: continue, extend, fail, crash, kill, share, track."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sweeps._ledger import Ledger
+
+TOY = Path(__file__).with_name("toy_sweep.py")
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, str(TOY), *arguments]
+
+
+def toy(folder: Path, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), cwd=folder, capture_output=True, text=True, timeout=timeout)
+
+
+def tries(folder: Path) -> dict[int, int]:
+    return {int(p.stem): len(p.read_text()) for p in folder.glob("*.tries")}
+
+
+def cell_runs(uri: str) -> list[str]:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("plumbline/toy")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], "tags.`plumbline.kind` = 'cell'")
+    assert all(r.info.status == "FINISHED" for r in runs)
+    return sorted(r.data.tags["n"] for r in runs)
+
+
+def test_run_continue_extend_report(tmp_path: Path) -> None:
+    scratch = f"scratch={tmp_path}"
+    first = toy(tmp_path, "--set", scratch)
+    assert first.returncode == 0, first.stderr
+    assert "3/3 published" in first.stdout
+    assert "compare-runs?runs=" in first.stdout
+    assert "a toy for the machinery's tests" in first.stdout
+    uri = f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert cell_runs(uri) == ["1", "2", "3"]
+
+    again = toy(tmp_path, "--set", scratch)
+    assert again.returncode == 0
+    assert tries(tmp_path) == {1: 1, 2: 1, 3: 1}
+    assert cell_runs(uri) == ["1", "2", "3"]
+
+    wider = toy(tmp_path, "--set", scratch, "--set", "n=1,2,3,4")
+    assert wider.returncode == 0
+    assert tries(tmp_path) == {1: 1, 2: 1, 3: 1, 4: 1}
+    assert cell_runs(uri) == ["1", "2", "3", "4"]
+
+    report = toy(tmp_path, "--report", "--set", "n=1,2,3,4")
+    assert report.returncode == 0
+    assert "sum          30" in report.stdout
+    assert (tmp_path / "runs/reports/toy/small/report.md").read_text().splitlines() == [
+        "1 1.0",
+        "2 4.0",
+        "3 9.0",
+        "4 16.0",
+    ]
+
+    cell = next((tmp_path / "runs/ledger/toy/1").glob("*/cell.json"))
+    meta = json.loads(cell.read_text())
+    assert {"git_commit", "packages", "hardware", "fingerprint", "python"} <= set(meta)
+
+    other_code = toy(tmp_path, "--set", "salt=changed")
+    assert other_code.returncode == 2
+    assert "fingerprint" in other_code.stderr
+    assert "Traceback" not in other_code.stderr
+
+
+def test_bad_cell_fails_once_and_is_not_retried_unasked(tmp_path: Path) -> None:
+    settings = ("--set", "n=1,2,3", "--set", "bad=2", "--set", "pack_size=1", "--set", f"scratch={tmp_path}")
+    first = toy(tmp_path, *settings)
+    assert first.returncode == 1
+    assert "n=2 is on the list of bad numbers; choose another" in first.stderr
+    assert "2/3 published" in first.stdout
+    assert toy(tmp_path, *settings).returncode == 1
+    assert tries(tmp_path) == {1: 1, 2: 1, 3: 1}
+    repaired = toy(tmp_path, "--set", "n=1,2,3", "--set", f"scratch={tmp_path}", "--retry-failed")
+    assert repaired.returncode == 0, repaired.stderr
+    assert tries(tmp_path) == {1: 1, 2: 2, 3: 1}
+
+
+def test_killed_worker_is_retried_and_keeps_what_was_published(tmp_path: Path) -> None:
+    run = toy(tmp_path, "--set", "n=1,2,3", "--set", "crash=2", "--set", "pack_size=3", "--set", f"scratch={tmp_path}")
+    assert run.returncode == 0, run.stderr
+    assert tries(tmp_path) == {1: 1, 2: 2, 3: 1}
+    assert cell_runs(f"sqlite:///{tmp_path}/runs/mlflow.db") == ["1", "2", "3"]
+
+
+def test_kill_9_of_the_driver_then_the_same_command(tmp_path: Path) -> None:
+    arguments = ("--set", "n=1,2,3,4,5,6", "--set", "seconds=1", "--set", "pack_size=6", "--set", f"scratch={tmp_path}")
+    driver = subprocess.Popen(
+        command(*arguments), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    ledger = Ledger(str(tmp_path / "runs/ledger"), "toy", "1")
+    deadline = time.monotonic() + 120
+    while len(ledger.done()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(ledger.done()) >= 2
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    again = toy(tmp_path, *arguments)
+    assert again.returncode == 0, again.stderr
+    assert "6/6 published" in again.stdout
+    assert sum(tries(tmp_path).values()) <= 6 + 6  # the orphan may finish a cell or two before it is gone
+    assert {n: int(ledger.read(c).rows["value"][0]) for c in ledger.done() for n in [ledger.read(c).identity["n"]]} == {
+        n: n * n for n in range(1, 7)
+    }
+    assert cell_runs(f"sqlite:///{tmp_path}/runs/mlflow.db") == ["1", "2", "3", "4", "5", "6"]
+
+
+def test_ctrl_c_keeps_finished_cells(tmp_path: Path) -> None:
+    arguments = ("--set", "n=1,2,3,4,5,6", "--set", "seconds=2", "--set", "pack_size=6")
+    driver = subprocess.Popen(
+        command(*arguments), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    ledger = Ledger(str(tmp_path / "runs/ledger"), "toy", "1")
+    deadline = time.monotonic() + 120
+    while not ledger.done() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    driver.send_signal(signal.SIGINT)
+    _, errors = driver.communicate(timeout=120)
+    assert driver.returncode == 1
+    assert "run the same command to continue" in errors
+    assert "Traceback" not in errors
+    done = ledger.done()
+    assert 0 < len(done) < 6
+    assert toy(tmp_path, *arguments, "--set", "seconds=0").returncode == 0
+    assert len(ledger.done()) == 6
+
+
+def test_two_launches_share_one_ledger(tmp_path: Path) -> None:
+    arguments = (
+        "--set",
+        "n=1,2,3,4,5,6",
+        "--set",
+        "seconds=0.5",
+        "--set",
+        "pack_size=3",
+        "--set",
+        f"scratch={tmp_path}",
+    )
+    env = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/runs/mlflow.db"}
+    both = [
+        subprocess.Popen(
+            command(*arguments), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+        )
+        for _ in range(2)
+    ]
+    outs = [p.communicate(timeout=240) for p in both]
+    assert [p.returncode for p in both] == [0, 0], outs
+    assert all("6/6 published" in out for out, _ in outs)
+    assert tries(tmp_path) == dict.fromkeys(range(1, 7), 1)
+    assert cell_runs(f"sqlite:///{tmp_path}/runs/mlflow.db") == ["1", "2", "3", "4", "5", "6"]
+
+
+def test_mlflow_down_costs_only_the_view(tmp_path: Path) -> None:
+    down = toy(tmp_path, "--tracking-uri", "http://user:secret@127.0.0.1:9")
+    assert down.returncode == 0
+    assert "does not answer" in down.stdout
+    assert "secret" not in down.stdout + down.stderr
+    assert "3/3 published" in down.stdout
+    later = toy(tmp_path)
+    assert later.returncode == 0
+    assert cell_runs(f"sqlite:///{tmp_path}/runs/mlflow.db") == ["1", "2", "3"]
+
+
+def test_bad_arguments_are_one_line_and_start_nothing(tmp_path: Path) -> None:
+    for arguments, line in (
+        (("--preset", "smal"), "preset 'smal' is not known; did you mean small?; presets: small, many"),
+        (("--set", "pak_size=3"), "'pak_size' is not a field of this sweep; did you mean pack_size?"),
+        (("--set", "pack_size=many"), "--set pack_size='many' is not a <class 'int'>"),
+        (("--set", "n=-1"), "n=-1 is negative; choose n >= 0"),
+        (("--set", "on_corrupt=ignore"), "on_corrupt='ignore' is not known; choose raise or skip"),
+        (("--only", "zzzz"), "--only zzzz matches none of the 3 planned cells"),
+        (("--report",), "none of the 3 cells is published"),
+        (("--storage", "/proc/nowhere"), "is not writable"),
+    ):
+        run = toy(tmp_path, *arguments)
+        assert run.returncode == 2, (arguments, run.stderr)
+        assert line in run.stderr
+        assert len(run.stderr.strip().splitlines()) == 1
+    assert toy(tmp_path, "--nonsense").returncode == 2
+    assert not (tmp_path / "runs/ledger").exists()
+
+
+def test_plan_and_only(tmp_path: Path) -> None:
+    plan = toy(tmp_path, "--plan")
+    assert plan.returncode == 0
+    assert "3 planned, 0 done, 3 to do" in plan.stdout
+    assert "nothing was run" in plan.stdout
+    assert not (tmp_path / "runs/ledger").exists()
+    only = next(line.split()[0] for line in plan.stdout.splitlines() if "n=2" in line)
+    run = toy(tmp_path, "--only", only[:6])
+    assert run.returncode == 0
+    assert "1/1 published" in run.stdout
+    assert "3 planned, 1 done, 2 to do" in toy(tmp_path, "--plan").stdout
+
+
+@pytest.mark.slow
+def test_overhead_a_cell(tmp_path: Path) -> None:
+    """Ledger, MLflow and Tune together: at most 0.2 s a cell for 200 trivial cells, start-up included."""
+    began = time.monotonic()
+    run = toy(tmp_path, "--preset", "many")
+    seconds = time.monotonic() - began
+    assert run.returncode == 0, run.stderr
+    assert len(cell_runs(f"sqlite:///{tmp_path}/runs/mlflow.db")) == 200
+    assert seconds / 200 <= 0.2, f"{seconds:.1f} s"

@@ -1,0 +1,265 @@
+"""Storage, ledger and claims: atomic, exactly once, first result stays; on local disk, memory and S3."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from sweeps._claims import Claims
+from sweeps._ledger import Ledger
+from sweeps._storage import Store
+from sweeps._sweep import Cell, Row, UserError, canonical_json
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point(Cell):
+    SWEEP: ClassVar[str] = "points"
+    VERSION: ClassVar[str] = "1"
+    x: int
+    y: float = 0.5
+
+
+@pytest.fixture(scope="module")
+def s3_bucket() -> Iterator[str]:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    changed = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
+    import fsspec
+
+    fsspec.filesystem("s3").mkdir("plumbline-test")
+    yield "s3://plumbline-test"
+    server.stop()
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name)
+        else:
+            os.environ[name] = value
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "local":
+        return str(tmp_path)
+    if request.param == "memory":
+        return f"memory://{uuid.uuid4().hex}"
+    return f"{request.getfixturevalue('s3_bucket')}/{uuid.uuid4().hex}"
+
+
+def test_published_cell_reads_back_as_written(storage: str) -> None:
+    ledger = Ledger(storage, "points", "1")
+    cell = Point(x=3)
+    rows = [Row("area", 1.5, "m²"), Row("loss", 2.0, "nats", {"step": 10}), Row("pr", 7.0, "", {"layer": 2})]
+    assert ledger.publish(cell, rows, {"sub/file.bin": b"abc"}, {"fingerprint": "f"})
+    back = ledger.read(cell.key)
+    assert back.identity == {"x": 3, "y": 0.5}
+    assert back.rows["metric"].tolist() == ["area", "loss", "pr"]
+    assert back.rows["value"].tolist() == [1.5, 2.0, 7.0]
+    assert back.rows["step"].tolist()[1] == 10
+    assert set(back.files) == {"cell.json", "rows.parquet", "sub/file.bin"}
+    assert ledger.file(cell.key, "sub/file.bin") == b"abc"
+    assert ledger.done() == {cell.key}
+    assert ledger.done([cell.key, "other"]) == {cell.key}
+
+
+def test_first_result_stays(storage: str) -> None:
+    ledger = Ledger(storage, "points", "1")
+    cell = Point(x=1)
+    assert ledger.publish(cell, [Row("v", 1.0)], {}, {})
+    assert not ledger.publish(cell, [Row("v", 2.0)], {}, {})
+    assert ledger.read(cell.key).rows["value"].tolist() == [1.0]
+
+
+def test_unmarked_folder_is_not_a_cell(storage: str) -> None:
+    ledger = Ledger(storage, "points", "1")
+    ledger.store.replace("half/rows.parquet", b"torn")
+    assert ledger.done() == set()
+
+
+def test_key_depends_on_every_field_and_on_nothing_else() -> None:
+    assert Point(x=1).key == Point(x=1, y=0.5).key
+    assert len({Point(x=1).key, Point(x=2).key, Point(x=1, y=0.25).key}) == 3
+
+    @dataclass(frozen=True, kw_only=True)
+    class Later(Point):
+        VERSION: ClassVar[str] = "2"
+
+    assert Later(x=1).key != Point(x=1).key
+    assert canonical_json({"b": (1, 2), "a": None}) == '{"a":null,"b":[1,2]}'
+    with pytest.raises(ValueError, match="Out of range"):
+        canonical_json(float("nan"))
+
+
+def test_fingerprint_of_other_code_is_refused(storage: str) -> None:
+    ledger = Ledger(storage, "points", "1")
+    ledger.publish(Point(x=1), [], {}, {"fingerprint": "aaaa"})
+    ledger.verify({Point(x=1).key: "aaaa"})
+    with pytest.raises(UserError, match=r"fingerprint aaaa .* give bbbb.*--storage"):
+        ledger.verify({Point(x=1).key: "bbbb"})
+
+
+def test_failure_is_recorded_until_published_or_forgotten(storage: str) -> None:
+    ledger = Ledger(storage, "points", "1")
+    cell = Point(x=1)
+    ledger.record_failure(cell, "x=1 is bad", attempts=1)
+    assert ledger.failures([cell.key])[cell.key]["error"] == "x=1 is bad"
+    ledger.publish(cell, [], {}, {})
+    assert ledger.failures([cell.key]) == {}
+
+
+def test_create_has_one_winner(storage: str) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    store = Store(storage)
+    with ThreadPoolExecutor(8) as pool:
+        if store.local:  # memory:// checks before it writes; object stores need a conditional PUT of the server
+            won = list(pool.map(lambda i: store.create("once", str(i).encode()), range(8)))
+        else:
+            won = [store.create("once", str(i).encode()) for i in range(8)]
+    assert sum(won) == 1
+    assert store.read("once") == str(won.index(True)).encode()
+
+
+def test_unwritable_storage_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="is not writable .*--storage"):
+        Store(str(tmp_path / "file" / "below")).check_writable()
+
+
+def test_full_disk_is_not_retried_and_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(str(tmp_path))
+    store.replace("state", b"old")
+    calls = []
+
+    def full(fd: int) -> None:
+        calls.append(fd)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        store.replace("state", b"new")
+    assert len(calls) == 1
+    assert store.read("state") == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["state"]
+
+
+def test_transient_error_is_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(str(tmp_path))
+    real, calls = os.fsync, []
+
+    def flaky(fd: int) -> None:
+        calls.append(fd)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, "try again")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", flaky)
+    store.replace("state", b"new")
+    assert store.read("state") == b"new"
+    assert len(calls) == 2
+
+
+PUBLISH_LOOP = """
+import sys
+sys.path[:0] = [{root!r}, {here!r}]
+from sweeps._ledger import Ledger
+from sweeps._sweep import Row
+from test_ledger import Point
+ledger = Ledger(sys.argv[1], "points", "1")
+print("ready", flush=True)
+for x in range(10_000):
+    ledger.publish(Point(x=x), [Row("x", x)] * 50, {{"blob": b"x" * 300_000}}, {{}})
+"""
+
+
+def test_kill_9_while_publishing_leaves_whole_cells_only(tmp_path: Path) -> None:
+    code = PUBLISH_LOOP.format(root=str(ROOT), here=str(Path(__file__).parent))
+    for round_ in range(3):
+        run = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
+        assert run.stdout is not None
+        run.stdout.readline()
+        time.sleep(0.15 + 0.07 * round_)
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        ledger = Ledger(str(tmp_path), "points", "1")
+        done = ledger.done()
+        assert done
+        for key in done:
+            cell = ledger.read(key)
+            assert len(cell.rows) == 50
+            assert len(ledger.file(key, "blob")) == 300_000
+
+
+def test_claims_exclude_each_other_and_survive_a_release(storage: str) -> None:
+    store = Store(storage)
+    first, second = Claims(store), Claims(store)
+    try:
+        assert first.claim(["a", "b"]) == (["a", "b"], {})
+        ours, others = second.claim(["a", "b", "c"])
+        assert ours == ["c"]
+        assert others == {"a": first.launch_id, "b": first.launch_id}
+        assert first.claim(["a", "c"]) == (["a"], {"c": second.launch_id})
+    finally:
+        first.release()
+    assert second.claim(["a", "b"]) == (["a", "b"], {})
+    second.release()
+    assert store.names("_claims/launches") == []
+
+
+def test_claim_of_a_dead_process_is_taken_over_at_once(tmp_path: Path) -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from sweeps._claims import Claims\nfrom sweeps._storage import Store\nimport os, time\n"
+        "c = Claims(Store(sys.argv[1])); c.claim(['a']); print(c.launch_id, flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    holder = other.stdout.readline().strip()
+    claims = Claims(Store(str(tmp_path)))
+    try:
+        assert claims.claim(["a"]) == ([], {"a": holder})
+        other.kill()
+        other.wait()
+        assert claims.claim(["a"]) == (["a"], {})
+    finally:
+        other.kill()
+        claims.release()
+
+
+def test_claim_of_another_machine_ends_with_its_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(str(tmp_path))
+    monkeypatch.setattr("sweeps._claims._boot_id", lambda: "elsewhere@1")
+    far = Claims(store, lease_seconds=1.0)
+    far.claim(["a"])
+    far._stop.set()  # its machine died: nobody renews
+    far._thread.join()
+    monkeypatch.undo()
+    near = Claims(store)
+    try:
+        assert near.claim(["a"])[0] == []
+        time.sleep(1.1)
+        assert near.claim(["a"])[0] == ["a"]
+    finally:
+        near.release()
