@@ -102,11 +102,12 @@ def through_ray(shards: Shards, shard: int, rank: int, context: int) -> Generato
     settings.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it announces that bars are off
+    n_tasks = len(shards.names) - shard
     with DataContext.current(settings):
         dataset = ray.data.read_datasource(
             ShardSource(),
-            override_num_blocks=len(shards.names) - shard,
-            concurrency=_READ_TASKS,
+            override_num_blocks=n_tasks,
+            concurrency=min(_READ_TASKS, n_tasks),
             num_cpus=_CPUS_PER_READ,
         )
         batches = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
