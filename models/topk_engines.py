@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -90,13 +91,19 @@ class Engine:
     ) -> None:
         self.sae, self.config, self.scratch = sae, config, scratch
         self.exp_avg, self.exp_avg_sq = exp_avg, exp_avg_sq
-        self._adam = torch.optim.Adam(
-            [getattr(sae, name) for name in PARAMETERS], betas=config.betas, eps=config.eps, fused=True
-        )
+
+    @cached_property
+    def _adam(self) -> torch.optim.Adam:
+        parameters = [getattr(self.sae, name) for name in PARAMETERS]
+        return torch.optim.Adam(parameters, betas=self.config.betas, eps=self.config.eps, fused=True)
 
     def grad(self, name: str) -> torch.Tensor:
         """Gradient buffer of a parameter, valid from `gradients` to the next use of the scratch."""
         return self.scratch.take(f"grad.{name}", *getattr(self.sae, name).shape)
+
+    def gradient(self, name: str) -> torch.Tensor:
+        """The whole gradient of a parameter, for comparison (an engine may leave rows of `grad` unwritten)."""
+        return self.grad(name)
 
     def gradients(self, x_BD: torch.Tensor, dead: torch.Tensor | None) -> Losses:
         """Fill the gradient buffers for the batch x; `dead` holds the indices of dead features, or None."""

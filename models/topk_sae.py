@@ -16,6 +16,7 @@ import torch
 
 from models.topk_engines import PARAMETERS, Backend, DenseEngine, Engine, Scratch, TorchEngine
 from models.topk_model import SAEConfig, TopKSAE
+from models.topk_numba import NumbaEngine
 
 __all__ = ["SAEBank", "SAEConfig", "SparseTrainer", "StepStats", "TopKSAE"]
 
@@ -119,6 +120,8 @@ class SparseTrainer:
         parts = (self.sae, self.config, self._exp_avg, self._exp_avg_sq, self.scratch)
         if backend == "dense":
             return DenseEngine(*parts)
+        if backend == "numba":
+            return NumbaEngine(*parts, n_threads=self.n_threads)
         return TorchEngine(*parts, screen_dtype=screen_dtype(self.device))
 
     def lr_at(self, step: int) -> float:
