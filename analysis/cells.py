@@ -13,7 +13,7 @@ import pandas as pd
 
 from analysis.bootstrap import Floats, ce_rec_ci, count_blocks
 from analysis.budget import FeatureCounts, rate_bits
-from analysis.fidelity import LOSSES, TOKEN_SUMS, SequenceSums
+from analysis.fidelity import LOSSES, SEQUENCE_COLUMNS, TOKEN_SUMS, SequenceSums
 
 IDENTITY = ("model", "layer", "depth", "k", "seed", "tokens")
 CELL_COLUMNS = (
@@ -135,18 +135,16 @@ class SequenceTables:
         for row, key in enumerate(cells["cell_key"]):
             if not tables:
                 break
-            table = tables[key].sort_values("sequence")
+            table = _checked(key, tables[key]).sort_values("sequence")
             self._groups.setdefault(tuple(table["sequence"].tolist()), []).append(row)
             weights = table["n_tokens"].to_numpy(float)
-            columns = {name: table[name].to_numpy(float) for name in (*TOKEN_SUMS, "n_tokens")}
+            columns = {name: table[name].to_numpy(float) for name in ("n_tokens", *TOKEN_SUMS)}
             self._columns.append(columns | {name: weights * table[name].to_numpy(float) for name in LOSSES})
 
     @property
     def levels(self) -> str:
-        """What the resamples cover, in words for a report."""
-        return (
-            "cells (seeds within configurations) and sequences" if self._columns else "cells only: no sequence tables"
-        )
+        """What resamples cover beside cells and seeds, to end a sentence of a report."""
+        return " and evaluated sequences" if self._columns else " (no sequence tables were given)"
 
     def blocks(
         self, metrics: Sequence[str], *, n_resamples: int, seed: int, block: int = 250
@@ -177,6 +175,15 @@ class SequenceTables:
                 for name in metrics:
                     result[name][:, rows] = _METRICS[name][1](sums)
             yield result
+
+
+def _checked(key: str, table: pd.DataFrame) -> pd.DataFrame:
+    missing = [c for c in SEQUENCE_COLUMNS if c not in table.columns]
+    if missing:
+        raise ValueError(f"the sequence table of cell {key} lacks columns {missing}; save SequenceSums.table() whole")
+    if table["sequence"].duplicated().any() or len(table) < 2:
+        raise ValueError(f"cell {key} has {len(table)} rows for {table['sequence'].nunique()} sequences; one row each")
+    return table
 
 
 def _by_key(sequences: Mapping[str, pd.DataFrame] | pd.DataFrame | None) -> dict[str, pd.DataFrame]:

@@ -9,6 +9,9 @@ SMALL, MIDDLE, LARGE = "pythia-70m", "pythia-160m", "pythia-410m"
 PRESETS = ("fast2", "fast3", "phase2", "budget_k32", "bridge")
 TEN, FIFTY, HUNDRED = 10_000_000, 50_000_000, 100_000_000
 
+N_LAYERS = {SMALL: 6, MIDDLE: 12, LARGE: 24}
+K_STAR_TARGETS = (0.85, 0.90)
+
 # (model, depth, k, tokens) → R², CE_rec, its 95% interval
 HEADLINE = {
     (SMALL, "mid", 8, TEN): (0.807, 0.340, (0.169, 0.469)),

@@ -87,12 +87,16 @@ def build_grid(
                         table = _sequence_table(ce, r2, d, n_sequences, difficulty, rng)
                         sequences[key] = table
                         low, high = ce_rec_ci(table["loss_orig"], table["loss_recon"], n_resamples=500)
-                        metrics = metrics_from_table(table, d_model=d, mean_sq=0.1 * d)
+                        mean_sq = float(table["sum_sq"].sum() - table["sst"].sum()) / float(table["n_tokens"].sum())
+                        metrics = metrics_from_table(table, d_model=d, mean_sq=mean_sq)
                         records.append(
                             metrics
                             | {"model": model, "layer": layers[position], "depth": depth, "k": k, "seed": s}
                             | {"tokens": budget, "ce_rec_lo": low, "ce_rec_hi": high, "d_model": d, "d_sae": 32 * d}
-                            | {"alive": float(np.clip(0.1 * (k / 8) ** 0.6 * 1.4**trained, 0, 1)), "cell_key": key}
+                            | {
+                                "alive": float(np.clip((0.14 - 0.03 * width) * (k / 8) ** 0.55 * 1.4**trained, 0, 1)),
+                                "cell_key": key,
+                            }
                             | {"rate_bits": rate_bits(32 * d, k), "rate_bits_entropy": rate_bits_entropy(11.5, k)}
                             | {"pr": 40.0 / (1 + position), "pr_deflated": 90.0}
                         )

@@ -1,0 +1,120 @@
+"""Tables of the proxy-gap report on what was measured: proxies, geometry, conventions, rates, definitions."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from analysis import published
+from analysis.proxy_gap_study import Section, Study, each, identity, interval, number, study_name
+
+MAX_ROWS = 72
+
+
+def leaderboard(study: Study) -> Section:
+    """Every proxy's correlation with CE_rec over all cells, with its paired difference from R²."""
+    title = "Proxy leaderboard (all cells)"
+    table = study.board.table
+    table = table[table["scope"] == "all cells"]
+    if table.empty:
+        return Section(title, needs="at least three cells", lines=[f"Left out: {d}." for d in study.board.dropped])
+    rows = [
+        {
+            "relation": row["relation"],
+            "statistic": row["statistic"],
+            "rank": str(row["rank"]),
+            "proxy": row["label"],
+            "correlation with CE_rec [95% CI]": interval(row["value"], row["lo"], row["hi"], sign=True) or "undefined",
+            "minus R² [95% CI], paired": interval(row["minus_r2"], row["minus_r2_lo"], row["minus_r2_hi"], sign=True),
+        }
+        for row in each(table)
+    ]
+    lines = [
+        f"{len(study.cells)} cells; {study.n_leaderboard:,} resamples of configurations, their seeds{study.levels}, "
+        "the same for every proxy. Within k: both sides minus their mean over the cells of the same k. Resampling "
+        "adds noise to ranks, so the interval of a rank correlation near 1 may lie below its value."
+    ]
+    lines += [f"Left out: {reason}." for reason in study.board.dropped]
+    return Section(title, rows, lines)
+
+
+def participation_ratios(study: Study) -> Section:
+    """PR raw, over d_model and deflated, for every layer of every model."""
+    title = "Participation ratio, every layer"
+    if study.geometry.empty:
+        return Section(title, needs="the activation covariance of the models' layers")
+    depth_of = study.cells.drop_duplicates(["model", "layer"]).set_index(["model", "layer"])["depth"].to_dict()
+    rows = []
+    for row in each(study.geometry.sort_values(["d_model", "model", "layer"])):
+        key = (study_name(row["model"]), row["layer"])
+        known = published.PARTICIPATION_RATIO.get(key) if study.published else None
+        rows.append(
+            {"model": row["model"], "layer": str(row["layer"])}
+            | {"hooked as": depth_of.get((row["model"], row["layer"]), "")}
+            | {"PR": number(row["pr"]), "PR published": number(known[0] if known else None)}
+            | {"PR/d_model": number(row["pr"] / row["d_model"], 4)}
+            | {"PR/d_model published": number(known[1] if known else None)}
+            | {"PR, top eigenvector removed": number(row["pr_deflated"])}
+        )
+    return Section(title, rows)
+
+
+def _limited(study: Study) -> tuple[pd.DataFrame, list[str]]:
+    if len(study.means) <= MAX_ROWS:
+        return study.means, []
+    part = study.means_at(depth=study.reference_depth)
+    return part, [f"Depth {study.reference_depth} only; cells.csv has all {len(study.cells)} cells."]
+
+
+def conventions(study: Study) -> Section:
+    """The three R² conventions side by side; CE_rec and ce_loss_score side by side; the losses they come from."""
+    part, lines = _limited(study)
+    rows = [
+        identity(row)
+        | {"R² (ratio of sums)": number(row["r2"], 4)}
+        | {"R² legacy (mean of token ratios)": number(row["r2_legacy"], 4)}
+        | {"R² energy (E‖a‖² − ‖E a‖²)": number(row["r2_energy"], 4)}
+        | {"CE_rec": number(row["ce_rec"], 4), "ce_loss_score": number(row["ce_loss_score"], 4)}
+        | {"L_orig": number(row["loss_orig"]), "L_recon": number(row["loss_recon"]), "L_zero": number(row["loss_zero"])}
+        for row in each(part)
+    ]
+    text = (
+        "R² = 1 − Σ‖a − â‖² / Σ‖a − ā‖². Legacy averages 1 − ‖a_t − â_t‖² / ‖a_t − ā‖² over tokens. Energy divides by "
+        "E‖a‖² − ‖E a‖²: the same number as R² unless float64 cancels. CE_rec = 2 − L_recon / L_orig; ce_loss_score = "
+        "(L_zero − L_recon) / (L_zero − L_orig); one is never converted into the other. Losses in nats a token, "
+        "means over seeds."
+    )
+    return Section("Conventions side by side", rows, [text, *lines])
+
+
+def rates(study: Study) -> Section:
+    """Bits a token under both rate proxies beside the distortion they buy."""
+    part, lines = _limited(study)
+    rows = [
+        identity(row)
+        | {"bits/token, uniform bound": number(row["rate_bits"], 1)}
+        | {"bits/token, entropy-coded": number(row["rate_bits_entropy"], 1)}
+        | {"R²": number(row["r2"]), "CE_rec": number(row["ce_rec"]), "alive %": number(100 * row["alive"], 1)}
+        | {"cosine": number(row["cosine"]), "relative error": number(row["relative_error"])}
+        for row in each(part)
+    ]
+    text = (
+        "Uniform bound: log2 C(d_sae, k) + 8k. Entropy-coded: k·H − log2 k! + 8k, H the measured entropy of the "
+        "feature index. 8 bits a value in both."
+    )
+    return Section("Rate, distortion and feature use", rows, [text, *lines])
+
+
+def definition_check(study: Study) -> Section:
+    """mse·d_model and Σ‖a − ā‖² a token, whose ratio is 1 − R²: tells a definition apart from a result."""
+    rows = []
+    for row in each(study.headline_means()):
+        sse = row["mse"] * row["d_model"]
+        matches = study.published and (row["depth"], row["k"], row["tokens"]) == ("mid", 8, published.TEN)
+        known = published.DEFINITION_CHECK.get(study_name(row["model"])) if matches else None
+        measured = (("mse·d_model", sse, 1), ("SST/token", sse / (1 - row["r2"]), 1), ("R² = 1 − ratio", row["r2"], 3))
+        text = identity(row)
+        for i, (name, value, digits) in enumerate(measured):
+            text[name] = number(value, digits)
+            text[f"{name} published"] = number(known[i] if known else None, digits)
+        rows.append(text)
+    return Section("Check on definitions", rows, ["SST/token = Σ‖a − ā‖² over the number of tokens."])

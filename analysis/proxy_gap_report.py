@@ -1,0 +1,248 @@
+"""The proxy-gap report: pure functions from cells, sequence tables and layer geometry to files.
+
+The same input gives the same bytes: resampling is seeded and nothing is stamped with a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from analysis import proxy_gap_details as details
+from analysis import proxy_gap_tables as tables
+from analysis import published as paper
+from analysis.cells import SequenceTables, depths_of, prepare_cells, tokens_label
+from analysis.contrasts import configuration_means, model_deltas
+from analysis.proxies import leaderboard
+from analysis.proxy_gap_plots import PlotData, write_figures
+from analysis.proxy_gap_study import Study, interval, markdown, study_name
+
+SEED = 0
+GEOMETRY_COLUMNS = ("model", "layer", "d_model", "pr", "pr_deflated")
+
+
+def write_report(
+    cells: pd.DataFrame,
+    sequences: Mapping[str, pd.DataFrame] | pd.DataFrame | None,
+    geometry: pd.DataFrame | None,
+    out: Path,
+    *,
+    preset: str,
+    facts: Mapping[str, str],
+    notes: Sequence[str] = (),
+    published: bool = False,
+    n_resamples: int = 5_000,
+    n_leaderboard: int = 2_000,
+) -> Path:
+    """Write report.md, its figures, cells.parquet, cells.csv, leaderboard.csv and the tables behind them.
+
+    Args:
+        cells: one row a cell, columns `cells.CELL_COLUMNS` (more are kept).
+        sequences: the evaluated sequences by cell_key (or one frame with that column), columns
+            `fidelity.SEQUENCE_COLUMNS`; None leaves intervals to seeds and cells alone, and the report says so.
+        geometry: one row a layer, columns GEOMETRY_COLUMNS; None leaves the section out.
+        out: folder, made when absent; files of an earlier report are overwritten.
+        preset: its name, for the title.
+        facts: what it ran on, in plain words (models, real or stand-in; text; budget; hardware), in order.
+        notes: caveats to print, a line each.
+        published: whether the preset is one of the study's, so that its numbers are printed beside ours.
+        n_resamples: for means over seeds and differences between models.
+        n_leaderboard: for the leaderboard.
+    Returns:
+        The path of report.md.
+    Raises:
+        ValueError: a table lacks columns, repeats a cell, or is empty.
+    """
+    study = measure(
+        cells, sequences, geometry, published=published, n_resamples=n_resamples, n_leaderboard=n_leaderboard
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    study.cells.to_parquet(out / "cells.parquet", index=False)
+    for name, table in {
+        "cells.csv": study.cells,
+        "means.csv": study.means,
+        "deltas.csv": study.deltas,
+        "leaderboard.csv": study.board.table,
+        "leaderboard_pairs.csv": study.board.pairs,
+        "geometry.csv": study.geometry,
+    }.items():
+        table.to_csv(out / name, index=False)
+    figures = write_figures(
+        PlotData(study.cells, study.means, study.deltas, study.board.table, study.geometry, published), out
+    )
+    report = out / "report.md"
+    report.write_text(compose(study, figures, preset=preset, facts=facts, notes=notes), encoding="utf-8")
+    return report
+
+
+def measure(
+    cells: pd.DataFrame,
+    sequences: Mapping[str, pd.DataFrame] | pd.DataFrame | None,
+    geometry: pd.DataFrame | None,
+    *,
+    published: bool = False,
+    n_resamples: int = 5_000,
+    n_leaderboard: int = 2_000,
+) -> Study:
+    """Everything that the report prints or draws, computed; arguments as in `write_report`."""
+    ordered = prepare_cells(cells)
+    evaluated = SequenceTables(ordered, sequences)
+    means = configuration_means(ordered, evaluated, n_resamples=n_resamples, seed=SEED)
+    scopes = tables.correlation_scopes(ordered)
+    return Study(
+        cells=ordered,
+        means=means.table,
+        deltas=model_deltas(means),
+        board=leaderboard(ordered, evaluated, scopes=scopes, n_resamples=n_leaderboard, seed=SEED),
+        geometry=_prepare_geometry(geometry),
+        published=published,
+        levels=evaluated.levels,
+        n_resamples=n_resamples,
+        n_leaderboard=n_leaderboard,
+    )
+
+
+def compose(
+    study: Study, figures: Mapping[str, str], *, preset: str, facts: Mapping[str, str], notes: Sequence[str] = ()
+) -> str:
+    """The report's Markdown; `figures` maps the files that were drawn to their captions."""
+    sections = [
+        (tables.headline(study), ["r2_vs_ce_rec.png"]),
+        (tables.model_deltas(study), ["delta.png"]),
+        (tables.by_model_and_k(study), []),
+        (tables.correlations(study), []),
+        (details.leaderboard(study), ["leaderboard.png"]),
+        (tables.k_stars(study), ["ce_rec_vs_k.png"]),
+        (tables.budget_deltas(study), []),
+        (tables.budget_cells(study), ["budget.png"]),
+        (details.participation_ratios(study), ["participation_ratio.png"]),
+        (details.conventions(study), []),
+        (details.rates(study), ["rate_distortion.png", "alive.png"]),
+        (details.definition_check(study), []),
+    ]
+    text = [
+        f"# SAE proxy gap: {preset}",
+        "Does R² of a sparse autoencoder's reconstruction rank SAEs as the language model does, when the "
+        "reconstruction is patched back in and the loss is measured?",
+        "## What was run",
+        markdown([{"what": name, "value": value} for name, value in _facts(study, facts).items()]),
+        "## At a glance",
+        "\n".join(f"- {line}" for line in glance(study)),
+        "## Notes",
+        "\n".join(f"- {note}" for note in (*_notes(study), *confounds(study), *notes)),
+    ]
+    for section, names in sections:
+        text += [f"## {section.title}", *section.lines]
+        text.append(markdown(section.rows) if not section.needs else f"Not in this grid. It needs {section.needs}.")
+        text += [f"![{figures[name]}]({name})" for name in names if name in figures]
+    return "\n\n".join(text) + "\n"
+
+
+def _prepare_geometry(geometry: pd.DataFrame | None) -> pd.DataFrame:
+    if geometry is None or geometry.empty:
+        return pd.DataFrame(columns=list(GEOMETRY_COLUMNS))
+    missing = [c for c in GEOMETRY_COLUMNS if c not in geometry.columns]
+    if missing:
+        raise ValueError(f"the geometry table lacks columns {missing}; build its rows with CovarianceSums.summary")
+    return geometry.sort_values(["d_model", "model", "layer"]).reset_index(drop=True)
+
+
+def _facts(study: Study, facts: Mapping[str, str]) -> dict[str, str]:
+    cells = study.cells
+    grid = {
+        "cells": str(len(cells)),
+        "models": ", ".join(f"{m} (d_model {d})" for m, d in _models(cells)),
+        "depths": ", ".join(f"{d} ({', '.join(_hooks(cells, d))})" for d in depths_of(cells)),
+        "k": ", ".join(str(k) for k in sorted(cells["k"].unique())),
+        "training tokens": ", ".join(tokens_label(t) for t in study.budgets),
+        "seeds": ", ".join(str(s) for s in sorted(cells["seed"].unique())),
+    }
+    return {**facts, **{name: value for name, value in grid.items() if name not in facts}}
+
+
+def _models(cells: pd.DataFrame) -> list[tuple[str, int]]:
+    frame = cells[["model", "d_model"]].drop_duplicates().sort_values(["d_model", "model"])
+    return [(str(m), int(d)) for m, d in zip(frame["model"], frame["d_model"], strict=True)]
+
+
+def _hooks(cells: pd.DataFrame, depth: str) -> list[str]:
+    frame = cells.loc[cells["depth"] == depth, ["model", "layer", "d_model"]].drop_duplicates()
+    frame = frame.sort_values(["d_model", "model"])
+    return [f"{m} L{layer}" for m, layer in zip(frame["model"], frame["layer"], strict=True)]
+
+
+def glance(study: Study) -> list[str]:
+    """The findings in sentences, each computed from the tables below it."""
+    lines = []
+    at_depth = study.deltas[study.deltas["depth"] == study.reference_depth]
+    for tokens, part in at_depth.groupby("tokens", sort=True):
+        row = part.sort_values("k").iloc[0]
+        verdict = {
+            "opposite": "R² and the patched loss point in opposite directions",
+            "same": "R² and the patched loss point the same way",
+            "undecided": "at least one interval includes zero, so the directions are undecided",
+        }[tables.direction(row)]
+        delta_r2 = interval(row["delta_r2"], row["delta_r2_lo"], row["delta_r2_hi"], sign=True)
+        delta_ce = interval(row["delta_ce_rec"], row["delta_ce_rec_lo"], row["delta_ce_rec_hi"], sign=True)
+        lines.append(
+            f"{study.reference_depth}, k = {row['k']}, {tokens_label(float(str(tokens)))} tokens, {row['large']} minus "
+            f"{row['small']}: ΔR² {delta_r2}, ΔCE_rec {delta_ce}; {verdict}."
+        )
+    if len(study.deltas):
+        count = pd.Series([tables.direction(row) for _, row in study.deltas.iterrows()]).value_counts()
+        lines.append(
+            f"Of {len(study.deltas)} comparisons of these two models (depth, k, budget): opposite in "
+            f"{count.get('opposite', 0)}, same in {count.get('same', 0)}, undecided in {count.get('undecided', 0)}."
+        )
+    table = study.board.table
+    ranked = table[(table["scope"] == "all cells") & (table["statistic"] == "spearman") & table["value"].notna()]
+    for relation, part in ranked.groupby("relation", sort=False):
+        best, r2 = part.iloc[0], part[part["proxy"] == "r2"]
+        text = f"Spearman with CE_rec, {relation}: {best['label']} ranks first of {len(part)} at "
+        text += interval(best["value"], best["lo"], best["hi"], sign=True)
+        if len(r2) and best["proxy"] != "r2":
+            row = r2.iloc[0]
+            text += f"; R² is number {row['rank']} at {interval(row['value'], row['lo'], row['hi'], sign=True)}, "
+            gap = interval(best["minus_r2"], best["minus_r2_lo"], best["minus_r2_hi"], sign=True)
+            text += f"behind by {gap} (paired)"
+        lines.append(text + ".")
+    return lines or ["One cell alone compares nothing; add models, k or depths."]
+
+
+def _notes(study: Study) -> list[str]:
+    several = bool((study.means["n_seeds"] > 1).any())
+    notes = [
+        "The language models' weights are used unprocessed: no folding of layer norms, no centring of weights.",
+        f"Brackets are 95% percentile intervals from {study.n_resamples:,} bootstrap resamples of training "
+        f"seeds{study.levels}; models evaluated on the same sequences are resampled together. R²'s total variation "
+        "stays around the mean of the whole evaluation set.",
+        "CE_rec_lo and CE_rec_hi in cells.csv are per cell, over sequences alone.",
+    ]
+    if not several:
+        notes.append("One seed a configuration: no interval here covers variation between training seeds.")
+    if study.published:
+        notes.append("“Published” columns: the source study's numbers; blank where it printed none for that cell.")
+    else:
+        notes.append("“Published” columns are blank: this preset does not run the study's models on its stream.")
+    return notes
+
+
+def confounds(study: Study) -> list[str]:
+    """Depth names that mean different things in different models: the final block in one, not in another."""
+    lines = []
+    whole = {str(m): sorted(part["layer"]) for m, part in study.geometry.groupby("model")}
+    n_blocks = {m: len(layers) for m, layers in whole.items() if layers == list(range(len(layers)))} | paper.N_LAYERS
+    hooked = study.cells[["model", "depth", "layer", "d_model"]].drop_duplicates()
+    for depth in depths_of(study.cells):
+        part = hooked[hooked["depth"] == depth].sort_values(["d_model", "model"])
+        blocks = [n_blocks.get(m, n_blocks.get(study_name(m))) for m in part["model"]]
+        ends = [int(layer) + 1 == n for layer, n in zip(part["layer"], blocks, strict=True)]
+        if any(ends) and not all(ends):
+            words = [
+                f"{study_name(m)} {depth} (L{layer}) is {'the final block' if end else 'not the final block'}"
+                for m, layer, end in zip(part["model"], part["layer"], ends, strict=True)
+            ]
+            lines.append(f"Confound: {'; '.join(words)}. A difference between these models at {depth} mixes the two.")
+    return lines

@@ -1,0 +1,101 @@
+"""What the proxy-gap report is made from, and how its tables print."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from analysis.cells import depths_of, tokens_label
+from analysis.proxies import Leaderboard
+
+
+@dataclass(frozen=True)
+class Study:
+    """What was measured: cells, means over seeds, model deltas, leaderboard and layer geometry."""
+
+    cells: pd.DataFrame
+    means: pd.DataFrame
+    deltas: pd.DataFrame
+    board: Leaderboard
+    geometry: pd.DataFrame
+    published: bool
+    levels: str  # what resamples cover beside cells and seeds
+    n_resamples: int
+    n_leaderboard: int
+
+    @property
+    def reference_depth(self) -> str:
+        """The depth of the study's main tables: mid where the grid has it, else the first depth."""
+        depths = depths_of(self.cells)
+        return "mid" if "mid" in depths else depths[0]
+
+    @property
+    def budgets(self) -> list[int]:
+        return sorted(int(t) for t in self.cells["tokens"].unique())
+
+    def headline_means(self) -> pd.DataFrame:
+        """The means at the reference depth, smallest budget and smallest k: one row a model."""
+        part = self.means_at(depth=self.reference_depth, tokens=self.budgets[0])
+        return part[part["k"] == part["k"].min()]
+
+    def means_at(self, **where: object) -> pd.DataFrame:
+        """Rows of the means with the given column values, in report order."""
+        chosen = np.ones(len(self.means), dtype=bool)
+        for column, value in where.items():
+            chosen &= (self.means[column] == value).to_numpy()
+        return self.means[chosen]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A titled table, or what it needs; `lines` are paragraphs above it."""
+
+    title: str
+    rows: Sequence[Mapping[str, str]] = ()
+    lines: Sequence[str] = ()
+    needs: str = ""
+
+
+def number(value: object, digits: int = 3, *, sign: bool = False) -> str:
+    """A fixed-point number; blank for missing ones."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return f"{value:{'+' if sign else ''}.{digits}f}"
+
+
+def interval(value: float, lo: float, hi: float, digits: int = 3, *, sign: bool = False) -> str:
+    """value [lo, hi], the bracket left out when the limits are undefined."""
+    text = number(value, digits, sign=sign)
+    if math.isnan(lo) or math.isnan(hi):
+        return text
+    return f"{text} [{number(lo, digits, sign=sign)}, {number(hi, digits, sign=sign)}]"
+
+
+def study_name(model: object) -> str:
+    """The study's name of a model: the hub's owner prefix taken off."""
+    return str(model).rsplit("/", 1)[-1]
+
+
+def identity(row: pd.Series) -> dict[str, str]:
+    """The leading columns of a table with one row a configuration."""
+    text = {"model": str(row["model"]), "depth": str(row["depth"]), "layer": str(row["layer"]), "k": str(row["k"])}
+    return text | {"tokens": tokens_label(row["tokens"]), "seeds": str(row["n_seeds"])}
+
+
+def each(frame: pd.DataFrame) -> Iterator[pd.Series]:
+    """The rows of a frame."""
+    return (row for _, row in frame.iterrows())
+
+
+def markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """A pipe table; numbers right-aligned, `|` escaped."""
+    names = list(rows[0])
+    cells = [[row[name].replace("|", "\\|") for name in names] for row in rows]
+    numeric = [all(not row[i] or row[i][0] in "+-0123456789><" for row in cells) for i in range(len(names))]
+    head = [name.replace("|", "\\|") for name in names]
+    rule = ["---:" if right else "---" for right in numeric]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *cells))

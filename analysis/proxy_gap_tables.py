@@ -1,0 +1,224 @@
+"""The source study's tables in the proxy-gap report, its published numbers beside ours.
+
+Every function takes the `Study` and returns a `Section`. A section whose cells are missing says which
+cells it needs instead of a table.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+
+from analysis import published
+from analysis.budget import format_k_star, k_star
+from analysis.cells import depths_of, models_of, tokens_label
+from analysis.proxy_gap_study import Section, Study, each, identity, interval, number, study_name
+
+
+def _source(study: Study, sweep: str) -> list[str]:
+    return [f"Published: the study's sweep {sweep}."] if study.published else []
+
+
+def headline(study: Study) -> Section:
+    """R² and CE_rec of every model at the reference depth, smallest k and smallest budget."""
+    rows = []
+    for row in each(study.headline_means()):
+        key = (study_name(row["model"]), row["depth"], row["k"], row["tokens"])
+        known = published.HEADLINE.get(key) if study.published else None
+        r2, ce, limits = known or (math.nan, math.nan, (math.nan, math.nan))
+        rows.append(
+            identity(row)
+            | {
+                "R² [95% CI]": interval(row["r2"], row["r2_lo"], row["r2_hi"]),
+                "R² published": number(r2),
+                "CE_rec [95% CI]": interval(row["ce_rec"], row["ce_rec_lo"], row["ce_rec_hi"]),
+                "CE_rec published": interval(ce, *limits),
+            }
+        )
+    return Section("Headline", rows, ["The smallest k and budget at the reference depth."])
+
+
+def direction(row: pd.Series) -> str:
+    """Whether ΔR² and ΔCE_rec agree in sign, when both intervals exclude zero."""
+    signs = []
+    for metric in ("delta_r2", "delta_ce_rec"):
+        low, high = row[f"{metric}_lo"], row[f"{metric}_hi"]
+        signs.append(1 if low > 0 else -1 if high < 0 else 0)
+    if 0 in signs:
+        return "undecided"
+    return "same" if signs[0] == signs[1] else "opposite"
+
+
+def _delta_cells(row: pd.Series) -> dict[str, str]:
+    return {
+        "ΔR² [95% CI]": interval(row["delta_r2"], row["delta_r2_lo"], row["delta_r2_hi"], sign=True),
+        "ΔCE_rec [95% CI]": interval(row["delta_ce_rec"], row["delta_ce_rec_lo"], row["delta_ce_rec_hi"], sign=True),
+        "directions": direction(row),
+    }
+
+
+def _study_pair(study: Study, row: pd.Series) -> bool:
+    return study.published and (study_name(row["small"]), study_name(row["large"])) == (
+        published.SMALL,
+        published.LARGE,
+    )
+
+
+def model_deltas(study: Study) -> Section:
+    """Widest minus narrowest model by depth and k at the smallest budget."""
+    title = "Widest minus narrowest model, by k"
+    part = study.deltas[study.deltas["tokens"] == study.budgets[0]]
+    if part.empty:
+        return Section(title, needs="cells of at least two models at the same depth, k and budget")
+    rows = []
+    for row in each(part.sort_values("depth", key=_depth_rank(study), kind="stable")):
+        known = published.DELTA.get((row["depth"], row["k"], row["tokens"])) if _study_pair(study, row) else None
+        rows.append(
+            {"depth": row["depth"], "k": str(row["k"]), "tokens": tokens_label(row["tokens"])}
+            | {"seeds": str(row["n_seeds"])}
+            | _delta_cells(row)
+            | {"ΔR² published": number(known[0] if known else None, sign=True)}
+            | {"ΔCE_rec published": number(known[1] if known else None, sign=True)}
+        )
+    pair = part.iloc[0]
+    line = (
+        f"{pair['large']} minus {pair['small']} at {tokens_label(study.budgets[0])} tokens. Directions are opposite "
+        "when R² calls one model's SAE better and the patched loss the other's, both intervals excluding zero."
+    )
+    return Section(title, rows, [line, *_source(study, "fast2")])
+
+
+def _depth_rank(study: Study) -> Callable[[pd.Series], pd.Series]:
+    order = depths_of(study.cells)
+    return lambda column: column.map(order.index)
+
+
+def by_model_and_k(study: Study) -> Section:
+    """R², CE_rec, cosine and features alive at the reference depth and smallest budget, by k and model."""
+    part = study.means_at(depth=study.reference_depth, tokens=study.budgets[0]).sort_values("k", kind="stable")
+    rows = []
+    for row in each(part):
+        matches = study.published and (row["depth"], row["tokens"]) == ("mid", published.TEN)
+        known = published.FAST3.get((study_name(row["model"]), row["k"])) if matches else None
+        text = {"k": str(row["k"]), "model": str(row["model"]), "seeds": str(row["n_seeds"])}
+        measured = (row["r2"], row["ce_rec"], row["cosine"], 100 * row["alive"])
+        for i, (name, digits) in enumerate((("R²", 3), ("CE_rec", 3), ("cosine", 3), ("alive %", 1))):
+            text[name] = number(measured[i], digits)
+            text[f"{name} published"] = number(known[i] if known else None, digits)
+        rows.append(text)
+    where = f"{study.reference_depth}, {tokens_label(study.budgets[0])} tokens"
+    return Section(f"Scale ladder ({where})", rows, _source(study, "fast3"))
+
+
+def correlation_scopes(cells: pd.DataFrame) -> dict[str, np.ndarray]:
+    """The leaderboard's scopes: all cells, each depth, and each depth at each budget."""
+    scopes = {"all cells": np.ones(len(cells), dtype=bool)}
+    for depth in depths_of(cells):
+        at_depth = (cells["depth"] == depth).to_numpy()
+        for tokens in sorted(cells["tokens"].unique()):
+            scopes[f"{depth}, {tokens_label(tokens)}"] = at_depth & (cells["tokens"] == tokens).to_numpy()
+    return scopes
+
+
+def correlations(study: Study) -> Section:
+    """Pearson correlation of R² and CE_rec per depth and budget, pooled and within fixed k."""
+    title = "Correlation of R² with CE_rec, per depth"
+    table = study.board.table
+    table = table[(table["proxy"] == "r2") & (table["statistic"] == "pearson") & (table["scope"] != "all cells")]
+    if table.empty:
+        return Section(title, needs="at least three cells at one depth and budget")
+    rows = []
+    for scope, part in table.groupby("scope", sort=False):
+        depth, tokens = str(scope).split(", ")
+        matches = study.published and tokens == tokens_label(published.TEN)
+        known = published.CORRELATION.get(depth) if matches else None
+        text = {"depth": depth, "tokens": tokens, "cells": str(part["n_cells"].iloc[0])}
+        for i, relation in enumerate(("pooled", "within k")):
+            row = part[part["relation"] == relation].iloc[0]
+            value = interval(row["value"], row["lo"], row["hi"], sign=True)
+            text[f"{relation} [95% CI]"] = value or "undefined (one cell a k)"
+            text[f"{relation} published"] = number(known[i] if known else None, sign=True)
+        rows.append(text)
+    return Section(title, rows, _source(study, "fast2"))
+
+
+def k_stars(study: Study) -> Section:
+    """k*(t) by depth, target, model and budget, censored at the grid's ends."""
+    grid_size = study.means.groupby(["model", "depth", "tokens"])["k"].nunique().max()
+    title = "k*: the smallest k that reaches a CE_rec"
+    if grid_size < 2:
+        return Section(title, needs="at least two k at the same model, depth and budget")
+    rows = []
+    for (depth, target), tokens, model in itertools.product(
+        [(d, t) for d in depths_of(study.cells) for t in published.K_STAR_TARGETS],
+        study.budgets,
+        models_of(study.cells),
+    ):
+        chosen = (study.cells["model"] == model) & (study.cells["depth"] == depth) & (study.cells["tokens"] == tokens)
+        curves = study.cells[chosen].pivot(index="seed", columns="k", values="ce_rec").dropna()
+        if curves.shape[1] < 2 or curves.empty:
+            continue
+        values = curves.to_numpy(float)
+        result = k_star(curves.columns.to_numpy(float), values[0] if len(values) == 1 else values, target)
+        matches = study.published and tokens == published.TEN
+        known = published.K_STAR.get((study_name(model), depth, target)) if matches else None
+        rows.append(
+            {"depth": depth, "target": f"{target:.2f}", "tokens": tokens_label(tokens), "model": model}
+            | {"seeds": str(len(values)), "k*": format_k_star(result), "published": number(known, 1)}
+        )
+    line = (
+        "Linear interpolation on the grid, never extrapolation: “> 256” means that the grid's largest k, 256, stays "
+        "below the target, “<= 8” that its smallest already reaches it. With seeds: the mean curve's value [smallest, "
+        "largest over seeds]."
+    )
+    return Section(
+        title, rows, [line, *_source(study, "fast2")], needs="" if rows else "complete k grids for at least one seed"
+    )
+
+
+def budget_deltas(study: Study) -> Section:
+    """Widest minus narrowest model at the reference depth, by k and training budget."""
+    title = "Budget: does the gap between models close with training?"
+    part = study.deltas[study.deltas["depth"] == study.reference_depth]
+    if part.groupby("k")["tokens"].nunique().max() < 2 or part.empty:
+        return Section(title, needs="two models at two or more training budgets (same depth and k)")
+    rows = []
+    for row in each(part.sort_values(["k", "tokens"])):
+        key = (row["depth"], row["k"], row["tokens"])
+        known = published.BUDGET_DELTA.get(key) if _study_pair(study, row) else None
+        text = {"k": str(row["k"]), "tokens": tokens_label(row["tokens"]), "seeds": str(row["n_seeds"])}
+        text |= _delta_cells(row)
+        text["ΔCE_rec published"] = text["ΔR² published"] = ""
+        if known:
+            seeds, ce, limits, r2 = known
+            value = interval(ce, *(limits or (math.nan, math.nan)), sign=True)
+            text["ΔCE_rec published"] = f"{value} ({seeds} seed{'s' if seeds > 1 else ''})"
+            text["ΔR² published"] = number(r2, sign=True)
+        rows.append(text)
+    return Section(title, rows, _source(study, "phase2"))
+
+
+def budget_cells(study: Study) -> Section:
+    """CE_rec, R² and features alive of each model by k and budget, at the reference depth."""
+    title = f"Budget: each model ({study.reference_depth})"
+    part = study.means_at(depth=study.reference_depth)
+    if len(study.budgets) < 2:
+        return Section(title, needs="two or more training budgets")
+    rows = []
+    for row in each(part.sort_values(["k", "d_model", "tokens"])):
+        matches = study.published and row["depth"] == "mid"
+        known = published.BUDGET_CELL.get((study_name(row["model"]), row["k"], row["tokens"]), {}) if matches else {}
+        limits = (known.get("ce_rec_lo", math.nan), known.get("ce_rec_hi", math.nan))
+        rows.append(
+            {"k": str(row["k"]), "model": row["model"], "tokens": tokens_label(row["tokens"])}
+            | {"seeds": str(row["n_seeds"])}
+            | {"CE_rec [95% CI]": interval(row["ce_rec"], row["ce_rec_lo"], row["ce_rec_hi"])}
+            | {"CE_rec published": interval(known.get("ce_rec", math.nan), *limits)}
+            | {"R²": number(row["r2"]), "R² published": number(known.get("r2"))}
+            | {"alive %": number(100 * row["alive"], 1), "alive % published": number(known.get("alive"), 1)}
+        )
+    return Section(title, rows, _source(study, "phase2 and budget_k32"))
