@@ -115,10 +115,12 @@ class _Launch:
         print(f"{self.sweep.name} --preset {self.arguments.preset}: {self.sweep.question}")
         for line in self.sweep.banner(self.arguments.preset, self.preset):
             print(f"  {line}")
+        varying, common = _fields(self.cells)
+        print(f"  all cells: {common}")
         print(f"{'key':16}  state    cell")
         for cell in self.cells:
             state = "done" if cell.key in self.done else "failed" if cell.key in self.failures else "to do"
-            print(f"{cell.key}  {state:7}  {cell}")
+            print(f"{cell.key}  {state:7}  {' '.join(f'{n}={getattr(cell, n)}' for n in varying)}")
         packs = self.sweep.pack(missing, self.preset, machine, self.run) if missing else []
         estimate = self.sweep.estimate(missing, self.preset, machine, self.run)
         print(f"cells        {len(self.cells)} planned, {len(self.done)} done, {len(missing)} to do")
@@ -148,6 +150,12 @@ class _Launch:
         board = Board(self.sweep.name, len(self.cells), getattr(self.sweep, "headline", "value"))
         board.already(len(self.done))
         claims = Claims(self.ledger.store)
+        try:
+            return self._execute_with(claims, fingerprints, board, started)
+        finally:
+            claims.release()
+
+    def _execute_with(self, claims: Claims, fingerprints: dict[str, str], board: Board, started: float) -> int:
         uri = self.arguments.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri()
         tracker = Tracker(uri, self.ledger, claims, artifact_mb=self.run.mlflow_artifact_mb, say=board.say)
         tracker.start(
@@ -174,7 +182,6 @@ class _Launch:
             {"cells_done": len(self.done), "cells_planned": len(self.cells), "seconds": time.monotonic() - started},
             sorted(p for p in self.out.glob("*") if p.is_file()) if lines else [],
         )
-        claims.release()
         self._close(lines, tracker, synced, uri, started)
         if interrupted:
             raise KeyboardInterrupt
@@ -268,3 +275,10 @@ def _shutdown_ray() -> None:
         import ray
 
         ray.shutdown()
+
+
+def _fields(cells: Sequence[Cell]) -> tuple[list[str], str]:
+    """(names of the fields that differ among the cells, the others as text)."""
+    identities = [cell.identity() for cell in cells]
+    varying = [name for name in identities[0] if len({str(i.get(name)) for i in identities}) > 1]
+    return varying, " ".join(f"{name}={value}" for name, value in identities[0].items() if name not in varying)
