@@ -1,0 +1,314 @@
+"""Language models over residual-vector-quantised audio tokens, one column of K codebooks a step.
+
+input: sum over codebooks of their embeddings; blocks: x + mixer(norm(x)), x + SwiGLU(norm(x)); output: K linear heads.
+
+Shapes: B batch, K codebooks, T steps, D model width, V vocabulary a codebook (codes, then pad, BOS, EOS).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention import Attention
+from models.codebook_loss import CodebookLoss, check_tokens, codebook_loss
+from models.gated_delta import GatedDeltaNet, SimpleDeltaNet
+from models.layers import FusedLinear, Mixer, SwiGLU
+from models.linear_attention import LinearAttention
+from models.mamba import Mamba, Mamba2
+from models.memory_cache import (
+    CachedLinearAttention,
+    CachedMixer,
+    CachedOutput,
+    CacheHealth,
+    MemoryCacheConfig,
+    cache_health,
+)
+
+MixerName = Literal["attention", "gated_delta", "deltanet_simple", "linear_attention", "mamba", "mamba2"]
+MIXERS: tuple[MixerName, ...] = (
+    "attention",
+    "gated_delta",
+    "deltanet_simple",
+    "linear_attention",
+    "mamba",
+    "mamba2",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecLMConfig:
+    """Everything that decides the function a model can compute and its parameter count.
+
+    mixer: of the layers that are not attention. attention_every: every n-th layer (counted from 1) is attention,
+    None for no attention; force_final_attention makes the last layer attention too. head_k, head_v: widths of a
+    Gated DeltaNet head. delta_rule: of linear attention. d_state, expand, mamba2_head: of the two Mambas.
+    impl: kernel of the mixers (see models.ops); it changes speed, not the function.
+    """
+
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_ff: int
+    n_codebooks: int
+    context: int
+    mixer: MixerName
+    attention_every: int | None = None
+    force_final_attention: bool = False
+    codebook_size: int = 1024
+    head_k: int = 48
+    head_v: int = 96
+    conv_width: int = 4
+    delta_rule: bool = False
+    d_state: int = 64
+    expand: int = 2
+    mamba2_head: int = 64
+    memory_cache: MemoryCacheConfig | None = None
+    rope_base: float = 500_000.0
+    norm_eps: float = 1e-6
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "n_codebooks", "context", "codebook_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; choose {name} >= 1")
+        if self.mixer not in MIXERS:
+            raise ValueError(f"mixer={self.mixer!r} is not one of {', '.join(MIXERS)}; choose one of these")
+        if self.d_model % (2 * self.n_heads):
+            raise ValueError(
+                f"d_model={self.d_model} does not split into {self.n_heads} heads of even width (rotary pairs); "
+                f"choose d_model a multiple of {2 * self.n_heads}"
+            )
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
+        if "mamba2" in self.mixers and self.expand * self.d_model % self.mamba2_head:
+            raise ValueError(
+                f"inner width {self.expand * self.d_model} does not split into heads of mamba2_head={self.mamba2_head}"
+            )
+        cache = self.memory_cache
+        if cache is not None and cache.start_layer > self.n_layers:
+            raise ValueError(f"start_layer={cache.start_layer} exceeds n_layers={self.n_layers}; no layer would cache")
+
+    @property
+    def mixers(self) -> tuple[MixerName, ...]:
+        """Mixer of each layer."""
+
+        def of(layer: int) -> MixerName:
+            every = self.attention_every is not None and layer % self.attention_every == 0
+            return "attention" if every or (self.force_final_attention and layer == self.n_layers) else self.mixer
+
+        return tuple(of(layer) for layer in range(1, self.n_layers + 1))
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens a codebook: its codes and three special ones."""
+        return self.codebook_size + 3
+
+    @property
+    def pad(self) -> int:
+        """Fills vacated places of the delay pattern and the ends of short clips; never a target."""
+        return self.codebook_size
+
+    @property
+    def bos(self) -> int:
+        """First input column."""
+        return self.codebook_size + 1
+
+    @property
+    def eos(self) -> int:
+        """End of a clip."""
+        return self.codebook_size + 2
+
+
+def build_mixer(config: CodecLMConfig, layer: int) -> Mixer:
+    """Mixer of a layer (counted from 1), with memory caching where the configuration asks for it."""
+    c, name = config, config.mixers[layer - 1]
+    if name == "attention":
+        return Attention(c.d_model, c.n_heads, c.n_kv_heads, rope_base=c.rope_base, norm_eps=c.norm_eps)
+    mixer: Mixer
+    if name == "gated_delta":
+        mixer = GatedDeltaNet(
+            c.d_model, c.n_heads, c.head_k, c.head_v, conv_width=c.conv_width, norm_eps=c.norm_eps, impl=c.impl
+        )
+    elif name == "deltanet_simple":
+        mixer = SimpleDeltaNet(c.d_model, c.n_heads, norm_eps=c.norm_eps, impl=c.impl)
+    elif name == "linear_attention":
+        mixer = LinearAttention(c.d_model, c.n_heads, delta_rule=c.delta_rule, impl=c.impl)
+    elif name == "mamba":
+        mixer = Mamba(c.d_model, d_state=c.d_state, expand=c.expand, conv_width=c.conv_width, impl=c.impl)
+    else:
+        mixer = Mamba2(
+            c.d_model,
+            d_state=c.d_state,
+            expand=c.expand,
+            head_width=c.mamba2_head,
+            conv_width=c.conv_width,
+            norm_eps=c.norm_eps,
+            impl=c.impl,
+        )
+    if c.memory_cache is None or layer < c.memory_cache.start_layer:
+        return mixer
+    if isinstance(mixer, LinearAttention):
+        return CachedLinearAttention(mixer, c.d_model, c.memory_cache)
+    return CachedOutput(mixer, c.d_model, c.memory_cache)
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + SwiGLU(norm(x))."""
+
+    def __init__(self, config: CodecLMConfig, layer: int) -> None:
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.mixer = build_mixer(config, layer)
+        self.mlp_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.mlp = SwiGLU(config.d_model, config.d_ff)
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.mlp_norm(x))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self._mlp(x_BTD + self.mixer(self.mixer_norm(x_BTD)))
+
+    def prefill(self, x_BTD: Tensor, max_steps: int) -> tuple[Tensor, Any]:
+        y, state = self.mixer.prefill(self.mixer_norm(x_BTD), max_steps)
+        return self._mlp(x_BTD + y), state
+
+    def step(self, x_BD: Tensor, state: Any) -> tuple[Tensor, Any]:
+        y, state = self.mixer.step(self.mixer_norm(x_BD), state)
+        return self._mlp(x_BD + y), state
+
+
+@dataclass
+class DecodeState:
+    """State of every layer after `length` steps, with room for `max_steps`."""
+
+    layers: list[Any]
+    length: int
+    max_steps: int
+
+
+class CodecLM(nn.Module):
+    """Decoder over [B, K, T] token columns (delayed or not: the model does not know)."""
+
+    def __init__(self, config: CodecLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Parameter(torch.empty(config.n_codebooks, config.vocabulary, config.d_model))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(1, config.n_layers + 1))
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.heads = nn.Parameter(torch.empty(config.n_codebooks, config.vocabulary, config.d_model))
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Embeddings N(0, 0.02), Glorot projections, those that write to the residual times 1 / sqrt(2 layers)."""
+        nn.init.normal_(self.embedding, std=0.02, generator=generator)
+        for head in self.heads:
+            nn.init.xavier_uniform_(head, generator=generator)
+        for module in self.modules():
+            if isinstance(module, FusedLinear):
+                module.init_weights(generator)
+            elif isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, generator=generator)
+            elif isinstance(module, nn.RMSNorm):
+                nn.init.ones_(module.weight)
+        for module in self.modules():
+            if isinstance(module, Mixer):
+                module.init_own_parameters(generator)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name.endswith(("out.weight", "mlp.down.weight")):
+                    parameter.mul_(1 / math.sqrt(2 * self.config.n_layers))
+
+    def embed(self, tokens_BKT: Tensor) -> Tensor:
+        """[B, K, T] tokens -> [B, T, D]. Raises ValueError for a wrong K or a token outside the vocabulary."""
+        K, V, D = self.embedding.shape
+        if tokens_BKT.dim() != 3 or tokens_BKT.shape[1] != K:
+            raise ValueError(f"tokens have shape {tuple(tokens_BKT.shape)}, expected [B, K, T] with K={K} codebooks")
+        check_tokens(tokens_BKT, V)
+        B, _, T = tokens_BKT.shape
+        rows = tokens_BKT.long() + V * torch.arange(K, device=tokens_BKT.device)[:, None]
+        rows_NK = rows.transpose(1, 2).reshape(B * T, K)
+        return F.embedding_bag(rows_NK, self.embedding.view(K * V, D), mode="sum").view(B, T, D)
+
+    def decode_embedded(self, x_BTD: Tensor) -> Tensor:
+        """Embedded steps -> hidden states [B, T, D] after the final norm."""
+        for block in self.blocks:
+            x_BTD = block(x_BTD)
+        return self.norm(x_BTD)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., K, V]."""
+        K, V, D = self.heads.shape
+        return F.linear(hidden, self.heads.view(K * V, D)).unflatten(-1, (K, V))
+
+    def forward(self, tokens_BKT: Tensor) -> Tensor:
+        """[B, K, T] tokens -> logits [B, T, K, V] for the column after each step."""
+        return self.logits(self.decode_embedded(self.embed(tokens_BKT)))
+
+    def loss(
+        self, inputs_BKT: Tensor, targets_BKT: Tensor, *, label_smoothing: float = 0.1, accuracy: bool = False
+    ) -> CodebookLoss:
+        """Loss over targets that are not pad (see `codebook_loss`), without materialising the logits."""
+        hidden = self.decode_embedded(self.embed(inputs_BKT))
+        return codebook_loss(
+            hidden, self.heads, targets_BKT, pad=self.config.pad, label_smoothing=label_smoothing, accuracy=accuracy
+        )
+
+    @torch.no_grad()
+    def prefill(self, tokens_BKT: Tensor, max_steps: int) -> tuple[Tensor, DecodeState]:
+        """Read T >= 1 columns at once: logits [B, K, V] for the next, and a state with room for `max_steps` in all.
+
+        Raises ValueError when T exceeds max_steps.
+        """
+        T = tokens_BKT.shape[-1]
+        if max_steps < T:
+            raise ValueError(f"{T} steps exceed max_steps={max_steps}; choose a larger max_steps")
+        x, layers = self.embed(tokens_BKT), []
+        for block in self.blocks:
+            x, state = block.prefill(x, max_steps)  # type: ignore[operator]
+            layers.append(state)
+        return self.logits(self.norm(x[:, -1])), DecodeState(layers, T, max_steps)
+
+    @torch.no_grad()
+    def step(self, tokens_BK: Tensor, state: DecodeState) -> tuple[Tensor, DecodeState]:
+        """Read one column [B, K]: logits [B, K, V] for the next. The given state is used up.
+
+        Raises ValueError when the state is full.
+        """
+        if state.length >= state.max_steps:
+            raise ValueError(f"step {state.length + 1} exceeds max_steps={state.max_steps}; prefill with more")
+        x = self.embed(tokens_BK[..., None]).squeeze(1)
+        for i, block in enumerate(self.blocks):
+            x, state.layers[i] = block.step(x, state.layers[i])  # type: ignore[operator]
+        state.length += 1
+        return self.logits(self.norm(x)), state
+
+    @torch.no_grad()
+    def cache_health(self, tokens_BKT: Tensor) -> list[CacheHealth]:
+        """How each layer with memory caching uses its caches on these tokens; empty without such layers."""
+        health, x = [], self.embed(tokens_BKT)
+        for layer, block in enumerate(self.blocks, start=1):
+            assert isinstance(block, Block)
+            if isinstance(block.mixer, CachedMixer):
+                health.append(cache_health(layer, block.mixer.gate, block.mixer_norm(x)))
+            x = block(x)
+        return health
+
+
+def build_codec_lm(config: CodecLMConfig, *, device: torch.device | str = "cpu", seed: int = 0) -> CodecLM:
+    """A model with the same initial weights on every device (drawn on the CPU from `seed`), float32.
+
+    On the meta device nothing is allocated or initialised.
+    """
+    with torch.device("meta"):
+        model = CodecLM(config)
+    if torch.device(device).type == "meta":
+        return model
+    model.to_empty(device="cpu")
+    model.init_weights(torch.Generator().manual_seed(seed))
+    return model.to(device)

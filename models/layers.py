@@ -1,0 +1,110 @@
+"""Pieces that every block of the codec language models shares.
+
+Shapes: B batch, T time, D model width, F hidden width of the MLP, H heads, V value width of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class FusedLinear(nn.Linear):
+    """Several bias-free projections of one input as one matrix product, returned separately.
+
+    Each part is initialised as if it stood alone (Glorot, by its own fan-out).
+    """
+
+    def __init__(self, d_in: int, sizes: Sequence[int]) -> None:
+        super().__init__(d_in, sum(sizes), bias=False)
+        self.sizes = tuple(sizes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return super().forward(x).split(self.sizes, dim=-1)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        for part in self.weight.split(self.sizes):
+            nn.init.xavier_uniform_(part, generator=generator)
+
+
+class Mixer(nn.Module, ABC):
+    """A layer that mixes over time, in three forms that compute the same function.
+
+    `forward` reads a whole sequence, `prefill` does the same and returns what decoding needs, `step` reads one
+    token. `step` may reuse the memory of the state it is given.
+    """
+
+    @abstractmethod
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]; output t depends on inputs 0..t."""
+
+    @abstractmethod
+    def prefill(self, x_BTD: Tensor, max_steps: int) -> tuple[Tensor, Any]:
+        """`forward` from an empty past, and the state after T tokens with room for `max_steps` tokens in all."""
+
+    @abstractmethod
+    def step(self, x_BD: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """One token [B, D] -> [B, D] and the next state."""
+
+    @abstractmethod
+    def sequence_flops_per_token(self, context: int) -> float:
+        """Forward floating-point operations a token, beyond two for each weight of a projection.
+
+        Averaged over the positions of a sequence of `context` tokens; one multiply-add counts two.
+        """
+
+    def init_own_parameters(self, generator: torch.Generator) -> None:
+        """Initialise the parameters that are not inside a projection or a norm."""
+
+
+class SwiGLU(nn.Module):
+    """W_down (silu(W_gate x) * W_up x), without biases (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.gate_up = FusedLinear(d_model, (d_ff, d_ff))
+        self.down = nn.Linear(d_ff, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x)
+        return self.down(F.silu(gate) * up)
+
+
+class GatedHeadNorm(nn.Module):
+    """Root-mean-square norm over each head's V values, times silu of a gate; one weight [V] for all heads."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=eps)
+
+    def forward(self, x_V: Tensor, gate_V: Tensor) -> Tensor:
+        return self.norm(x_V) * F.silu(gate_V)
+
+
+def widen(x: Tensor) -> Tensor:
+    """At least float32: what must not be computed in the narrow type of an autocast region."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def inverse_softplus(x: Tensor) -> Tensor:
+    """y with softplus(y) = x, for x > 0; accurate for small x."""
+    return x + torch.log(-torch.expm1(-x))
+
+
+def log_uniform_dt_bias_(bias: Tensor, generator: torch.Generator, low: float = 1e-3, high: float = 0.1) -> None:
+    """Fill with inverse_softplus(dt), log dt uniform: step sizes from 1/1000 to 1/10 (Mamba, arXiv 2312.00752)."""
+    with torch.no_grad():
+        bias.uniform_(math.log(low), math.log(high), generator=generator)
+        bias.copy_(inverse_softplus(bias.exp()))
+
+
+def conv_weight_(weight_DW: Tensor, generator: torch.Generator) -> None:
+    """Uniform within 1/sqrt(W): PyTorch's own default for a depthwise convolution of width W."""
+    bound = weight_DW.shape[-1] ** -0.5
+    nn.init.uniform_(weight_DW, -bound, bound, generator=generator)

@@ -1,0 +1,203 @@
+"""Sampling from a codec language model: stateful decoding along the delay pattern.
+
+Shapes: B batch, K codebooks, V vocabulary, T frames, L = T + K - 1 delayed steps, N samples a prompt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.codebook_loss import check_tokens
+from models.codec_lm import CodecLM
+from models.delay import delay, undelay
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a token is drawn from its logits, in this order.
+
+    repetition_penalty: logits of tokens seen before in the same codebook are divided by it when positive and
+    multiplied when negative (Keskar et al. 2019, CTRL, arXiv 1909.05858); 1 is off. temperature: divides the logits;
+    0 takes the likeliest token. top_k: keeps the k likeliest. top_p: keeps the smallest set of likeliest tokens whose
+    probability reaches p (Holtzman et al. 2020, arXiv 1904.09751).
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature}; choose a finite temperature >= 0")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} keeps no token; choose top_k >= 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} is outside (0, 1]")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty={self.repetition_penalty}; choose > 0, 1 for none")
+
+
+def filtered_logits(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
+    """Logits [..., V] whose softmax is the distribution to draw from; -inf where a token is excluded.
+
+    seen: boolean [..., V], the tokens that the repetition penalty applies to.
+    """
+    if seen is not None and sampling.repetition_penalty != 1:
+        penalty = sampling.repetition_penalty
+        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    if sampling.temperature == 0:
+        best = logits.argmax(-1, keepdim=True)
+        return torch.full_like(logits, -torch.inf).scatter(-1, best, 0.0)
+    logits = logits / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        kept = logits.topk(sampling.top_k, dim=-1)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, kept.indices, kept.values)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        probability = ordered.softmax(-1)
+        before = probability.cumsum(-1) - probability
+        logits = torch.full_like(logits, -torch.inf).scatter(
+            -1, index, ordered.masked_fill(before >= sampling.top_p, -torch.inf)
+        )
+    return logits
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Samples, prompt included.
+
+    codes: [B, K, T] codes below codebook_size; frames from lengths[b] on are pad. lengths: [B] frames before the end.
+    log_probability: [B] mean over the drawn tokens of log p at temperature 1 without filters, nats. When the best of
+    N was kept, codes are the kept ones.
+    """
+
+    codes: Tensor
+    lengths: Tensor
+    log_probability: Tensor
+
+
+@torch.inference_mode()
+def generate(
+    model: CodecLM,
+    n_frames: int,
+    *,
+    prompt: Tensor | None = None,
+    batch: int = 1,
+    best_of: int = 1,
+    sampling: Sampling | None = None,
+    stop_at_eos: bool = False,
+    seed: int = 0,
+) -> Generation:
+    """Continue prompts, or start from nothing, by `n_frames` frames.
+
+    Every step reads one column with a recurrent state and a key/value cache; nothing is read twice.
+
+    Args:
+        model: in the mode (eval, device, autocast) of the caller's choice.
+        n_frames: new frames, at least 1.
+        prompt: [B, K, T0] codes below codebook_size, or None for `batch` samples from nothing.
+        batch: number of samples without a prompt.
+        best_of: samples drawn for each one kept, by log_probability. Likelihood favours repetitive audio.
+        sampling: how tokens are drawn; temperature 1 without filters when None.
+        stop_at_eos: let the first codebook end a clip by the EOS token; otherwise EOS is never drawn.
+        seed: of the random draws; the same seed, model and device give the same samples.
+
+    Raises:
+        ValueError: a prompt longer than the context or too long for it with the new frames, a code outside the
+            codebook, a wrong number of codebooks, or counts below 1.
+    """
+    config, device = model.config, model.heads.device
+    sampling = sampling or Sampling()
+    for name, value in (("n_frames", n_frames), ("batch", batch), ("best_of", best_of)):
+        if value < 1:
+            raise ValueError(f"{name}={value}; choose {name} >= 1")
+    K = config.n_codebooks
+    if prompt is None:
+        prompt = torch.zeros(batch, K, 0, dtype=torch.long)
+    if prompt.dim() != 3 or prompt.shape[1] != K:
+        raise ValueError(f"prompt has shape {tuple(prompt.shape)}, expected [B, K, T] with K={K} codebooks")
+    check_tokens(prompt, config.codebook_size, force=True)
+    given = prompt.shape[-1]
+    steps = given + n_frames + K - 1
+    if steps > config.context:
+        longest = config.context - K + 1
+        raise ValueError(
+            f"prompt of {given} frames plus {n_frames} new ones exceed the context of {config.context} steps, which "
+            f"holds {longest} frames; choose a prompt and n_frames of at most {longest} together"
+        )
+    prompt = prompt.to(device).long().repeat_interleave(best_of, 0)
+    decoder = _Decoder(model, prompt, n_frames, sampling, stop_at_eos, seed)
+    codes, lengths, score = decoder.run()
+    if best_of > 1:
+        score = score.unflatten(0, (-1, best_of))
+        best = score.argmax(1)
+        rows = torch.arange(len(best), device=device) * best_of + best
+        codes, lengths, score = codes[rows], lengths[rows], score.flatten()[rows]
+    return Generation(codes, lengths, score)
+
+
+class _Decoder:
+    """One batch of samples in the making, on the delayed grid [B, K, L]."""
+
+    def __init__(
+        self, model: CodecLM, prompt_BKT: Tensor, n_frames: int, sampling: Sampling, stop_at_eos: bool, seed: int
+    ) -> None:
+        self.model, self.config, self.sampling, self.stop_at_eos = model, model.config, sampling, stop_at_eos
+        B, K, self.given = prompt_BKT.shape
+        self.n_frames = self.given + n_frames
+        device = prompt_BKT.device
+        self.generator = torch.Generator(device).manual_seed(seed)
+        frames = torch.cat([prompt_BKT, prompt_BKT.new_zeros(B, K, n_frames)], -1)
+        self.grid = delay(frames, pad=self.config.pad)
+        self.length = torch.full((B,), self.n_frames, device=device)
+        self.log_probability = torch.zeros(B, dtype=torch.float64, device=device)
+        self.drawn = torch.zeros(B, device=device)
+        self.codebooks = torch.arange(K, device=device)
+        self.seen: Tensor | None = None
+        if sampling.repetition_penalty != 1:
+            self.seen = torch.zeros(B, K, self.config.vocabulary, dtype=torch.bool, device=device)
+            self.seen.scatter_(2, prompt_BKT, True)
+        excluded = torch.zeros(K, self.config.vocabulary, dtype=torch.bool, device=device)
+        excluded[:, self.config.codebook_size :] = True
+        if stop_at_eos:
+            excluded[0, self.config.eos] = False
+        self.excluded_KV = excluded
+
+    def run(self) -> tuple[Tensor, Tensor, Tensor]:
+        L = self.grid.shape[-1]
+        first = torch.full_like(self.grid[..., :1], self.config.bos)
+        logits, state = self.model.prefill(torch.cat([first, self.grid[..., : self.given]], -1), L)
+        for column in range(self.given, L):
+            self._draw(logits, column)
+            if column + 1 == L or (self.stop_at_eos and bool((self.length + len(self.codebooks) - 2 <= column).all())):
+                break
+            logits, state = self.model.step(self.grid[..., column], state)
+        codes = undelay(self.grid)
+        ended = torch.arange(self.n_frames, device=codes.device) >= self.length[:, None]
+        codes = codes.masked_fill(ended[:, None], self.config.pad)
+        return codes, self.length, self.log_probability / self.drawn.clamp(min=1)
+
+    def _draw(self, logits_BKV: Tensor, column: int) -> None:
+        """Fill a column: codebook k holds frame column - k; frames of the prompt and outside the clip stay."""
+        frame_K = column - self.codebooks
+        new_K = (frame_K >= self.given) & (frame_K < self.n_frames)
+        open_BK = new_K & (frame_K < self.length[:, None])
+        logits = logits_BKV.to(torch.promote_types(logits_BKV.dtype, torch.float32))
+        log_p = logits.log_softmax(-1)
+        allowed = filtered_logits(logits.masked_fill(self.excluded_KV, -torch.inf), self.sampling, self.seen)
+        drawn = torch.multinomial(allowed.softmax(-1).flatten(0, 1), 1, generator=self.generator)
+        drawn = drawn.view(open_BK.shape)
+        if self.stop_at_eos:
+            ends = open_BK[:, 0] & (drawn[:, 0] == self.config.eos)
+            self.length = torch.where(ends, column, self.length)
+        self.log_probability += (log_p.gather(-1, drawn[..., None])[..., 0] * open_BK).double().sum(1)
+        self.drawn += open_BK.sum(1)
+        if self.seen is not None:
+            self.seen.scatter_(2, drawn[..., None], open_BK[..., None] | self.seen.gather(2, drawn[..., None]))
+        ended_BK = new_K & (frame_K >= self.length[:, None])
+        filled = torch.where(open_BK & ~ended_BK, drawn, self.grid[..., column])
+        self.grid[..., column] = filled.masked_fill(ended_BK, self.config.pad)
