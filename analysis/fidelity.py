@@ -193,15 +193,22 @@ class SequenceSums:
             )
         if g_BTD is not None and g_BTD.shape != a_BTD.shape:
             raise ValueError(f"g has shape {tuple(g_BTD.shape)}; it must equal a's {tuple(a_BTD.shape)}")
-        a, a_hat = _double(a_BTD), _double(a_hat_BTD)
-        self.mean_D = self.mean_D.to(a.device)
+        self.mean_D, self._sum_D = self.mean_D.to(a_BTD.device), self._sum_D.to(a_BTD.device)
+        # on a CPU one sequence at a time keeps the float64 temporaries in cache
+        size = 1 if a_BTD.device.type == "cpu" else len(ids)
+        gradients = [None] * len(ids) if g_BTD is None else g_BTD.split(size)
+        for a, a_hat, g in zip(a_BTD.split(size), a_hat_BTD.split(size), gradients, strict=False):
+            self._add(_double(a), _double(a_hat), None if g is None else _double(g))
+        self._sequence_ids.append(ids.cpu())
+        self._n_tokens += [a_BTD.shape[1]] * len(ids)
+
+    def _add(self, a: torch.Tensor, a_hat: torch.Tensor, g: torch.Tensor | None) -> None:
         delta = a_hat - a
         sse_BT = delta.square().sum(dim=-1)
         norm_BT = a.norm(dim=-1)
         centred = a - self.mean_D
         sst_BT = centred.square().sum(dim=-1)
-        unmeasured_BT = torch.full_like(sse_BT, float("nan"))
-        effect_BT = unmeasured_BT if g_BTD is None else (_double(g_BTD) * delta).sum(dim=-1)
+        effect_BT = torch.full_like(sse_BT, float("nan")) if g is None else (g * delta).sum(dim=-1)
         per_token = (
             sse_BT,
             sst_BT,
@@ -213,9 +220,7 @@ class SequenceSums:
             1.0 - sse_BT / sst_BT,
         )
         self._sums.append(torch.stack([x.sum(dim=1) for x in per_token], dim=1))
-        self._sum_D = self._sum_D.to(a.device) + centred.sum(dim=(0, 1))
-        self._sequence_ids.append(ids.cpu())
-        self._n_tokens.append(a.shape[1])
+        self._sum_D += centred.sum(dim=(0, 1))
 
     def add_losses(
         self, sequence_B: torch.Tensor | Sequence[int], loss_orig_B: Losses, loss_recon_B: Losses, loss_zero_B: Losses
@@ -236,9 +241,8 @@ class SequenceSums:
         if not self._sums:
             raise ValueError("no batch was added; call update before table")
         frame = pd.DataFrame(torch.cat(self._sums).cpu().numpy(), columns=list(TOKEN_SUMS))
-        sizes = [len(ids) for ids in self._sequence_ids]
         frame.insert(0, "sequence", torch.cat(self._sequence_ids).numpy())
-        frame.insert(1, "n_tokens", np.repeat(self._n_tokens, sizes))
+        frame.insert(1, "n_tokens", self._n_tokens)
         frame = frame.groupby("sequence").sum(min_count=1).reset_index()
         measured = [c for c in TOKEN_SUMS if c not in ("swd_sum", "abs_sum") or frame[c].notna().any()]
         finite_S = np.isfinite(frame[measured].to_numpy()).all(axis=1)

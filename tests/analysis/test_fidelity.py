@@ -136,6 +136,12 @@ def test_stream_equals_batch_and_ignores_batching_and_order():
     np.testing.assert_allclose(whole.table(), parts.table(), rtol=1e-12)
 
 
+def test_a_sequence_sums_bitwise_the_same_in_any_batch():
+    a, a_hat = _activations()
+    whole, parts = _stream(a, a_hat, None, [range(24)]), _stream(a, a_hat, None, [[5, 3], range(6, 24), [0, 1, 2], [4]])
+    assert whole.table().equals(parts.table())
+
+
 def test_stream_table_holds_each_sequence_alone_and_accepts_pieces():
     a, a_hat = _activations()
     sums = fidelity.SequenceSums(a.mean(dim=0))
