@@ -85,8 +85,8 @@ class Board:
         return sum(float(p.get("rate") or 0.0) for p in self._running())
 
     def eta(self) -> float:
-        """Seconds until the slowest running pack is done, as far as it says."""
-        return max((float(p.get("eta", float("nan"))) for p in self._running()), default=float("nan"))
+        """Seconds until the slowest running pack is done, among those that can say."""
+        return max((float(p["eta"]) for p in self._running() if "eta" in p), default=float("nan"))
 
     def best(self) -> float:
         """The best headline number seen."""

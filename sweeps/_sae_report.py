@@ -47,7 +47,7 @@ def write(cells: Sequence[PublishedCell], preset_name: str, models: Sequence[str
     stream = str(cells[0].identity["stream"])
     notes = [f"{m}: {HOST_LMS[m].note}" for m in models if m in HOST_LMS and HOST_LMS[m].note]
     facts = {
-        "ran on": " ".join(banner(preset_name, models, stream)),
+        "ran on": ". ".join(banner(preset_name, models, stream)),
         "cells": str(len(cells)),
         "hardware": ", ".join(sorted({str(c.meta.get("hardware")) for c in cells})),
         "commit": ", ".join(sorted({str(c.meta.get("git_commit")) for c in cells})),

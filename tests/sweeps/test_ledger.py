@@ -144,7 +144,7 @@ def test_create_has_one_winner(storage: str) -> None:
 
 def test_unwritable_storage_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="is not writable .*--storage"):
+    with pytest.raises(UserError, match=r"is not writable .*--storage"):
         Store(str(tmp_path / "file" / "below")).check_writable()
 
 

@@ -1,0 +1,263 @@
+"""The packed grid: packed = alone, nested = separate, resumed = uninterrupted, all bit for bit."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from models.host_lm import HostLM
+from models.registry import HOST_LMS
+from models.standin_lm import build_model
+from models.topk_sae import SparseTrainer
+from sweeps import _sae_grid
+from sweeps._context import PackContext
+from sweeps._ledger import Ledger
+from sweeps._sweep import UserError
+from sweeps._where import RunSettings
+from sweeps.proxy_gap import SWEEP, Grid, SAECell
+
+CONTEXT = 16
+
+
+class Numbers:
+    """A stream of random tokens, each sequence a function of its index alone, in uneven pieces."""
+
+    source = "numbers"
+
+    def __init__(self, length: int = 10_000) -> None:
+        self.length = length
+
+    def sequences(self, start: int) -> Iterator[tuple[int, np.ndarray]]:
+        for first in range(start, self.length, 7):
+            last = min(first + 7, self.length)
+            yield first, np.stack([np.random.default_rng(i).integers(0, 256, CONTEXT) for i in range(first, last)])
+
+    def eval_sequences(self, n: int) -> np.ndarray:
+        return np.random.default_rng(99).integers(0, 256, (n, CONTEXT))
+
+    def require(self, train_tokens: int, n_eval: int) -> None:
+        if train_tokens > self.length * CONTEXT:
+            raise ValueError(f"{train_tokens} tokens asked of {self.length * CONTEXT}; choose a smaller budget")
+
+
+@pytest.fixture(scope="module")
+def lm() -> HostLM:
+    torch.manual_seed(0)
+    return HostLM("standin-small", build_model("standin-small"), HOST_LMS["standin-small"], None)
+
+
+@pytest.fixture(autouse=True)
+def toy_sources(lm: HostLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_sae_grid, "open_lm", lambda cell, run, device: lm)
+    monkeypatch.setattr(_sae_grid, "open_stream", lambda cell, run, tokenizer_dir=None: Numbers())
+    monkeypatch.setattr(_sae_grid, "_SAVE_PAUSE", 0)
+
+
+GRID = Grid(
+    models=("standin-small",),
+    depths=("early", "mid"),
+    k=(4, 8),
+    tokens=(320, 640),
+    seeds=(0,),
+    stream="embedded",
+    context=CONTEXT,
+    expansion=2,
+    batch_tokens=32,
+    shuffle_sequences=6,
+    warmup_steps=3,
+    dead_after_steps=5,
+    eval_sequences=10,
+)
+
+
+def train(cells: list[SAECell], ledger: Ledger, **settings: Any) -> None:
+    context = PackContext(
+        ledger, RunSettings(**settings), threads=1, device="cpu", fingerprint=lambda cell: "f", launch_id="test"
+    )
+    _sae_grid.train_pack(cells, context)
+
+
+def fresh() -> Ledger:
+    return Ledger(f"memory://{uuid.uuid4().hex}", "proxy_gap", "1")
+
+
+def plan(grid: Grid = GRID) -> list[SAECell]:
+    return list(SWEEP.plan(grid))
+
+
+def assert_same(a: Ledger, b: Ledger, keys: list[str]) -> None:
+    for key in keys:
+        pd.testing.assert_frame_equal(a.read(key).rows, b.read(key).rows, check_exact=True)
+        assert a.file(key, "sae/sae_weights.safetensors") == b.file(key, "sae/sae_weights.safetensors")
+        assert a.file(key, "sequences.parquet") == b.file(key, "sequences.parquet")
+
+
+@pytest.fixture(scope="module")
+def packed(lm: HostLM) -> Ledger:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_sae_grid, "open_lm", lambda cell, run, device: lm)
+        patch.setattr(_sae_grid, "open_stream", lambda cell, run, tokenizer_dir=None: Numbers())
+        ledger = fresh()
+        train(plan(), ledger)
+        return ledger
+
+
+def test_every_cell_is_published_with_the_contract_rows(packed: Ledger) -> None:
+    assert packed.done() == {c.key for c in plan()}
+    cell = packed.read(plan()[0].key)
+    wanted = {"r2", "r2_legacy", "r2_energy", "ce_rec", "ce_rec_lo", "ce_rec_hi", "ce_loss_score", "swd", "nmse"}
+    assert wanted <= set(cell.rows["metric"])
+    assert {"train_loss", "train_grad_norm", "train_dead", "pr_of_layer"} <= set(cell.rows["metric"])
+    assert "sae/cfg.json" in cell.files
+
+
+def test_packed_is_alone(packed: Ledger) -> None:
+    for cell in (plan()[1], plan()[6]):
+        alone = fresh()
+        train([cell], alone)
+        assert_same(packed, alone, [cell.key])
+
+
+def test_nested_budget_is_the_separate_run(packed: Ledger) -> None:
+    short = [c for c in plan() if c.tokens == 320]
+    separate = fresh()
+    train(short, separate)
+    assert_same(packed, separate, [c.key for c in short])
+
+
+@pytest.mark.parametrize("calls", [5, 37, 70])
+def test_crash_and_resume_is_the_uninterrupted_run(packed: Ledger, monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
+    ledger = fresh()
+    real, count = SparseTrainer.step, 0
+
+    def failing(self: SparseTrainer, x: torch.Tensor) -> Any:
+        nonlocal count
+        count += 1
+        if count > calls:
+            raise RuntimeError("power cut")
+        return real(self, x)
+
+    monkeypatch.setattr(SparseTrainer, "step", failing)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(plan(), ledger, checkpoint_seconds=0.0)
+    done = ledger.done()
+    monkeypatch.setattr(SparseTrainer, "step", real)
+    missing = [c for c in plan() if c.key not in done]
+    assert missing
+    train(missing, ledger, checkpoint_seconds=0.0)
+    assert_same(packed, ledger, [c.key for c in plan()])
+    assert ledger.store.names("_work") == []
+
+
+def test_checkpoints_of_different_steps_meet_again(packed: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crash between two checkpoints of one round leaves SAEs at different steps; each joins where it stands."""
+    ledger = fresh()
+    from sweeps._context import WorkStore
+
+    real, count = WorkStore.save, 0
+
+    def failing(self: WorkStore, name: str, step: int, state: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 14:
+            raise RuntimeError("power cut")
+        real(self, name, step, state)
+
+    monkeypatch.setattr(WorkStore, "save", failing)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(plan(), ledger, checkpoint_seconds=0.0)
+    monkeypatch.setattr(WorkStore, "save", real)
+    train([c for c in plan() if c.key not in ledger.done()], ledger)
+    assert_same(packed, ledger, [c.key for c in plan()])
+
+
+def test_extension_trains_only_new_cells_and_changes_no_old_one(packed: Ledger) -> None:
+    grid = replace(GRID, k=(4, 8, 16))
+    new = [c for c in plan(grid) if c.key not in packed.done()]
+    assert {c.k for c in new} == {16}
+    train(new, packed)
+    assert packed.done() == {c.key for c in plan(grid)}
+
+
+def test_wsd_budgets_are_separate_runs_with_decay(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = replace(GRID, schedule="wsd", decay_steps=4, k=(4,), depths=("mid",))
+    together, apart = fresh(), fresh()
+    train(plan(grid), together)
+    for cell in plan(grid):
+        train([cell], apart)
+    assert_same(together, apart, [c.key for c in plan(grid)])
+
+    real, count = SparseTrainer.step, 0
+
+    def failing(self: SparseTrainer, x: torch.Tensor) -> Any:
+        nonlocal count
+        count += 1
+        if count > 14:  # inside the first decay branch: two trainers a step
+            raise RuntimeError("power cut")
+        return real(self, x)
+
+    resumed = fresh()
+    monkeypatch.setattr(SparseTrainer, "step", failing)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(plan(grid), resumed, checkpoint_seconds=0.0)
+    monkeypatch.setattr(SparseTrainer, "step", real)
+    train([c for c in plan(grid) if c.key not in resumed.done()], resumed)
+    assert_same(together, resumed, [c.key for c in plan(grid)])
+
+
+def test_curve_reaches_the_budget(packed: Ledger) -> None:
+    for cell in plan():
+        rows = packed.read(cell.key).rows
+        curve = rows[rows["metric"] == "train_loss"]
+        assert curve["step"].max() == cell.tokens
+        assert curve["step"].is_monotonic_increasing
+
+
+def test_short_stream_and_nan_are_one_line(lm: HostLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_sae_grid, "open_stream", lambda cell, run, tokenizer_dir=None: Numbers(length=30))
+    with pytest.raises(UserError, match="640 tokens asked of 480; choose a smaller budget"):
+        train(plan(), fresh())
+    monkeypatch.setattr(_sae_grid, "open_stream", lambda cell, run, tokenizer_dir=None: Numbers())
+    real = lm.activations
+
+    def poisoned(tokens: torch.Tensor, layers: Any) -> dict[int, torch.Tensor]:
+        out = real(tokens, layers)
+        if len(layers) == 2:  # training, not the evaluation of every layer
+            out[3][0, 0, 0] = float("nan")
+        return out
+
+    monkeypatch.setattr(lm, "activations", poisoned)
+    with pytest.raises(UserError, match=r"layer 3: 1 of \d+ activations are NaN or inf at step 0"):
+        train(plan(), fresh())
+
+
+def test_bad_grids_are_one_line() -> None:
+    for change, line in (
+        ({"k": (300,)}, "k=300 exceeds d_sae=128; choose k <= d_sae"),
+        ({"layers": (9,)}, "layer=9 is out of range for standin-small; choose 0 to 5"),
+        ({"tokens": (330,)}, "tokens=330 is not a multiple of batch_tokens=32; choose tokens=320 or 352"),
+        ({"models": ("pythia-7m",)}, "model 'pythia-7m' is not known; did you mean pythia-70m"),
+        ({"schedule": "cosine"}, "schedule='cosine' cannot serve nested budgets"),
+        ({"depths": ("top",)}, "depth 'top' is not known; choose from early, mid, late"),
+        ({"shuffle_sequences": 7}, "shuffle_sequences=7 x context=16 is not a multiple of batch_tokens=32"),
+    ):
+        with pytest.raises(UserError) as caught:
+            plan(replace(GRID, **change))
+        assert line in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("preset", "cells"), [("fast2", 36), ("fast3", 12), ("phase2", 48), ("budget_k32", 4), ("bridge", 486)]
+)
+def test_paper_presets_plan_the_study(preset: str, cells: int) -> None:
+    planned = plan(SWEEP.presets[preset])
+    assert len(planned) == cells
+    assert len({c.key for c in planned}) == cells
+    assert all(c.d_sae == 32 * HOST_LMS[c.model].d_model for c in planned)
