@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sweeps.proxy_gap import SAECell
 
 _LM_BATCH = 16  # sequences a forward pass while activations are collected
-_CURVE_POINTS = 200
+_CURVE_POINTS = 64  # an octave of steps: the same points whatever budgets a run has
 _SAVE_PAUSE = 20  # times the last checkpoint's own duration before the next: at most 5% of the time goes there
 
 
@@ -66,7 +66,8 @@ class Trajectory:
     config: SAEConfig
     trainer: SparseTrainer
     branches: dict[int, SparseTrainer] = field(default_factory=dict)  # by budget in steps
-    curve: list[tuple[int, float, float, int]] = field(default_factory=list)  # step, loss, grad norm, dead
+    curves: dict[int, list[tuple[int, float, float, int]]] = field(default_factory=dict)
+    # by branch budget, 0 for the trunk: step, loss, grad norm, dead features
     block: tuple[int, int] = (0, 0)  # shuffle block of the last step, index of its first sequence
 
     @property
@@ -84,11 +85,11 @@ class Trajectory:
             if leaves < cell.steps and leaves == self.trainer.step_count and cell.steps not in self.branches:
                 self.branches[cell.steps] = self.trainer.branch()
 
-    def running(self) -> list[SparseTrainer]:
-        """Trunk and branches that have a step to do."""
+    def running(self) -> list[tuple[int, SparseTrainer]]:
+        """Trunk (as budget 0) and branches that have a step to do."""
         end = max(self.config.branch_step(cell.steps) for cell in self.cells)
-        trunk = [self.trainer] if self.trainer.step_count < end else []
-        return trunk + [b for budget, b in self.branches.items() if b.step_count < budget]
+        trunk = [(0, self.trainer)] if self.trainer.step_count < end else []
+        return trunk + [(budget, b) for budget, b in self.branches.items() if b.step_count < budget]
 
     def finished(self, cell: SAECell) -> SparseTrainer | None:
         """The trainer that stands at the cell's budget, if one does."""
@@ -101,7 +102,7 @@ class Trajectory:
             "step": self.step_count,
             "trunk": self.trainer.state_dict(),
             "branches": {str(budget): b.state_dict() for budget, b in self.branches.items()},
-            "curve": json.dumps(self.curve),
+            "curves": json.dumps(self.curves),
             "block": list(self.block),
         }
 
@@ -118,9 +119,8 @@ class Trajectory:
             )
             twin.load_state_dict(branch)
             self.branches[int(budget)] = twin
-        self.curve = [
-            (int(s), float(loss), float(norm), int(dead)) for s, loss, norm, dead in json.loads(state["curve"])
-        ]
+        for budget, points in json.loads(state["curves"]).items():
+            self.curves[int(budget)] = [(int(n), float(x), float(g), int(d)) for n, x, g, d in points]
         self.block = (int(state["block"][0]), int(state["block"][1]))
 
 
@@ -239,14 +239,13 @@ class _PackRun:
             if t.step_count != number:
                 continue
             t.branch_off()
-            for trainer in t.running():
+            for budget, trainer in t.running():
                 try:
                     stats = trainer.step(acts_BD[t.layer])
                 except (ValueError, FloatingPointError) as error:
                     raise UserError(str(error)) from error
-                every = max(1, t.cells[-1].steps // _CURVE_POINTS)
-                if trainer is t.trainer and (stats.step % every == 0 or stats.step in {c.steps for c in t.cells}):
-                    t.curve.append((stats.step, stats.loss, stats.grad_norm, stats.dead))
+                if stats.step % max(1, 2 ** (stats.step.bit_length() - 1) // _CURVE_POINTS) == 0:
+                    t.curves.setdefault(budget, []).append((stats.step, stats.loss, stats.grad_norm, stats.dead))
             t.block = block
 
     def _finish_due(self) -> None:
@@ -287,13 +286,14 @@ class _PackRun:
 
 
 def _curve_rows(t: Trajectory, cell: SAECell) -> list[Row]:
+    leaves = t.config.branch_step(cell.steps)
+    points = [p for p in t.curves.get(0, []) if p[0] <= leaves] + t.curves.get(cell.steps, [])
     rows = []
-    for step, loss, norm, dead in t.curve:
-        if step <= cell.steps:
-            at = {"step": step * cell.batch_tokens}
-            rows += [
-                Row("train_loss", loss, "squared norm", at),
-                Row("train_grad_norm", norm, "", at),
-                Row("train_dead", dead, "features", at),
-            ]
+    for step, loss, norm, dead in points:
+        at = {"step": step * cell.batch_tokens}
+        rows += [
+            Row("train_loss", loss, "squared norm", at),
+            Row("train_grad_norm", norm, "", at),
+            Row("train_dead", dead, "features", at),
+        ]
     return rows

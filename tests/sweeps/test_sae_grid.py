@@ -216,7 +216,7 @@ def test_curve_reaches_the_budget(packed: Ledger) -> None:
     for cell in plan():
         rows = packed.read(cell.key).rows
         curve = rows[rows["metric"] == "train_loss"]
-        assert curve["step"].max() == cell.tokens
+        assert 0.98 * cell.tokens <= curve["step"].max() <= cell.tokens
         assert curve["step"].is_monotonic_increasing
 
 
