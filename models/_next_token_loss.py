@@ -4,20 +4,25 @@ Shape suffixes: B sequences, T tokens, D d_model, V vocabulary, N = B·(T−1) p
 
     CE_n = log Σ_v exp(h_n · W_v) − h_n · W_{y_n}          dCE_n/dh_n = softmax(h_n Wᵀ) W − W_{y_n}
 
-Logits exist for one chunk at a time in one reused buffer: large temporaries cost more page faults than
-arithmetic. The target's logit is always an exact float32 dot product; with bfloat16 logits only the
-normaliser is rounded, after each vocabulary direction common to all tokens is taken out of W (softmax does not
-see a constant added to every logit, and small logits round to small errors).
+Logits exist for one chunk at a time in one reused buffer: large temporaries cost more page faults than arithmetic.
+They are kept in bits (h scaled by log₂e), because exp2 costs half of exp.
+
+With bfloat16 logits only the normaliser is rounded, and as little as can be: the mean row of W is taken out first
+(softmax does not see a constant added to every logit of a token; small logits round to small errors), and the
+target's term is the exact float32 dot product in the sum as in the numerator, so that it cannot be off in one
+and not in the other.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _CHUNK_BYTES = 48 * 2**20
+_LOG2_E = 1.0 / math.log(2.0)
 
 
 class NextTokenLoss:
@@ -48,7 +53,8 @@ class NextTokenLoss:
         if logits_dtype == torch.float32:
             return self._logits_CV[:rows], None
         if self._centred_bf16_VD is None:
-            self._centred_bf16_VD = (weight - weight.mean(0)).bfloat16()
+            self._mean_D = weight.mean(0)
+            self._centred_bf16_VD = (weight - self._mean_D).bfloat16()
         if self._logits_bf16_CV is None:
             self._logits_bf16_CV = torch.empty_like(self._logits_CV, dtype=torch.bfloat16)
         return self._logits_CV[:rows], self._logits_bf16_CV[:rows]
@@ -64,22 +70,22 @@ class NextTokenLoss:
         grad_ND = torch.empty_like(hidden_ND, dtype=torch.float32) if with_gradient else None
         for start in range(0, len(hidden_ND), self.chunk):
             stop = min(start + self.chunk, len(hidden_ND))
-            h, target = hidden_ND[start:stop].float(), targets_N[start:stop]
-            logits, low = self._buffers(stop - start, logits_dtype)
+            h, target = hidden_ND[start:stop].float() * _LOG2_E, targets_N[start:stop]
+            bits, low = self._buffers(stop - start, logits_dtype)
             if low is None:
-                torch.mm(h, weight.T, out=logits)
-                target_logit = logits.gather(1, target[:, None]).squeeze(1)
+                torch.mm(h, weight.T, out=bits)
+                target_bits = bits.gather(1, target[:, None])
             else:
                 assert self._centred_bf16_VD is not None
                 torch.mm(h.bfloat16(), self._centred_bf16_VD.T, out=low)
-                logits.copy_(low)
-                target_logit = (h * (weight[target] - weight.mean(0))).sum(1)
-            peak = logits.amax(1)
-            sums = logits.sub_(peak[:, None]).exp_().sum(1)
-            loss_N[start:stop] = sums.log_().add_(peak).sub_(target_logit)
+                bits.copy_(low)
+                target_bits = (h * (weight[target] - self._mean_D)).sum(1, keepdim=True)
+                bits.scatter_(1, target[:, None], target_bits)
+            peak = bits.amax(1, keepdim=True)
+            sums = bits.sub_(peak).exp2_().sum(1, keepdim=True)
+            loss_N[start:stop] = (sums.log2() + (peak - target_bits)).mul_(math.log(2.0)).squeeze(1)
             if grad_ND is not None:
-                logits.div_(logits.sum(1, keepdim=True))
-                torch.mm(logits, weight, out=grad_ND[start:stop])
+                torch.mm(bits.div_(sums), weight, out=grad_ND[start:stop])
                 grad_ND[start:stop] -= weight[target]
         return loss_N, grad_ND
 

@@ -53,7 +53,7 @@ class Recipe:
 
 RECIPES = {
     "standin-small": Recipe(phases=((300, 8, 64), (60, 4, 256))),
-    "standin-large": Recipe(phases=((400, 8, 64), (60, 4, 256))),
+    "standin-large": Recipe(phases=((360, 8, 64), (60, 4, 256))),
 }
 
 
@@ -80,10 +80,17 @@ def pretrained(
     def build(target: Path) -> None:
         train_N, heldout_N = tokens()
         model, summary = train(name, train_N, heldout_N, recipe, progress or _print_progress)
-        model.save_pretrained(target)
+        _save(model, target)
         (target / "training.json").write_text(json.dumps({"recipe": asdict(recipe), **summary}, indent=1))
 
     return cached_directory(cache_root(cache_dir), key, build)
+
+
+def _save(model: Any, target: Path) -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model.save_pretrained(target)
 
 
 def train(
