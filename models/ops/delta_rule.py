@@ -52,7 +52,7 @@ def gated_delta(
     if scale is None:
         scale = k.shape[-1] ** -0.5
     if impl == "auto":
-        impl = _auto(q, k, v)
+        impl = _auto(k, v)
     if impl == "recurrent":
         return recurrent_gated_delta(q, k, v, g, beta, initial_state, scale)
     if impl == "chunked":
@@ -62,7 +62,7 @@ def gated_delta(
     return fused_gated_delta(q, k, v, g, beta, initial_state, scale)
 
 
-def _auto(q: Tensor, k: Tensor, v: Tensor) -> str:
+def _auto(k: Tensor, v: Tensor) -> str:
     if v.device.type != "cuda" or v.dtype == torch.float64:
         return "chunked"
     from models.ops.preflight import fused_is_trusted
