@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +21,7 @@ from iterstrat.ml_stratifiers import MultilabelStratifiedShuffleSplit
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
+from models._threads import torch_threads
 from models.mol_graph import GraphBatch, Graphs, neighbour_sum
 
 EMBEDDING = 256
@@ -157,7 +157,7 @@ def train_member(
     parts = parts or split(labels_NL)
     graphs = graphs or Graphs(smiles)
     target_NL = torch.from_numpy(labels_NL.astype(np.float32))
-    with _threads(threads), torch.random.fork_rng(devices=[]):
+    with torch_threads(threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         rng = np.random.default_rng(seed)
         net = OdorNet(graphs.atoms.shape[1], graphs.bond_features.shape[1], labels_NL.shape[1])
@@ -239,13 +239,3 @@ def _checked(smiles: Sequence[str], labels_NL: np.ndarray, epochs: int) -> np.nd
             f"drop such labels, they cannot be learned or scored"
         )
     return labels_NL.astype(np.uint8)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -1,0 +1,124 @@
+"""Matched bottlenecks: any feature matrix squeezed to as many dimensions as the odor embedding has.
+
+They answer whether 256 dimensions alone explain what a learned 256-d embedding shows.
+
+Shapes: N rows, D features, E bottleneck dimensions (`x_ND`, `embedding_NE`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sklearn.decomposition import PCA
+from sklearn.random_projection import GaussianRandomProjection
+from torch import Tensor, nn
+
+from models._threads import torch_threads
+
+DIM = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bottleneck:
+    """`embedding_NE` float64, and `explained`: the share of the variance of x that its reconstruction keeps.
+
+    The reconstruction is the method's own (PCA and autoencoder), or the least-squares one (random projection).
+    """
+
+    embedding_NE: np.ndarray
+    explained: float
+
+
+def pca(x_ND: np.ndarray, dim: int = DIM, seed: int = 0) -> Bottleneck:
+    """Scores on the leading principal components (exact SVD, so `seed` changes nothing).
+
+    Raises:
+        ValueError: dim exceeds min(N, D), or x is not a finite matrix.
+    """
+    del seed
+    x_ND = _checked(x_ND, dim)
+    model = PCA(dim, svd_solver="full")
+    return Bottleneck(embedding_NE=model.fit_transform(x_ND), explained=float(model.explained_variance_ratio_.sum()))
+
+
+def random_projection(x_ND: np.ndarray, dim: int = DIM, seed: int = 0) -> Bottleneck:
+    """Gaussian random projection (Johnson & Lindenstrauss 1984), entries N(0, 1/dim).
+
+    Raises:
+        ValueError: see `pca`.
+    """
+    x_ND = _checked(x_ND, dim)
+    model = GaussianRandomProjection(dim, random_state=seed, compute_inverse_components=True)
+    embedding_NE = model.fit_transform(x_ND)
+    return Bottleneck(embedding_NE=embedding_NE, explained=_explained(x_ND, model.inverse_transform(embedding_NE)))
+
+
+def autoencoder(
+    x_ND: np.ndarray,
+    dim: int = DIM,
+    seed: int = 0,
+    *,
+    hidden: int = 512,
+    epochs: int = 20,
+    batch_size: int = 128,
+    learning_rate: float = 1e-3,
+    threads: int = 1,
+) -> Bottleneck:
+    """Code of an autoencoder D → hidden → dim → hidden → D; the code is linear, the hidden layers are ReLU.
+
+    Trained by Adam on binary cross-entropy when x is 0/1, on squared error otherwise; the same seed and thread
+    count give the same bits.
+
+    Raises:
+        ValueError: see `pca`; or epochs below 1.
+    """
+    x_ND = _checked(x_ND, dim)
+    if epochs < 1:
+        raise ValueError(f"epochs={epochs}; choose epochs >= 1")
+    width = x_ND.shape[1]
+    binary = bool(np.isin(x_ND, (0, 1)).all())
+    data_ND = torch.from_numpy(x_ND.astype(np.float32))
+    with torch_threads(threads), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encode = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+        decode = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, width))
+        optimiser = torch.optim.Adam([*encode.parameters(), *decode.parameters()], learning_rate)
+        loss_of: Callable[[Tensor, Tensor], Tensor] = (
+            nn.functional.binary_cross_entropy_with_logits if binary else nn.functional.mse_loss
+        )
+        for _ in range(epochs):
+            for rows in torch.randperm(len(data_ND)).split(batch_size):
+                loss = loss_of(decode(encode(data_ND[rows])), data_ND[rows])
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+        with torch.no_grad():
+            code_NE = encode(data_ND)
+            back_ND = decode(code_NE)
+            back_ND = back_ND.sigmoid() if binary else back_ND
+    return Bottleneck(embedding_NE=code_NE.numpy().astype(np.float64), explained=_explained(x_ND, back_ND.numpy()))
+
+
+METHODS: dict[str, Callable[..., Bottleneck]] = {
+    "pca": pca,
+    "random_projection": random_projection,
+    "autoencoder": autoencoder,
+}
+
+
+def _checked(x_ND: np.ndarray, dim: int) -> np.ndarray:
+    x_ND = np.asarray(x_ND, np.float64)
+    if x_ND.ndim != 2 or not np.isfinite(x_ND).all():
+        raise ValueError(f"features of shape {x_ND.shape}; give a finite matrix [N, D]")
+    if not 1 <= dim <= min(x_ND.shape):
+        raise ValueError(f"dim={dim} for {x_ND.shape[0]} rows of {x_ND.shape[1]} features; choose 1 <= dim <= both")
+    return x_ND
+
+
+def _explained(x_ND: np.ndarray, back_ND: np.ndarray) -> float:
+    """1 − squared reconstruction error / total variance; 0 when x has no variance."""
+    total = ((x_ND - x_ND.mean(axis=0)) ** 2).sum()
+    return float(1 - ((x_ND - back_ND) ** 2).sum() / total) if total > 0 else 0.0
