@@ -45,6 +45,11 @@ class NextTokenLoss:
         """Summed CE of each sequence's T−1 predictions, [B] nats; differentiable in ``hidden_BTD``."""
         return _SummedLoss.apply(hidden_BTD, tokens_BT, self, logits_dtype)
 
+    def of_constant(self, hidden_D: Tensor, tokens_BT: Tensor) -> Tensor:
+        """Summed CE of each sequence, [B] nats, when every position has the same final hidden state."""
+        log_p_V = (self._weight_VD @ hidden_D.float()).log_softmax(0)
+        return -log_p_V[tokens_BT[:, 1:]].sum(1)
+
     def _buffers(self, rows: int, logits_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         weight = self._weight_VD
         if self._logits_CV is None or self._logits_CV.shape[0] < rows:

@@ -84,30 +84,36 @@ class HostLM:
         return self._mean_loss(hidden_BTD, tokens_BT, logits_dtype)
 
     def loss_and_gradients(
-        self, tokens_BT: Tensor, layers: Sequence[int], *, logits_dtype: torch.dtype = torch.float32
+        self,
+        tokens_BT: Tensor,
+        layers: Sequence[int],
+        *,
+        also: Sequence[int] = (),
+        logits_dtype: torch.dtype = torch.float32,
     ) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
         """One forward and one backward of the unpatched model, shared by all ``layers``.
 
         Returns (loss_B as in `loss`, {layer: a_BTD}, {layer: g_BTD}) with g = ∂L/∂a, L the SUM of the
         sequence's T−1 next-token cross-entropies. So gᵀδ at a token is the first-order change, in nats, of the
         whole sequence's loss when that token's activation moves by δ, independent of B; divide g by T−1 for the
-        gradient of the mean loss.
+        gradient of the mean loss. The same pass gives the activations, without gradients, of the layers in ``also``.
         """
         wanted = self._checked(layers)
-        leaves: dict[int, Tensor] = {}
+        stops = self._checked([*layers, *also])
+        seen: dict[int, Tensor] = {}
         with torch.no_grad():
-            first = wanted[0]
-            bottom_BTD = next(a for _, a in self._climb(tokens_BT, [first]))
+            for layer, a_BTD in self._climb(tokens_BT, [s for s in stops if s <= wanted[0]]):
+                seen[layer] = a_BTD.detach()
         with torch.enable_grad():
-            leaves[first] = a_BTD = bottom_BTD.detach().requires_grad_(True)
-            for below, layer in pairwise(wanted):
-                leaves[layer] = a_BTD = self._segment(below + 1, layer + 1)(inputs_embeds=a_BTD)
-            hidden_BTD = self._segment(wanted[-1] + 1, self.n_layers, norm=True)(inputs_embeds=a_BTD)
-            sum_B = self._head(hidden_BTD, tokens_BT, logits_dtype=logits_dtype)
-            gradients = torch.autograd.grad(sum_B.sum(), list(leaves.values()))
-        activations = {layer: a.detach().float() for layer, a in leaves.items()}
+            seen[wanted[0]].requires_grad_(True)
+            for below, layer in pairwise([s for s in stops if s >= wanted[0]]):
+                seen[layer] = self._segment(below + 1, layer + 1)(inputs_embeds=seen[below])
+            top = self._segment(stops[-1] + 1, self.n_layers, norm=True)
+            sum_B = self._head(top(inputs_embeds=seen[stops[-1]]), tokens_BT, logits_dtype=logits_dtype)
+            gradients = torch.autograd.grad(sum_B.sum(), [seen[layer] for layer in wanted])
+        activations = {layer: a.detach().float() for layer, a in seen.items()}
         loss_B = sum_B.detach() / (tokens_BT.shape[1] - 1)
-        return loss_B, activations, {layer: g.float() for layer, g in zip(leaves, gradients, strict=True)}
+        return loss_B, activations, {layer: g.float() for layer, g in zip(wanted, gradients, strict=True)}
 
     @torch.no_grad()
     def patched_loss(
@@ -115,12 +121,24 @@ class HostLM:
     ) -> Tensor:
         """`loss` with the residual stream after block ``layer`` replaced by ``a_BTD``; only later blocks run.
 
-        Zeros give the zero-ablated loss. B is free: stack several cells' reconstructions (and repeat the
-        tokens) to run them in one pass.
+        B is free: stack several cells' reconstructions (and repeat the tokens) to run them in one pass. The
+        zero-ablated loss is that of zeros; `zero_loss` gives it for the price of one token.
         """
         check_layer(self.name, layer, self.n_layers)
         hidden_BTD = self._segment(layer + 1, self.n_layers, norm=True)(inputs_embeds=a_BTD.to(self.dtype))
         return self._mean_loss(hidden_BTD, tokens_BT, logits_dtype)
+
+    @torch.no_grad()
+    def zero_loss(self, layer: int, tokens_BT: Tensor) -> Tensor:
+        """`patched_loss` of zeros, [B]: with the hook zero everywhere all positions stay equal, so one is computed.
+
+        (Causal attention over equal values returns that value whatever its weights; position enters both
+        architectures through those weights alone.)
+        """
+        check_layer(self.name, layer, self.n_layers)
+        zero_11D = torch.zeros(1, 1, self.d_model, device=self.device, dtype=self.dtype)
+        hidden_11D = self._segment(layer + 1, self.n_layers, norm=True)(inputs_embeds=zero_11D)
+        return self._head.of_constant(hidden_11D[0, 0], tokens_BT) / (tokens_BT.shape[1] - 1)
 
     def _mean_loss(self, hidden_BTD: Tensor, tokens_BT: Tensor, logits_dtype: torch.dtype) -> Tensor:
         return self._head(hidden_BTD, tokens_BT, logits_dtype=logits_dtype) / (tokens_BT.shape[1] - 1)

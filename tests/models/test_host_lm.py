@@ -108,6 +108,25 @@ def test_patched_loss_equals_a_full_pass_with_the_activation_replaced(lm, tokens
     torch.testing.assert_close(lm.patched_loss(a_BTD, layer, tokens_BT), lm.loss(tokens_BT), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("layer", [0, 2, 3])
+def test_zero_loss_of_one_token_equals_the_zero_patch(lm, tokens_BT, layer):
+    slow = lm.patched_loss(torch.zeros(B, T, lm.d_model), layer, tokens_BT)
+    torch.testing.assert_close(lm.zero_loss(layer, tokens_BT), slow, rtol=1e-5, atol=1e-5)
+
+
+def test_further_layers_of_the_shared_pass_change_nothing(lm, tokens_BT):
+    loss_B, _, g = lm.loss_and_gradients(tokens_BT, [1, 2])
+    loss_all_B, a_all, g_all = lm.loss_and_gradients(tokens_BT, [1, 2], also=range(4))
+    assert sorted(a_all) == [0, 1, 2, 3]
+    assert sorted(g_all) == [1, 2]
+    torch.testing.assert_close(loss_all_B, loss_B, rtol=0, atol=0)
+    for layer in (1, 2):
+        torch.testing.assert_close(g_all[layer], g[layer], rtol=0, atol=0)
+    for layer, expected in lm.activations(tokens_BT, range(4)).items():
+        torch.testing.assert_close(a_all[layer], expected, rtol=0, atol=0)
+        assert not a_all[layer].requires_grad
+
+
 def test_patched_loss_of_stacked_cells_equals_each_alone(lm, tokens_BT):
     a_BTD = lm.activations(tokens_BT, [1])[1]
     cells = [a_BTD * scale for scale in (0.5, 1.0, 2.0)]
