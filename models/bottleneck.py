@@ -53,7 +53,8 @@ def random_projection(x_ND: np.ndarray, dim: int = DIM, seed: int = 0) -> Bottle
     x_ND = _checked(x_ND, dim)
     model = GaussianRandomProjection(dim, random_state=seed, compute_inverse_components=True)
     embedding_NE = model.fit_transform(x_ND)
-    return Bottleneck(embedding_NE=embedding_NE, explained=_explained(x_ND, model.inverse_transform(embedding_NE)))
+    back_ND = model.inverse_transform(embedding_NE - embedding_NE.mean(axis=0)) + x_ND.mean(axis=0)
+    return Bottleneck(embedding_NE=embedding_NE, explained=_explained(x_ND, back_ND))
 
 
 def autoencoder(
