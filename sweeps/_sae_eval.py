@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from models.sae_io import save_saelens
 
 from analysis.budget import FeatureCounts
 from analysis.cells import CELL_COLUMNS, IDENTITY, cell_record
 from analysis.fidelity import SequenceSums
 from analysis.geometry import CovarianceSums
 from data.pile import TokenStream
+from models.sae_io import save_saelens
 from models.topk_sae import TopKSAE
 from sweeps._context import PackContext
 from sweeps._sweep import Row, UserError

@@ -1,0 +1,183 @@
+"""Runs a pack of the topology audit: diagrams of subsamples and null draws, model members, utility.
+
+Shape suffixes: N rows of a table, n rows of a run, D columns, P diagram points.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from analysis import nulls, utility
+from analysis.distances import distance_matrix
+from analysis.persistence import h1, landmarks
+from models.pom import train_member
+from sweeps._context import PackContext
+from sweeps._sweep import Row, UserError
+from sweeps._topology_plan import FULL_TABLE
+from sweeps._topology_sources import kind_of, matrix, member_of, open_table
+from sweeps.odor_topology import NULLS, OBSERVED, Audit, DiagramCell, MemberCell, TopologyCell, UtilityCell
+
+_NULL_SEED, _LANDMARK_SEED, _LANDMARK_NULL_SEED, _DRAW_SEED = 10_000, 500_000, 1_000, 1_000_000
+
+
+def run_pack(cells: Sequence[TopologyCell], preset: Audit, context: PackContext) -> None:
+    """Compute and publish every cell, members first."""
+    began = time.monotonic()
+    ordered = sorted(cells, key=lambda c: not isinstance(c, MemberCell))
+    sources = _Sources(preset, context)
+    for done, cell in enumerate(ordered, start=1):
+        context.progress(force=True, phase=f"{cell.table} {cell.representation}")
+        try:
+            if isinstance(cell, MemberCell):
+                sources.member(cell)
+            elif isinstance(cell, DiagramCell):
+                _diagrams(cell, sources, context)
+            elif isinstance(cell, UtilityCell):
+                _utility(cell, sources, context)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        rate = done / (time.monotonic() - began)
+        context.progress(done=done, total=len(ordered), eta=(len(ordered) - done) / rate)
+
+
+class _Sources:
+    """Representations of this pack; the own odor model's come from the ledger, or are trained here once."""
+
+    def __init__(self, preset: Audit, context: PackContext) -> None:
+        self.preset, self.context = preset, context
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - one instance a process
+    def matrix(self, table: str, representation: str) -> np.ndarray:
+        member = member_of(representation)
+        if member is None:
+            x = matrix(table, representation, self.preset.table, self.preset.embedding)
+            return _zscore(x) if representation == "physchem" else x
+        cell = MemberCell(table=table, representation=representation, member=member, epochs=self.preset.pom_epochs)
+        if not self.context.ledger.done([cell.key]):
+            self.member(cell)
+        return np.load(io.BytesIO(self.context.ledger.file(cell.key, "embedding.npy")))
+
+    def member(self, cell: MemberCell) -> None:
+        """Train and publish a member."""
+        rows = open_table(cell.table, self.preset.table)
+        if not rows.labels:
+            raise UserError(f"table {cell.table} has no label columns; the odor model needs them, leave pom_M out")
+        self.context.progress(force=True, phase=f"training {cell.representation}")
+        result = train_member(
+            rows.smiles,
+            rows.labels_NL,
+            cell.member,
+            epochs=cell.epochs,
+            threads=self.context.threads,
+            progress=lambda epoch, auroc: self.context.progress(
+                phase=f"training {cell.representation}, epoch {epoch}/{cell.epochs}, validation AUROC {auroc:.3f}"
+            ),
+        )
+        out = [
+            Row("auroc_test", result.auroc_test),
+            Row("auroc_val", result.auroc_val),
+            Row("labels_scored", result.labels_scored, "labels"),
+            Row("best_epoch", result.epoch, "epochs"),
+        ]
+        self.context.publish(cell, out, {"embedding.npy": _npy(result.embedding_NE)})
+
+
+def _zscore(x_ND: np.ndarray) -> np.ndarray:
+    spread = x_ND.std(axis=0)
+    return (x_ND - x_ND.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
+
+
+def run_rows(total: int, run: int, rows: int) -> np.ndarray:
+    """Row numbers of a run, sorted: `rows` drawn without replacement by default_rng(run), all for the full table."""
+    if run == FULL_TABLE or rows >= total:
+        return np.arange(total)
+    return np.sort(np.random.default_rng(run).choice(total, rows, replace=False))
+
+
+def null_seed(cell: DiagramCell, draw: int) -> int:
+    """Seed of a null draw: draw 0 of a run is the published one, run + 10000 · position of the null."""
+    position = NULLS[kind_of(cell.representation)].index(cell.null) + 1
+    return cell.run + _NULL_SEED * position + _DRAW_SEED * draw
+
+
+def landmark_seed(cell: DiagramCell, draw: int) -> int:
+    """Seed of the first landmark: run + 500000, and + 1000 · position for nulls."""
+    position = 0 if cell.null == OBSERVED else NULLS[kind_of(cell.representation)].index(cell.null) + 1
+    return cell.run + _LANDMARK_SEED + _LANDMARK_NULL_SEED * position + _DRAW_SEED * draw
+
+
+def _diagrams(cell: DiagramCell, sources: _Sources, context: PackContext) -> None:
+    x_ND = sources.matrix(cell.table, cell.representation)
+    x_nD = x_ND[run_rows(len(x_ND), cell.run, cell.rows)]
+    out: list[Row] = []
+    diagrams = []
+    for draw in range(cell.first_draw, cell.first_draw + cell.draws):
+        if cell.null == OBSERVED:
+            drawn = x_nD
+        else:
+            stream = "published" if cell.null_stream == "published" else "fast"
+            drawn = getattr(nulls, cell.null)(x_nD, null_seed(cell, draw), stream=stream)
+        pairs_P2 = diagram(drawn, cell.metric, cell.landmarks, landmark_seed(cell, draw))
+        diagrams.append(pairs_P2)
+        length_P = pairs_P2[:, 1].astype(np.float64) - pairs_P2[:, 0]
+        at = {"run": cell.run, "draw": draw}
+        out += [
+            Row("h1_top1", float(length_P.max(initial=0.0)), "distance", at),
+            Row("h1_total", float(length_P.sum()), "distance", at),
+            Row("h1_count", len(pairs_P2), "features", at),
+        ]
+        context.progress(phase=f"{cell.representation} {cell.null} draw {draw + 1}")
+    out.append(Row("h1_top1_mean", float(np.mean([r.value for r in out if r.metric == "h1_top1"])), "distance"))
+    lengths = np.array([len(p) for p in diagrams])
+    packed = io.BytesIO()
+    np.savez_compressed(packed, pairs=np.concatenate(diagrams), lengths=lengths)
+    context.publish(cell, out, {"diagrams.npz": packed.getvalue()})
+    context.progress(best=max(r.value for r in out if r.metric == "h1_top1"))
+
+
+def diagram(x_nD: np.ndarray, metric: str, n_landmarks: int, seed: int) -> np.ndarray:
+    """Finite H1 pairs [P, 2] of the Rips filtration of the rows, or of their greedy landmarks."""
+    distance_nn = distance_matrix(x_nD, metric)
+    if n_landmarks:
+        chosen = landmarks(distance_nn, n_landmarks, seed)
+        distance_nn = np.ascontiguousarray(distance_nn[np.ix_(chosen, chosen)])
+    pairs = h1(distance_nn)
+    return pairs[np.isfinite(pairs).all(axis=1)]
+
+
+def _utility(cell: UtilityCell, sources: _Sources, context: PackContext) -> None:
+    rows = open_table(cell.table, sources.preset.table)
+    x_ND = sources.matrix(cell.table, cell.representation)
+    distance_NN = distance_matrix(x_ND, cell.metric)
+    context.progress(force=True, phase=f"{cell.representation}: patches")
+    patches = utility.patches(distance_NN, cell.neighbours)
+    geometry = utility.geometry_block(distance_NN, np.asarray(x_ND, np.float64), patches)
+    topology = utility.topology_block(distance_NN, patches, h1=h1)
+    targets = utility.targets(rows.labels_NL, patches)
+    out: list[Row] = []
+    for family, permutations in (("ridge", cell.permutations), ("trees", 0)):
+        context.progress(force=True, phase=f"{cell.representation}: {family}")
+        for result in utility.compare(geometry, topology, targets, family=family, permutations=permutations):
+            at = {"target": result.target, "family": result.family}
+            names = ("r2_geometry", "r2_topology", "r2_both", "delta", "delta_lo", "delta_hi")
+            out += [Row(f"utility_{name}", getattr(result, name), "R²", at) for name in names]
+            if result.p is not None:
+                out.append(Row("utility_p", result.p, "", at))
+    context.publish(cell, out, {})
+
+
+def _npy(x: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, x)
+    return out.getvalue()
+
+
+def read_diagrams(data: bytes) -> list[np.ndarray]:
+    """Diagrams [P, 2] of a published cell's `diagrams.npz`, one a draw."""
+    with np.load(io.BytesIO(data)) as packed:
+        return list(np.split(packed["pairs"], np.cumsum(packed["lengths"])[:-1]))

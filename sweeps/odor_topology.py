@@ -1,0 +1,179 @@
+"""Topology audit: does persistent H1 survive metric choice, subsampling, matched nulls and ordinary baselines?
+
+python sweeps/odor_topology.py                                  embedded odorants and known shapes, minutes
+python sweeps/odor_topology.py --set table=curated              the 4,983-molecule table (downloaded, or table=PATH)
+python sweeps/odor_topology.py --preset paper --set table=curated   the published protocol
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sweeps._sweep import Cell, Estimate, Pack, PublishedCell, UserError
+from sweeps._where import Machine, RunSettings
+
+OBSERVED = "observed"
+NULLS: Mapping[str, tuple[str, ...]] = {  # in the published order; a null's position (from 1) enters its seed
+    "bits": ("fixed_margin", "bernoulli", "permute_columns"),
+    "counts": ("multinomial", "permute_columns"),
+    "dense": ("permute_columns", "gaussian"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopologyCell(Cell):
+    """Identity shared by all cells of the audit."""
+
+    SWEEP: ClassVar[str] = "odor_topology"
+    VERSION: ClassVar[str] = "1"
+
+    kind: str
+    table: str
+    representation: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagramCell(TopologyCell):
+    """H1 of one subsample (`run`) of one representation, observed or for `draws` draws of one null."""
+
+    kind: str = "diagram"
+    metric: str
+    route: str  # "direct", or "landmark": greedy farthest points of the subsample
+    run: int  # subsample; -1 is the full table
+    rows: int
+    landmarks: int
+    null: str = OBSERVED
+    first_draw: int = 0
+    draws: int = 1
+    null_stream: str = "fast"
+
+    def __post_init__(self) -> None:
+        if self.route == "landmark" and self.landmarks > self.rows:
+            raise UserError(f"landmarks={self.landmarks} exceeds rows={self.rows}; choose landmarks <= rows")
+        if self.null_stream not in ("fast", "published"):
+            raise UserError(f"null_stream={self.null_stream!r} is not known; choose fast or published")
+        if self.draws < 1:
+            raise UserError(f"draws={self.draws} draws nothing; choose 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberCell(TopologyCell):
+    """One trained member of the own odor model: its embedding and its held-out macro-AUROC."""
+
+    kind: str = "member"
+    member: int
+    epochs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class UtilityCell(TopologyCell):
+    """Whether local topology predicts neighbourhood labels beyond local geometry."""
+
+    kind: str = "utility"
+    metric: str
+    neighbours: int
+    permutations: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """A preset. `table` is embedded, curated, broader, nonoverlap, cloud:NAME, or the path of a CSV."""
+
+    study: str  # "paper", "audit", "bottleneck", "ensemble" or "utility"
+    table: str = "embedded"
+    clouds: tuple[str, ...] = ()  # point clouds with known loops, audited beside the table
+    representations: tuple[str, ...] = ("bits_r4", "counts_r4", "physchem", "pom_0")
+    embedding: str = ""  # .npy/.npz/.parquet with row ids, audited as representation "file"
+    metrics: tuple[str, ...] = ()  # () = each representation's own
+    routes: tuple[str, ...] = ("direct",)
+    rows: int = 1000
+    runs: int = 8
+    landmarks: int = 250
+    draws: int = 1  # null draws a run
+    null_runs: int = 0  # runs that get null draws; 0 = all
+    draws_per_cell: int = 50
+    full_table: bool = False  # also the observed diagram of every row
+    null_stream: str = "fast"
+    pom_epochs: int = 30
+    neighbours: int = 40
+    permutations: int = 199
+
+
+PRESETS: Mapping[str, Audit] = {
+    "audit": Audit(
+        study="audit",
+        clouds=("circle", "figure_eight", "torus", "gaussian_blob"),
+        draws=199,
+        null_runs=1,
+        full_table=True,
+        representations=("bits_r4", "bits_r2", "counts_r4", "physchem", "pom_0", "pom_1"),
+    ),
+    "paper": Audit(study="paper", routes=("direct", "landmark"), null_stream="published"),
+    "bottleneck": Audit(
+        study="bottleneck",
+        representations=("bits_r4", "pca256", "rp256_0", "rp256_1", "rp256_2", "ae256_0", "ae256_1", "ae256_2"),
+    ),
+    "ensemble": Audit(study="ensemble", representations=tuple(f"pom_{m}" for m in range(10))),
+    "utility": Audit(study="utility", representations=("bits_r4", "counts_r4", "physchem", "pom_0")),
+}
+
+
+class OdorTopology:
+    """The sweep behind the command line; the work is in `_topology_run`, sources in `_topology_sources`."""
+
+    name = TopologyCell.SWEEP
+    version = TopologyCell.VERSION
+    question = "does persistent H1 survive metric choice, subsampling, matched nulls and ordinary baselines?"
+    headline = "top H1"
+    default_preset = "audit"
+    presets = PRESETS
+
+    def plan(self, preset: Audit) -> Sequence[TopologyCell]:
+        from sweeps._topology_plan import plan
+
+        return plan(preset)
+
+    def pack(self, cells: Sequence[Cell], preset: Audit, machine: Machine, run: RunSettings) -> list[Pack]:
+        from sweeps._topology_plan import make_packs
+
+        return make_packs([c for c in cells if isinstance(c, TopologyCell)], machine, run)
+
+    def run(self, pack: Pack, preset: Audit, context: Any) -> None:
+        from sweeps._topology_run import run_pack
+
+        run_pack([c for c in pack.cells if isinstance(c, TopologyCell)], preset, context)
+
+    def fingerprint(self, cell: Cell, preset: Audit, run: RunSettings) -> str:
+        from sweeps._topology_sources import fingerprint
+
+        assert isinstance(cell, TopologyCell)
+        return fingerprint(cell, preset)
+
+    def estimate(self, cells: Sequence[Cell], preset: Audit, machine: Machine, run: RunSettings) -> Estimate:
+        from sweeps._topology_plan import estimate
+
+        return estimate([c for c in cells if isinstance(c, TopologyCell)], machine, run)
+
+    def report(self, cells: Sequence[PublishedCell], preset_name: str, preset: Audit, out: Path) -> list[str]:
+        from sweeps._topology_report import write
+
+        return write(cells, preset_name, preset, out)
+
+    def banner(self, preset_name: str, preset: Audit) -> list[str]:
+        from sweeps._topology_sources import banner
+
+        return banner(preset)
+
+
+SWEEP = OdorTopology()
+
+if __name__ == "__main__":
+    from sweeps._launch import main
+
+    sys.exit(main("sweeps.odor_topology"))
