@@ -1,0 +1,175 @@
+"""Recordings to clips: decode, mix to mono, resample, cut; whatever is wrong with a file is listed, never fatal.
+
+Shape suffixes: N samples, C channels.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import soundfile
+
+from data.audio_files import AudioFiles
+
+Wave = npt.NDArray[np.float32]
+OddKind = Literal["missing", "unreadable", "empty", "not finite", "too short", "truncated", "sample rate", "channels",
+                  "metadata"]  # fmt: skip
+
+
+class Oddity(NamedTuple):
+    """Something unexpected in one recording, and whether it was skipped for it or converted."""
+
+    recording_id: str
+    kind: OddKind
+    detail: str
+    skipped: bool
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One audio file of a data set: its identity, its name among the set's files, and what is said or played."""
+
+    recording_id: str
+    name: str
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class AudioSet:
+    """A listed data set: files, recordings in order of their ids, and the problems met while listing them."""
+
+    name: str
+    files: AudioFiles
+    recordings: tuple[Recording, ...]
+    oddities: tuple[Oddity, ...] = ()
+    nominal_rate: int | None = None
+    """Sample rate in Hz that the set promises; another rate is listed as odd, and resampled."""
+    nominal_channels: int | None = None
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A piece of a recording: wave_N float32 mono at ``sample_rate`` Hz."""
+
+    clip_id: str
+    recording_id: str
+    chunk: int
+    n_chunks: int
+    wave_N: Wave
+    sample_rate: int
+    text: str
+
+    @property
+    def duration_s(self) -> float:
+        return len(self.wave_N) / self.sample_rate
+
+
+def counts(oddities: Iterable[Oddity]) -> dict[str, int]:
+    """How many recordings of each kind, e.g. ``{"unreadable (skipped)": 2, "channels (converted)": 1}``."""
+    return dict(sorted(Counter(f"{o.kind} ({'skipped' if o.skipped else 'converted'})" for o in oddities).items()))
+
+
+def decode(data: bytes) -> tuple[npt.NDArray[np.float32], int, int]:
+    """(wave_NC float32 in [-1, 1], sample rate in Hz, frames the header promised) of a WAV, FLAC, Ogg or MP3 file.
+
+    Raises soundfile.LibsndfileError (a RuntimeError) where libsndfile finds no audio.
+    """
+    with soundfile.SoundFile(io.BytesIO(data)) as file:
+        return file.read(dtype="float32", always_2d=True), file.samplerate, file.frames
+
+
+def riff_size(data: bytes) -> int:
+    """Bytes that the header of a WAV promises for the whole file; 0 for other files and for streamed WAVs."""
+    size = int.from_bytes(data[4:8], "little")
+    return size + 8 if data[:4] == b"RIFF" and size < 0xFFFFFFFF else 0
+
+
+def resample(wave_N: Wave, from_rate: int, to_rate: int) -> Wave:
+    """Band-limited resampling (soxr, high quality) of a mono wave; rates in Hz."""
+    if from_rate == to_rate:
+        return wave_N
+    import librosa
+
+    return np.asarray(librosa.resample(wave_N, orig_sr=from_rate, target_sr=to_rate), dtype=np.float32)
+
+
+def chunk_bounds(n: int, sample_rate: int, chunk_s: float, min_s: float) -> list[tuple[int, int]]:
+    """[start, stop) in samples of consecutive chunks of ``chunk_s`` seconds; a rest shorter than ``min_s`` is dropped.
+
+    Raises ValueError unless 0 < min_s <= chunk_s.
+    """
+    if not 0 < min_s <= chunk_s:
+        raise ValueError(f"min_s={min_s} must be positive and at most chunk_s={chunk_s} seconds")
+    size = round(chunk_s * sample_rate)
+    least = max(1, round(min_s * sample_rate))
+    return [(a, min(a + size, n)) for a in range(0, n, size) if min(a + size, n) - a >= least]
+
+
+def read_recording(
+    audio: AudioSet, recording: Recording, sample_rate: int, min_s: float
+) -> tuple[Wave | None, list[Oddity]]:
+    """The whole recording as wave_N at ``sample_rate`` Hz (None when it had to be skipped) and what was odd."""
+    rid = recording.recording_id
+    odd: list[Oddity] = []
+
+    def skip(kind: OddKind, detail: str) -> tuple[None, list[Oddity]]:
+        return None, [*odd, Oddity(rid, kind, detail, True)]
+
+    try:
+        data = audio.files.read(recording.name)
+    except FileNotFoundError:
+        return skip("missing", recording.name)
+    except OSError as error:
+        return skip("unreadable", str(error))
+    if not data:
+        return skip("empty", "0 bytes")
+    try:
+        wave_NC, rate, promised = decode(data)
+    except (RuntimeError, ValueError, TypeError) as error:
+        return skip("unreadable", str(error).strip() or type(error).__name__)
+    n, channels = wave_NC.shape
+    if n == 0:
+        return skip("empty", "no samples")
+    if n < promised:
+        odd.append(Oddity(rid, "truncated", f"{n} of {promised} samples", False))
+    elif len(data) < riff_size(data):  # libsndfile lowers the sample count of a cut WAV without a word
+        odd.append(Oddity(rid, "truncated", f"{len(data)} of {riff_size(data)} bytes", False))
+    bad = int((~np.isfinite(wave_NC)).sum())
+    if bad:
+        return skip("not finite", f"{bad} samples are NaN or infinite")
+    if n < min_s * rate:
+        return skip("too short", f"{n / rate:.3f} s < {min_s:g} s")
+    if audio.nominal_rate is not None and rate != audio.nominal_rate:
+        odd.append(Oddity(rid, "sample rate", f"{rate} Hz, not {audio.nominal_rate} Hz", False))
+    if audio.nominal_channels is not None and channels != audio.nominal_channels:
+        odd.append(Oddity(rid, "channels", f"{channels}, not {audio.nominal_channels}", False))
+    return resample(wave_NC.mean(axis=1), rate, sample_rate), odd
+
+
+def read_clips(
+    audio: AudioSet, recording: Recording, *, sample_rate: int, chunk_s: float, min_s: float = 1.0
+) -> tuple[list[Clip], list[Oddity]]:
+    """Mono clips of at most ``chunk_s`` seconds at ``sample_rate`` Hz, and whatever was odd about the recording.
+
+    Clip ids are ``{recording id}#{chunk}``; every chunk carries the recording's whole text. Never raises for a
+    bad file: it comes back in the list instead. Raises ValueError for impossible ``chunk_s`` and ``min_s``.
+    """
+    chunk_bounds(1, 1, chunk_s, min_s)
+    wave_N, odd = read_recording(audio, recording, sample_rate, min_s)
+    if wave_N is None:
+        return [], odd
+    bounds = chunk_bounds(len(wave_N), sample_rate, chunk_s, min_s)
+    rid = recording.recording_id
+    clips = [
+        Clip(f"{rid}#{i}", rid, i, len(bounds), wave_N[a:b], sample_rate, recording.text)
+        for i, (a, b) in enumerate(bounds)
+    ]
+    if not clips:
+        odd.append(Oddity(rid, "too short", f"{len(wave_N) / sample_rate:.3f} s < {min_s:g} s", True))
+    return clips, odd
