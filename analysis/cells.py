@@ -96,9 +96,9 @@ def depths_of(cells: pd.DataFrame) -> list[str]:
 
 
 def tokens_label(tokens: float) -> str:
-    """10000000 → "10M", 250000 → "250k", 4096 → "4096"."""
+    """10000000 → "10M", 1048576 → "1.049M", 250000 → "250k", 512 → "512"."""
     for unit, suffix in ((1_000_000, "M"), (1_000, "k")):
-        if tokens >= 10 * unit or (tokens >= unit and tokens % (unit // 100) == 0):
+        if tokens >= unit:
             return f"{tokens / unit:.4g}{suffix}"
     return f"{tokens:.0f}"
 

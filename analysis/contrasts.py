@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.bootstrap import Floats, percentile_interval
-from analysis.cells import SequenceTables, configurations
+from analysis.cells import SequenceTables, configurations, models_of
 
 METRICS = ("ce_rec", "r2")
 
@@ -52,28 +52,29 @@ def configuration_means(
 
 
 def model_deltas(means: ConfigurationMeans) -> pd.DataFrame:
-    """Widest minus narrowest model at the same depth, k and budget, with intervals; empty with one model.
+    """The grid's widest minus its narrowest model at each depth, k and budget that has both, with intervals.
 
     Columns: depth, k, tokens, small, large, n_seeds (the fewer of the two), delta_ce_rec, delta_r2, each
     with _lo and _hi. The models' shared sequences are resampled together, so their variation cancels.
     """
+    models = models_of(means.table)
     records = []
     for (depth, k, tokens), group in means.table.groupby(["depth", "k", "tokens"], sort=True):
-        ordered = group.sort_values(["d_model", "model"])
-        small, large = ordered.index[0], ordered.index[-1]
-        if ordered.loc[small, "model"] == ordered.loc[large, "model"]:
+        rows = dict(zip(group["model"], group.index, strict=True))
+        if len(models) < 2 or models[0] not in rows or models[-1] not in rows:
             continue
+        small, large = int(rows[models[0]]), int(rows[models[-1]])
         record = {
             "depth": depth,
             "k": k,
             "tokens": tokens,
-            "small": ordered.loc[small, "model"],
-            "large": ordered.loc[large, "model"],
-            "n_seeds": int(ordered.loc[[small, large], "n_seeds"].min()),
+            "small": models[0],
+            "large": models[-1],
+            "n_seeds": min(int(group["n_seeds"][small]), int(group["n_seeds"][large])),
         }
         for metric in METRICS:
             interval = percentile_interval(means.resamples[metric][:, large] - means.resamples[metric][:, small])
-            record[f"delta_{metric}"] = ordered.loc[large, metric] - ordered.loc[small, metric]
+            record[f"delta_{metric}"] = group[metric][large] - group[metric][small]
             record[f"delta_{metric}_lo"], record[f"delta_{metric}_hi"] = interval
         records.append(record)
     columns = ["depth", "k", "tokens", "small", "large", "n_seeds"]

@@ -16,7 +16,7 @@ from analysis import published as paper
 from analysis.cells import SequenceTables, depths_of, prepare_cells, tokens_label
 from analysis.contrasts import configuration_means, model_deltas
 from analysis.proxies import leaderboard
-from analysis.proxy_gap_plots import PlotData, write_figures
+from analysis.proxy_gap_plots import write_figures
 from analysis.proxy_gap_study import Study, interval, markdown, study_name
 
 SEED = 0
@@ -69,9 +69,7 @@ def write_report(
         "geometry.csv": study.geometry,
     }.items():
         table.to_csv(out / name, index=False)
-    figures = write_figures(
-        PlotData(study.cells, study.means, study.deltas, study.board.table, study.geometry, published), out
-    )
+    figures = write_figures(study, out)
     report = out / "report.md"
     report.write_text(compose(study, figures, preset=preset, facts=facts, notes=notes), encoding="utf-8")
     return report
@@ -235,7 +233,7 @@ def confounds(study: Study) -> list[str]:
     whole = {str(m): sorted(part["layer"]) for m, part in study.geometry.groupby("model")}
     n_blocks = {m: len(layers) for m, layers in whole.items() if layers == list(range(len(layers)))} | paper.N_LAYERS
     hooked = study.cells[["model", "depth", "layer", "d_model"]].drop_duplicates()
-    for depth in depths_of(study.cells):
+    for depth in study.depths:
         part = hooked[hooked["depth"] == depth].sort_values(["d_model", "model"])
         blocks = [n_blocks.get(m, n_blocks.get(study_name(m))) for m in part["model"]]
         ends = [int(layer) + 1 == n for layer, n in zip(part["layer"], blocks, strict=True)]

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.cells import depths_of, tokens_label
+from analysis import published
+from analysis.cells import depths_of, models_of, tokens_label
 from analysis.proxies import Leaderboard
 
 
@@ -28,14 +29,33 @@ class Study:
     n_leaderboard: int
 
     @property
+    def models(self) -> list[str]:
+        """Models from narrow to wide."""
+        return models_of(self.cells)
+
+    @property
+    def depths(self) -> list[str]:
+        """Depth names in report order."""
+        return depths_of(self.cells)
+
+    @property
+    def ks(self) -> list[int]:
+        """The grid of k, ascending."""
+        return sorted(int(k) for k in self.cells["k"].unique())
+
+    @property
     def reference_depth(self) -> str:
         """The depth of the study's main tables: mid where the grid has it, else the first depth."""
-        depths = depths_of(self.cells)
-        return "mid" if "mid" in depths else depths[0]
+        return "mid" if "mid" in self.depths else self.depths[0]
 
     @property
     def budgets(self) -> list[int]:
+        """Training tokens, ascending."""
         return sorted(int(t) for t in self.cells["tokens"].unique())
+
+    def is_study_pair(self, small: object, large: object) -> bool:
+        """Whether published differences between the study's widest and narrowest model apply to these two."""
+        return self.published and (study_name(small), study_name(large)) == (published.SMALL, published.LARGE)
 
     def headline_means(self) -> pd.DataFrame:
         """The means at the reference depth, smallest budget and smallest k: one row a model."""

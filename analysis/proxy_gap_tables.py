@@ -15,7 +15,7 @@ import pandas as pd
 
 from analysis import published
 from analysis.budget import format_k_star, k_star
-from analysis.cells import depths_of, models_of, tokens_label
+from analysis.cells import depths_of, tokens_label
 from analysis.proxy_gap_study import Section, Study, each, identity, interval, number, study_name
 
 
@@ -61,22 +61,16 @@ def _delta_cells(row: pd.Series) -> dict[str, str]:
     }
 
 
-def _study_pair(study: Study, row: pd.Series) -> bool:
-    return study.published and (study_name(row["small"]), study_name(row["large"])) == (
-        published.SMALL,
-        published.LARGE,
-    )
-
-
 def model_deltas(study: Study) -> Section:
     """Widest minus narrowest model by depth and k at the smallest budget."""
     title = "Widest minus narrowest model, by k"
     part = study.deltas[study.deltas["tokens"] == study.budgets[0]]
     if part.empty:
-        return Section(title, needs="cells of at least two models at the same depth, k and budget")
+        return Section(title, needs="the widest and the narrowest of two or more models at one depth, k and budget")
     rows = []
     for row in each(part.sort_values("depth", key=_depth_rank(study), kind="stable")):
-        known = published.DELTA.get((row["depth"], row["k"], row["tokens"])) if _study_pair(study, row) else None
+        matches = study.is_study_pair(row["small"], row["large"])
+        known = published.DELTA.get((row["depth"], row["k"], row["tokens"])) if matches else None
         rows.append(
             {"depth": row["depth"], "k": str(row["k"]), "tokens": tokens_label(row["tokens"])}
             | {"seeds": str(row["n_seeds"])}
@@ -93,7 +87,7 @@ def model_deltas(study: Study) -> Section:
 
 
 def _depth_rank(study: Study) -> Callable[[pd.Series], pd.Series]:
-    order = depths_of(study.cells)
+    order = study.depths
     return lambda column: column.map(order.index)
 
 
@@ -154,9 +148,9 @@ def k_stars(study: Study) -> Section:
         return Section(title, needs="at least two k at the same model, depth and budget")
     rows = []
     for (depth, target), tokens, model in itertools.product(
-        [(d, t) for d in depths_of(study.cells) for t in published.K_STAR_TARGETS],
+        [(d, t) for d in study.depths for t in published.K_STAR_TARGETS],
         study.budgets,
-        models_of(study.cells),
+        study.models,
     ):
         chosen = (study.cells["model"] == model) & (study.cells["depth"] == depth) & (study.cells["tokens"] == tokens)
         curves = study.cells[chosen].pivot(index="seed", columns="k", values="ce_rec").dropna()
@@ -189,7 +183,7 @@ def budget_deltas(study: Study) -> Section:
     rows = []
     for row in each(part.sort_values(["k", "tokens"])):
         key = (row["depth"], row["k"], row["tokens"])
-        known = published.BUDGET_DELTA.get(key) if _study_pair(study, row) else None
+        known = published.BUDGET_DELTA.get(key) if study.is_study_pair(row["small"], row["large"]) else None
         text = {"k": str(row["k"]), "tokens": tokens_label(row["tokens"]), "seeds": str(row["n_seeds"])}
         text |= _delta_cells(row)
         text["ΔCE_rec published"] = text["ΔR² published"] = ""

@@ -67,3 +67,11 @@ def test_identical_losses_give_a_zero_delta_interval_through_pairing(make_grid):
 def test_one_model_gives_an_empty_table(make_grid):
     _, means = _means(make_grid(models=("pythia-70m",), depths=("mid",), ks=(8,)))
     assert model_deltas(means).empty
+
+
+def test_only_configurations_with_both_extreme_models_are_compared(make_grid):
+    grid = make_grid(models=("pythia-70m", "pythia-160m", "pythia-410m"), depths=("mid",), ks=(8, 32), n_sequences=9)
+    partial = type(grid)(grid.cells[~((grid.cells.model == "pythia-410m") & (grid.cells.k == 8))], grid.sequences, None)
+    deltas = model_deltas(_means(partial, n_resamples=50)[1])
+    assert list(deltas["k"]) == [32]
+    assert list(deltas["large"]) == ["pythia-410m"]

@@ -129,7 +129,7 @@ def test_one_cell_says_what_it_needs_and_leaves_published_blank(make_grid, tmp_p
     (tmp_path / "delta.png").write_bytes(b"left by an earlier report")
     grid = make_grid(models=("pythia-70m",), depths=("mid",), ks=(8,), n_sequences=12)
     text = _write(grid, tmp_path, preset="local", paper=False)
-    assert "It needs cells of at least two models at the same depth, k and budget." in text
+    assert "It needs the widest and the narrowest of two or more models at one depth, k and budget." in text
     assert "It needs at least three cells." in text
     assert "It needs at least two k at the same model, depth and budget." in text
     assert _table(text, "Headline").loc[0, "CE_rec published"] == ""
