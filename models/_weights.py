@@ -28,11 +28,13 @@ class LMUnavailable(RuntimeError):
 class Corpus:
     """Byte tokens a stand-in is pretrained on, named by ``fingerprint`` and built only when needed.
 
-    ``tokens()`` returns (training, held-out), each [N] of ids 0..256.
+    ``tokens()`` returns (training, held-out), each [N] of ids 0..256. ``progress`` takes a line now and then while
+    the stand-in is pretrained; without it the lines are printed.
     """
 
     fingerprint: str
     tokens: Callable[[], tuple[np.ndarray, np.ndarray]]
+    progress: Callable[[str], None] | None = None
 
 
 def directory_of(name: str, lm_path: str | Path) -> Path:
@@ -95,7 +97,8 @@ def locate(
         return cached_directory(cache_root(cache_dir), f"{name}-f32", dequantise), spec
     if corpus is None:
         raise ValueError(f"{name} is pretrained on first use; pass corpus=Corpus(fingerprint, tokens)")
-    return standin_lm.pretrained(name, corpus.fingerprint, corpus.tokens, cache_dir=cache_dir), spec
+    made = standin_lm.pretrained(name, corpus.fingerprint, corpus.tokens, cache_dir=cache_dir, progress=corpus.progress)
+    return made, spec
 
 
 def read(name: str, directory: str | Path, spec: HostLMSpec) -> Any:

@@ -129,7 +129,7 @@ def train_pack(cells: Sequence[SAECell], context: PackContext) -> None:
     torch.set_num_threads(context.threads)
     first = cells[0]
     context.progress(force=True, phase=f"loading {first.model}")
-    lm = open_lm(first, context.run, context.device)
+    lm = open_lm(first, context.run, context.device, lambda line: context.progress(phase=line))
     run = _PackRun(cells, lm, context)
     run.go()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from sweeps.proxy_gap import SAECell
 
 
-def open_lm(cell: SAECell, run: RunSettings, device: str) -> HostLM:
-    """The cell's language model on the device; stand-ins are pretrained on first use and cached."""
+def open_lm(cell: SAECell, run: RunSettings, device: str, progress: Callable[[str], None]) -> HostLM:
+    """The cell's language model on the device; stand-ins are pretrained on first use, with `progress`, and cached."""
     import torch
 
     from models.host_lm import Corpus, LMUnavailable, load_host_lm
@@ -32,7 +32,7 @@ def open_lm(cell: SAECell, run: RunSettings, device: str) -> HostLM:
             lm_path=run.lm_path or None,
             device=device,
             dtype=getattr(torch, cell.lm_dtype),
-            corpus=Corpus(embedded_text.fingerprint(), embedded_text.byte_corpus),
+            corpus=Corpus(embedded_text.fingerprint(), embedded_text.byte_corpus, progress),
         )
     except (LMUnavailable, ValueError) as error:
         raise UserError(str(error)) from error

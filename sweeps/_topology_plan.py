@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from sweeps._sweep import Estimate, Pack, UserError
 from sweeps._topology_sources import kind_of, member_of, metrics_of, n_rows, table_name
@@ -89,7 +90,12 @@ def _diagrams(preset: Audit, table: str, representation: str) -> list[TopologyCe
                 for null in NULLS[kind_of(representation)]:
                     for first in range(0, preset.draws, preset.draws_per_cell):
                         count = min(preset.draws_per_cell, preset.draws - first)
-                        nulls = {"null": null, "first_draw": first, "draws": count, "null_stream": preset.null_stream}
+                        nulls: dict[str, Any] = {
+                            "null": null,
+                            "first_draw": first,
+                            "draws": count,
+                            "null_stream": preset.null_stream,
+                        }
                         cells.append(cell(run=run, rows=rows, **nulls))
     return cells
 

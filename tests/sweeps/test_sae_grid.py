@@ -55,7 +55,7 @@ def lm() -> HostLM:
 
 @pytest.fixture(autouse=True)
 def toy_sources(lm: HostLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_sae_grid, "open_lm", lambda cell, run, device: lm)
+    monkeypatch.setattr(_sae_grid, "open_lm", lambda cell, run, device, progress: lm)
     monkeypatch.setattr(_sae_grid, "open_stream", lambda cell, run, tokenizer_dir=None: Numbers())
     monkeypatch.setattr(_sae_grid, "_SAVE_PAUSE", 0)
 
@@ -102,7 +102,7 @@ def assert_same(a: Ledger, b: Ledger, keys: list[str]) -> None:
 @pytest.fixture(scope="module")
 def packed(lm: HostLM) -> Ledger:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_sae_grid, "open_lm", lambda cell, run, device: lm)
+        patch.setattr(_sae_grid, "open_lm", lambda cell, run, device, progress: lm)
         patch.setattr(_sae_grid, "open_stream", lambda cell, run, tokenizer_dir=None: Numbers())
         ledger = fresh()
         train(plan(), ledger)
