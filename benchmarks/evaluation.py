@@ -1,0 +1,231 @@
+"""Evaluating 12 SAEs of one language model: ours (CE, R² and friends, SWD, bootstrap) against SAELens' `run_evals`.
+
+A 70m-shaped Pythia with random weights, two hooks, six k a hook, d_sae 16384, all on the same sequences. The peer
+computes CE with and without the SAE and ablated, norms, sparsity, variance and density, one SAE after another,
+through TransformerLens' TransformerBridge on the same Hugging Face model. Ours is the sweep's own evaluation, with
+its gradients, SWD and 5,000 bootstrap resamples, and without writing the SAEs to disk. CPU-seconds, paired.
+
+    python benchmarks/evaluation.py [--sequences 4] [--repeats 3] [--threads 1] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import torch
+
+from benchmarks._paired import Arm, Worker, machine, markdown_table, paired, serve, timed, write_report
+
+MODEL, LAYERS, KS = "pythia-70m", (1, 3), (8, 16, 32, 64, 128, 256)
+D_SAE, CONTEXT = 16384, 256
+CELLS = [(layer, k) for layer in LAYERS for k in KS]
+# glibc keeps the peer's 200 MB temporaries instead of returning their pages after each use
+TUNED_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592", "MALLOC_TOP_PAD_": "0"}
+DTYPES = {"float32": "float32", "bfloat16 logits": "bfloat16"}
+TARGETS = {"float32": 3.5, "bfloat16 logits": 5.0}
+TOLERANCES = {"float32": 1e-5, "bfloat16 logits": 2e-4}
+
+
+def make_workspace(folder: Path, sequences: int) -> None:
+    """The model, the SAEs and the tokens that every arm loads."""
+    from tokenizers import Tokenizer, models
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+    from models.host_lm import load_host_lm
+    from models.sae_io import save_saelens
+    from models.topk_model import SAEConfig, TopKSAE
+
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=50304, hidden_size=512, num_hidden_layers=6, num_attention_heads=8, intermediate_size=2048
+    )
+    model = GPTNeoXForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight *= 5.0  # logits of a few nats: rounding them must show
+    model.save_pretrained(folder / "lm")
+    special = {f"{role}_token": "<e>" for role in ("bos", "eos", "unk", "pad")}
+    words = Tokenizer(models.WordLevel({"<e>": 0}, unk_token="<e>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder / "tokenizer")
+    tokens = np.random.default_rng(1).integers(0, 50304, (sequences, CONTEXT), dtype=np.int32)
+    np.save(folder / "tokens.npy", tokens)
+    lm = load_host_lm(MODEL, lm_path=folder / "lm")
+    acts = lm.activations(torch.from_numpy(tokens[:1]).long(), LAYERS)
+    for layer, k in CELLS:
+        sae = TopKSAE.from_config(SAEConfig(d_in=512, d_sae=D_SAE, k=k, seed=k))
+        with torch.no_grad():
+            sae.b_dec.copy_(acts[layer].mean((0, 1)))
+        save_saelens(sae, folder / cell_name(layer, k), {"hook_name": lm.hook_name(layer), "model_name": MODEL})
+
+
+def cell_name(layer: int, k: int) -> str:
+    return f"layer{layer}-k{k}"
+
+
+class FixedTokens:
+    """The part of SAELens' activation store that `run_evals` uses, serving the same tokens again and again."""
+
+    context_size = CONTEXT
+
+    def __init__(self, tokens_ST: torch.Tensor) -> None:
+        self.tokens_ST = tokens_ST
+        self.store_batch_size_prompts = len(tokens_ST)
+
+    def get_batch_tokens(self, batch_size: int) -> torch.Tensor:
+        return self.tokens_ST[:batch_size]
+
+    def reset_input_dataset(self) -> None:
+        """Nothing to rewind: every batch is the same."""
+
+
+def peer(folder: Path) -> Any:
+    """`run_evals` of every SAE, one after another; leaves its CEs in peer.json."""
+    from sae_lens import SAE
+    from sae_lens.evals import EvalConfig, run_evals
+    from sae_lens.training.activation_scaler import ActivationScaler
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+    hf = GPTNeoXForCausalLM.from_pretrained(folder / "lm", dtype=torch.float32).eval()
+    model: Any = TransformerBridge.boot_transformers(
+        f"EleutherAI/{MODEL}",
+        hf_model=hf,
+        tokenizer=PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"),
+    )
+    saes = {cell: SAE.load_from_disk(str(folder / cell_name(*cell))) for cell in CELLS}
+    store: Any = FixedTokens(torch.from_numpy(np.load(folder / "tokens.npy")).long())
+    config = EvalConfig(
+        batch_size_prompts=len(store.tokens_ST),
+        n_eval_reconstruction_batches=1,
+        n_eval_sparsity_variance_batches=1,
+        compute_ce_loss=True,
+        compute_l2_norms=True,
+        compute_sparsity_metrics=True,
+        compute_variance_metrics=True,
+        compute_featurewise_density_statistics=True,
+    )
+
+    def work() -> None:
+        found = {}
+        for cell, sae in saes.items():
+            metrics, _ = run_evals(sae, store, model, ActivationScaler(), config, exclude_special_tokens=False)
+            losses = metrics["model_performance_preservation"]
+            names = ("ce_loss_without_sae", "ce_loss_with_sae", "ce_loss_with_ablation")
+            found[cell_name(*cell)] = [losses[name] for name in names]
+        (folder / "peer.json").write_text(json.dumps(found))
+
+    return work
+
+
+def ours(folder: Path, dtype: str) -> Any:
+    """The sweep's evaluation of every SAE; leaves its CEs in ours-<dtype>.json."""
+    from models.host_lm import load_host_lm
+    from models.sae_io import load_saelens
+    from sweeps._sae_eval import Evaluation
+    from sweeps.proxy_gap import SAECell
+
+    class WithoutFiles(Evaluation):
+        def _sae_files(self, cell: SAECell, sae: Any) -> dict[str, bytes | Path]:
+            return {}
+
+    tokens = np.load(folder / "tokens.npy")
+    lm = load_host_lm(MODEL, lm_path=folder / "lm")
+    stream: Any = SimpleNamespace(eval_sequences=lambda n: tokens[:n], source="benchmark")
+    context: Any = SimpleNamespace(progress=lambda **_: None, device="cpu")
+    cells = {
+        (layer, k): SAECell(
+            model=MODEL,
+            layer=layer,
+            depth=str(layer),
+            k=k,
+            seed=0,
+            tokens=4096,
+            stream="pile",
+            context=CONTEXT,
+            d_sae=D_SAE,
+            batch_tokens=4096,
+            shuffle_sequences=16,
+            lr=3e-4,
+            schedule="constant",
+            warmup_steps=0,
+            decay_steps=0,
+            aux_coefficient=1.0,
+            dead_after_steps=1000,
+            eval_sequences=len(tokens),
+            lm_dtype=dtype,
+        )
+        for layer, k in CELLS
+    }
+    saes = {cell: load_saelens(folder / cell_name(*cell))[0] for cell in CELLS}
+
+    def work() -> None:
+        found = {}
+        evaluation = WithoutFiles(lm, stream, LAYERS, cells[CELLS[0]], context)
+        for at, cell in cells.items():
+            rows, _, _ = evaluation.run(cell, saes[at])
+            value = {row.metric: row.value for row in rows}
+            found[cell_name(*at)] = [value[name] for name in ("loss_orig", "loss_recon", "loss_zero")]
+        (folder / f"ours-{dtype}.json").write_text(json.dumps(found))
+
+    return work
+
+
+def worst_difference(folder: Path, dtype: str) -> float:
+    """Largest relative difference of any CE (with, without, ablated) of any cell from the peer's."""
+    expected = json.loads((folder / "peer.json").read_text())
+    found = json.loads((folder / f"ours-{dtype}.json").read_text())
+    return max(abs(a - b) / b for cell in expected for a, b in zip(found[cell], expected[cell], strict=True))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--sequences", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out")
+    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.serve:
+        serve(peer(options.serve))
+        return 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_workspace(folder, options.sequences)
+        argv = [__file__, "--serve", name, "--threads", str(options.threads)]
+        with Worker(argv) as installed, Worker(argv, TUNED_MALLOC) as tuned:
+            arms: dict[str, Arm] = {
+                "sae_lens, allocator tuned": tuned,
+                "sae_lens, as installed": installed,
+                **{arm: timed(ours(folder, dtype)) for arm, dtype in DTYPES.items()},
+            }
+            baseline = next(iter(arms))
+            progress = functools.partial(print, file=sys.stderr, flush=True)
+            results = paired(arms, baseline=baseline, repeats=options.repeats, warmup=0, progress=progress)
+        worst = {arm: worst_difference(folder, dtype) for arm, dtype in DTYPES.items()}
+    agreement = [
+        f"- {arm}: largest relative difference of a CE from the peer's {worst[arm]:.1e} (allowed {allowed:g})"
+        for arm, allowed in TOLERANCES.items()
+    ]
+    case = f"{len(CELLS)} cells, {options.sequences} x {CONTEXT} tokens"
+    targets = {(case, arm): target for arm, target in TARGETS.items()}
+    table = markdown_table({case: results}, baseline=baseline, targets=targets)
+    write_report(f"# evaluation\n\n{machine()}\n\n{table}\n\n" + "\n".join(agreement), options.out)
+    met = all(results[arm].ratio >= target for arm, target in TARGETS.items())
+    agree = all(worst[arm] <= allowed for arm, allowed in TOLERANCES.items())
+    return 0 if met and agree else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
