@@ -65,7 +65,7 @@ def autoencoder(
     hidden: int = 512,
     epochs: int = 20,
     batch_size: int = 128,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 3e-3,
     threads: int = 1,
 ) -> Bottleneck:
     """Code of an autoencoder D → hidden → dim → hidden → D; the code is linear, the hidden layers are ReLU.
