@@ -29,7 +29,7 @@ from models.topk_model import SAEConfig, TopKSAE, row_chunks
 
 Backend = Literal["numba", "torch", "dense"]
 PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
-CERTIFICATE = 6.0  # screening errors (root mean square of the row) that must fit between k-th score and screen floor
+CERTIFICATE = 5.0  # screening errors (root mean square of the row) that must fit between k-th score and screen floor
 
 
 class Scratch:
@@ -69,8 +69,11 @@ class Losses:
 
 
 def n_candidates(k: int, features: int) -> int:
-    """Candidates K that the low-precision screen keeps for k wanted: a margin of max(8, k/8), a multiple of 4."""
-    return min(features, -(-(k + max(8, k // 8)) // 4) * 4)
+    """Candidates K that the low-precision screen keeps for k wanted: a margin of max(16, k/4), a multiple of 4.
+
+    A wider margin costs a few dot products, a narrow one a full float32 scoring of every row it leaves in doubt.
+    """
+    return min(features, -(-(k + max(16, k // 4)) // 4) * 4)
 
 
 class Engine:
@@ -175,6 +178,14 @@ class DenseEngine(Engine):
             self.grad(name).copy_(grad)
         active = h > 0
         return Losses(mse.item(), aux.item(), int(active.sum()), active.any(dim=0), 0)
+
+
+def screen_dtype(device: torch.device) -> torch.dtype:
+    """Precision of the torch backend's screen: bfloat16 where the device multiplies it natively, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if device.type == "cpu" and native else torch.float32
 
 
 def dots(x_BD: torch.Tensor, W_MD: torch.Tensor, idx_Bk: torch.Tensor) -> torch.Tensor:

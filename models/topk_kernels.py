@@ -175,22 +175,24 @@ def screen(bits_RM, bias_M, group, cand_RK, screened_RK, floor_R, start, stop):
     index = np.empty(features + 1, np.int32)
     value = np.empty(features + 1, np.float32)
     positions = np.empty(K, np.int32)
+    offsets = bias_M[:grouped].reshape(group, groups)
     for row in range(start, stop):
         bits = bits_RM[row]
-        best[:groups] = -np.inf
+        # two-dimensional views: only plain loop variables as indices let LLVM drop the sign checks and vectorise
+        members = bits[:grouped].reshape(group, groups)
         if group >= 4:
-            for member in range(0, grouped, 4 * groups):
-                b0, b1, b2, b3 = member, member + groups, member + 2 * groups, member + 3 * groups
+            best[:groups] = -np.inf
+            for g in range(0, group - 3, 4):
                 for i in range(groups):
-                    s0, s1 = _score(bits[b0 + i], bias_M[b0 + i]), _score(bits[b1 + i], bias_M[b1 + i])
-                    s2, s3 = _score(bits[b2 + i], bias_M[b2 + i]), _score(bits[b3 + i], bias_M[b3 + i])
+                    s0, s1 = _score(members[g, i], offsets[g, i]), _score(members[g + 1, i], offsets[g + 1, i])
+                    s2, s3 = _score(members[g + 2, i], offsets[g + 2, i]), _score(members[g + 3, i], offsets[g + 3, i])
                     s0 = s0 if s0 > s1 else s1
                     s2 = s2 if s2 > s3 else s3
                     s0 = s0 if s0 > s2 else s2
                     best[i] = s0 if s0 > best[i] else best[i]
         else:
             for i in range(groups):
-                best[i] = _score(bits[i], bias_M[i])
+                best[i] = _score(members[0, i], offsets[0, i])
         for j in range(grouped, features):
             best[groups + j - grouped] = _score(bits[j], bias_M[j])
         _order_keys(best, heads, keys)

@@ -14,11 +14,13 @@ from typing import Any, Literal
 
 import torch
 
-from models.topk_engines import PARAMETERS, Backend, DenseEngine, Engine, Scratch, TorchEngine
+from models.topk_cost import bank_bytes, step_flops
+from models.topk_engines import PARAMETERS, Backend, DenseEngine, Engine, Scratch, TorchEngine, screen_dtype
 from models.topk_model import SAEConfig, TopKSAE
 from models.topk_numba import NumbaEngine
+from models.topk_probe import faster_backend
 
-__all__ = ["SAEBank", "SAEConfig", "SparseTrainer", "StepStats", "TopKSAE"]
+__all__ = ["SAEBank", "SAEConfig", "SparseTrainer", "StepStats", "TopKSAE", "bank_bytes", "step_flops"]
 
 BackendChoice = Literal["auto", "numba", "torch", "dense"]
 
@@ -46,14 +48,6 @@ def check_finite(x_BD: torch.Tensor, name: str, step: int) -> None:
             f"{name}: {bad} of {x_BD.numel()} activations are NaN or inf at step {step}; no weight was changed; "
             "check the language model's dtype and the input shard"
         )
-
-
-def screen_dtype(device: torch.device) -> torch.dtype:
-    """Precision of the torch backend's screen: bfloat16 where the device multiplies it natively, else float32."""
-    if device.type == "cuda":
-        return torch.bfloat16
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if device.type == "cpu" and native else torch.float32
 
 
 class SparseTrainer:
@@ -114,7 +108,7 @@ class SparseTrainer:
             raise ValueError(f"backend={backend!r} is unknown; choose auto, numba, torch or dense")
         if backend != "auto":
             return backend
-        return "torch"
+        return "torch" if self.device.type != "cpu" else faster_backend(self.config, self.n_threads)
 
     def _make_engine(self, backend: Backend) -> Engine:
         parts = (self.sae, self.config, self._exp_avg, self._exp_avg_sq, self.scratch)
