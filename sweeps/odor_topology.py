@@ -100,7 +100,7 @@ class Audit:
     draws_per_cell: int = 50
     full_table: bool = False  # also the observed diagram of every row
     null_stream: str = "fast"
-    pom_epochs: int = 30
+    pom_epochs: int = 40
     neighbours: int = 40
     permutations: int = 199
 

@@ -117,15 +117,15 @@ PRESETS: Mapping[str, Grid] = {
     "local": Grid(
         models=("standin-small", "standin-large"),
         k=(4, 8, 16, 32),
-        tokens=(204_800, 819_200),
+        tokens=(81_920, 327_680),
         seeds=(0, 1),
         stream="embedded",
         batch_tokens=2048,
         shuffle_sequences=128,
         lr=1e-3,
         warmup_steps=50,
-        dead_after_steps=100,
-        eval_sequences=64,
+        dead_after_steps=50,
+        eval_sequences=48,
     ),
     "smollm2": Grid(
         models=("smollm2-135m",),
