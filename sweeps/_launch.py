@@ -172,6 +172,7 @@ class _Launch:
         finally:
             _shutdown_ray()
             self.done = self.ledger.done(self.by_key)
+            board.forget()
             board.already(len(self.done))
             board.close()
         tracker.want(sorted(self.done))

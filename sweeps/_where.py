@@ -158,6 +158,7 @@ def connect(address: str | None, storage: str) -> Machine:
         )
         if name in os.environ
     }
+    env_vars["TQDM_DISABLE"] = "1"  # progress is the board's business
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": True}
     if address == "local":
         here = Machine.here()
