@@ -48,9 +48,8 @@ class Evaluation:
         self, lm: HostLM, stream: TokenStream, layers: Sequence[int], cell: SAECell, context: PackContext
     ) -> None:
         self.lm, self.layers = lm, layers
-        self.cell, self.stream = cell, stream
+        self.cell, self.stream, self.context = cell, stream, context
         self.logits_dtype = torch.bfloat16 if cell.lm_dtype == "bfloat16" else torch.float32
-        context.progress(force=True, phase="evaluating the unpatched model")
         try:
             tokens = stream.eval_sequences(cell.eval_sequences)
         except ValueError as error:
@@ -66,6 +65,7 @@ class Evaluation:
         losses: list[torch.Tensor] = []
         acts, grads, zero_losses = (_lists(self.layers) for _ in range(3))
         for rows in self._chunks():
+            self.context.progress(phase=f"unpatched model, sequence {rows.start} of {len(self.tokens_ST)}")
             tokens_BT = self.tokens_ST[rows]
             for layer, a_BTD in self.lm.activations(tokens_BT, list(sums)).items():
                 sums[layer].update(a_BTD)
