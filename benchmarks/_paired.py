@@ -152,6 +152,12 @@ def paired(
     }
 
 
+def rebase(results: Mapping[str, Paired], baseline: str) -> dict[str, Paired]:
+    """The same rounds against another arm: ratios to `baseline` instead of the one they were measured with."""
+    base_s = results[baseline].arm_s
+    return {name: Paired(name=name, baseline_s=base_s, arm_s=arm.arm_s) for name, arm in results.items()}
+
+
 def markdown_table(
     results: Mapping[str, Mapping[str, Paired]],
     *,
