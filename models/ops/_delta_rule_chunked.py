@@ -28,10 +28,12 @@ from models.ops._layout import (
     no_autocast,
     relative_decay,
     row_groups,
+    time_spans,
     to_chunks,
 )
 
 CHUNK = 32
+SPAN = 512  # tokens
 SOLVE_BLOCK = 16
 
 
@@ -84,7 +86,6 @@ class _Chunks(NamedTuple):
     UW_MCX: Tensor  # [U | W], X = V + K
     k_out_MCK: Tensor
     P_MKK: Tensor
-    R_MKV: Tensor
 
 
 def _prepare(
@@ -116,21 +117,24 @@ def _prepare(
     UW = torch.bmm(inverse, writes)
 
     k_out = k * decay_out
-    RP = torch.bmm(k_out.transpose(1, 2), UW)
-    P = RP[..., V:].neg()
+    P = torch.bmm(k_out.transpose(1, 2), UW[..., V:]).neg_()
     decay_all = decay_in[:, -1, 0]
     P.diagonal(dim1=1, dim2=2).add_(decay_all.unsqueeze(1))
-    return _Chunks(q, k, v, beta, decay_in, decay_out, decay_all, D, kk, qk, inverse, UW, k_out, P, RP[..., :V])
+    return _Chunks(q, k, v, beta, decay_in, decay_out, decay_all, D, kk, qk, inverse, UW, k_out, P)
 
 
-def _forward_rows(c: _Chunks, states_GNKV: Tensor, initial_GKV: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Fill `states_GNKV` with the state that enters each chunk; return the outputs [M, C, V] and final state."""
+def _chunks_of(tokens: slice, chunk: int, states_RHNKV: Tensor) -> Tensor:
+    """States that enter the chunks of these tokens, as a view [G, n, K, V]."""
+    part = states_RHNKV[:, :, tokens.start // chunk : -(-tokens.stop // chunk)]
+    return part.view(-1, *part.shape[2:])
+
+
+def _forward_span(c: _Chunks, states_GNKV: Tensor, start_GKV: Tensor) -> tuple[Tensor, Tensor]:
+    """Fill `states_GNKV` with the state that enters each chunk; return the outputs [M, C, V] and the last state."""
     G, N, K, V = states_GNKV.shape
-    P, R = c.P_MKK.view(G, N, K, K), c.R_MKV.unflatten(0, (G, N))
-    if initial_GKV is None:
-        states_GNKV[:, 0].zero_()
-    else:
-        states_GNKV[:, 0] = initial_GKV
+    P = c.P_MKK.view(G, N, K, K)
+    R = torch.bmm(c.k_out_MCK.transpose(1, 2), c.UW_MCX[..., :V]).view(G, N, K, V)
+    states_GNKV[:, 0] = start_GKV
     for n in range(N - 1):
         torch.baddbmm(R[:, n], P[:, n], states_GNKV[:, n], out=states_GNKV[:, n + 1])
     final = torch.baddbmm(R[:, N - 1], P[:, N - 1], states_GNKV[:, N - 1])
@@ -140,7 +144,7 @@ def _forward_rows(c: _Chunks, states_GNKV: Tensor, initial_GKV: Tensor | None) -
     return o, final
 
 
-class _RowGrads(NamedTuple):
+class _SpanGrads(NamedTuple):
     q_MCK: Tensor
     k_MCK: Tensor
     v_MCV: Tensor
@@ -149,7 +153,7 @@ class _RowGrads(NamedTuple):
     initial_GKV: Tensor
 
 
-def _backward_rows(c: _Chunks, states_GNKV: Tensor, do_MCV: Tensor, dfinal_GKV: Tensor) -> _RowGrads:
+def _backward_span(c: _Chunks, states_GNKV: Tensor, do_MCV: Tensor, dfinal_GKV: Tensor) -> _SpanGrads:
     G, N, K, V = states_GNKV.shape
     S = states_GNKV.reshape(G * N, K, V)
     W = c.UW_MCX[..., V:]
@@ -159,7 +163,7 @@ def _backward_rows(c: _Chunks, states_GNKV: Tensor, do_MCV: Tensor, dfinal_GKV: 
     dv_new = torch.bmm(c.qk_MCC.transpose(1, 2), do_MCV)
     read = torch.bmm(q_in.transpose(1, 2), do_MCV).baddbmm_(W.transpose(1, 2), dv_new, alpha=-1)
     read_GNKV, P_GNKK = read.view(G, N, K, V), c.P_MKK.view(G, N, K, K)
-    dnext_GNKV = torch.empty_like(states_GNKV)
+    dnext_GNKV = torch.empty_like(states_GNKV, memory_format=torch.contiguous_format)
     dnext_GNKV[:, N - 1] = dfinal_GKV
     for n in range(N - 1, 0, -1):
         torch.baddbmm(read_GNKV[:, n], P_GNKK[:, n].transpose(1, 2), dnext_GNKV[:, n], out=dnext_GNKV[:, n - 1])
@@ -196,11 +200,11 @@ def _backward_rows(c: _Chunks, states_GNKV: Tensor, do_MCV: Tensor, dfinal_GKV: 
     dgamma.add_((from_k_beta * c.beta_MC1).squeeze(2)).add_((dq_in * q_in).sum(2)).sub_(from_k_out)
     dgamma[:, -1] += from_k_out.sum(1) + c.decay_all_M * (S * dnext).sum((1, 2))
     dg = dgamma.flip(1).cumsum(1).flip(1)
-    return _RowGrads(dq, dk, dv_beta * c.beta_MC1, dg.unsqueeze(2), dbeta, dinitial)
+    return _SpanGrads(dq, dk, dv_beta * c.beta_MC1, dg.unsqueeze(2), dbeta, dinitial)
 
 
 class _ChunkedGatedDelta(torch.autograd.Function):
-    """Saves the inputs and one state a chunk; one batch row at a time on a CPU."""
+    """Saves the inputs and one state a chunk; on a CPU one batch row and one span of time at once."""
 
     @staticmethod
     def forward(
@@ -215,11 +219,13 @@ class _ChunkedGatedDelta(torch.autograd.Function):
         states = torch.empty(B, H, N, K, V, dtype=dtype, device=v.device)
         with no_autocast(v):
             for r in row_groups(B, v.device):
-                c = _prepare(q[r], k[r], v[r], g[r], beta[r], scale, chunk)
-                start = None if initial is None else initial[r].flatten(0, 1)
-                o_MCV, final_GKV = _forward_rows(c, states[r].flatten(0, 1), start)
-                from_chunks(o_MCV, o[r])
-                final[r] = final_GKV.view_as(final[r])
+                S_GKV = torch.zeros_like(states[r, :, 0]) if initial is None else initial[r].to(dtype)
+                S_GKV = S_GKV.flatten(0, 1)
+                for t in time_spans(T, SPAN, v.device):
+                    c = _prepare(q[r, t], k[r, t], v[r, t], g[r, t], beta[r, t], scale, chunk)
+                    o_MCV, S_GKV = _forward_span(c, _chunks_of(t, chunk, states[r]), S_GKV)
+                    from_chunks(o_MCV, o[r, t])
+                final[r] = S_GKV.view_as(final[r])
         ctx.save_for_backward(q, k, v, g, beta, states)
         ctx.scale, ctx.chunk = scale, chunk
         ctx.initial_dtype = None if initial is None else initial.dtype
@@ -236,19 +242,21 @@ class _ChunkedGatedDelta(torch.autograd.Function):
         dinitial = torch.empty(B, H, K, V, dtype=states.dtype, device=v.device)
         with no_autocast(v):
             for r in row_groups(B, v.device):
-                c = _prepare(q[r], k[r], v[r], g[r], beta[r], ctx.scale, chunk)
-                do_MCV = torch.zeros_like(c.v_MCV) if do is None else to_chunks(do[r], chunk, states.dtype)
-                start = states[r].flatten(0, 1)
-                dend = torch.zeros_like(start[:, 0]) if dfinal is None else dfinal[r].flatten(0, 1)
-                d = _backward_rows(c, start, do_MCV, dend)
-                for x_MCK, out in ((d.q_MCK.mul_(ctx.scale), grads[0][r]), (d.k_MCK, grads[1][r])):
-                    per_head = torch.empty(*out.shape[:2], H, K, dtype=states.dtype, device=out.device)
-                    from_chunks(x_MCK, per_head)
-                    out.copy_(per_head.unflatten(2, (h, H // h)).sum(3) if h < H else per_head)
-                from_chunks(d.v_MCV, grads[2][r])
-                from_chunks(d.g_MC1, grads[3][r].unsqueeze(3))
-                from_chunks(d.beta_MC1, grads[4][r].unsqueeze(3))
-                dinitial[r] = d.initial_GKV.view_as(dinitial[r])
+                dS_GKV = torch.zeros_like(states[r, :, 0]) if dfinal is None else dfinal[r]
+                dS_GKV = dS_GKV.flatten(0, 1)
+                for t in reversed(time_spans(v.shape[1], SPAN, v.device)):
+                    c = _prepare(q[r, t], k[r, t], v[r, t], g[r, t], beta[r, t], ctx.scale, chunk)
+                    do_MCV = torch.zeros_like(c.v_MCV) if do is None else to_chunks(do[r, t], chunk, states.dtype)
+                    d = _backward_span(c, _chunks_of(t, chunk, states[r]), do_MCV, dS_GKV)
+                    for x_MCK, out in ((d.q_MCK.mul_(ctx.scale), grads[0][r, t]), (d.k_MCK, grads[1][r, t])):
+                        per_head = torch.empty(*out.shape[:2], H, K, dtype=states.dtype, device=out.device)
+                        from_chunks(x_MCK, per_head)
+                        out.copy_(per_head.unflatten(2, (h, H // h)).sum(3) if h < H else per_head)
+                    from_chunks(d.v_MCV, grads[2][r, t])
+                    from_chunks(d.g_MC1, grads[3][r, t].unsqueeze(3))
+                    from_chunks(d.beta_MC1, grads[4][r, t].unsqueeze(3))
+                    dS_GKV = d.initial_GKV
+                dinitial[r] = dS_GKV.view_as(dinitial[r])
         dstart = None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype)
         return (*grads, dstart, None, None)
 

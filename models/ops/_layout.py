@@ -34,6 +34,12 @@ def row_groups(batch: int, device: torch.device) -> Iterable[slice]:
     return (slice(start, start + step) for start in range(0, batch, step))
 
 
+def time_spans(T: int, span: int, device: torch.device) -> list[slice]:
+    """Pieces of time whose temporaries stay in a CPU's cache; the whole sequence on a GPU."""
+    step = span if device.type == "cpu" else T
+    return [slice(start, min(start + step, T)) for start in range(0, T, step)]
+
+
 def to_chunks(x_RTHD: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
     """[R, T, H, D] -> contiguous [R*H*N, C, D] in `dtype`, time padded with zeros to a whole number of chunks."""
     R, T, H, D = x_RTHD.shape
