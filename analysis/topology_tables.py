@@ -1,0 +1,202 @@
+"""Statistics of a finished topology audit: one long table, and a verdict a representation.
+
+Shapes: R runs, B null draws a run, P diagram points (`pairs_P2`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from analysis.audit import beats_nulls, holm, pooled_ratio, top1_ratio
+from analysis.diagram_stability import birth_death, image_stability, match
+from analysis.power import advice
+from analysis.universal_null import universal_null
+from analysis.verdict import ALPHA, Criteria, Verdict, criteria, judge
+
+OBSERVED, FULL_TABLE = "observed", -1
+COLUMNS = ("table", "representation", "metric", "route", "statistic", "value", "lo", "hi", "p", "null")
+BASELINES = ("bits_r4", "bits_r2", "counts_r4", "physchem")
+_COMPRESSED = ("pca256", "rp256", "ae256")
+Place = tuple[str, str, str, str]  # table, representation, metric, route
+
+
+@dataclass
+class Unit:
+    """All draws of one (table, representation, metric, route).
+
+    `observed` maps a run to its diagram; `nulls` maps a null and a run to the top 1 of its draws, `null_diagrams` a
+    null to all its diagrams.
+    """
+
+    place: Place
+    observed: dict[int, np.ndarray] = field(default_factory=dict)
+    nulls: dict[str, dict[int, list[float]]] = field(default_factory=dict)
+    null_diagrams: dict[str, list[np.ndarray]] = field(default_factory=dict)
+
+    @property
+    def runs(self) -> list[int]:
+        """Subsamples, without the full table."""
+        return sorted(run for run in self.observed if run != FULL_TABLE)
+
+    def top1(self, runs: Sequence[int]) -> np.ndarray:
+        return np.array([_top1(self.observed[run]) for run in runs])
+
+    def tested_runs(self) -> list[int]:
+        """Runs that every null was drawn for."""
+        drawn = [set(by_run) for by_run in self.nulls.values()]
+        return sorted(set.intersection(*drawn) & set(self.runs)) if drawn else []
+
+    def null_RB(self, runs: Sequence[int]) -> dict[str, np.ndarray]:
+        """{null: top 1 of the draws [R, B] of these runs}, cut to the number of draws that all runs have."""
+        out = {}
+        for name, by_run in self.nulls.items():
+            draws = min(len(by_run[run]) for run in runs)
+            out[name] = np.array([by_run[run][:draws] for run in runs])
+        return out
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The long table (COLUMNS), verdicts by (table, representation), and sentences on how far the data reach."""
+
+    cells: pd.DataFrame
+    verdicts: dict[tuple[str, str], Verdict]
+    advice: list[str]
+
+
+def _top1(pairs_P2: np.ndarray) -> float:
+    return float((pairs_P2[:, 1].astype(np.float64) - pairs_P2[:, 0]).max(initial=0.0))
+
+
+def audit(units: Sequence[Unit]) -> Audit:
+    """Every statistic of every unit, p-values adjusted (Holm) over the tests of a table, and verdicts by rule."""
+    rows: list[dict[str, object]] = []
+    sentences: list[str] = []
+    p_of: dict[Place, float] = {}
+    for unit in units:
+        rows += _unit_rows(unit, p_of, sentences)
+    adjusted: dict[Place, float] = {}
+    for table in {place[0] for place in p_of}:
+        adjusted |= _holm({place: p for place, p in p_of.items() if place[0] == table})
+    rows += [_row(place, "p_holm", value=p, p=p) for place, p in adjusted.items()]
+    cells = pd.DataFrame(rows, columns=list(COLUMNS))
+    return Audit(cells, _verdicts(units, p_of, adjusted), sentences)
+
+
+def _holm(p_of: Mapping[Place, float]) -> dict[Place, float]:
+    by_name = {"|".join(place): place for place in p_of}
+    return {by_name[name]: p for name, p in holm({n: p_of[place] for n, place in by_name.items()}).items()}
+
+
+def _row(place: Place, statistic: str, **values: object) -> dict[str, object]:
+    return {**dict(zip(COLUMNS[:4], place, strict=True)), "statistic": statistic, **values}
+
+
+def _unit_rows(unit: Unit, p_of: dict[Place, float], sentences: list[str]) -> list[dict[str, object]]:
+    place, rows = unit.place, []
+    if FULL_TABLE in unit.observed:
+        rows.append(_row(place, "observed_top1_full", value=_top1(unit.observed[FULL_TABLE])))
+    if unit.runs:
+        top = unit.top1(unit.runs)
+        lo, hi = _mean_interval(top)
+        rows.append(_row(place, "observed_top1_mean", value=top.mean(), lo=lo, hi=hi))
+        rows.append(_row(place, "observed_count_mean", value=np.mean([len(unit.observed[r]) for r in unit.runs])))
+    tested = unit.tested_runs()
+    if tested:
+        nulls = unit.null_RB(tested)
+        ratio = top1_ratio(unit.top1(unit.runs), nulls)
+        rows.append(_row(place, "top1_ratio", value=ratio.value, lo=ratio.lo, hi=ratio.hi, null=ratio.null))
+        rows.append(_row(place, "share_above_p95", value=ratio.share_above, null=ratio.null))
+        if all(sum(map(len, d)) for d in unit.null_diagrams.values()):
+            pooled = pooled_ratio(unit.top1(unit.runs), unit.null_diagrams)
+            rows.append(_row(place, "pooled_ratio", value=pooled.value, lo=pooled.lo, hi=pooled.hi, null=pooled.null))
+        test = beats_nulls(unit.top1(tested), nulls)
+        p_of[place] = test.p
+        rows.append(_row(place, "p_max_over_nulls", value=test.p, lo=test.p_lo, hi=test.p_hi, p=test.p, null=test.null))
+        rows += [_row(place, "p_null", value=p, p=p, null=name) for name, p in test.p_by_null.items()]
+        label = " ".join(place)
+        sentences.append(f"{label}: {advice(unit.top1(unit.runs), nulls, runs=len(unit.runs))}")
+    diagrams = [unit.observed[run] for run in unit.runs]
+    if len(diagrams) >= 2 and all(len(d) for d in diagrams):
+        spread = birth_death(diagrams)
+        rows.append(_row(place, "birth_spread", value=spread.birth_spread))
+        rows.append(_row(place, "death_spread", value=spread.death_spread))
+        for distance in ("bottleneck", "wasserstein"):
+            matched = match(diagrams, distance=distance)
+            rows.append(_row(place, f"{distance}_relative", value=matched.relative))
+            rows.append(_row(place, f"{distance}_recurrence", value=matched.recurrence))
+        rows.append(_row(place, "image_cosine", value=image_stability(diagrams).cosine))
+    rows += _universal_rows(unit)
+    return rows
+
+
+def _universal_rows(unit: Unit) -> list[dict[str, object]]:
+    try:
+        found = universal_null(unit.observed[min(unit.observed)])  # the full table (-1) where there is one
+    except ValueError:  # fewer than two usable loops: nothing to centre the statistic with
+        return []
+    bonferroni, hochberg = found.significant(ALPHA)
+    smallest = float(found.p.min())
+    return [
+        _row(unit.place, "universal_significant_bonferroni", value=bonferroni, p=smallest, null="universal"),
+        _row(unit.place, "universal_significant_bh", value=hochberg, p=smallest, null="universal"),
+    ]
+
+
+def _mean_interval(values: np.ndarray) -> tuple[float, float]:
+    """95% t interval of the mean over runs; NaN from one run."""
+    if len(values) < 2 or np.ptp(values) == 0:
+        return float("nan"), float("nan")
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return float(values.mean() - half), float(values.mean() + half)
+
+
+def _verdicts(
+    units: Sequence[Unit], p_of: Mapping[Place, float], adjusted: Mapping[Place, float]
+) -> dict[tuple[str, str], Verdict]:
+    found: dict[str, dict[str, Criteria]] = {}
+    for table in dict.fromkeys(unit.place[0] for unit in units):
+        of_table = [u for u in units if u.place[0] == table]
+        for name in dict.fromkeys(u.place[1] for u in of_table):
+            mine = [u for u in of_table if u.place[1] == name]
+            first = mine[0]
+            tested = first.tested_runs()
+            ratio = top1_ratio(first.top1(first.runs), first.null_RB(tested)) if tested else None
+            diagrams = [first.observed[r] for r in first.runs]
+            compressed = {
+                u.place[1]: p_of[u.place]
+                for u in of_table
+                if name.startswith("bits") and u.place[1].split("_")[0] in _COMPRESSED and u.place in p_of
+            }
+            found.setdefault(table, {})[name] = criteria(
+                p_adjusted=adjusted.get(first.place),
+                share_above=ratio.share_above if ratio else None,
+                p_by_metric={f"{u.place[2]} {u.place[3]}": p_of[u.place] for u in mine if u.place in p_of},
+                p_by_compression=compressed or None,
+                spread=birth_death(diagrams).spread if len(diagrams) >= 2 and all(map(len, diagrams)) else None,
+            )
+    return {
+        (table, name): judge(name, by_name, [b for b in BASELINES if b in by_name])
+        for table, by_name in found.items()
+        for name in by_name
+    }
+
+
+def ensemble_correlations(embeddings: Mapping[str, np.ndarray], rows: int = 500, seed: int = 0) -> pd.DataFrame:
+    """Spearman correlation of the pairwise Euclidean distances of every two embeddings [N, E] of the same rows."""
+    from scipy.spatial.distance import pdist
+
+    names = list(embeddings)
+    n = len(embeddings[names[0]])
+    chosen = np.sort(np.random.default_rng(seed).choice(n, min(rows, n), replace=False))
+    distances = {name: pdist(embeddings[name][chosen]) for name in names}
+    return pd.DataFrame(
+        [(a, b, stats.spearmanr(distances[a], distances[b]).statistic) for a, b in combinations(names, 2)],
+        columns=["a", "b", "spearman"],
+    )

@@ -1,0 +1,83 @@
+"""From published cells of the topology audit to the tables that `analysis` turns into the report."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from analysis.topology_report import write_report
+from analysis.topology_tables import OBSERVED, Unit, audit, ensemble_correlations
+from sweeps._storage import Store
+from sweeps._sweep import PublishedCell
+from sweeps._topology_run import read_diagrams
+from sweeps._topology_sources import banner
+from sweeps.odor_topology import Audit
+
+
+def units_of(cells: Sequence[PublishedCell]) -> list[Unit]:
+    """Diagrams and null draws, gathered by (table, representation, metric, route) in plan order."""
+    units: dict[tuple[str, str, str, str], Unit] = {}
+    for cell in cells:
+        identity = cell.identity
+        if identity["kind"] != "diagram":
+            continue
+        place = (identity["table"], identity["representation"], identity["metric"], identity["route"])
+        unit = units.setdefault(place, Unit(place))
+        diagrams = read_diagrams(Store(cell.uri).read("diagrams.npz"))
+        if identity["null"] == OBSERVED:
+            unit.observed[identity["run"]] = diagrams[0]
+            continue
+        top1 = cell.rows.loc[cell.rows["metric"] == "h1_top1", "value"].tolist()
+        unit.nulls.setdefault(identity["null"], {}).setdefault(identity["run"], []).extend(top1)
+        unit.null_diagrams.setdefault(identity["null"], []).extend(diagrams)
+    return list(units.values())
+
+
+def write(cells: Sequence[PublishedCell], preset_name: str, preset: Audit, out: Path) -> list[str]:
+    """Write the report folder; returns the headline lines for the screen."""
+    units = [u for u in units_of(cells) if u.observed]
+    result = audit(units)
+    members, embeddings = _members(cells)
+    facts = [*banner(preset), f"null draws: the {preset.null_stream} random streams", f"{len(cells)} cells"]
+    write_report(
+        units,
+        result,
+        out,
+        preset=preset_name,
+        facts=facts,
+        members=members,
+        correlations=ensemble_correlations(embeddings) if len(embeddings) > 1 else pd.DataFrame(),
+        utility=_utility(cells),
+    )
+    lines = [f"verdict      {table} {name}: {v.label}" for (table, name), v in result.verdicts.items()]
+    return lines or [f"members      {len(members)}"]
+
+
+def _members(cells: Sequence[PublishedCell]) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    rows, embeddings = [], {}
+    for cell in cells:
+        if cell.identity["kind"] == "member":
+            values = dict(zip(cell.rows["metric"], cell.rows["value"], strict=True))
+            name = cell.identity["representation"]
+            rows.append({"table": cell.identity["table"], "member": name, **values})
+            embeddings[name] = np.load(io.BytesIO(Store(cell.uri).read("embedding.npy")))
+    return pd.DataFrame(rows), embeddings
+
+
+def _utility(cells: Sequence[PublishedCell]) -> pd.DataFrame:
+    rows = []
+    for cell in cells:
+        if cell.identity["kind"] == "utility":
+            short = cell.rows.assign(metric=cell.rows["metric"].str.removeprefix("utility_"))
+            wide = short.pivot_table(index=["target", "family"], columns="metric", values="value").reset_index()
+            names = ("table", "representation", "metric")
+            rows.append(wide.assign(**{name: cell.identity[name] for name in names}))
+    if not rows:
+        return pd.DataFrame()
+    frame = pd.concat(rows, ignore_index=True)
+    order = ("table", "representation", "metric", "target", "family", "r2_geometry", "r2_topology", "r2_both")
+    return frame[[*order, "delta", "delta_lo", "delta_hi", "p"]]
