@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import FusedLinear, Mixer
+from models.layers import FusedLinear, Mixer, RMSNorm
 
 
 def rope_angles(positions: int, width: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,8 +50,8 @@ class Attention(Mixer):
         self.n_heads, self.n_kv_heads, self.width = n_heads, n_kv_heads, d_model // n_heads
         self.rope_base = rope_base
         self.qkv = FusedLinear(d_model, (d_model, n_kv_heads * self.width, n_kv_heads * self.width))
-        self.q_norm = nn.RMSNorm(self.width, eps=norm_eps)
-        self.k_norm = nn.RMSNorm(self.width, eps=norm_eps)
+        self.q_norm = RMSNorm(self.width, eps=norm_eps)
+        self.k_norm = RMSNorm(self.width, eps=norm_eps)
         self.out = nn.Linear(d_model, d_model, bias=False)
 
     def _qkv(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -91,7 +91,7 @@ class _SlicedLoss(torch.autograd.Function):
                 # d loss / d logits = (softmax - (1 - s) onehot - s / V) / number of targets
                 d_logits = logits.sub_(log_z[..., None]).exp_().sub_(smoothing / V)
                 d_logits.scatter_add_(-1, target, d_logits.new_full((), smoothing - 1).expand_as(target))
-                d_logits.mul_((valid / total).to(wide)[..., None])
+                d_logits.mul_((valid.to(wide) / total)[..., None])
                 d = d_logits.view(-1, K * V).to(dtype)
                 d_hidden[start : start + rows] = d @ weight
                 d_weight += d.T @ h

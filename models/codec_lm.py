@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from models.attention import Attention
 from models.codebook_loss import CodebookLoss, check_tokens, codebook_loss
 from models.gated_delta import GatedDeltaNet, SimpleDeltaNet
-from models.layers import FusedLinear, Mixer, SwiGLU
+from models.layers import FusedLinear, Mixer, RMSNorm, SwiGLU
 from models.linear_attention import LinearAttention
 from models.mamba import Mamba, Mamba2
 from models.memory_cache import (
@@ -164,9 +164,9 @@ class Block(nn.Module):
 
     def __init__(self, config: CodecLMConfig, layer: int) -> None:
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.mixer_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.mixer = build_mixer(config, layer)
-        self.mlp_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.mlp_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.mlp = SwiGLU(config.d_model, config.d_ff)
 
     def _mlp(self, x: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ class CodecLM(nn.Module):
         self.config = config
         self.embedding = nn.Parameter(torch.empty(config.n_codebooks, config.vocabulary, config.d_model))
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(1, config.n_layers + 1))
-        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.heads = nn.Parameter(torch.empty(config.n_codebooks, config.vocabulary, config.d_model))
 
     def init_weights(self, generator: torch.Generator) -> None:
@@ -214,7 +214,7 @@ class CodecLM(nn.Module):
                 module.init_weights(generator)
             elif isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight, generator=generator)
-            elif isinstance(module, nn.RMSNorm):
+            elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
         for module in self.modules():
             if isinstance(module, Mixer):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import FusedLinear, GatedHeadNorm, Mixer, conv_weight_, log_uniform_dt_bias_, widen
+from models.layers import FusedLinear, GatedHeadNorm, Mixer, RMSNorm, conv_weight_, log_uniform_dt_bias_, widen
 from models.ops import gated_delta, gated_delta_step, short_conv, short_conv_step
 
 
@@ -113,8 +113,8 @@ class SimpleDeltaNet(Mixer):
         self.qkv = FusedLinear(d_model, (d_model, d_model, d_model))
         self.decay_gate = nn.Linear(d_model, n_heads)
         self.write_gate = nn.Linear(d_model, n_heads)
-        self.q_norm = nn.RMSNorm(self.width, eps=norm_eps)
-        self.k_norm = nn.RMSNorm(self.width, eps=norm_eps)
+        self.q_norm = RMSNorm(self.width, eps=norm_eps)
+        self.k_norm = RMSNorm(self.width, eps=norm_eps)
         self.out = nn.Linear(d_model, d_model, bias=False)
 
     def init_own_parameters(self, generator: torch.Generator) -> None:

@@ -33,6 +33,13 @@ class FusedLinear(nn.Linear):
             nn.init.xavier_uniform_(part, generator=generator)
 
 
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight, in at least float32 inside an autocast region too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(widen(x))
+
+
 class Mixer(nn.Module, ABC):
     """A layer that mixes over time, in three forms that compute the same function.
 
@@ -81,7 +88,7 @@ class GatedHeadNorm(nn.Module):
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(width, eps=eps)
+        self.norm = RMSNorm(width, eps=eps)
 
     def forward(self, x_V: Tensor, gate_V: Tensor) -> Tensor:
         return self.norm(x_V) * F.silu(gate_V)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import FusedLinear, Mixer, conv_weight_, log_uniform_dt_bias_, widen
+from models.layers import FusedLinear, Mixer, RMSNorm, conv_weight_, log_uniform_dt_bias_, widen
 from models.ops import selective_scan, selective_scan_step, short_conv, short_conv_step, ssd, ssd_step
 
 
@@ -105,7 +105,7 @@ class Mamba2(Mixer):
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
         self.A_log = nn.Parameter(torch.empty(self.n_heads))
         self.D = nn.Parameter(torch.empty(self.n_heads))
-        self.norm = nn.RMSNorm(inner, eps=norm_eps)
+        self.norm = RMSNorm(inner, eps=norm_eps)
         self.out = nn.Linear(inner, d_model, bias=False)
 
     def init_own_parameters(self, generator: torch.Generator) -> None:
