@@ -1,10 +1,12 @@
 """Next-token cross-entropy straight from final hidden states, without the [B, T, V] logits.
 
-Shape suffixes: B sequences, T tokens, D d_model, V vocabulary, N = B·(T−1) predictions, C predictions a chunk.
+Shape suffixes: B sequences, T tokens, D d_model, V vocabulary, N = B·(T−1) predictions; a tile of the logits is
+R predictions by C vocabulary entries.
 
     CE_n = log Σ_v exp(h_n · W_v) − h_n · W_{y_n}          dCE_n/dh_n = softmax(h_n Wᵀ) W − W_{y_n}
 
-Logits exist for one chunk at a time in one reused buffer: large temporaries cost more page faults than arithmetic.
+Logits exist one tile at a time in one reused buffer that stays in cache; the normaliser and the gradient are
+summed over tiles with a running maximum (Milakov & Gimelshein 2018, "Online normalizer calculation for softmax").
 They are kept in bits (h scaled by log₂e), because exp2 costs half of exp.
 
 With bfloat16 logits only the normaliser is rounded, and as little as can be: the mean row of W is taken out first
@@ -21,25 +23,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_CHUNK_BYTES = 48 * 2**20
+_ROWS, _COLUMNS = 1024, 2048  # a tile: 8 MiB of float32
 _LOG2_E = 1.0 / math.log(2.0)
 
 
 class NextTokenLoss:
-    """The unembedding of one model with its chunk buffers. Not thread-safe: one call at a time."""
+    """The unembedding of one model with its tile. Not thread-safe: one call at a time."""
 
     def __init__(self, head: nn.Linear) -> None:
         if head.bias is not None:
             raise ValueError("the unembedding has a bias; NextTokenLoss covers bias-free heads only")
         self._weight_VD: Tensor = head.weight.detach().float()
+        self._mean_D: Tensor = self._weight_VD.mean(0)
         self._centred_bf16_VD: Tensor | None = None
-        self._logits_CV: Tensor | None = None
-        self._logits_bf16_CV: Tensor | None = None
-
-    @property
-    def chunk(self) -> int:
-        """Predictions a chunk: float32 logits of one chunk stay near 48 MiB."""
-        return max(16, _CHUNK_BYTES // (4 * self._weight_VD.shape[0]))
+        self._tiles: dict[torch.dtype, Tensor] = {}
 
     def __call__(self, hidden_BTD: Tensor, tokens_BT: Tensor, *, logits_dtype: torch.dtype) -> Tensor:
         """Summed CE of each sequence's T−1 predictions, [B] nats; differentiable in ``hidden_BTD``."""
@@ -50,49 +47,65 @@ class NextTokenLoss:
         log_p_V = (self._weight_VD @ hidden_D.float()).log_softmax(0)
         return -log_p_V[tokens_BT[:, 1:]].sum(1)
 
-    def _buffers(self, rows: int, logits_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        weight = self._weight_VD
-        if self._logits_CV is None or self._logits_CV.shape[0] < rows:
-            self._logits_CV = weight.new_empty(rows, weight.shape[0])
-            self._logits_bf16_CV = None
-        if logits_dtype == torch.float32:
-            return self._logits_CV[:rows], None
-        if self._centred_bf16_VD is None:
-            self._mean_D = weight.mean(0)
-            self._centred_bf16_VD = (weight - self._mean_D).bfloat16()
-        if self._logits_bf16_CV is None:
-            self._logits_bf16_CV = torch.empty_like(self._logits_CV, dtype=torch.bfloat16)
-        return self._logits_CV[:rows], self._logits_bf16_CV[:rows]
-
     def rows(
         self, hidden_ND: Tensor, targets_N: Tensor, logits_dtype: torch.dtype, *, with_gradient: bool
     ) -> tuple[Tensor, Tensor | None]:
         """CE of each prediction [N], and its gradient in ``hidden_ND`` when asked for."""
         if logits_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"logits_dtype={logits_dtype} is not supported; choose float32 or bfloat16")
-        weight = self._weight_VD
         loss_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)
         grad_ND = torch.empty_like(hidden_ND, dtype=torch.float32) if with_gradient else None
-        for start in range(0, len(hidden_ND), self.chunk):
-            stop = min(start + self.chunk, len(hidden_ND))
-            h, target = hidden_ND[start:stop].float() * _LOG2_E, targets_N[start:stop]
-            bits, low = self._buffers(stop - start, logits_dtype)
-            if low is None:
-                torch.mm(h, weight.T, out=bits)
-                target_bits = bits.gather(1, target[:, None])
-            else:
-                assert self._centred_bf16_VD is not None
-                torch.mm(h.bfloat16(), self._centred_bf16_VD.T, out=low)
-                bits.copy_(low)
-                target_bits = (h * (weight[target] - self._mean_D)).sum(1, keepdim=True)
-                bits.scatter_(1, target[:, None], target_bits)
-            peak = bits.amax(1, keepdim=True)
-            sums = bits.sub_(peak).exp2_().sum(1, keepdim=True)
-            loss_N[start:stop] = (sums.log2() + (peak - target_bits)).mul_(math.log(2.0)).squeeze(1)
-            if grad_ND is not None:
-                torch.mm(bits.div_(sums), weight, out=grad_ND[start:stop])
-                grad_ND[start:stop] -= weight[target]
+        for start in range(0, len(hidden_ND), _ROWS):
+            rows = slice(start, start + _ROWS)
+            grad_RD = None if grad_ND is None else grad_ND[rows].zero_()
+            h_RD = hidden_ND[rows].float() * _LOG2_E
+            loss_N[rows] = self._row_of_tiles(h_RD, targets_N[rows], logits_dtype, grad_RD)
         return loss_N, grad_ND
+
+    def _row_of_tiles(
+        self, h_RD: Tensor, target_R: Tensor, logits_dtype: torch.dtype, grad_RD: Tensor | None
+    ) -> Tensor:
+        rounded = logits_dtype != torch.float32
+        target_R1 = torch.empty_like(h_RD[:, :1])
+        if rounded:
+            target_R1 = (h_RD * (self._weight_VD[target_R] - self._mean_D)).sum(1, keepdim=True)
+        peak_R1 = torch.full_like(target_R1, -math.inf)
+        sums_R1 = torch.zeros_like(target_R1)
+        for first in range(0, len(self._weight_VD), _COLUMNS):
+            bits_RC = self._tile(h_RD, first, logits_dtype)
+            inside = ((target_R >= first) & (target_R < first + bits_RC.shape[1])).nonzero().squeeze(1)
+            column = target_R[inside] - first
+            if rounded:
+                bits_RC[inside, column] = target_R1[inside, 0]
+            else:
+                target_R1[inside, 0] = bits_RC[inside, column]
+            higher_R1 = torch.maximum(peak_R1, bits_RC.amax(1, keepdim=True))
+            shrink_R1 = torch.exp2(peak_R1 - higher_R1)
+            mass_RC = bits_RC.sub_(higher_R1).exp2_()
+            sums_R1.mul_(shrink_R1).add_(mass_RC.sum(1, keepdim=True))
+            if grad_RD is not None:
+                grad_RD.mul_(shrink_R1).addmm_(mass_RC, self._weight_VD[first : first + _COLUMNS])
+            peak_R1 = higher_R1
+        if grad_RD is not None:
+            grad_RD.div_(sums_R1).sub_(self._weight_VD[target_R])
+        return (sums_R1.log2_() + (peak_R1 - target_R1)).squeeze(1) * math.log(2.0)
+
+    def _tile(self, h_RD: Tensor, first: int, logits_dtype: torch.dtype) -> Tensor:
+        """Logits in bits of all rows and _COLUMNS vocabulary entries from ``first`` on, float32 [R, C]."""
+        columns = slice(first, min(first + _COLUMNS, len(self._weight_VD)))
+        shape = (len(h_RD), columns.stop - columns.start)
+        bits_RC = self._buffer(torch.float32, shape)
+        if logits_dtype == torch.float32:
+            return torch.mm(h_RD, self._weight_VD[columns].T, out=bits_RC)
+        if self._centred_bf16_VD is None:
+            self._centred_bf16_VD = (self._weight_VD - self._mean_D).bfloat16()
+        low_RC = self._buffer(torch.bfloat16, shape)
+        return bits_RC.copy_(torch.mm(h_RD.bfloat16(), self._centred_bf16_VD[columns].T, out=low_RC))
+
+    def _buffer(self, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
+        if dtype not in self._tiles:
+            self._tiles[dtype] = self._weight_VD.new_empty(_ROWS * _COLUMNS, dtype=dtype)
+        return self._tiles[dtype][: shape[0] * shape[1]].view(shape)
 
 
 class _SummedLoss(torch.autograd.Function):

@@ -179,10 +179,11 @@ def test_gradients_do_not_depend_on_the_batch(lm, tokens_BT):
     torch.testing.assert_close(together[2][:1], alone[2], rtol=1e-4, atol=1e-5)
 
 
-def test_loss_in_chunks_equals_full_logits(lm, tokens_BT, monkeypatch):
+def test_loss_in_tiles_equals_full_logits(lm, tokens_BT, monkeypatch):
     expected = _reference_loss(lm.model(tokens_BT).logits, tokens_BT)
     torch.testing.assert_close(lm.loss(tokens_BT), expected, rtol=1e-5, atol=1e-6)
-    monkeypatch.setattr("models._next_token_loss._CHUNK_BYTES", 0)  # 16 predictions a chunk, an uneven tail
+    monkeypatch.setattr("models._next_token_loss._ROWS", 16)  # uneven tails both ways
+    monkeypatch.setattr("models._next_token_loss._COLUMNS", 50)
     torch.testing.assert_close(lm.loss(tokens_BT), expected, rtol=1e-5, atol=1e-6)
     _, _, g_small = lm.loss_and_gradients(tokens_BT, [1])
     monkeypatch.undo()
