@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.spatial.distance import squareform
 from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.linear_model import RidgeCV
 from sklearn.metrics import r2_score
@@ -163,16 +165,22 @@ def compare(
     *,
     family: str = "ridge",
     permutations: int = 0,
+    order_N: np.ndarray | None = None,
+    block: int = 41,
     seed: int = 0,
 ) -> list[Utility]:
     """One Utility a target; every comparison uses the same RepeatedKFold splits (5 × 3, seed 0).
 
     `family` is "ridge" (StandardScaler, RidgeCV over ALPHAS) or "trees" (histogram gradient boosting). With
-    `permutations` B the rows of the topology block are permuted as a block, which keeps its inner correlations and
-    breaks its tie to geometry and target, and p = (1 + #{ΔR² of a permutation >= observed})/(B + 1).
+    `permutations` B, p = (1 + #{ΔR² of a permutation >= observed})/(B + 1). A permutation moves the rows of the
+    topology block as wholes, so its inner correlations stay and its tie to geometry and target breaks. Rows that
+    share neighbours resemble each other, and single rows moved about would lose that: p would be too small. So runs
+    of `block` rows, next to each other in `order_N` (see `block_order`), move together; without `order_N` rows move
+    alone, which is right only for rows that are independent.
 
     Raises:
-        ValueError: an unknown family, blocks of different lengths, or too few rows for the folds.
+        ValueError: an unknown family, blocks of different lengths, too few rows for the folds, or fewer than 5
+            runs of `block` rows to permute.
     """
     if family not in _FIT:
         raise ValueError(f"family={family!r}; choose one of {sorted(_FIT)}")
@@ -182,6 +190,8 @@ def compare(
             f"{len(geometry_NG)} geometry, {len(topology_NT)} topology and {n} target rows; "
             f"give equal numbers, at least {2 * FOLDS}"
         )
+    if permutations and order_N is not None and n < 5 * block:
+        raise ValueError(f"block={block} cuts {n} rows into {n // block} runs; choose block <= {n // 5}")
     folds = list(RepeatedKFold(n_splits=FOLDS, n_repeats=REPEATS, random_state=0).split(geometry_NG))
     fit = _FIT[family]
     geometry = _scores(fit, geometry_NG, targets_N3, folds)
@@ -191,7 +201,7 @@ def compare(
     rng = np.random.default_rng(seed)
     reached = np.ones(targets_N3.shape[1])
     for _ in range(permutations):
-        shuffled = np.hstack([geometry_NG, topology_NT[rng.permutation(n)]])
+        shuffled = np.hstack([geometry_NG, topology_NT[_permutation(n, order_N, block, rng)]])
         reached += (_scores(fit, shuffled, targets_N3, folds) - geometry).mean(axis=0) >= delta.mean(axis=0)
     results = []
     for column, name in enumerate(TARGETS):
@@ -210,6 +220,20 @@ def compare(
             )
         )
     return results
+
+
+def block_order(distance_NN: np.ndarray) -> np.ndarray:
+    """Rows in the leaf order of average-linkage clustering, so that similar rows are next to each other: int64 [N]."""
+    return leaves_list(linkage(squareform(distance_NN, checks=False), "average")).astype(np.int64)
+
+
+def _permutation(n: int, order_N: np.ndarray | None, block: int, rng: np.random.Generator) -> np.ndarray:
+    if order_N is None:
+        return rng.permutation(n)
+    runs = np.array_split(np.roll(order_N, rng.integers(n)), n // block)
+    moved = np.empty(n, np.int64)
+    moved[order_N] = np.concatenate([runs[i] for i in rng.permutation(len(runs))])
+    return moved
 
 
 def _spectrum(x_CPD: np.ndarray) -> np.ndarray:

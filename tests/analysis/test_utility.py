@@ -108,13 +108,47 @@ def test_a_planted_effect_is_found(family: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_without_effect_the_permutation_p_is_spread_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(utility, "REPEATS", 1)
-    results = [r for seed in range(8) for r in utility.compare(*_planted(0.0, 80, seed), permutations=19)]
+    results = [r for seed in range(6) for r in utility.compare(*_planted(0.0, 80, seed), permutations=19)]
     assert [r.target for r in results[:3]] == list(utility.TARGETS)
     assert all(r.delta_lo < 0.05 for r in results)
     p_values = np.array([r.p for r in results])
     assert p_values.mean() == pytest.approx(0.5, abs=4 * np.sqrt(1 / 12 / len(results)))
     assert p_values.min() < 0.35
     assert p_values.max() > 0.65
+
+
+def test_runs_moved_together_keep_the_likeness_of_neighbouring_rows() -> None:
+    rng = np.random.default_rng(0)
+    order = rng.permutation(600)
+    drift = np.empty(600)
+    drift[order] = np.convolve(rng.normal(size=607), np.ones(8), "valid")
+
+    def likeness(values: np.ndarray) -> float:
+        along = values[order]
+        return float(np.corrcoef(along[:-1], along[1:])[0, 1])
+
+    assert likeness(drift) > 0.8
+    assert likeness(drift[utility._permutation(600, order, 40, rng)]) > 0.75
+    assert abs(likeness(drift[utility._permutation(600, None, 40, rng)])) < 0.15
+
+
+def test_permutations_are_permutations_that_keep_runs_together() -> None:
+    rng = np.random.default_rng(0)
+    order = rng.permutation(50)
+    moved = utility._permutation(50, order, 10, rng)
+    assert sorted(moved) == list(range(50))
+    place = np.argsort(order)
+    steps = np.diff(place[moved[order]]) % 50
+    assert (steps != 1).sum() <= 4
+    assert sorted(utility._permutation(50, None, 10, rng)) == list(range(50))
+
+
+def test_block_order_puts_clusters_together() -> None:
+    rng = np.random.default_rng(0)
+    label = rng.permutation(np.repeat([0, 1, 2], 10))
+    x_ND = 50.0 * label[:, None] + rng.normal(size=(30, 2))
+    order = utility.block_order(cdist(x_ND, x_ND))
+    assert (np.diff(label[order]) != 0).sum() == 2
 
 
 def test_splits_are_shared_so_an_empty_block_changes_nothing() -> None:
@@ -140,3 +174,5 @@ def test_bad_input_is_a_one_line_error() -> None:
         utility.compare(*blocks, family="boost")
     with pytest.raises(ValueError, match="20 geometry, 19 topology and 20 target rows"):
         utility.compare(blocks[0], blocks[1][:19], blocks[2])
+    with pytest.raises(ValueError, match="block=5 cuts 20 rows into 4 runs; choose block <= 4"):
+        utility.compare(*blocks, permutations=1, order_N=np.arange(20), block=5)
