@@ -131,6 +131,8 @@ def read_recording(
         return skip("empty", "0 bytes")
     try:
         wave_NC, rate, promised = decode(data)
+    except soundfile.LibsndfileError as error:
+        return skip("unreadable", error.error_string)
     except (RuntimeError, ValueError, TypeError) as error:
         return skip("unreadable", str(error).strip() or type(error).__name__)
     n, channels = wave_NC.shape

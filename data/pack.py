@@ -1,0 +1,261 @@
+"""Token batches bucketed by length and trimmed to their content: deterministic, and resumable at any batch.
+
+Padding every clip to the context length makes a model of 8 s clips spend 41% of its work on nothing. Here clips of
+similar length meet in a batch, and a batch is as wide as its longest clip. The plan of an epoch is a function of
+(clip lengths, batch size, seed, epoch) alone: batch i can be made without making those before it.
+
+Shape suffixes: B clips, K codebooks, T frames, C clips of the whole set.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from data.codec_shards import Folder, Tokens, read_facts
+from data.split import Side, identity_hash, side_of
+
+_CACHED_SHARDS = 48
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids that follow a codebook of V codes: PAD = V, BOS = V + 1, EOS = V + 2; 1024, 1025, 1026 for V = 1024."""
+
+    codebook_size: int
+
+    @property
+    def pad(self) -> int:
+        return self.codebook_size
+
+    @property
+    def bos(self) -> int:
+        return self.codebook_size + 1
+
+    @property
+    def eos(self) -> int:
+        return self.codebook_size + 2
+
+    @property
+    def vocabulary(self) -> int:
+        return self.codebook_size + 3
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """codes_BKT int64, PAD after each clip's end; length_B in frames; ``index`` of the batch in its epoch.
+
+    ``seconds`` of real audio, ``real_tokens`` of the ``codes_BKT.numel()`` computed.
+    """
+
+    index: int
+    codes_BKT: Tensor
+    length_B: Tensor
+    clip_ids: tuple[str, ...]
+    texts: tuple[str, ...]
+    seconds: float
+    real_tokens: int
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the batch that is content."""
+        return self.real_tokens / self.codes_BKT.numel()
+
+
+class TokenClips:
+    """Clips of one side of the split with random access; shards are read when needed and a few of them kept.
+
+    Args:
+        tokens: from tokenise or open_tokens.
+        side: ``"train"``, ``"validation"`` or None for both.
+        holdout: share of recordings in validation, by hash of the recording's id: chunks never straddle the split.
+    Raises:
+        ValueError: no clip on that side.
+    """
+
+    def __init__(self, tokens: Tokens, side: Side | None = "train", *, holdout: float = 0.05) -> None:
+        manifest = tokens.manifest
+        self.special = SpecialTokens(manifest["codec"]["codebook_size"])
+        self.n_codebooks: int = manifest["codec"]["n_codebooks"]
+        self.frame_rate_hz: float = manifest["codec"]["frame_rate_hz"]
+        self._folder = Folder(tokens.folder)
+        self._files = [s["file"] for s in manifest["shards"]]
+        self._cache: OrderedDict[int, list[npt.NDArray[np.uint16]]] = OrderedDict()
+        self.clip_ids: list[str] = []
+        self.recording_ids: list[str] = []
+        self.texts: list[str] = []
+        shard, row, frames, seconds = [], [], [], []
+        for s, file in enumerate(self._files):
+            _facts, table = read_facts(self._folder, file)
+            for r, record in enumerate(table.to_pylist()):
+                if side is not None and side_of(record["recording_id"], holdout=holdout) != side:
+                    continue
+                self.clip_ids.append(record["clip_id"])
+                self.recording_ids.append(record["recording_id"])
+                self.texts.append(record["text"])
+                shard.append(s)
+                row.append(r)
+                frames.append(record["n_frames"])
+                seconds.append(record["duration_s"])
+        if not shard:
+            raise ValueError(f"no clip of {tokens.folder} is in {side}; {manifest['n_clips']} clips, holdout={holdout}")
+        self.shard_C = np.array(shard)
+        self._row_C = np.array(row)
+        self.n_frames_C = np.array(frames)
+        self.duration_C = np.array(seconds)
+
+    def __len__(self) -> int:
+        return len(self.clip_ids)
+
+    def codes(self, clip: int) -> npt.NDArray[np.uint16]:
+        """codes_KT of one clip; raises ValueError naming the shard when a token is outside the codebook."""
+        return self._shard(int(self.shard_C[clip]))[self._row_C[clip]]
+
+    def _shard(self, s: int) -> list[npt.NDArray[np.uint16]]:
+        if s not in self._cache:
+            column = pq.read_table(io.BytesIO(self._folder.read(self._files[s])), columns=["codes"])["codes"]
+            clips = [np.asarray(c.values).reshape(self.n_codebooks, -1) for c in column]
+            worst = max((int(c.max()) for c in clips if c.size), default=0)
+            if worst >= self.special.codebook_size:
+                raise ValueError(
+                    f"token {worst} in {self._files[s]} is outside the codebook of {self.special.codebook_size}; "
+                    "the shard was not made by this codec: delete it and tokenise again"
+                )
+            self._cache[s] = clips
+            while len(self._cache) > _CACHED_SHARDS:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(s)
+        return self._cache[s]
+
+
+def plan_epoch(
+    length_C: npt.NDArray[np.integer],
+    group_C: npt.NDArray[np.integer],
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    window: int = 32,
+    jitter: float = 0.05,
+) -> list[npt.NDArray[np.int64]]:
+    """The clips of each batch of an epoch, each clip in exactly one batch.
+
+    Groups (shards) are shuffled and taken ``window`` at a time, which bounds what must be in memory; within a window
+    clips are sorted by length times a random factor of spread ``jitter`` (so that batches differ from epoch to
+    epoch), cut into batches, and the batches shuffled. One batch a window may be smaller than ``batch_size``.
+    Raises ValueError for a batch size or window below 1.
+    """
+    if batch_size < 1 or window < 1:
+        raise ValueError(f"batch_size={batch_size} and window={window} must be >= 1")
+    rng = np.random.default_rng([seed, epoch])
+    groups = rng.permutation(np.unique(group_C))
+    members = {int(g): np.flatnonzero(group_C == g) for g in groups}
+    batches: list[npt.NDArray[np.int64]] = []
+    for start in range(0, len(groups), window):
+        clips = np.concatenate([members[int(g)] for g in groups[start : start + window]])
+        clips = rng.permutation(clips)
+        order = np.argsort(length_C[clips] * np.exp(jitter * rng.standard_normal(len(clips))), kind="stable")
+        cut = [clips[order[a : a + batch_size]] for a in range(0, len(clips), batch_size)]
+        batches += [cut[i] for i in rng.permutation(len(cut))]
+    return batches
+
+
+def collate(clips: TokenClips, chosen: Sequence[int], index: int, max_frames: int | None, seed: int) -> TokenBatch:
+    """One batch, as wide as its longest clip; clips longer than ``max_frames`` are cropped at a seeded place."""
+    pieces = []
+    seconds = 0.0
+    for clip in chosen:
+        codes_KT = clips.codes(int(clip))
+        n = codes_KT.shape[1]
+        if max_frames is not None and n > max_frames:
+            start = int(
+                np.random.default_rng([seed, identity_hash(clips.clip_ids[int(clip)])]).integers(n - max_frames + 1)
+            )
+            codes_KT = codes_KT[:, start : start + max_frames]
+        seconds += float(clips.duration_C[clip]) * codes_KT.shape[1] / n
+        pieces.append(codes_KT)
+    width = max(p.shape[1] for p in pieces)
+    codes_BKT = torch.full((len(pieces), clips.n_codebooks, width), clips.special.pad, dtype=torch.int64)
+    for b, piece in enumerate(pieces):
+        codes_BKT[b, :, : piece.shape[1]] = torch.from_numpy(piece.astype(np.int64))
+    return TokenBatch(
+        index=index,
+        codes_BKT=codes_BKT,
+        length_B=torch.tensor([p.shape[1] for p in pieces]),
+        clip_ids=tuple(clips.clip_ids[int(c)] for c in chosen),
+        texts=tuple(clips.texts[int(c)] for c in chosen),
+        seconds=seconds,
+        real_tokens=sum(p.size for p in pieces),
+    )
+
+
+def token_batches(
+    clips: TokenClips,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    epoch: int = 0,
+    start: int = 0,
+    max_frames: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    drop_partial: bool = False,
+) -> Iterator[TokenBatch]:
+    """Batches ``start + rank``, ``start + rank + world_size``, ... of one epoch, for every rank equally many.
+
+    Args:
+        start: batches of the epoch already used, over all ranks; the rest is then the same, whatever the world size.
+        max_frames: crop longer clips (the model's context less K - 1 for the delay pattern).
+        drop_partial: leave out batches smaller than ``batch_size`` (one a window of shards).
+    Raises:
+        ValueError: impossible sizes; the epoch has no batch left for every rank.
+    """
+    plan = epoch_batches(clips, batch_size, seed=seed, epoch=epoch, drop_partial=drop_partial)
+    if not 0 <= rank < world_size or start < 0:
+        raise ValueError(f"rank={rank} must lie in 0..world_size-1 (world_size={world_size}) and start={start} be >= 0")
+    if max_frames is not None and max_frames < 1:
+        raise ValueError(f"max_frames={max_frames} must be >= 1; is the context shorter than the delay pattern?")
+    if len(plan) < world_size:
+        raise ValueError(
+            f"{len(plan)} batches of {batch_size} from {len(clips)} clips cannot feed {world_size} workers; "
+            "use a smaller batch or more audio"
+        )
+    stop = start + (len(plan) - start) // world_size * world_size
+    for index in range(start + rank, stop, world_size):
+        yield collate(clips, plan[index].tolist(), index, max_frames, seed + 1_000_003 * epoch)
+
+
+def epoch_batches(
+    clips: TokenClips, batch_size: int, *, seed: int = 0, epoch: int = 0, drop_partial: bool = False
+) -> list[npt.NDArray[np.int64]]:
+    """The plan behind `token_batches`: clip numbers of every batch of the epoch."""
+    plan = plan_epoch(clips.n_frames_C, clips.shard_C, batch_size, seed=seed, epoch=epoch)
+    return [b for b in plan if len(b) == batch_size] if drop_partial else plan
+
+
+def planned_efficiency(length_C: npt.NDArray[np.integer], plan: Sequence[npt.NDArray[np.int64]]) -> float:
+    """Share of the computed frames that is content, over a plan."""
+    return float(sum(length_C[b].sum() for b in plan) / sum(length_C[b].max() * len(b) for b in plan))
+
+
+def evaluation_batches(
+    clips: TokenClips, batch_size: int, *, max_frames: int | None = None, n_clips: int | None = None
+) -> Iterator[TokenBatch]:
+    """All clips (or the ``n_clips`` of smallest identity hash) once, shortest first, cropped at a fixed place.
+
+    Raises ValueError for a batch size below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be >= 1")
+    chosen = sorted(range(len(clips)), key=lambda c: identity_hash(clips.clip_ids[c], salt="eval"))[:n_clips]
+    chosen.sort(key=lambda c: (int(clips.n_frames_C[c]), clips.clip_ids[c]))
+    for index, a in enumerate(range(0, len(chosen), batch_size)):
+        yield collate(clips, chosen[a : a + batch_size], index, max_frames, seed=0)
