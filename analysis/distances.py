@@ -14,6 +14,8 @@ from numba import njit, types
 from numba.extending import intrinsic
 from numpy.typing import ArrayLike, NDArray
 
+from analysis.matrix_checks import bits, counts, finite
+
 # Below this share of |x|^2 + |y|^2 the GEMM form of |x - y|^2 loses float32 digits to cancellation.
 _CANCELLATION = 0.25
 
@@ -38,13 +40,7 @@ def jaccard(x_ND: ArrayLike) -> NDArray:
     Raises:
         ValueError: x_ND is not two-dimensional or holds values other than 0 and 1.
     """
-    x_ND = _matrix(x_ND)
-    if x_ND.dtype != np.bool_:
-        bad = np.argwhere((x_ND != 0) & (x_ND != 1))
-        if len(bad):
-            i, j = bad[0]
-            raise ValueError(f"x[{i}, {j}] = {x_ND[i, j]}; Jaccard takes bits; pass x > 0, or use tanimoto for counts")
-        x_ND = x_ND.astype(np.bool_)
+    x_ND = bits(x_ND)
     n, d = x_ND.shape
     words = -(-d // 64)
     bytes_NB = np.zeros((n, 8 * words), np.uint8)
@@ -61,15 +57,7 @@ def tanimoto(x_ND: ArrayLike) -> NDArray:
     Raises:
         ValueError: x_ND is not two-dimensional or holds a negative or fractional value.
     """
-    x_ND = _matrix(x_ND)
-    if not np.issubdtype(x_ND.dtype, np.integer) and x_ND.dtype != np.bool_:
-        bad = np.argwhere(~(np.isfinite(x_ND) & (x_ND == np.round(x_ND))))
-        if len(bad):
-            i, j = bad[0]
-            raise ValueError(f"x[{i}, {j}] = {x_ND[i, j]}; Tanimoto takes integer counts; use euclidean for reals")
-    if x_ND.size and x_ND.min() < 0:
-        i, j = np.argwhere(x_ND < 0)[0]
-        raise ValueError(f"x[{i}, {j}] = {x_ND[i, j]}; counts must be >= 0; check the fingerprint")
+    x_ND = counts(x_ND)
     rows, columns = np.nonzero(x_ND)
     values = x_ND[rows, columns].astype(np.int64)
     by_column = np.argsort(columns, kind="stable")
@@ -92,7 +80,7 @@ def euclidean(x_ND: ArrayLike) -> NDArray:
     Raises:
         ValueError: x_ND is not two-dimensional or not finite.
     """
-    return np.sqrt(_squared_euclidean(_finite(x_ND)))
+    return np.sqrt(_squared_euclidean(finite(x_ND)))
 
 
 def cosine(x_ND: ArrayLike) -> NDArray:
@@ -101,7 +89,7 @@ def cosine(x_ND: ArrayLike) -> NDArray:
     Raises:
         ValueError: x_ND is not two-dimensional, not finite, or has a row of zeros.
     """
-    x_ND = _finite(x_ND)
+    x_ND = finite(x_ND)
     norm_N1 = np.linalg.norm(x_ND, axis=1, keepdims=True)
     if (norm_N1 == 0).any():
         i = int(np.argmin(norm_N1))
@@ -115,22 +103,6 @@ METRICS: dict[str, Callable[[ArrayLike], NDArray]] = {
     "euclidean": euclidean,
     "cosine": cosine,
 }
-
-
-def _matrix(x: ArrayLike) -> NDArray:
-    x = np.asarray(x)
-    if x.ndim != 2:
-        raise ValueError(f"x has shape {list(x.shape)}; it must be [rows, columns]; reshape it")
-    return x
-
-
-def _finite(x: ArrayLike) -> NDArray:
-    x_ND = _matrix(x).astype(np.float64)
-    bad = np.argwhere(~np.isfinite(x_ND))
-    if len(bad):
-        i, j = bad[0]
-        raise ValueError(f"x[{i}, {j}] = {x_ND[i, j]}; entries must be finite; drop or impute row {i}")
-    return x_ND
 
 
 def _squared_euclidean(x_ND: NDArray) -> NDArray:

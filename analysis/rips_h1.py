@@ -1,21 +1,21 @@
 """Exact H1 pairs of a Vietoris–Rips filtration over Z/2: the numba kernels behind ``analysis.persistence.h1``.
 
 Persistent cohomology (de Silva, Morozov, Vejdemo-Johansson 2011) with apparent pairs (Bauer, "Ripser", 2021),
-arranged around one observation: loops are born and die among the shortest edges.
+arranged so that work follows the reduction and little is enumerated or sorted in advance:
 
 1. ``_open_edges`` finds the edges whose lune is empty.  The lune of uv holds the vertices whose edges to u and to v
    both come before uv.  An edge with a non-empty lune is paired at once with a triangle of the same length, so only
    open edges can bear loops, and of those only the ones outside the minimum spanning tree.
-2. ``_extend`` sorts the edges up to a cut-off, ranks them and lists each vertex's neighbours from near to far.  The
-   cut-off starts low and rises only when a column is not finished below it; ranks already given never change.
-3. ``_pairs`` reduces the coboundaries of the loop-bearing edges, longest first.  A column is a heap of cursors, each
-   walking the cofacets of one edge in order, so a triangle is generated only when the reduction arrives at it.
+2. ``_rank_edges`` sorts and ranks the shortest edges, where nearly all loops live and die, and lists each vertex's
+   neighbours from near to far.  The other edges are ranked only when a column is left unfinished.
+3. ``h1_pairs`` reduces the coboundaries of the loop-bearing edges, longest first.  A column is a heap of cursors,
+   each walking the cofacets of one edge in order by merging the neighbour lists of its two ends, so a triangle is
+   generated only when the reduction arrives at it.
 
-Edges are ordered by (length, larger end, smaller end), so all ranks differ and ties need no care afterwards.  A
-triangle is the integer ``rank of its longest edge << 32 | rank of the edge from that edge's larger end to the third
-vertex``; triangles with the same longest edge are thereby ordered by that second edge.
+Edges are ordered by (length, larger end, smaller end), so all ranks differ and equal lengths need no care.  A triangle
+is the integer ``rank of its longest edge << 32 | rank of the edge from that edge's larger end to the third vertex``.
 
-Shapes: N vertices, M edges.
+Shapes: N vertices, M edges, C cursors of the column being reduced.
 """
 
 from __future__ import annotations
@@ -23,14 +23,12 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-NO_RANK = np.uint32(0xFFFFFFFF)
-NO_KEY = np.uint64(0xFFFFFFFFFFFFFFFF)
 MAX_VERTICES = 1 << 16
 
 CENTRAL_PROBES = 4
 NEAR_PROBES = 8
-FIRST_SHARE = 0.08
-GROWTH = 2.0
+FIRST_SHARE = 0.1
+SAMPLED_ROWS = 16
 
 _CHUNK = 64
 _RADIX_BITS = 11
@@ -40,6 +38,8 @@ _U32 = np.uint64(32)
 _ONE = np.uint64(1)
 _LOW16 = np.uint64(0xFFFF)
 _LOW32 = np.uint64(0xFFFFFFFF)
+_NO_RANK = np.uint32(0xFFFFFFFF)
+_NO_TRIANGLE = np.uint64(0xFFFFFFFFFFFFFFFF)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing
 
 
@@ -93,7 +93,7 @@ def _lune_is_empty(bits_NN, u, v):
 def _nearest(row, u, count, out):
     """Write the `count` vertices nearest to u into out, by insertion; returns how many there are."""
     size = 0
-    worst = NO_RANK
+    worst = _NO_RANK
     for w in range(len(row)):
         d = row[w]
         if (size == count and d >= worst) or w == u:
@@ -200,43 +200,51 @@ def _radix_sort(keys, spare):
 
 
 @njit(cache=True, nogil=True)
-def _cutoff(bits_NN, share):
-    """An edge length below which lies about `share` of the edges, read off evenly spaced rows."""
-    n = len(bits_NN)
-    step = max(1, n // 48)
-    sample = np.sort(bits_NN[::step].copy().ravel())
-    return sample[min(len(sample) - 1, int(share * len(sample)))]
+def _short_length(bits_NN):
+    """A length that about FIRST_SHARE of the edges stay below, read off evenly spaced rows."""
+    sample = bits_NN[:: max(1, len(bits_NN) // SAMPLED_ROWS)].copy().ravel()
+    at = int(FIRST_SHARE * len(sample))
+    return np.partition(sample, at)[at]
 
 
 @njit(cache=True, nogil=True)
-def _extend(bits_NN, above, up_to, keys_M, m, rank_NN, near_NN, degree_N):
+def _rank_edges(bits_NN, above, up_to, edges_M, m, rank_NN):
     """Rank the edges with above < length <= up_to after the m ranked so far; returns the new count."""
-    n = len(bits_NN)
     end = m
-    for i in range(1, n):
-        row = bits_NN[i]
-        hi = np.uint64(i) << _U16
-        for j in range(i):
-            d = row[j]
-            keys_M[end] = (np.uint64(d) << _U32) | hi | np.uint64(j)
+    for u in range(1, len(bits_NN)):
+        row = bits_NN[u]
+        for v in range(u):
+            d = row[v]
+            edges_M[end] = (np.uint64(d) << _U32) | (np.uint64(u) << _U16) | np.uint64(v)
             end += (np.int64(d) > above) & (d <= up_to)
-    fresh = keys_M[m:end]
+    fresh = edges_M[m:end]
     _radix_sort(fresh, np.empty_like(fresh))
     for k in range(m, end):
-        u = (keys_M[k] >> _U16) & _LOW16
-        v = keys_M[k] & _LOW16
+        u, v = _ends(edges_M[k])
         rank_NN[u, v] = k
         rank_NN[v, u] = k
-        near_NN[u, degree_N[u]] = v
-        degree_N[u] += 1
-        near_NN[v, degree_N[v]] = u
-        degree_N[v] += 1
     return end
 
 
 @njit(cache=True, nogil=True)
+def _list_neighbours(edges_M, begin, end, near_NN, degree_N):
+    """Append the neighbours over the edges of ranks begin..end - 1 to the lists, from near to far."""
+    for k in range(begin, end):
+        u, v = _ends(edges_M[k])
+        near_NN[u, degree_N[u]] = v
+        degree_N[u] += 1
+        near_NN[v, degree_N[v]] = u
+        degree_N[v] += 1
+
+
+@njit(cache=True, nogil=True)
+def _ends(edge):
+    return np.int64((edge >> _U16) & _LOW16), np.int64(edge & _LOW16)
+
+
+@njit(cache=True, nogil=True)
 def _seek(near, rank, degree, at_least):
-    """Position of the first listed neighbour whose rank is at_least or more."""
+    """Position of the first of `degree` listed neighbours whose edge has rank at_least or more."""
     lo = np.int64(0)
     hi = np.int64(degree)
     while lo < hi:
@@ -250,7 +258,7 @@ def _seek(near, rank, degree, at_least):
 
 @njit(cache=True, nogil=True)
 def _next_in_lune(near_u, rank_u, rank_v, edge, i):
-    """Position of u's next neighbour in the lune of `edge` from position i on; the edge's own when there is none."""
+    """Position of u's next neighbour in the lune of `edge` = uv from position i on; that of v when there is none."""
     while True:
         w = near_u[i]
         if rank_u[w] >= edge or rank_v[w] < edge:
@@ -258,102 +266,146 @@ def _next_in_lune(near_u, rank_u, rank_v, edge, i):
         i += 1
 
 
-CURSOR_EDGE, CURSOR_U, CURSOR_V, CURSOR_POS_U, CURSOR_POS_V = range(5)
-
-
 @njit(cache=True, nogil=True)
-def _advance(c, rank_NN, near_NN, degree_N):
-    """The next cofacet of cursor c = (edge, u, v, position in near[u], position in near[v]); NO_KEY at the end.
+def _advance(rank_NN, near_NN, degree_N, cursor):
+    """The next cofacet of the cursor (edge, larger end u, smaller end v, position at u, position at v).
 
-    position in near[v] is -1 while the cursor is inside the edge's lune, where only u's list is walked.
+    Cofacets whose longest edge is the cursor's own come first, in the order of u's list; the position at v is -1
+    meanwhile.  The others follow in the merged order of both lists.  No calls that can fail and no slow paths in
+    here: this loop is most of the reduction.
     """
-    edge = c[0]
-    u = c[1]
-    v = c[2]
+    edge = np.uint32(cursor[0])
+    u = cursor[1]
+    v = cursor[2]
     near_u = near_NN[u]
     near_v = near_NN[v]
     rank_u = rank_NN[u]
     rank_v = rank_NN[v]
-    i = np.int64(c[3])
-    j = np.int64(c[4])
+    i = cursor[3]
+    j = cursor[4]
     if j < 0:
-        i = _next_in_lune(near_u, rank_u, rank_v, np.uint32(edge), i)
+        i = _next_in_lune(near_u, rank_u, rank_v, edge, i)
         r = rank_u[near_u[i]]
-        c[3] = i + 1
+        i += 1
+        cursor[3] = i
         if r < edge:
             return (np.uint64(edge) << _U32) | np.uint64(r)
-        i += 1
-        j = _seek(near_v, rank_v, degree_N[v], np.uint32(edge)) + 1
-    deg_u = degree_N[u]
-    deg_v = degree_N[v]
-    r_u = rank_u[near_u[i]] if i < deg_u else NO_RANK
-    r_v = rank_v[near_v[j]] if j < deg_v else NO_RANK
-    while True:
+        j = _seek(near_v, rank_v, degree_N[v], edge) + 1
+    degree_u = degree_N[u]
+    degree_v = degree_N[v]
+    r_u = rank_u[near_u[i]] if i < degree_u else _NO_RANK
+    r_v = rank_v[near_v[j]] if j < degree_v else _NO_RANK
+    triangle = _NO_TRIANGLE
+    while r_u != r_v:
         if r_u < r_v:
             w = near_u[i]
             longest = r_u
             other = rank_v[w]
-            i += 1
-            r_u = rank_u[near_u[i]] if i < deg_u else NO_RANK
             end = u
-        elif r_v < r_u:
+            i += 1
+            r_u = rank_u[near_u[i]] if i < degree_u else _NO_RANK
+        else:
             w = near_v[j]
             longest = r_v
             other = rank_u[w]
-            j += 1
-            r_v = rank_v[near_v[j]] if j < deg_v else NO_RANK
             end = v
-        else:
-            c[3] = i
-            c[4] = j
-            return NO_KEY
+            j += 1
+            r_v = rank_v[near_v[j]] if j < degree_v else _NO_RANK
         if other < longest:
-            c[3] = i
-            c[4] = j
-            second = np.uint32(edge) if end > w else other
-            return (np.uint64(longest) << _U32) | np.uint64(second)
+            triangle = (np.uint64(longest) << _U32) | np.uint64(edge if end > w else other)
+            break
+    cursor[3] = i
+    cursor[4] = j
+    return triangle
 
 
 @njit(cache=True, nogil=True)
-def _sift_down(key, owner, size, x, who):
-    """Put (x, who) at the top hole of the min-heap key[:size]."""
+def _start(rank_NN, near_NN, degree_N, cursor, edge, u, v, after):
+    """Set the cursor to the cofacets of `edge` = uv that come after the triangle `after`; returns the next one."""
+    first = np.uint32(after >> _U32)
+    cursor[0] = edge
+    cursor[1] = u
+    cursor[2] = v
+    cursor[3] = 0
+    cursor[4] = -1
+    if edge == first:
+        cursor[3] = _seek(near_NN[u], rank_NN[u], degree_N[u], np.uint32(after & _LOW32) + np.uint32(1))
+    elif edge < first:
+        cursor[3] = _seek(near_NN[u], rank_NN[u], degree_N[u], first)
+        cursor[4] = _seek(near_NN[v], rank_NN[v], degree_N[v], first)
+    triangle = _advance(rank_NN, near_NN, degree_N, cursor)
+    if triangle <= after:
+        triangle = _advance(rank_NN, near_NN, degree_N, cursor)
+    return triangle
+
+
+@njit(cache=True, nogil=True)
+def _sift_down(heap_C, cursor_of_C, size, triangle, c):
+    """Put (triangle, c) at the top hole of the min-heap heap_C[:size]."""
     i = 0
     while True:
         low = 2 * i + 1
         if low >= size:
             break
-        if low + 1 < size and key[low + 1] < key[low]:
+        if low + 1 < size and heap_C[low + 1] < heap_C[low]:
             low += 1
-        if key[low] >= x:
+        if heap_C[low] >= triangle:
             break
-        key[i] = key[low]
-        owner[i] = owner[low]
+        heap_C[i] = heap_C[low]
+        cursor_of_C[i] = cursor_of_C[low]
         i = low
-    key[i] = x
-    owner[i] = who
+    heap_C[i] = triangle
+    cursor_of_C[i] = c
 
 
 @njit(cache=True, nogil=True)
-def _sift_up(key, owner, size, x, who):
-    """Push (x, who) on the min-heap key[:size]."""
+def _sift_up(heap_C, cursor_of_C, size, triangle, c):
+    """Push (triangle, c) on the min-heap heap_C[:size]."""
     i = size
     while i > 0:
         up = (i - 1) >> 1
-        if key[up] <= x:
+        if heap_C[up] <= triangle:
             break
-        key[i] = key[up]
-        owner[i] = owner[up]
+        heap_C[i] = heap_C[up]
+        cursor_of_C[i] = cursor_of_C[up]
         i = up
-    key[i] = x
-    owner[i] = who
+    heap_C[i] = triangle
+    cursor_of_C[i] = c
 
 
 @njit(cache=True, nogil=True)
-def _room(a, size):
-    """a, or a longer copy when entry `size` does not fit."""
-    if size < len(a):
-        return a
-    return np.concatenate((a, np.empty_like(a)))
+def _pop_pivot(rank_NN, near_NN, degree_N, cursor_C5, heap_C, cursor_of_C, size):
+    """Move past the least triangle that an odd number of cursors point at; returns it and the new heap size."""
+    while size > 0:
+        pivot = heap_C[0]
+        odd = False
+        while size > 0 and heap_C[0] == pivot:
+            odd = not odd
+            c = cursor_of_C[0]
+            triangle = _advance(rank_NN, near_NN, degree_N, cursor_C5[c])
+            if triangle == _NO_TRIANGLE:
+                size -= 1
+                triangle = heap_C[size]
+                c = cursor_of_C[size]
+            if size > 0:
+                _sift_down(heap_C, cursor_of_C, size, triangle, c)
+        if odd:
+            return pivot, size
+    return _NO_TRIANGLE, size
+
+
+@njit(cache=True, nogil=True)
+def _cancel_pairs(chain):
+    """Sort the chain and keep one of each edge that occurs an odd number of times; returns their number."""
+    chain.sort()
+    keep = 0
+    for e in chain:
+        if keep > 0 and chain[keep - 1] == e:
+            keep -= 1
+        else:
+            chain[keep] = e
+            keep += 1
+    return keep
 
 
 @njit(cache=True, nogil=True)
@@ -361,158 +413,105 @@ def h1_pairs(bits_NN):
     """Births and deaths of all loops, zero-length ones included.
 
     bits_NN: uint32 [N, N], the bit patterns of a symmetric matrix of finite non-negative float32 with zero diagonal
-        (non-negative floats order as their bit patterns do); 1 <= N <= MAX_VERTICES.
+        (non-negative floats are ordered as their bit patterns are); 2 <= N <= MAX_VERTICES.
     Returns uint32 [K, 2], bit patterns of birth and death.
     """
     n = len(bits_NN)
     far_N = _eccentricities(bits_NN)
-    radius = far_N.min()
-    central = np.argsort(far_N)[:CENTRAL_PROBES]
-    columns = _off_tree(_open_edges(bits_NN, central), n)
-    n_columns = len(columns)
-    pairs = np.empty((n_columns, 2), np.uint32)
-    if n_columns == 0:
+    radius = far_N.min()  # beyond the enclosing radius the complex is a cone
+    births = _off_tree(_open_edges(bits_NN, np.argsort(far_N)[:CENTRAL_PROBES]), n)
+    n_births = len(births)
+    pairs = np.empty((n_births, 2), np.uint32)
+    if n_births == 0:
         return pairs
 
-    longest_birth = np.uint32(columns[-1] >> _U32)
-    share = FIRST_SHARE
-    up_to = min(radius, max(longest_birth, _cutoff(bits_NN, share)))
-    keys_M = np.empty(n * (n - 1) // 2 + 1, np.uint64)
-    rank_NN = np.full((n, n), NO_RANK, np.uint32)
+    up_to = min(radius, max(np.uint32(births[-1] >> _U32), _short_length(bits_NN)))
+    edges_M = np.empty(n * (n - 1) // 2 + 1, np.uint64)
+    rank_NN = np.full((n, n), _NO_RANK, np.uint32)
     near_NN = np.empty((n, n), np.uint16)
     degree_N = np.zeros(n, np.int64)
-    m = _extend(bits_NN, -1, up_to, keys_M, 0, rank_NN, near_NN, degree_N)
+    m = _rank_edges(bits_NN, -1, up_to, edges_M, 0, rank_NN)
+    _list_neighbours(edges_M, 0, m, near_NN, degree_N)
 
-    # pivot -> number of the column that owns it: open addressing, at most half full
+    # pivot -> number of the reduced column it belongs to: open addressing, at most half full
     log = 4
-    while (1 << log) < 2 * n_columns:
+    while (1 << log) < 2 * n_births:
         log += 1
-    slots = np.uint64((1 << log) - 1)
+    mask = np.uint64((1 << log) - 1)
     shift = np.uint64(64 - log)
-    table_key = np.full(1 << log, NO_KEY, np.uint64)
+    table = np.full(1 << log, _NO_TRIANGLE, np.uint64)
     table_column = np.empty(1 << log, np.int64)
 
-    # reduced column c is the sum of the coboundaries of chain[start[c]:start[c + 1]]
-    chain = np.empty(4 * n_columns + 64, np.uint32)
-    start = np.zeros(n_columns + 1, np.int64)
-    odd_M = np.zeros(len(keys_M), np.bool_)
-    cursors = np.empty((256, 5), np.int64)
-    heap_key = np.empty(256, np.uint64)
-    heap_cursor = np.empty(256, np.int64)
+    # reduced column k is the sum of the coboundaries of the edges chain[start[k]:start[k + 1]]
+    chain = np.empty(4 * n_births + 64, np.uint32)
+    start = np.zeros(n_births + 1, np.int64)
+    cursor_C5 = np.empty((256, 5), np.int64)
+    heap_C = np.empty(256, np.uint64)
+    cursor_of_C = np.empty(256, np.int64)
 
-    for done in range(n_columns):
-        column = columns[n_columns - 1 - done]
-        base = start[done]
-        slot = np.uint64(0)
-        pivot = NO_KEY
-        used = base
+    for k in range(n_births):
+        birth = births[n_births - 1 - k]
+        edge = rank_NN[_ends(birth)]
+        chain[start[k]] = edge
+        used = start[k] + 1
+        fresh = start[k]
+        live = 0
+        size = 0
+        pivot = (np.uint64(edge) << _U32) | np.uint64(edge - 1)
         while True:
-            edge = rank_NN[(column >> _U16) & _LOW16, column & _LOW16]
-            size = 0
-            live = 0
-            used = base
-            floor = np.uint64(edge) << _U32
-            add_from = np.int64(-1)
-            add_to = np.int64(-1)
-            apparent = True
-            pending = np.uint32(edge)
-            apparent_pos = np.int64(-1)
-            while True:
-                # add the coboundary of one edge (the column's own, or an apparent one) or of a whole reduced column
-                count = np.int64(1) if apparent else add_to - add_from
-                for t in range(count):
-                    e = pending if apparent else chain[add_from + t]
-                    chain = _room(chain, used)
-                    chain[used] = e
-                    used += 1
-                    if live == len(cursors):
-                        cursors = np.concatenate((cursors, np.empty_like(cursors)))
-                        heap_key = np.concatenate((heap_key, np.empty_like(heap_key)))
-                        heap_cursor = np.concatenate((heap_cursor, np.empty_like(heap_cursor)))
-                    c = cursors[live]
-                    u = np.int64((keys_M[e] >> _U16) & _LOW16)
-                    v = np.int64(keys_M[e] & _LOW16)
-                    c[0] = e
-                    c[1] = u
-                    c[2] = v
-                    floor_rank = np.uint32(floor >> _U32)
-                    if apparent and apparent_pos >= 0:
-                        c[3] = apparent_pos + 1
-                        c[4] = -1
-                    elif e > floor_rank:
-                        c[3] = 0
-                        c[4] = -1
-                    elif e == floor_rank and not apparent:
-                        c[3] = _seek(near_NN[u], rank_NN[u], degree_N[u], np.uint32(floor & _LOW32) + np.uint32(1))
-                        c[4] = -1
-                    else:
-                        own = np.uint32(1) if e == floor_rank else np.uint32(0)
-                        c[3] = _seek(near_NN[u], rank_NN[u], degree_N[u], floor_rank + own)
-                        c[4] = _seek(near_NN[v], rank_NN[v], degree_N[v], floor_rank + own)
-                    x = _advance(c, rank_NN, near_NN, degree_N)
-                    while x <= floor:
-                        x = _advance(c, rank_NN, near_NN, degree_N)
-                    if x != NO_KEY:
-                        _sift_up(heap_key, heap_cursor, size, x, live)
-                        size += 1
-                        live += 1
-                # the pivot: the least triangle that an odd number of cursors point at
-                pivot = NO_KEY
-                while size > 0 and pivot == NO_KEY:
-                    x = heap_key[0]
-                    odd = False
-                    while size > 0 and heap_key[0] == x:
-                        odd = not odd
-                        who = heap_cursor[0]
-                        y = _advance(cursors[who], rank_NN, near_NN, degree_N)
-                        if y == NO_KEY:
-                            size -= 1
-                            if size > 0:
-                                _sift_down(heap_key, heap_cursor, size, heap_key[size], heap_cursor[size])
-                        else:
-                            _sift_down(heap_key, heap_cursor, size, y, who)
-                    if odd:
-                        pivot = x
-                if pivot == NO_KEY:
-                    break
-                floor = pivot
-                longest = np.uint32(pivot >> _U32)
-                u = np.int64((keys_M[longest] >> _U16) & _LOW16)
-                v = np.int64(keys_M[longest] & _LOW16)
-                i = _next_in_lune(near_NN[u], rank_NN[u], rank_NN[v], longest, np.int64(0))
-                if np.uint64(rank_NN[u, near_NN[u, i]]) == pivot & _LOW32:
-                    apparent = True
-                    pending = longest
-                    apparent_pos = i
-                    continue
+            # cursors for the edges just added to the chain
+            while len(heap_C) < live + used - fresh:
+                cursor_C5 = np.concatenate((cursor_C5, np.empty_like(cursor_C5)))
+                heap_C = np.concatenate((heap_C, np.empty_like(heap_C)))
+                cursor_of_C = np.concatenate((cursor_of_C, np.empty_like(cursor_of_C)))
+            for t in range(fresh, used):
+                u, v = _ends(edges_M[chain[t]])
+                triangle = _start(rank_NN, near_NN, degree_N, cursor_C5[live], chain[t], u, v, pivot)
+                if triangle != _NO_TRIANGLE:
+                    _sift_up(heap_C, cursor_of_C, size, triangle, live)
+                    size += 1
+                    live += 1
+            pivot, size = _pop_pivot(rank_NN, near_NN, degree_N, cursor_C5, heap_C, cursor_of_C, size)
+            if pivot == _NO_TRIANGLE:
+                # the column does not end among the edges ranked so far: rank the others and begin it again
+                if up_to == radius:
+                    raise RuntimeError("a loop outlives the enclosing radius: the matrix is not symmetric")
+                ranked = m
+                m = _rank_edges(bits_NN, np.int64(up_to), radius, edges_M, ranked, rank_NN)
+                _list_neighbours(edges_M, ranked, m, near_NN, degree_N)
+                up_to = radius
+                used = start[k] + 1
+                fresh = start[k]
+                live = 0
+                size = 0
+                pivot = (np.uint64(edge) << _U32) | np.uint64(edge - 1)
+                continue
+            # the column to add: an apparent one, known by its lune, or one reduced before
+            fresh = used
+            longest = np.uint32(pivot >> _U32)
+            u, v = _ends(edges_M[longest])
+            i = _next_in_lune(near_NN[u], rank_NN[u], rank_NN[v], longest, 0)
+            apparent = np.uint64(rank_NN[u, near_NN[u, i]]) == pivot & _LOW32
+            first = fresh
+            last = fresh + 1
+            if not apparent:
                 slot = (pivot * _GOLDEN) >> shift
-                while table_key[slot] != pivot and table_key[slot] != NO_KEY:
-                    slot = (slot + _ONE) & slots
-                if table_key[slot] == NO_KEY:
+                while table[slot] != _NO_TRIANGLE and table[slot] != pivot:
+                    slot = (slot + _ONE) & mask
+                if table[slot] == _NO_TRIANGLE:
+                    table[slot] = pivot
+                    table_column[slot] = k
                     break
-                apparent = False
-                add_from = start[table_column[slot]]
-                add_to = start[table_column[slot] + 1]
-            if pivot != NO_KEY:
-                break
-            if up_to >= radius:
-                raise RuntimeError("a loop survives the enclosing radius: the matrix is not symmetric")
-            share *= GROWTH
-            above = np.int64(up_to)
-            up_to = min(radius, max(up_to, _cutoff(bits_NN, share)))
-            m = _extend(bits_NN, above, up_to, keys_M, m, rank_NN, near_NN, degree_N)
-        for i in range(base, used):
-            odd_M[chain[i]] ^= True
-        keep = base
-        for i in range(base, used):
-            e = chain[i]
-            if odd_M[e]:
-                odd_M[e] = False
-                chain[keep] = e
-                keep += 1
-        start[done + 1] = keep
-        table_key[slot] = pivot
-        table_column[slot] = done
-        pairs[done, 0] = np.uint32(column >> _U32)
-        pairs[done, 1] = np.uint32(keys_M[pivot >> _U32] >> _U32)
+                first = start[table_column[slot]]
+                last = start[table_column[slot] + 1]
+            used = fresh + last - first
+            while len(chain) <= used:
+                chain = np.concatenate((chain, np.empty_like(chain)))
+            if apparent:
+                chain[fresh] = longest
+            else:
+                chain[fresh:used] = chain[first:last]
+        start[k + 1] = start[k] + _cancel_pairs(chain[start[k] : used])
+        pairs[k, 0] = np.uint32(birth >> _U32)
+        pairs[k, 1] = np.uint32(edges_M[pivot >> _U32] >> _U32)
     return pairs

@@ -84,10 +84,10 @@ def test_every_metric_is_symmetric_with_zero_diagonal(metric):
 @pytest.mark.parametrize(
     ("metric", "value", "message"),
     [
-        ("jaccard", 2.0, r"x\[1, 2\] = 2.0; Jaccard takes bits; pass x > 0, or use tanimoto"),
-        ("tanimoto", 0.5, r"x\[1, 2\] = 0.5; Tanimoto takes integer counts; use euclidean"),
-        ("tanimoto", np.nan, r"x\[1, 2\] = nan; Tanimoto takes integer counts"),
-        ("tanimoto", -1.0, r"x\[1, 2\] = -1.0; counts must be >= 0"),
+        ("jaccard", 2.0, r"x\[1, 2\] = 2.0; bits must be 0 or 1; pass x > 0, or treat x as counts"),
+        ("tanimoto", 0.5, r"x\[1, 2\] = 0.5; counts must be whole numbers; treat x as reals"),
+        ("tanimoto", np.nan, r"x\[1, 2\] = nan; counts must be whole numbers"),
+        ("tanimoto", -1.0, r"x\[1, 2\] = -1; counts must be >= 0"),
         ("euclidean", np.nan, r"x\[1, 2\] = nan; entries must be finite; drop or impute row 1"),
         ("cosine", np.inf, r"x\[1, 2\] = inf; entries must be finite"),
     ],
