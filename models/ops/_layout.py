@@ -40,14 +40,17 @@ def time_spans(T: int, span: int, device: torch.device) -> list[slice]:
     return [slice(start, min(start + step, T)) for start in range(0, T, step)]
 
 
-def to_chunks(x_RTHD: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
-    """[R, T, H, D] -> contiguous [R*H*N, C, D] in `dtype`, time padded with zeros to a whole number of chunks."""
+def to_chunks(x_RTHD: Tensor, chunk: int, dtype: torch.dtype, *, extra: int = 0) -> Tensor:
+    """[R, T, H, D] -> contiguous [R*H*N, C, D + extra] in `dtype`.
+
+    Time is padded with zeros to a whole number of chunks; `extra` columns are left for the caller to fill.
+    """
     R, T, H, D = x_RTHD.shape
     padded = -(-T // chunk) * chunk
-    out = torch.empty(R, H, padded, D, dtype=dtype, device=x_RTHD.device)
-    out[:, :, :T].copy_(x_RTHD.transpose(1, 2))
+    out = torch.empty(R, H, padded, D + extra, dtype=dtype, device=x_RTHD.device)
+    out[:, :, :T, :D].copy_(x_RTHD.transpose(1, 2))
     out[:, :, T:].zero_()
-    return out.view(-1, chunk, D)
+    return out.view(-1, chunk, D + extra)
 
 
 def from_chunks(x_MCD: Tensor, out_RTHD: Tensor) -> None:

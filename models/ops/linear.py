@@ -137,12 +137,12 @@ def linear_attention_step(
 
 
 def _segment_chunk(segment: int) -> int:
-    """Longest chunk that divides the segment."""
+    """The divisor of the segment nearest below `CHUNK`, or else nearest above it."""
     if segment < 1:
         raise ValueError(f"segment={segment} tokens; choose segment >= 1")
-    if segment <= LONGEST_CHUNK:
+    if segment <= CHUNK:
         return segment
-    for chunk in range(LONGEST_CHUNK, SHORTEST_CHUNK - 1, -1):
+    for chunk in (*range(CHUNK, SHORTEST_CHUNK - 1, -1), *range(CHUNK + 1, LONGEST_CHUNK + 1)):
         if segment % chunk == 0:
             return chunk
     raise ValueError(
@@ -201,8 +201,9 @@ def _recurrent(
 
 def _with_ones(v_RTHV: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
     """Values in chunks with a column of ones, which turns the normaliser into one more output column."""
-    v_MCV = to_chunks(v_RTHV, chunk, dtype)
-    return torch.cat([v_MCV, v_MCV.new_ones(*v_MCV.shape[:2], 1)], 2)
+    v_MCX = to_chunks(v_RTHV, chunk, dtype, extra=1)
+    v_MCX[..., -1] = 1
+    return v_MCX
 
 
 def _entering_states(kv_GNKX: Tensor, initial_GKX: Tensor) -> Tensor:
@@ -275,15 +276,14 @@ class _ChunkedLinearAttention(torch.autograd.Function):
                 kv = torch.bmm(k_MCK.transpose(1, 2), v_MCX).unflatten(0, (G, -1))
                 states_MKX = _entering_states(kv, start)[:, :-1].flatten(0, 1)
                 scores = torch.bmm(q_MCK, k_MCK.transpose(1, 2)).tril_()
-                dy = torch.zeros_like(v_MCX)
-                if do is not None:
-                    dy[..., :V] = to_chunks(do[r], chunk, dtype)
-                    if normalize:
-                        y = torch.bmm(q_MCK, states_MKX).baddbmm_(scores, v_MCX)
-                        denominator = y[..., V:].add_(eps)
-                        dy[..., :V].div_(denominator)
-                        y[..., :V].div_(denominator).mul_(dy[..., :V])
-                        dy[..., V] = -y[..., :V].sum(2)
+                dy = torch.zeros_like(v_MCX) if do is None else to_chunks(do[r], chunk, dtype, extra=1)
+                dy[..., V] = 0
+                if normalize and do is not None:
+                    y = torch.bmm(q_MCK, states_MKX).baddbmm_(scores, v_MCX)
+                    denominator = y[..., V:].add_(eps)
+                    dy[..., :V].div_(denominator)
+                    y[..., :V].div_(denominator).mul_(dy[..., :V])
+                    dy[..., V] = -y[..., :V].sum(2)
 
                 # gradient of the state that enters chunk n, plus (index N) of the final state
                 N = kv.shape[1]

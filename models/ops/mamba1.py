@@ -144,7 +144,7 @@ class _ChunkedScan(torch.autograd.Function):
         dtype = entering.dtype
         A_ND = A.to(dtype).t().contiguous()
         dx, ddt, dB, dC = (torch.empty_like(z, memory_format=torch.contiguous_format) for z in (x, dt, B, C))
-        dA_ND = torch.zeros_like(A_ND)
+        dA_RND = torch.zeros(batch, *A_ND.shape, dtype=dtype, device=x.device)
         dinitial = torch.empty_like(entering[:, 0])
         with no_autocast(x):
             for r in row_groups(batch, x.device):
@@ -155,20 +155,22 @@ class _ChunkedScan(torch.autograd.Function):
                     dy_c = torch.zeros_like(x_c) if dy is None else dy[r, tokens]
                     states, decay = _scan_chunk(h, x_c, dt_c, A_ND, B_c)
                     dC[r, tokens] = torch.matmul(states, dy_c.unsqueeze(3)).squeeze(3).to(C.dtype)
-                    grad = C_c.unsqueeze(3) * dy_c.unsqueeze(2)  # of every state, through its own output
-                    for i in range(grad.shape[1] - 1, -1, -1):
-                        dh = torch.mul(grad[:, i].add_(dh), decay[:, i])
+                    grad = torch.empty_like(states)
+                    # all work of a step at once, while its [N, D] slices are in cache: gradient of h_t, then of
+                    # h_{t-1} (over the decay), of the exponent dt A (over h_t, read for the last time) and of A
+                    for i in range(states.shape[1] - 1, -1, -1):
+                        before = states[:, i - 1] if i else h
+                        torch.addcmul(dh, C_c[:, i, :, None], dy_c[:, i, None], out=grad[:, i])
+                        dh = decay[:, i].mul_(grad[:, i])
+                        dexponent = torch.mul(dh, before, out=states[:, i])
+                        dA_RND[r].addcmul_(dexponent, dt_c[:, i, None])
+                        dexponent.mul_(A_ND)
                     dB[r, tokens] = torch.matmul(grad, (dt_c * x_c).unsqueeze(3)).squeeze(3).to(B.dtype)
                     dinput = torch.matmul(B_c.unsqueeze(2), grad).squeeze(2)
-                    # grad becomes the gradient of the exponent dt A
-                    grad.mul_(decay)
-                    grad[:, 0].mul_(h)
-                    grad[:, 1:].mul_(states[:, :-1])
-                    dA_ND += torch.mul(grad, dt_c.unsqueeze(2), out=decay).sum((0, 1))
-                    ddt[r, tokens] = (grad.mul_(A_ND).sum(2) + dinput * x_c).to(dt.dtype)
+                    ddt[r, tokens] = (states.sum(2) + dinput * x_c).to(dt.dtype)
                     dx[r, tokens] = (dinput * dt_c).to(x.dtype)
                 dinitial[r] = dh
-        return dx, ddt, dA_ND.t().to(A.dtype), dB, dC, dinitial
+        return dx, ddt, dA_RND.sum(0).t().to(A.dtype), dB, dC, dinitial
 
 
 def _chunks(T: int) -> list[slice]:
