@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -244,28 +245,25 @@ def _filesystem(source: str, endpoint: str | None) -> tuple[Any, str]:
     return filesystem, root.rstrip("/")
 
 
-class _named_errors:
+@contextmanager
+def _named_errors(source: str, shard: str | None = None) -> Iterator[None]:
     """Turn what libraries raise into StreamUnavailable or CorruptShard with the place in the message."""
-
-    def __init__(self, source: str, shard: str | None = None) -> None:
-        self.source, self.shard = source, shard
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if not isinstance(error, Exception) or isinstance(error, CorruptShard | StreamUnavailable):
-            return
-        if self.source.startswith("hf://") and _is_network(error):
+    try:
+        yield
+    except (CorruptShard, StreamUnavailable):
+        raise
+    except Exception as error:
+        if source.startswith("hf://") and _is_network(error):
             raise StreamUnavailable(
-                f"cannot reach {self.source} on the Hugging Face hub ({type(error).__name__}); "
+                f"cannot reach {source} on the Hugging Face hub ({type(error).__name__}); "
                 "pass stream_path=DIR with a local copy, or use --preset local, which needs no network"
             ) from error
-        if self.shard is None and isinstance(error, FileNotFoundError):
-            raise ValueError(f"stream {self.source} does not exist; give a directory of *.parquet shards") from error
-        if self.shard is not None and isinstance(error, OSError | pa.ArrowException | ValueError | EOFError):
+        if shard is None and isinstance(error, FileNotFoundError):
+            raise ValueError(f"stream {source} does not exist; give a directory of *.parquet shards") from error
+        if shard is not None and isinstance(error, OSError | pa.ArrowException | ValueError | EOFError):
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            raise CorruptShard(f"shard {self.shard} of {self.source} cannot be read: {reason}") from error
+            raise CorruptShard(f"shard {shard} of {source} cannot be read: {reason}") from error
+        raise
 
 
 def _is_network(error: BaseException | None) -> bool:
