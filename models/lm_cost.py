@@ -80,5 +80,7 @@ def names_by_group(model: nn.Module) -> Iterator[tuple[str, str]]:
         elif ".mixer." in name:
             owner = owners[name.split(".mixer.")[0] + ".mixer"]
             yield name, f"mixer.{type(getattr(owner, 'inner', owner)).__name__}"
+        elif ".mlp." in name:
+            yield name, "mlp"
         else:
-            yield name, "mlp" if ".mlp." in name else name.split(".")[-2 if "norm" in name else 0]
+            yield name, "norm" if "norm" in name else name

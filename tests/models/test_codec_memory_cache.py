@@ -1,0 +1,174 @@
+"""Memory caching against the paper's sums written out token by token, its limits, and its health."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from models.linear_attention import LinearAttention
+from models.mamba import Mamba
+from models.memory_cache import CachedLinearAttention, CachedOutput, MemoryCacheConfig, SegmentGate, cache_health
+
+D, H, S, T = 12, 3, 4, 15
+
+
+def _randomise(module):
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(0.4 * torch.randn(p.shape, generator=generator))
+    return module.double()
+
+
+def _input(steps=T):
+    return torch.randn(2, steps, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def _gates(layer, x, t):
+    """softmax of <W_u x_t, m_i> over complete segments and the running mean, written out."""
+    done = t // S
+    means = [x[:, i * S : (i + 1) * S].mean(1) for i in range(done)] + [x[:, done * S : t + 1].mean(1)]
+    u = layer.gate.u(x[:, t])
+    return torch.stack([(u * m).sum(-1) for m in means], -1).softmax(-1)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("cumulative", [True, False])
+@pytest.mark.parametrize(("bias", "rank"), [(None, None), (-2.0, 5)])
+def test_output_is_the_sum_of_the_paper(normalized, cumulative, bias, rank):
+    config = MemoryCacheConfig(
+        segment=S, rank=rank, gate_bias_init=bias, normalized_retrieval=normalized, cumulative=cumulative
+    )
+    layer = _randomise(CachedLinearAttention(LinearAttention(D, H), D, config))
+    x = _input()
+    q, k, v = (part.unflatten(-1, (H, D // H)) for part in layer.inner.in_proj(x))
+    q, k = F.elu(q) + 1, F.elu(k) + 1
+    rows = []
+    for t in range(T):
+
+        def read(start, stop, normalise, t=t):
+            weight = torch.einsum("bhe,bshe->bhs", q[:, t], k[:, start:stop])
+            values = torch.einsum("bhs,bshe->bhe", weight, v[:, start:stop])
+            return values / (weight.sum(-1, keepdim=True) + 1e-6) if normalise else values
+
+        gates = _gates(layer, x, t)
+        current = read(0, t + 1, True)
+        mixed = gates[:, -1, None, None] * current
+        for i in range(t // S):
+            mixed = mixed + gates[:, i, None, None] * read(0 if cumulative else i * S, (i + 1) * S, normalized)
+        openness = 1.0 if bias is None else layer.gate.bias.sigmoid()
+        rows.append(layer.inner.out((current + openness * (mixed - current)).flatten(1)))
+    torch.testing.assert_close(layer(x), torch.stack(rows, 1), rtol=1e-9, atol=1e-11)
+
+
+def test_delta_rule_caches_are_its_memories_at_the_boundaries():
+    config = MemoryCacheConfig(segment=S, gate_bias_init=None)
+    layer = _randomise(CachedLinearAttention(LinearAttention(D, H, delta_rule=True), D, config))
+    x = _input()
+    inputs = layer.inner.inputs(x)
+    memory = torch.zeros(2, H, D // H, D // H, dtype=torch.float64)
+    kept, rows = [], []
+    for t in range(T):
+        q, k, v, beta = (y[:, t] for y in (inputs.q, inputs.k, inputs.v, inputs.beta))
+        error = v - torch.einsum("bhk,bhkv->bhv", k, memory)
+        memory = memory + torch.einsum("bhk,bhv->bhkv", k, beta[..., None] * error)
+        gates = _gates(layer, x, t)
+        weights = [*gates.unbind(-1)]
+        reads = [torch.einsum("bhk,bhkv->bhv", q, state) for state in (*kept, memory)]
+        rows.append(sum(w[:, None, None] * r for w, r in zip(weights, reads, strict=True)).flatten(1))
+        if (t + 1) % S == 0:
+            kept.append(memory)
+    torch.testing.assert_close(layer(x), layer.inner.out(torch.stack(rows, 1)), rtol=1e-9, atol=1e-11)
+
+
+def test_cached_outputs_are_the_mixer_outputs_at_the_boundaries():
+    inner = Mamba(D, d_state=4, expand=2, conv_width=4)
+    layer = _randomise(CachedOutput(inner, D, MemoryCacheConfig(segment=S, gate_bias_init=None)))
+    x = _input()
+    current = inner(x)
+    rows = []
+    for t in range(T):
+        gates = _gates(layer, x, t)
+        cached = [current[:, (i + 1) * S - 1] for i in range(t // S)]
+        rows.append(sum(gates[:, i, None] * y for i, y in enumerate([*cached, current[:, t]])))
+    torch.testing.assert_close(layer(x), torch.stack(rows, 1), rtol=1e-9, atol=1e-11)
+
+
+def test_a_shut_gate_is_the_control_and_an_open_gate_the_paper():
+    inner = LinearAttention(D, H)
+    paper = _randomise(CachedLinearAttention(inner, D, MemoryCacheConfig(segment=S, gate_bias_init=None)))
+    biased = CachedLinearAttention(inner, D, MemoryCacheConfig(segment=S, gate_bias_init=0.0)).double()
+    biased.gate.u.load_state_dict(paper.gate.u.state_dict())
+    x = _input()
+    for bias, expected in ((-50.0, inner(x)), (50.0, paper(x))):
+        torch.nn.init.constant_(biased.gate.bias, bias)
+        torch.testing.assert_close(biased(x), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(paper(x[:, :S]), inner(x[:, :S]), rtol=1e-12, atol=1e-12)
+    assert (paper(x) - inner(x))[:, S:].abs().amax() > 1e-3
+
+
+def test_unnormalised_reads_grow_with_the_number_of_tokens_and_normalised_reads_do_not():
+    """The explanation the study needs a measurement for: phi(q) S_i is a sum over all tokens before the boundary."""
+
+    def size(normalized, steps):
+        config = MemoryCacheConfig(segment=S, gate_bias_init=None, normalized_retrieval=normalized)
+        layer = _randomise(CachedLinearAttention(LinearAttention(D, H), D, config))
+        torch.nn.init.zeros_(layer.gate.u.weight)  # equal weights for all choices
+        x = _input(steps).abs()
+        return float(layer(x)[:, -1].detach().norm())
+
+    assert size(False, 32 * S) > 8 * size(False, 2 * S)
+    assert size(True, 32 * S) < 2 * size(True, 2 * S)
+
+
+def test_health_of_uniform_and_of_shut_gates():
+    gate = SegmentGate(D, MemoryCacheConfig(segment=S, gate_bias_init=-2.0)).double()
+    torch.nn.init.constant_(gate.bias, -2.0)
+    torch.nn.init.zeros_(gate.u.weight)
+    health = cache_health(3, gate, _input())
+    choices = [t // S + 1 for t in range(S, T)]
+    openness = 1 / (1 + math.exp(2.0))
+    assert health.layer == 3
+    assert health.entropy == pytest.approx(sum(math.log(n) for n in choices) / len(choices))
+    assert health.entropy_share == pytest.approx(1.0)
+    assert health.cache_mass == pytest.approx(sum(1 - 1 / n for n in choices) / len(choices))
+    assert (health.gate_bias, health.openness) == (pytest.approx(-2.0), pytest.approx(openness))
+    assert health.effective_mass == pytest.approx(openness * health.cache_mass)
+
+    torch.nn.init.eye_(gate.u.weight)
+    own_segment = _input() * 0.01
+    own_segment[:, S:] = 30 * torch.ones(D)  # the query is far closer to its own segment than to the first
+    sharp = cache_health(1, gate, own_segment[:, : 2 * S])
+    assert sharp.cache_mass < 1e-6
+    assert sharp.entropy < 1e-4
+    assert math.isnan(cache_health(1, gate, _input(S)).entropy)
+
+
+def test_health_of_a_model_lists_its_cached_layers(tiny_codec_lm, codec_tokens):
+    health = tiny_codec_lm("mc_la").cache_health(codec_tokens())
+    assert [h.layer for h in health] == [2, 3]
+    assert all(0 < h.cache_mass < 1 and 0 < h.entropy_share <= 1 for h in health)
+    assert all(h.gate_bias == pytest.approx(0.5, abs=0.5) for h in health)
+    (paper, _) = tiny_codec_lm("mc_la_paper_gate").cache_health(codec_tokens())
+    assert paper.openness == 1.0
+    assert math.isnan(paper.gate_bias)
+    assert tiny_codec_lm("gdn_hybrid").cache_health(codec_tokens()) == []
+
+
+def test_impossible_options_are_named():
+    with pytest.raises(ValueError, match="segment=0 tokens"):
+        MemoryCacheConfig(segment=0)
+    with pytest.raises(ValueError, match="layers count from 1"):
+        MemoryCacheConfig(start_layer=0)
+    with pytest.raises(ValueError, match="rank=0 of W_u"):
+        MemoryCacheConfig(rank=0)
+    config = MemoryCacheConfig(normalized_retrieval=True)
+    with pytest.raises(ValueError, match="the delta rule does not have"):
+        CachedLinearAttention(LinearAttention(D, H, delta_rule=True), D, config)
+    for bad in (config, replace(MemoryCacheConfig(), cumulative=False)):
+        with pytest.raises(ValueError, match="use linear attention for these options"):
+            CachedOutput(Mamba(D, d_state=4, expand=2, conv_width=4), D, bad)
