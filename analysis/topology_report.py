@@ -158,7 +158,7 @@ def _ratio_figure(cells: pd.DataFrame, path: Path) -> None:
         axis.set_yticks(
             y, [_label(p) for p in ratios[["table", "representation", "metric", "route"]].to_numpy().tolist()]
         )
-        axis.set_xlabel("top-1 H1 persistence / largest null p95 (95% CI over null draws)")
+        axis.set_xlabel("top-1 persistence / largest null p95\n(95% CI over null draws)")
         plots.save(figure, path)
 
 

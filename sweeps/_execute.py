@@ -67,7 +67,7 @@ def run_packs(
             tune.with_resources(trial, resources),
             param_space={"pack": tune.grid_search(list(by_name))},
             tune_config=tune.TuneConfig(
-                reuse_actors=False,
+                reuse_actors=True,  # a worker imports torch once, not once a pack
                 trial_name_creator=lambda t: t.config["pack"],
                 trial_dirname_creator=lambda t: t.trial_id,
             ),

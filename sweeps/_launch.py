@@ -120,7 +120,7 @@ class _Launch:
         print(f"{'key':16}  state    cell")
         for cell in self.cells:
             state = "done" if cell.key in self.done else "failed" if cell.key in self.failures else "to do"
-            print(f"{cell.key}  {state:7}  {' '.join(f'{n}={getattr(cell, n)}' for n in varying)}")
+            print(f"{cell.key}  {state:7}  {' '.join(f'{n}={v}' for n, v in cell.identity().items() if n in varying)}")
         packs = self.sweep.pack(missing, self.preset, machine, self.run) if missing else []
         estimate = self.sweep.estimate(missing, self.preset, machine, self.run)
         print(f"cells        {len(self.cells)} planned, {len(self.done)} done, {len(missing)} to do")
@@ -281,5 +281,6 @@ def _shutdown_ray() -> None:
 def _fields(cells: Sequence[Cell]) -> tuple[list[str], str]:
     """(names of the fields that differ among the cells, the others as text)."""
     identities = [cell.identity() for cell in cells]
-    varying = [name for name in identities[0] if len({str(i.get(name)) for i in identities}) > 1]
+    names = dict.fromkeys(name for identity in identities for name in identity)
+    varying = [name for name in names if len({str(i.get(name)) for i in identities}) > 1]
     return varying, " ".join(f"{name}={value}" for name, value in identities[0].items() if name not in varying)

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from sweeps._sweep import Estimate, Pack, UserError
-from sweeps._topology_sources import kind_of, member_of, metrics_of, n_rows, table_name
+from sweeps._topology_sources import kind_of, member_of, metrics_of, n_rows, place_of, table_name
 from sweeps._where import Machine, RunSettings
 from sweeps.odor_topology import NULLS, OBSERVED, Audit, DiagramCell, MemberCell, TopologyCell, UtilityCell
 
@@ -19,6 +19,8 @@ _UTILITY_SECONDS = 60.0
 
 def plan(preset: Audit) -> list[TopologyCell]:
     """All cells of a preset; raises UserError."""
+    if preset.draws_per_cell < 1:
+        raise UserError(f"draws_per_cell={preset.draws_per_cell} cuts draws into nothing; choose 1 or more")
     name = table_name(preset.table)
     representations = list(preset.representations)
     if preset.embedding:
@@ -40,9 +42,9 @@ def _of_representation(preset: Audit, table: str, representation: str) -> list[T
     if member is not None:
         cells.append(MemberCell(table=table, representation=representation, member=member, epochs=preset.pom_epochs))
     if preset.study == "utility":
-        if preset.neighbours >= n_rows(table, preset.table):
+        if preset.neighbours >= n_rows(table, place_of(preset)):
             raise UserError(
-                f"neighbours={preset.neighbours} is not below the table's {n_rows(table, preset.table)} rows; "
+                f"neighbours={preset.neighbours} is not below the table's {n_rows(table, place_of(preset))} rows; "
                 "choose fewer neighbours"
             )
         for metric in metrics_of(representation, preset.metrics):
@@ -67,7 +69,7 @@ def subsample_rows(preset: Audit, total: int) -> int:
 
 
 def _diagrams(preset: Audit, table: str, representation: str) -> list[TopologyCell]:
-    total = n_rows(table, preset.table)
+    total = n_rows(table, place_of(preset))
     rows = subsample_rows(preset, total)
     null_runs = preset.null_runs or preset.runs
     cells: list[TopologyCell] = []

@@ -19,7 +19,7 @@ from models.pom import train_member
 from sweeps._context import PackContext
 from sweeps._sweep import Row, UserError
 from sweeps._topology_plan import FULL_TABLE
-from sweeps._topology_sources import kind_of, matrix, member_of, open_table
+from sweeps._topology_sources import kind_of, matrix, member_of, open_table, place_of
 from sweeps.odor_topology import NULLS, OBSERVED, Audit, DiagramCell, MemberCell, TopologyCell, UtilityCell
 
 _NULL_SEED, _LANDMARK_SEED, _LANDMARK_NULL_SEED, _DRAW_SEED = 10_000, 500_000, 1_000, 1_000_000
@@ -55,7 +55,7 @@ class _Sources:
     def matrix(self, table: str, representation: str) -> np.ndarray:
         member = member_of(representation)
         if member is None:
-            x = matrix(table, representation, self.preset.table, self.preset.embedding)
+            x = matrix(table, representation, place_of(self.preset), self.preset.embedding)
             return _zscore(x) if representation == "physchem" else x
         cell = MemberCell(table=table, representation=representation, member=member, epochs=self.preset.pom_epochs)
         if not self.context.ledger.done([cell.key]):
@@ -64,7 +64,7 @@ class _Sources:
 
     def member(self, cell: MemberCell) -> None:
         """Train and publish a member."""
-        rows = open_table(cell.table, self.preset.table)
+        rows = open_table(cell.table, place_of(self.preset))
         if not rows.labels:
             raise UserError(f"table {cell.table} has no label columns; the odor model needs them, leave pom_M out")
         self.context.progress(force=True, phase=f"training {cell.representation}")
@@ -151,7 +151,7 @@ def diagram(x_nD: np.ndarray, metric: str, n_landmarks: int, seed: int) -> np.nd
 
 
 def _utility(cell: UtilityCell, sources: _Sources, context: PackContext) -> None:
-    rows = open_table(cell.table, sources.preset.table)
+    rows = open_table(cell.table, place_of(sources.preset))
     x_ND = sources.matrix(cell.table, cell.representation)
     distance_NN = distance_matrix(x_ND, cell.metric)
     context.progress(force=True, phase=f"{cell.representation}: patches")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["bits", "counts", "dense"]
 CLOUD_ROWS = 300
+_CURATED = "curated_GS_LF_merged_4983.csv"
+_BROADER = ("pyrfume_goodscents_molecules.csv", "pyrfume_leffingwell_molecules.csv")
 _CLOUD = "cloud:"
 _BUILT_IN = ("embedded", "curated", "broader", "nonoverlap")
 _MODEL = re.compile(r"^(pom|rp256|ae256)_(\d+)$")
@@ -52,24 +55,33 @@ def table_name(text: str) -> str:
             f"table {text!r} is no file and no known table{nearest(text, known)}; tables: {', '.join(known)}"
         )
     sha = odor_sources.sha256(path)
-    if sha == odor_sources.SOURCES["curated"].sha256:
+    if sha == odor_sources.SOURCES[_CURATED].sha256:
         return "curated"
     return f"file:{path.stem}-{sha[:12]}"
 
 
+def place_of(preset: Audit) -> str:
+    """Where the preset's table lies: the folder of source files, or the table's own path."""
+    return preset.table_path or preset.table
+
+
 @functools.lru_cache(maxsize=4)
-def open_table(name: str, path: str) -> MoleculeTable:
-    """A table of molecules by name; `path` is where a `file:` (or a local copy of a known table) lies."""
-    local = path if Path(path).is_file() else None
+def open_table(name: str, place: str) -> MoleculeTable:
+    """A table of molecules by name; `place` is its file, a folder with the source files, or neither (download)."""
+    path = Path(place)
+    folder = path if path.is_dir() else None
+    curated = folder / _CURATED if folder else path if path.is_file() else None
+    parts = [folder / part for part in _BROADER] if folder else []
     try:
         if name == "embedded":
             return molecules.embedded()
         if name == "curated":
-            return molecules.curated(local)
+            return molecules.curated(curated)
         if name == "broader":
-            return molecules.broader()
+            return molecules.broader(*parts)
         if name == "nonoverlap":
-            return molecules.nonoverlap(molecules.broader(), molecules.curated()).table
+            apart = molecules.nonoverlap(molecules.broader(*parts), molecules.curated(curated))
+            return replace(apart.table, note=apart.note)
         return molecules.read_table(path, name)
     except (ConnectionError, ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from error
@@ -96,9 +108,9 @@ def metrics_of(representation: str, asked: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(m for m in own if not asked or m in asked)
 
 
-def n_rows(name: str, path: str) -> int:
+def n_rows(name: str, place: str) -> int:
     """Number of rows of a table."""
-    return CLOUD_ROWS if name.startswith(_CLOUD) else len(open_table(name, path))
+    return CLOUD_ROWS if name.startswith(_CLOUD) else len(open_table(name, place))
 
 
 def member_of(representation: str) -> int | None:
@@ -108,11 +120,11 @@ def member_of(representation: str) -> int | None:
 
 
 @functools.lru_cache(maxsize=8)
-def matrix(table: str, representation: str, path: str, embedding: str) -> np.ndarray:
+def matrix(table: str, representation: str, place: str, embedding: str) -> np.ndarray:
     """The representation [N, D] of every row of a table, all but the own odor model's (see `_topology_run`)."""
     if table.startswith(_CLOUD):
         return CLOUDS[table.removeprefix(_CLOUD)].sample(CLOUD_ROWS, 0)
-    rows = open_table(table, path)
+    rows = open_table(table, place)
     if representation == "file":
         try:
             return embeddings.load_aligned(embedding, rows.ids, rows.frame["row"].tolist())
@@ -139,15 +151,15 @@ def fingerprint(cell: TopologyCell, preset: Audit) -> str:
     if cell.table.startswith(_CLOUD):
         content.append({"cloud_rows": CLOUD_ROWS})
     else:
-        content.append({"rows": _table_digest(cell.table, preset.table)})
+        content.append({"rows": _table_digest(cell.table, place_of(preset))})
     if cell.representation == "file":
         content.append({"embedding": odor_sources.sha256(Path(preset.embedding))})
     return digest(content)
 
 
 @functools.cache
-def _table_digest(name: str, path: str) -> str:
-    rows = open_table(name, path)
+def _table_digest(name: str, place: str) -> str:
+    rows = open_table(name, place)
     return digest([rows.smiles, list(rows.labels)])
 
 
@@ -157,12 +169,12 @@ def banner(preset: Audit) -> list[str]:
     lines = []
     if name == "embedded":
         lines.append(
-            f"table: {n_rows(name, preset.table)} common odorants with textbook labels that come with the program, a "
+            f"table: {n_rows(name, place_of(preset))} common odorants with textbook labels, part of the program: a "
             "STAND-IN for the study's tables; --set table=curated runs on the 4,983-molecule table (downloaded once, "
             "or --set table=PATH)"
         )
     elif not name.startswith(_CLOUD):
-        rows = open_table(name, preset.table)
+        rows = open_table(name, place_of(preset))
         lines.append(
             f"table: {name}, {len(rows)} molecules, {len(rows.invalid)} unparsable SMILES kept out. {rows.note}"
         )

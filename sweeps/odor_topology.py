@@ -87,6 +87,7 @@ class Audit:
 
     study: str  # "paper", "audit", "bottleneck", "ensemble" or "utility"
     table: str = "embedded"
+    table_path: str = ""  # folder with the tables' source files, instead of downloading them
     clouds: tuple[str, ...] = ()  # point clouds with known loops, audited beside the table
     representations: tuple[str, ...] = ("bits_r4", "counts_r4", "physchem", "pom_0")
     embedding: str = ""  # .npy/.npz/.parquet with row ids, audited as representation "file"
