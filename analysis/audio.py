@@ -1,0 +1,190 @@
+"""What a codec language model knows: likelihood and accuracy by codebook, bits a second, long-range coherence.
+
+Shape suffixes: B clips in a batch, K codebooks, T frames, V vocabulary, C clips in all, W windows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from torch import Tensor
+
+from analysis.bootstrap import Interval, bootstrap_ci
+
+Floats = npt.NDArray[np.float64]
+_SUMS = ("nll", "uniform", "count", "top1", "top5")
+
+
+def token_scores(logits_BKTV: Tensor, targets_BKT: Tensor, pad: int) -> dict[str, Floats]:
+    """Sums over the frames of each clip, [B, K]: nll and uniform (nats), count, top1, top5; padding is left out.
+
+    nll is -log p(target); uniform is the mean over the vocabulary of -log p, from which the label-smoothed loss
+    follows. A target counts for top-n when fewer than n tokens are strictly likelier.
+    Raises ValueError for shapes that disagree or a target outside the vocabulary.
+    """
+    if logits_BKTV.shape[:3] != targets_BKT.shape:
+        raise ValueError(
+            f"logits {tuple(logits_BKTV.shape)} and targets {tuple(targets_BKT.shape)} disagree in B, K or T"
+        )
+    vocabulary = logits_BKTV.shape[-1]
+    valid = targets_BKT != pad
+    real = targets_BKT[valid]
+    if real.numel() and not 0 <= int(real.min()) <= int(real.max()) < vocabulary:
+        worst = int(real.max()) if int(real.max()) >= vocabulary else int(real.min())
+        raise ValueError(f"target {worst} is outside the vocabulary of {vocabulary}; check the codec's codebook size")
+    log_p = torch.log_softmax(logits_BKTV.double(), dim=-1)
+    picked = log_p.gather(-1, targets_BKT.masked_fill(~valid, 0).long()[..., None])
+    rank = (log_p > picked).sum(-1)
+    parts = {
+        "nll": -picked[..., 0],
+        "uniform": -log_p.mean(-1),
+        "count": torch.ones_like(log_p[..., 0]),
+        "top1": (rank < 1).double(),
+        "top5": (rank < 5).double(),
+    }
+    return {name: part.masked_fill(~valid, 0).sum(-1).cpu().numpy() for name, part in parts.items()}
+
+
+@dataclass
+class CodebookScores:
+    """Streaming scores of a model on held-out clips; any batching of the same clips gives the same numbers.
+
+    Per-clip sums are kept, so that intervals resample clips: frames of one clip are not independent.
+    """
+
+    n_codebooks: int
+    _rows: list[dict[str, Floats]] = field(default_factory=list)
+
+    def update(self, logits_BKTV: Tensor, targets_BKT: Tensor, pad: int) -> None:
+        """Add a batch; see `token_scores` for what is raised."""
+        self.add(token_scores(logits_BKTV, targets_BKT, pad))
+
+    def add(self, sums: dict[str, Floats]) -> None:
+        """Add sums [B, K] (one row a clip) named nll, uniform, count, top1, top5 that were computed elsewhere."""
+        arrays = {name: np.atleast_2d(np.asarray(sums[name], dtype=np.float64)) for name in _SUMS}
+        shapes = {a.shape for a in arrays.values()}
+        if len(shapes) != 1 or next(iter(shapes))[1] != self.n_codebooks:
+            raise ValueError(f"sums have shapes {sorted(shapes)}, expected [B, {self.n_codebooks}] for all of {_SUMS}")
+        self._rows.append(arrays)
+
+    def _sums(self, name: str) -> Floats:
+        if not self._rows:
+            raise ValueError("no batch was added; update() the scores first")
+        return np.concatenate([row[name] for row in self._rows])
+
+    def val_nll(self) -> float:
+        """True mean negative log-likelihood, nats a token."""
+        return float(self._sums("nll").sum() / self._sums("count").sum())
+
+    def val_loss_smoothed(self, label_smoothing: float = 0.1) -> float:
+        """Label-smoothed loss, the published convention; its exponential is not a perplexity."""
+        mixed = (1 - label_smoothing) * self._sums("nll").sum() + label_smoothing * self._sums("uniform").sum()
+        return float(mixed / self._sums("count").sum())
+
+    def perplexity(self) -> float:
+        """exp(val_nll), a token."""
+        return math.exp(self.val_nll())
+
+    def bits_per_second(self, frame_rate_hz: float) -> float:
+        """Code length of a second of audio: the sum over codebooks of bits a token, times the frame rate in Hz."""
+        nats_K = self._sums("nll").sum(0) / self._sums("count").sum(0)
+        return float(nats_K.sum() / math.log(2) * frame_rate_hz)
+
+    def val_nll_ci(self, *, n_resamples: int = 5_000, level: float = 0.95, seed: int = 0) -> Interval:
+        """Bootstrap interval of val_nll over clips."""
+        columns_C2 = np.stack([self._sums("nll").sum(1), self._sums("count").sum(1)], axis=1)
+        return bootstrap_ci(columns_C2, lambda m: m[:, 0] / m[:, 1], n_resamples=n_resamples, level=level, seed=seed)
+
+    def table(self) -> pd.DataFrame:
+        """One row a codebook (1 is the coarsest): tokens, nll (nats), perplexity, bits, top1, top5 (shares)."""
+        count_K = self._sums("count").sum(0)
+        nll_K = self._sums("nll").sum(0) / count_K
+        return pd.DataFrame(
+            {
+                "codebook": np.arange(1, self.n_codebooks + 1),
+                "tokens": count_K.astype(np.int64),
+                "nll": nll_K,
+                "perplexity": np.exp(nll_K),
+                "bits": nll_K / math.log(2),
+                "top1": self._sums("top1").sum(0) / count_K,
+                "top5": self._sums("top5").sum(0) / count_K,
+            }
+        )
+
+
+def code_histograms(
+    codes_KT: npt.ArrayLike, frame_rate_hz: float, codebook_size: int, *, window_s: float = 4.0, hop_s: float = 2.0
+) -> Floats:
+    """histogram_WKV: how often each code of each codebook occurs in each window that fits the clip.
+
+    Raises ValueError for codes outside the codebook or a window or hop shorter than a frame.
+    """
+    codes = np.asarray(codes_KT, dtype=np.int64)
+    if codes.ndim != 2 or codes.size == 0:
+        raise ValueError(f"codes have shape {codes.shape}, expected [K, T]")
+    if codes.min() < 0 or codes.max() >= codebook_size:
+        worst = codes.max() if codes.max() >= codebook_size else codes.min()
+        raise ValueError(f"code {worst} is outside the codebook of {codebook_size}; remove special tokens first")
+    width, hop = round(window_s * frame_rate_hz), round(hop_s * frame_rate_hz)
+    if width < 1 or hop < 1:
+        raise ValueError(f"window_s={window_s} and hop_s={hop_s} must hold a frame at {frame_rate_hz} Hz")
+    K, T = codes.shape
+    starts = range(0, T - width + 1, hop)
+    shifted_KT = codes + np.arange(K)[:, None] * codebook_size
+    counts = [np.bincount(shifted_KT[:, a : a + width].ravel(), minlength=K * codebook_size) for a in starts]
+    return np.array(counts, dtype=np.float64).reshape(len(counts), K, codebook_size)
+
+
+def coherence(
+    codes_KT: npt.ArrayLike, frame_rate_hz: float, codebook_size: int, *, window_s: float = 4.0, hop_s: float = 2.0
+) -> float:
+    """Long-range coherence of one clip, in [0, 1]: do distant parts use the same codes as often?
+
+    The mean, over codebooks and over pairs of windows that share no frame, of the cosine between their code
+    histograms. High for one voice or one piece throughout; for stationary noise it only measures how peaked the
+    code distribution is, so compare a model's samples with real audio of the same length and codec.
+    NaN when the clip is too short for two windows without overlap (8 s at the defaults).
+    """
+    histogram_WKV = code_histograms(codes_KT, frame_rate_hz, codebook_size, window_s=window_s, hop_s=hop_s)
+    apart = -(-round(window_s * frame_rate_hz) // round(hop_s * frame_rate_hz))
+    first, second = np.triu_indices(len(histogram_WKV), k=apart)
+    if len(first) == 0:
+        return float("nan")
+    unit_WKV = histogram_WKV / np.linalg.norm(histogram_WKV, axis=2, keepdims=True)
+    return float((unit_WKV[first] * unit_WKV[second]).sum(2).mean())
+
+
+@dataclass(frozen=True)
+class Coherence:
+    """Mean coherence over clips with its bootstrap interval; ``n_short`` clips had no two windows apart."""
+
+    mean: float
+    interval: Interval
+    n_clips: int
+    n_short: int
+
+
+def coherence_of_set(
+    clips: Sequence[npt.ArrayLike],
+    frame_rate_hz: float,
+    codebook_size: int,
+    *,
+    window_s: float = 4.0,
+    hop_s: float = 2.0,
+    seed: int = 0,
+) -> Coherence:
+    """Coherence of many clips codes_KT (samples of a model, or real audio), resampled by clip.
+
+    Clips too short for it are counted, not averaged; with fewer than two others the interval is NaN.
+    """
+    values = np.array([coherence(c, frame_rate_hz, codebook_size, window_s=window_s, hop_s=hop_s) for c in clips])
+    long = values[np.isfinite(values)]
+    interval = bootstrap_ci(long, seed=seed) if len(long) >= 2 else Interval(float("nan"), float("nan"))
+    mean = float(long.mean()) if len(long) else float("nan")
+    return Coherence(mean, interval, len(long), len(values) - len(long))
