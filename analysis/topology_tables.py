@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from analysis.audit import beats_nulls, holm, pooled_ratio, top1_ratio
+from analysis.audit import Ratio, beats_nulls, holm, pooled_ratio, top1_ratio
 from analysis.diagram_stability import birth_death, image_stability, match
-from analysis.power import advice
+from analysis.power import advice, draws_needed
 from analysis.universal_null import universal_null
 from analysis.verdict import ALPHA, Criteria, Verdict, criteria, judge
 
@@ -63,11 +63,16 @@ class Unit:
 
 @dataclass(frozen=True)
 class Audit:
-    """The long table (COLUMNS), verdicts by (table, representation), and sentences on how far the data reach."""
+    """The long table (COLUMNS), verdicts by (table, representation), and sentences on how far the data reach.
+
+    `published_rule` says that verdicts rest on "ratio above 1", the study's own rule, because the draws at hand are
+    too few for any Monte-Carlo p below ALPHA.
+    """
 
     cells: pd.DataFrame
     verdicts: dict[tuple[str, str], Verdict]
     advice: list[str]
+    published_rule: bool
 
 
 def _top1(pairs_P2: np.ndarray) -> float:
@@ -86,7 +91,19 @@ def audit(units: Sequence[Unit]) -> Audit:
         adjusted |= _holm({place: p for place, p in p_of.items() if place[0] == table})
     rows += [_row(place, "p_holm", value=p, p=p) for place, p in adjusted.items()]
     cells = pd.DataFrame(rows, columns=list(COLUMNS))
-    return Audit(cells, _verdicts(units, p_of, adjusted), sentences)
+    few = any(u.tested_runs() and _draws(u) < draws_needed(ALPHA) for u in units)
+    if few:
+        yes_no = {u.place: 0.0 if _ratio(u).value > 1 else 1.0 for u in units if u.tested_runs()}
+        return Audit(cells, _verdicts(units, yes_no, yes_no), sentences, published_rule=True)
+    return Audit(cells, _verdicts(units, p_of, adjusted), sentences, published_rule=False)
+
+
+def _draws(unit: Unit) -> int:
+    return min(values.shape[1] for values in unit.null_RB(unit.tested_runs()).values())
+
+
+def _ratio(unit: Unit) -> Ratio:
+    return top1_ratio(unit.top1(unit.runs), unit.null_RB(unit.tested_runs()))
 
 
 def _holm(p_of: Mapping[Place, float]) -> dict[Place, float]:
@@ -110,7 +127,7 @@ def _unit_rows(unit: Unit, p_of: dict[Place, float], sentences: list[str]) -> li
     tested = unit.tested_runs()
     if tested:
         nulls = unit.null_RB(tested)
-        ratio = top1_ratio(unit.top1(unit.runs), nulls)
+        ratio = _ratio(unit)
         rows.append(_row(place, "top1_ratio", value=ratio.value, lo=ratio.lo, hi=ratio.hi, null=ratio.null))
         rows.append(_row(place, "share_above_p95", value=ratio.share_above, null=ratio.null))
         if all(sum(map(len, d)) for d in unit.null_diagrams.values()):
@@ -166,8 +183,7 @@ def _verdicts(
         for name in dict.fromkeys(u.place[1] for u in of_table):
             mine = [u for u in of_table if u.place[1] == name]
             first = mine[0]
-            tested = first.tested_runs()
-            ratio = top1_ratio(first.top1(first.runs), first.null_RB(tested)) if tested else None
+            ratio = _ratio(first) if first.tested_runs() else None
             diagrams = [first.observed[r] for r in first.runs]
             compressed = {
                 u.place[1]: p_of[u.place]
