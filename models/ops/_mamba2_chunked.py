@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models.ops._layout import from_chunks, no_autocast, relative_decay, row_groups, to_chunks
+from models.ops._layout import from_chunks, no_autocast, relative_decay, row_groups, time_spans, to_chunks
 
 CHUNK = 64
+SPAN = 256  # tokens
 
 
 class _Chunks(NamedTuple):
@@ -86,7 +87,7 @@ def _entering(k: _Chunks, G: int) -> Tensor:
     return _to_groups(k.states_ZnX[:, :n].reshape(R, H, n, -1, P), G)
 
 
-class _RowGrads(NamedTuple):
+class _SpanGrads(NamedTuple):
     u_RHncP: Tensor
     log_decay_RHnc: Tensor  # of dt A
     B_RGncN: Tensor
@@ -94,7 +95,7 @@ class _RowGrads(NamedTuple):
     initial_RHNP: Tensor
 
 
-def _backward_rows(k: _Chunks, dy_RHncP: Tensor, dfinal_RHNP: Tensor) -> _RowGrads:
+def _backward_span(k: _Chunks, dy_RHncP: Tensor, dfinal_RHNP: Tensor) -> _SpanGrads:
     R, H, n, c, P = k.u_RHncP.shape
     G, N = k.B_RGncN.shape[1], k.B_RGncN.shape[4]
 
@@ -130,52 +131,65 @@ def _backward_rows(k: _Chunks, dy_RHncP: Tensor, dfinal_RHNP: Tensor) -> _RowGra
     dB.add_(torch.matmul(dscores.transpose(3, 4), k.C_RGncN))
     du = torch.matmul(k.attention_RHncc.transpose(3, 4), dy_RHncP)
     du.addcmul_(_to_heads(dout, H), k.decay_out_RHnc1)
-    return _RowGrads(du, dlog_decay, dB, dC, dsources[:, :, 0])
+    return _SpanGrads(du, dlog_decay, dB, dC, dsources[:, :, 0])
 
 
 class _ChunkedSSD(torch.autograd.Function):
-    """Saves its inputs only; one batch row at a time on a CPU."""
+    """Saves its inputs and one state a span; on a CPU one batch row and one span of time at once."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_BHNP: Tensor
     ) -> tuple[Tensor, Tensor]:
-        G = B.shape[2]
+        batch, T, H, _ = x.shape
+        G, spans = B.shape[2], time_spans(T, SPAN, x.device)
         y = torch.empty_like(x, dtype=initial_BHNP.dtype, memory_format=torch.contiguous_format)
+        entering = initial_BHNP.new_empty(batch, len(spans), *initial_BHNP.shape[1:])
         final = torch.empty_like(initial_BHNP, memory_format=torch.contiguous_format)
         with no_autocast(x):
-            for r in row_groups(x.shape[0], x.device):
-                k = _prepare(x[r], dt[r], A, B[r], C[r], initial_BHNP[r])
-                across = _to_heads(torch.matmul(k.C_RGncN, _entering(k, G)), x.shape[2])
-                y_RHncP = torch.matmul(k.attention_RHncc, k.u_RHncP).addcmul_(across, k.decay_in_RHnc1)
-                from_chunks(y_RHncP, y[r])
-                final[r] = k.states_ZnX[:, -1].view_as(final[r])
-        ctx.save_for_backward(x, dt, A, B, C, initial_BHNP)
+            for r in row_groups(batch, x.device):
+                state_RHNP = initial_BHNP[r]
+                for i, t in enumerate(spans):
+                    entering[r, i] = state_RHNP
+                    k = _prepare(x[r, t], dt[r, t], A, B[r, t], C[r, t], state_RHNP)
+                    across = _to_heads(torch.matmul(k.C_RGncN, _entering(k, G)), H)
+                    y_RHncP = torch.matmul(k.attention_RHncc, k.u_RHncP).addcmul_(across, k.decay_in_RHnc1)
+                    from_chunks(y_RHncP, y[r, t])
+                    state_RHNP = k.states_ZnX[:, -1].view_as(state_RHNP)
+                final[r] = state_RHNP
+        ctx.save_for_backward(x, dt, A, B, C, entering)
         ctx.set_materialize_grads(False)
         return y, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor, ...]:
-        x, dt, A, B, C, initial = ctx.saved_tensors
-        dtype = initial.dtype
+        x, dt, A, B, C, entering = ctx.saved_tensors
+        dtype = entering.dtype
+        spans = list(enumerate(time_spans(x.shape[1], SPAN, x.device)))
         dx, ddt, dB, dC = (torch.empty_like(z, memory_format=torch.contiguous_format) for z in (x, dt, B, C))
         dA = torch.zeros_like(A, dtype=torch.float64)
-        dinitial = torch.empty_like(initial, memory_format=torch.contiguous_format)
+        dinitial = torch.empty_like(entering[:, 0], memory_format=torch.contiguous_format)
         with no_autocast(x):
             for r in row_groups(x.shape[0], x.device):
-                k = _prepare(x[r], dt[r], A, B[r], C[r], initial[r])
-                dy_r = torch.zeros_like(k.u_RHncP) if dy is None else to_chunks(dy[r], CHUNK, dtype).view_as(k.u_RHncP)
-                d = _backward_rows(k, dy_r, torch.zeros_like(initial[r]) if dfinal is None else dfinal[r])
-                x_RHncP = to_chunks(x[r], CHUNK, dtype).view_as(k.u_RHncP)
-                from_u = (d.u_RHncP * x_RHncP).sum(4)
-                ddt_RHnc = from_u.addcmul_(d.log_decay_RHnc, A.to(dtype).view(-1, 1, 1))
-                dA += (d.log_decay_RHnc * k.dt_RHnc).sum((0, 2, 3))
-                from_chunks(d.u_RHncP.mul_(k.dt_RHnc.unsqueeze(4)), dx[r])
-                from_chunks(ddt_RHnc, ddt[r].unsqueeze(3))
-                from_chunks(d.B_RGncN, dB[r])
-                from_chunks(d.C_RGncN, dC[r])
-                dinitial[r] = d.initial_RHNP
+                dstate_RHNP = torch.zeros_like(dinitial[r]) if dfinal is None else dfinal[r]
+                for i, t in reversed(spans):
+                    k = _prepare(x[r, t], dt[r, t], A, B[r, t], C[r, t], entering[r, i])
+                    if dy is None:
+                        dy_RHncP = torch.zeros_like(k.u_RHncP)
+                    else:
+                        dy_RHncP = to_chunks(dy[r, t], CHUNK, dtype).view_as(k.u_RHncP)
+                    d = _backward_span(k, dy_RHncP, dstate_RHNP)
+                    x_RHncP = to_chunks(x[r, t], CHUNK, dtype).view_as(k.u_RHncP)
+                    ddt_RHnc = (d.u_RHncP * x_RHncP).sum(4)
+                    ddt_RHnc.add_(d.log_decay_RHnc * A.double().view(-1, 1, 1))
+                    dA += (d.log_decay_RHnc * k.dt_RHnc).sum((0, 2, 3))
+                    from_chunks(d.u_RHncP.mul_(k.dt_RHnc.unsqueeze(4)), dx[r, t])
+                    from_chunks(ddt_RHnc, ddt[r, t].unsqueeze(3))
+                    from_chunks(d.B_RGncN, dB[r, t])
+                    from_chunks(d.C_RGncN, dC[r, t])
+                    dstate_RHNP = d.initial_RHNP
+                dinitial[r] = dstate_RHNP
         return dx, ddt, dA.to(A.dtype), dB, dC, dinitial
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.ops import gated_delta, gated_delta_step
+from models.ops import _delta_rule_chunked, gated_delta, gated_delta_step
 from models.ops._delta_rule_chunked import unit_lower_inverse
 
 NAMES = ("q", "k", "v", "g", "beta")
@@ -63,6 +63,16 @@ def test_chunked_float32_equals_recurrent_float64(decay: str, correlation: float
 def test_any_length_and_grouped_heads(T: int) -> None:
     inputs = make_inputs(T=T, H=4, h=2, V=7, seed=T)
     start = torch.randn(2, 4, 12, 7, dtype=torch.float64)
+    expected = run_with_gradients(inputs, start, torch.float64, "recurrent")
+    actual = run_with_gradients(inputs, start, torch.float64, "chunked")
+    errors = {name: relative(actual[name], expected[name]) for name in expected}
+    assert max(errors.values()) <= 1e-12, errors
+
+
+def test_spans_of_time_carry_states_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_delta_rule_chunked, "SPAN", 64)
+    inputs = make_inputs(T=150, H=4, h=2)
+    start = torch.randn(2, 4, 12, 20, dtype=torch.float64)
     expected = run_with_gradients(inputs, start, torch.float64, "recurrent")
     actual = run_with_gradients(inputs, start, torch.float64, "chunked")
     errors = {name: relative(actual[name], expected[name]) for name in expected}

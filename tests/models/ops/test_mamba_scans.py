@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.ops import selective_scan, selective_scan_step, ssd, ssd_step
+from models.ops import _mamba2_chunked, selective_scan, selective_scan_step, ssd, ssd_step
 
 Inputs = dict[str, Tensor]
 
@@ -87,8 +87,9 @@ def test_any_length(scan: Callable, make: Callable, T: int) -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_groups_of_heads(groups: int) -> None:
-    inputs = mamba2_inputs(70, groups=groups)
+def test_groups_of_heads_and_spans_of_time(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_mamba2_chunked, "SPAN", 64)
+    inputs = mamba2_inputs(150, groups=groups)
     expected = run(ssd, inputs, torch.float64, "recurrent")
     actual = run(ssd, inputs, torch.float64, "chunked")
     for name, value in expected.items():
