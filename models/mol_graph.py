@@ -132,8 +132,7 @@ class _NeighbourSum(torch.autograd.Function):
 def neighbour_sum(h_AH: Tensor, bond_TH: Tensor, graph: GraphBatch) -> Tensor:
     """Σ over the neighbours j of each atom of relu(h_j + bond_type(i, j)): [A, H], on the CPU.
 
-    One pass without a tensor of messages: gather, ReLU and scatter as torch operators took half of a training step.
-    The order of the sums is fixed, so equal inputs give equal bits.
+    One pass without a tensor of messages, in a fixed order, so equal inputs give equal bits whatever the thread count.
     """
     return _NeighbourSum.apply(h_AH.contiguous(), bond_TH.contiguous(), graph.slots, graph.types)
 

@@ -8,6 +8,9 @@ from ripser import ripser
 from scipy import stats
 
 from analysis import audit, power, verdict
+from analysis.distances import euclidean
+from analysis.nulls import gaussian, permute_columns
+from analysis.persistence import h1
 
 
 def _top1_of_points(rng: np.random.Generator, n: int = 25) -> float:
@@ -156,6 +159,22 @@ def test_power_refuses_nonsense() -> None:
         power.power([1.0], np.ones(3), 0)
     with pytest.raises(ValueError, match="runs=1; choose runs >= 2"):
         power.ratio_precision([1.0], {"n": np.ones(3)}, 1)
+
+
+def test_the_whole_chain_tells_a_circle_from_a_blob() -> None:
+    rng = np.random.default_rng(0)
+    angle = rng.uniform(0, 2 * np.pi, 60)
+    circle = np.stack([np.cos(angle), np.sin(angle)], axis=1) + 0.1 * rng.normal(size=(60, 2))
+    found = {}
+    for name, x_ND in (("circle", circle), ("blob", rng.normal(size=(60, 3)))):
+        nulls = {
+            null.__name__: np.array([[audit.top1(h1(euclidean(null(x_ND, seed)))) for seed in range(39)]])
+            for null in (permute_columns, gaussian)
+        }
+        test = audit.beats_nulls([audit.top1(h1(euclidean(x_ND)))], nulls)
+        found[name] = verdict.criteria(p_adjusted=test.p, share_above=1.0)
+    assert verdict.judge("circle", found, ["blob"]).label == "real and unique"
+    assert verdict.judge("blob", found, ["circle"]).label == "not distinguishable"
 
 
 ALL = {"above_null": True, "recurs": True, "metrics": True, "compression": True, "stable": True}
