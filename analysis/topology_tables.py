@@ -138,7 +138,8 @@ def _unit_rows(unit: Unit, p_of: dict[Place, float], sentences: list[str]) -> li
         rows.append(_row(place, "p_max_over_nulls", value=test.p, lo=test.p_lo, hi=test.p_hi, p=test.p, null=test.null))
         rows += [_row(place, "p_null", value=p, p=p, null=name) for name, p in test.p_by_null.items()]
         label = " ".join(place)
-        sentences.append(f"{label}: {advice(unit.top1(unit.runs), nulls, runs=len(unit.runs))}")
+        if len(unit.runs) > 1:
+            sentences.append(f"{label}: {advice(unit.top1(unit.runs), nulls, runs=len(unit.runs))}")
     diagrams = [unit.observed[run] for run in unit.runs]
     if len(diagrams) >= 2 and all(len(d) for d in diagrams):
         spread = birth_death(diagrams)
