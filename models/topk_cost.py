@@ -6,15 +6,15 @@ from collections.abc import Iterable
 
 from models.topk_engines import Backend, n_candidates
 from models.topk_model import SCORE_BYTES, SAEConfig
-from models.topk_numba import CHUNK_ROWS
+from models.topk_numba import CHUNK_BYTES_PER_FEATURE, INT8_MARGIN
 
 
 def bank_bytes(configs: Iterable[SAEConfig], batch: int, *, backend: Backend = "numba", aux: bool = True) -> int:
     """Bytes that a bank of these cells holds while it trains on batches of `batch` tokens.
 
-    Every cell has weights and two moments in float32 (and, for numba, the bfloat16 screen); gradients and scratch
-    exist once, for the largest cell. With `aux` the scratch of the auxiliary loss is counted, needed as soon as a
-    feature is dead. The dense backend counts the [batch, d_sae] blocks autograd keeps. The LM, its activations,
+    Every cell has weights and two moments in float32 (and, for numba, room for a bfloat16 screen); gradients and
+    scratch exist once, for the largest cell. With `aux` the scratch of the auxiliary loss is counted, needed as soon
+    as a feature is dead. The dense backend counts the [batch, d_sae] blocks autograd keeps. The LM, its activations,
     the interpreter and its libraries are not included.
     """
     configs = list(configs)
@@ -26,7 +26,7 @@ def bank_bytes(configs: Iterable[SAEConfig], batch: int, *, backend: Backend = "
 def _cell_bytes(config: SAEConfig, backend: Backend) -> int:
     matrix, vectors = config.d_in * config.d_sae, config.d_sae + config.d_in
     state = 4 * 3 * (2 * matrix + vectors) + 4 * config.d_sae
-    return state + (2 * matrix + 5 * config.d_sae if backend == "numba" else 0)
+    return state + (2 * matrix + 9 * config.d_sae if backend == "numba" else 0)
 
 
 def _scratch_bytes(config: SAEConfig, batch: int, backend: Backend, aux: bool) -> int:
@@ -41,11 +41,12 @@ def _scratch_bytes(config: SAEConfig, batch: int, backend: Backend, aux: bool) -
         return gradients + screen + batch * (4 * 6 * D + max(12 * n_candidates(k, M) + 56 * k for k in wanted))
     per_token = 0
     for k in wanted:
-        K = n_candidates(k, M)
+        K = n_candidates(k, M, INT8_MARGIN)
         per_token += 8 * K + 4 + 16 * k + 1 + 4 * D
     aux_target = 4 * D if len(wanted) > 1 else 0
-    per_token += 4 * D + 2 * D + aux_target + 4
-    return gradients + batch * per_token + 2 * min(batch, CHUNK_ROWS) * M + 30 * M
+    per_token += 4 * D + D + aux_target + 12
+    product = M * min(4 * batch, CHUNK_BYTES_PER_FEATURE)
+    return gradients + batch * per_token + product + 30 * M
 
 
 def step_flops(config: SAEConfig, batch: int, *, dead: int = 0) -> int:

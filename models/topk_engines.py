@@ -68,12 +68,12 @@ class Losses:
     rescreened: int  # rows (main and auxiliary) that were scored again in float32 because the screen was too close
 
 
-def n_candidates(k: int, features: int) -> int:
-    """Candidates K that the low-precision screen keeps for k wanted: a margin of max(16, k/4), a multiple of 4.
+def n_candidates(k: int, features: int, least: int = 16) -> int:
+    """Candidates K that a screen keeps for k wanted: a margin of max(least, k·least/64), a multiple of 4.
 
     A wider margin costs a few dot products, a narrow one a full float32 scoring of every row it leaves in doubt.
     """
-    return min(features, -(-(k + max(16, k // 4)) // 4) * 4)
+    return min(features, -(-(k + max(least, k * least // 64)) // 4) * 4)
 
 
 class Engine:

@@ -16,7 +16,7 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 # neither nnan nor ninf: minus infinity marks the features that may not be chosen
 _FAST = {"contract", "reassoc", "nsz", "arcp"}
@@ -24,6 +24,9 @@ _kernel = njit(nogil=True, cache=True, error_model="numpy", fastmath=_FAST)
 # Helpers with float sums must be inlined: called, a freshly compiled process and one that loads the cache may bind
 # two differently optimised copies, whose sums differ in the last bit, and a resumed run would drift.
 _inlined = njit(nogil=True, cache=True, error_model="numpy", fastmath=_FAST, inline="always")
+
+# without fastmath: results that any compiled copy gives alike, bit for bit
+_strict = njit(nogil=True, cache=True, error_model="numpy")
 
 _SIGN_SHIFT, _MAGNITUDE = np.int32(31), np.int32(0x7FFFFFFF)
 _ZERO, _ONE = np.float32(0), np.float32(1)
@@ -146,10 +149,24 @@ def _positions_of_largest(keys, n, k, positions):
 # ------------------------------------------------------------------------------------ selection
 
 
-@_inlined
-def _score(bits, bias):
-    # a bfloat16 is the upper half of a float32
-    return _float_of_bits(np.int32(bits) << np.int32(16)) + bias
+def _score(value, row_scale, scale, bias):
+    """Screened score of one feature; compiled for the two kinds of product by `_score_of_kind`."""
+    raise NotImplementedError("for compiled code only")
+
+
+@overload(_score, inline="always", jit_options={"fastmath": _FAST})
+def _score_of_kind(value, row_scale, scale, bias):
+    if value == types.int16:
+
+        def score(value, row_scale, scale, bias):
+            # a bfloat16 is the upper half of a float32
+            return _float_of_bits(np.int32(value) << np.int32(16)) + bias
+    else:
+
+        def score(value, row_scale, scale, bias):
+            return np.float32(value) * scale * row_scale + bias
+
+    return score
 
 
 def group_size(features: int, K: int) -> int:
@@ -158,14 +175,15 @@ def group_size(features: int, K: int) -> int:
 
 
 @_kernel
-def screen(bits_RM, bias_M, group, cand_RK, screened_RK, floor_R, start, stop):
-    """The K features with the largest score bits + bias of each row, their scores, and a bound on all others.
+def screen(product_RM, row_scale_R, scale_M, bias_M, group, cand_RK, screened_RK, floor_R, start, stop):
+    """The K features with the largest screened score of each row, their scores, and a bound on all others.
 
-    bits_RM: patterns of bfloat16 as int16. The K-th largest of the groups' maxima bounds the K-th largest score from
-    below, so that only groups whose maximum reaches it are opened. Group i holds features i, i + M/group, …; the
-    features beyond a multiple of `group` are groups of one.
+    product_RM: the screening product of x and W_enc · norm without bias, either bfloat16 patterns (int16; both scales
+    are ignored) or int32 sums of int8 products with one scale a row and one a feature. The K-th largest of the groups'
+    maxima bounds the K-th largest score from below, so that only groups whose maximum reaches it are opened. Group i
+    holds features i, i + M/group, …; the features beyond a multiple of `group` are groups of one.
     """
-    features, K = bits_RM.shape[1], cand_RK.shape[1]
+    features, K = product_RM.shape[1], cand_RK.shape[1]
     groups = features // group
     grouped = groups * group
     heads = groups + features - grouped
@@ -176,25 +194,28 @@ def screen(bits_RM, bias_M, group, cand_RK, screened_RK, floor_R, start, stop):
     value = np.empty(features + 1, np.float32)
     positions = np.empty(K, np.int32)
     offsets = bias_M[:grouped].reshape(group, groups)
+    scales = scale_M[:grouped].reshape(group, groups)
     for row in range(start, stop):
-        bits = bits_RM[row]
+        product, r = product_RM[row], row_scale_R[row]
         # two-dimensional views: only plain loop variables as indices let LLVM drop the sign checks and vectorise
-        members = bits[:grouped].reshape(group, groups)
+        members = product[:grouped].reshape(group, groups)
         if group >= 4:
             best[:groups] = -np.inf
             for g in range(0, group - 3, 4):
                 for i in range(groups):
-                    s0, s1 = _score(members[g, i], offsets[g, i]), _score(members[g + 1, i], offsets[g + 1, i])
-                    s2, s3 = _score(members[g + 2, i], offsets[g + 2, i]), _score(members[g + 3, i], offsets[g + 3, i])
+                    s0 = _score(members[g, i], r, scales[g, i], offsets[g, i])
+                    s1 = _score(members[g + 1, i], r, scales[g + 1, i], offsets[g + 1, i])
+                    s2 = _score(members[g + 2, i], r, scales[g + 2, i], offsets[g + 2, i])
+                    s3 = _score(members[g + 3, i], r, scales[g + 3, i], offsets[g + 3, i])
                     s0 = s0 if s0 > s1 else s1
                     s2 = s2 if s2 > s3 else s3
                     s0 = s0 if s0 > s2 else s2
                     best[i] = s0 if s0 > best[i] else best[i]
         else:
             for i in range(groups):
-                best[i] = _score(members[0, i], offsets[0, i])
+                best[i] = _score(members[0, i], r, scales[0, i], offsets[0, i])
         for j in range(grouped, features):
-            best[groups + j - grouped] = _score(bits[j], bias_M[j])
+            best[groups + j - grouped] = _score(product[j], r, scale_M[j], bias_M[j])
         _order_keys(best, heads, keys)
         t = _threshold(keys, heads, K)
         bound = _float_of_key(t)
@@ -207,14 +228,14 @@ def screen(bits_RM, bias_M, group, cand_RK, screened_RK, floor_R, start, stop):
             head = np.int64(opened[o])
             if head < groups:
                 for j in range(head, grouped, groups):
-                    score = _score(bits[j], bias_M[j])
+                    score = _score(product[j], r, scale_M[j], bias_M[j])
                     index[n] = j
                     value[n] = score
                     n += score >= bound
             else:
                 j = grouped + head - groups
                 index[n] = j
-                value[n] = _score(bits[j], bias_M[j])
+                value[n] = _score(product[j], r, scale_M[j], bias_M[j])
                 n += 1
         if n > K:
             _order_keys(value, n, keys)
@@ -436,12 +457,12 @@ def adam_vector(w, m, v, grad, clip, beta1, beta2, rate, correction, eps):
 
 @_kernel
 def adam_features(
-    W_enc, m_enc, v_enc, grad_enc, W_dec, m_dec, v_dec, grad_dec, touched_M, rescale, norm_M, screen_MD,
+    W_enc, m_enc, v_enc, grad_enc, W_dec, m_dec, v_dec, grad_dec, touched_M, rescale, norm_M, screen_MD, scale_M,
     clip, beta1, beta2, rate, correction, eps, start, stop,
 ):  # fmt: skip
     """Adam of features start:stop of W_enc and W_dec, then what the next screen needs while they are in cache.
 
-    norm = ‖W_dec[j]‖ (1 unless `rescale`), screen = W_enc[j] · norm as bfloat16 patterns, rounded to nearest even.
+    norm = ‖W_dec[j]‖ (1 unless `rescale`); screen and scale as in `write_screen`.
     """
     width = W_enc.shape[1]
     for j in range(start, stop):
@@ -457,23 +478,59 @@ def adam_features(
                 p, m[d], v[d] = _adam(w[d], m[d], v[d], _ZERO, beta1, beta2, rate, correction, eps)
                 w[d] = p
                 square += p * p
-        norm = np.sqrt(square) if rescale else _ONE
-        norm_M[j] = norm
-        w, m, v, grad, low = W_enc[j], m_enc[j], v_enc[j], grad_enc[j], screen_MD[j]
+        norm_M[j] = np.sqrt(square) if rescale else _ONE
+        w, m, v, grad = W_enc[j], m_enc[j], v_enc[j], grad_enc[j]
         if touched_M[j]:
             for d in range(width):
-                p, m[d], v[d] = _adam(w[d], m[d], v[d], clip * grad[d], beta1, beta2, rate, correction, eps)
-                w[d] = p
-                low[d] = _bfloat16_bits(p * norm)
+                w[d], m[d], v[d] = _adam(w[d], m[d], v[d], clip * grad[d], beta1, beta2, rate, correction, eps)
         else:
             for d in range(width):
-                p, m[d], v[d] = _adam(w[d], m[d], v[d], _ZERO, beta1, beta2, rate, correction, eps)
-                w[d] = p
-                low[d] = _bfloat16_bits(p * norm)
+                w[d], m[d], v[d] = _adam(w[d], m[d], v[d], _ZERO, beta1, beta2, rate, correction, eps)
+        scale_M[j] = _lower(w, norm_M[j], screen_MD[j])
 
 
-@_inlined
-def _bfloat16_bits(x):
-    bits = _bits_of_float(x)
-    odd = (bits >> np.int32(16)) & np.int32(1)
-    return np.int16((bits + np.int32(0x7FFF) + odd) >> np.int32(16))
+# ------------------------------------------------------------------------------------ low precision
+
+
+def _lower(row, factor, low):
+    """Write row · factor to `low` in its precision and return the scale; compiled by `_lower_of_kind`."""
+    raise NotImplementedError("for compiled code only")
+
+
+@_strict
+def _to_bfloat16(row, factor, low):
+    for d in range(row.shape[0]):
+        bits = _bits_of_float(row[d] * factor)
+        odd = (bits >> np.int32(16)) & np.int32(1)
+        low[d] = np.int16((bits + np.int32(0x7FFF) + odd) >> np.int32(16))
+    return _ONE
+
+
+@_strict
+def _to_int8(row, factor, low):
+    # magnitudes of floats are ordered like their patterns, and an integer maximum vectorises without fastmath
+    largest = np.int32(0)
+    for d in range(row.shape[0]):
+        largest = max(largest, np.int32(_bits_of_float(row[d]) & _MAGNITUDE))
+    top = _float_of_bits(largest)
+    if top == _ZERO:
+        low[:] = np.int8(0)
+        return _ZERO
+    step = np.float32(127) / top
+    for d in range(row.shape[0]):
+        low[d] = np.int8(np.rint(row[d] * step))
+    return top * factor / np.float32(127)
+
+
+@overload(_lower)
+def _lower_of_kind(row, factor, low):
+    if low.dtype == types.int16:
+        return lambda row, factor, low: _to_bfloat16(row, factor, low)
+    return lambda row, factor, low: _to_int8(row, factor, low)
+
+
+@_kernel
+def write_screen(rows_ND, factor_N, low_ND, scale_N, start, stop):
+    """Rows start:stop of rows · factor in low precision: bfloat16 patterns rounded to even, or int8 with a scale."""
+    for n in range(start, stop):
+        scale_N[n] = _lower(rows_ND[n], factor_N[n], low_ND[n])

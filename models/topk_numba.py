@@ -1,4 +1,9 @@
-"""The sparse step on CPUs: the screening product in torch (bfloat16), everything else in numba kernels.
+"""The sparse step on CPUs: the screening product in torch, everything else in numba kernels.
+
+The screen multiplies int8 copies of x and W_enc · n (one scale a row, exact int32 sums), at half the cost of
+bfloat16. Activations with a few enormous coordinates do not survive eight bits; the certificate notices, those rows
+are scored in float32, and when they are many the engine screens in bfloat16 for the next HOLD_STEPS steps. Either way
+the support is the float32 one.
 
 Shape suffixes as in `topk_kernels`.
 """
@@ -19,7 +24,10 @@ from models import topk_kernels as kernels
 from models.topk_engines import CERTIFICATE, Backend, Engine, Losses, Scratch, dots, exact_topk, n_candidates
 from models.topk_model import SAEConfig, TopKSAE
 
-CHUNK_ROWS = 512  # rows a screening product takes at once: d_sae · 1 KiB of bfloat16 scores
+CHUNK_BYTES_PER_FEATURE = 1024  # of a block of screened scores: 256 rows of int32, 512 of bfloat16
+INT8_MARGIN, BFLOAT16_MARGIN = 32, 16  # least surplus of candidates: eight bits err about three times as much
+HOLD_STEPS = 256  # steps in bfloat16 after an int8 screen that left more than HOLD_SHARE of its rows in doubt
+HOLD_SHARE = 0.02
 
 _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 _pools_lock = threading.Lock()
@@ -63,10 +71,23 @@ class NumbaEngine(Engine):
         super().__init__(sae, config, exp_avg, exp_avg_sq, scratch)
         self.n_threads = n_threads
         self._norm = torch.empty(sae.d_sae)
-        self._screen_W = torch.empty(sae.d_sae, sae.d_in, dtype=torch.bfloat16)
+        self._scale = torch.empty(sae.d_sae)
+        self._screen_memory = torch.empty(2 * sae.d_sae * sae.d_in, dtype=torch.uint8)
         self._touched = torch.zeros(sae.d_sae, dtype=torch.bool)
         self._square_norm = 0.0
+        self._doubtful = 0.0
+        self._hold = 0
         self.refresh()
+
+    @property
+    def screen_dtype(self) -> torch.dtype:
+        """Precision of the next screen: int8, or bfloat16 while an int8 screen would leave too much in doubt."""
+        return torch.bfloat16 if self._hold > 0 else torch.int8
+
+    def _screen_W(self) -> torch.Tensor:
+        dtype = self.screen_dtype
+        size = self.sae.d_sae * self.sae.d_in * dtype.itemsize
+        return self._screen_memory[:size].view(dtype).view(self.sae.d_sae, self.sae.d_in)
 
     def _run(self, kernel: Callable[..., None], bounds: Sequence[int], *arguments: Any) -> None:
         """kernel(*arguments, start, stop) over consecutive bounds, in the pool when there are several."""
@@ -83,14 +104,21 @@ class NumbaEngine(Engine):
         self._refresh_screen()
 
     def _refresh_screen(self) -> None:
-        self._screen_W.copy_(self.sae.W_enc * self._norm[:, None])
+        self._lower(self.sae.W_enc, self._norm, self._screen_W(), self._scale)
+
+    def _lower(
+        self, rows_ND: torch.Tensor, factor_N: torch.Tensor, low_ND: torch.Tensor, scale_N: torch.Tensor
+    ) -> None:
+        bounds = _even_split(len(rows_ND), self.n_threads)
+        self._run(kernels.write_screen, bounds, rows_ND, factor_N, low_ND, scale_N)
 
     def derived_state(self) -> dict[str, torch.Tensor]:
         # the kernel sums a norm in another order than torch, so the sum itself is part of the state
-        return {"norm": self._norm}
+        return {"norm": self._norm, "hold": torch.tensor(self._hold)}
 
     def load_derived_state(self, state: dict[str, torch.Tensor]) -> None:
         self._norm.copy_(state["norm"])
+        self._hold = int(state["hold"])
         self._refresh_screen()
 
     @torch.no_grad()
@@ -130,6 +158,7 @@ class NumbaEngine(Engine):
         grad_b_dec = self.grad("b_dec").copy_(g_sum)
         if self.config.apply_b_dec_to_input:
             grad_b_dec.sub_(self.grad("b_enc") @ sae.W_enc)
+        self._doubtful = rescreened / rows
         self._square_norm = float(square.sum()) + float(grad_b_dec.double().square().sum())
         return Losses(mse, aux, int((h > 0).sum()), fired, rescreened)
 
@@ -148,20 +177,28 @@ class NumbaEngine(Engine):
             dead_bias = scratch.take("aux.bias", sae.d_sae).fill_(-torch.inf)
             dead_bias[dead] = bias[dead]
             wanted.append(("aux", k_aux, len(dead), dead_bias))
+        W, dtype = self._screen_W(), self.screen_dtype
+        product_dtype = torch.int32 if dtype == torch.int8 else dtype
         found = []
         for name, k, features, _ in wanted:
-            K = n_candidates(k, features)
+            K = n_candidates(k, features, INT8_MARGIN if dtype == torch.int8 else BFLOAT16_MARGIN)
             cand = scratch.take(f"{name}.cand", rows, K, dtype=torch.int32)
             found.append((cand, scratch.take(f"{name}.screened", rows, K), scratch.take(f"{name}.floor", rows)))
-        x = scratch.take("screen.x", rows, sae.d_in, dtype=torch.bfloat16).copy_(xc_BD)
-        for start in range(0, rows, CHUNK_ROWS):
-            chunk = slice(start, min(start + CHUNK_ROWS, rows))
+        x = scratch.take("screen.x", rows, sae.d_in, dtype=dtype)
+        x_scale = scratch.take("screen.x_scale", rows)
+        self._lower(xc_BD, torch.ones(rows), x, x_scale)
+        step = CHUNK_BYTES_PER_FEATURE // product_dtype.itemsize
+        for start in range(0, rows, step):
+            chunk = slice(start, min(start + step, rows))
             size = chunk.stop - chunk.start
-            scores = scratch.take("screen.scores", size, sae.d_sae, dtype=torch.bfloat16)
-            torch.mm(x[chunk], self._screen_W.T, out=scores)
+            product = scratch.take("screen.product", size, sae.d_sae, dtype=product_dtype)
+            if dtype == torch.int8:
+                torch._int_mm(x[chunk], W.T, out=product)
+            else:
+                torch.mm(x[chunk], W.T, out=product)
             for (cand, screened, floor), (_, _, _, offset) in zip(found, wanted, strict=True):
                 self._run(
-                    kernels.screen, _even_split(size, self.n_threads), scores, offset,
+                    kernels.screen, _even_split(size, self.n_threads), product, x_scale[chunk], self._scale, offset,
                     kernels.group_size(sae.d_sae, cand.shape[1]), cand[chunk], screened[chunk], floor[chunk],
                 )  # fmt: skip
         for (cand, _, floor), (_, _, features, _) in zip(found, wanted, strict=True):
@@ -244,6 +281,10 @@ class NumbaEngine(Engine):
                 config.eps,
             )
         ]
+        if self.screen_dtype == torch.int8 and self._doubtful > HOLD_SHARE:
+            self._hold = HOLD_STEPS
+        else:
+            self._hold = max(0, self._hold - 1)
         parts = [
             value
             for name in ("W_enc", "W_dec")
@@ -251,7 +292,7 @@ class NumbaEngine(Engine):
         ]
         self._run(
             kernels.adam_features, _even_split(sae.d_sae, self.n_threads), *parts, self._touched,
-            config.rescale_acts_by_decoder_norm, self._norm, self._screen_W, *numbers,
+            config.rescale_acts_by_decoder_norm, self._norm, self._screen_W(), self._scale, *numbers,
         )  # fmt: skip
         for name in ("b_enc", "b_dec"):
             vectors = (getattr(sae, name), self.exp_avg[name], self.exp_avg_sq[name], self.grad(name))

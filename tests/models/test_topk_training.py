@@ -325,3 +325,44 @@ def test_state_of_another_sae_is_refused() -> None:
 def test_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match="choose auto, numba, torch or dense"):
         SparseTrainer(config_of(), backend="cuda")  # type: ignore[arg-type]
+
+
+def test_activations_that_int8_cannot_hold_turn_the_screen_to_bfloat16_and_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One enormous coordinate a token leaves nothing of the others in eight bits: the support stays exact, the engine
+    screens in bfloat16 for a while, and a copy that resumes in between does the same."""
+    monkeypatch.setattr("models.topk_numba.HOLD_STEPS", 3)
+    config = config_of(d_in=64, d_sae=1024, k=4)
+    trainer = SparseTrainer(config, backend="numba", n_threads=1)
+    x = activations(128, 64, 5)
+    x[:, 3] = 4000.0 * torch.sign(x[:, 3])
+    trainer.sae.W_enc[:, 3] = 0.0
+    trainer._engine.refresh()
+    wanted, _ = reference_gradients(trainer.sae, config, x, None)
+    losses = trainer._engine.gradients(x, None)
+    assert losses.rescreened > 0.02 * len(x)
+    for name in PARAMETERS:
+        assert relative_error(trainer._engine.gradient(name), wanted[name]) < 1e-5, name
+    seen = []
+    for _ in range(2):
+        trainer.step(x)
+        seen.append(trainer._engine.screen_dtype)  # type: ignore[attr-defined]
+    assert seen == [torch.bfloat16] * 2
+    twin = SparseTrainer(config, backend="numba", n_threads=1)
+    twin.load_state_dict(trainer.state_dict())
+    easy = activations(128, 64, 6)
+    for _ in range(2):
+        trainer.step(easy)
+        twin.step(easy)
+    assert trainer._engine.screen_dtype == torch.int8  # type: ignore[attr-defined]
+    assert_same_state(trainer, twin)
+
+
+def test_threads_change_no_bit_of_the_kernels() -> None:
+    one, two = (SparseTrainer(config_of(), backend="numba", n_threads=n) for n in (1, 2))
+    for step in range(4):
+        batch = activations(256, 32, step)
+        one.step(batch)
+        two.step(batch)
+    assert_same_state(one, two)
