@@ -53,8 +53,8 @@ def fixed_margin(x: ArrayLike, seed: int, stream: Stream = "fast") -> NDArray:
     rng = np.random.default_rng(seed)
     out_ND = np.zeros((n, d), np.bool_)
     if stream == "published":
-        for row, columns in enumerate(_swap_rows([set(np.flatnonzero(r).tolist()) for r in x_ND], rng)):
-            out_ND[row, list(columns)] = True
+        for row, ones in enumerate(_swap_rows([set(np.flatnonzero(r).tolist()) for r in x_ND], rng)):
+            out_ND[row, list(ones)] = True
         return out_ND
     rows, columns = _nonzero(x_ND)
     starts = np.searchsorted(rows, np.arange(n + 1))

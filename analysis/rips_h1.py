@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import numpy as np
 from numba import njit
+from numpy.typing import NDArray
 
 MAX_VERTICES = 1 << 16
 
@@ -110,7 +111,7 @@ def _nearest(row, u, count, out):
 
 @njit(cache=True, nogil=True)
 def _open_edges(bits_NN, central):
-    """Keys (length, larger end, smaller end) of the edges with an empty lune, sorted.
+    """The edges with an empty lune, as integers (length, larger end, smaller end), in no order.
 
     Probing a whole row against one vertex w is a vector loop, so a few likely witnesses (central vertices for long
     edges, u's nearest neighbours for short ones) clear nearly all edges before the exact test.
@@ -133,10 +134,10 @@ def _open_edges(bits_NN, central):
         for v in range(u):
             if clear[v] == 0 and _lune_is_empty(bits_NN, u, v):
                 if size == len(keys):
-                    keys = np.concatenate((keys, np.empty(size, np.uint64)))
+                    keys = _longer(keys)
                 keys[size] = (np.uint64(row_u[v]) << _U32) | (np.uint64(u) << _U16) | np.uint64(v)
                 size += 1
-    return np.sort(keys[:size])
+    return keys[:size]
 
 
 @njit(cache=True, nogil=True)
@@ -197,14 +198,6 @@ def _radix_sort(keys, spare):
         swapped = not swapped
     if swapped:
         keys[:] = src
-
-
-@njit(cache=True, nogil=True)
-def _short_length(bits_NN):
-    """A length that about FIRST_SHARE of the edges stay below, read off evenly spaced rows."""
-    sample = bits_NN[:: max(1, len(bits_NN) // SAMPLED_ROWS)].copy().ravel()
-    at = int(FIRST_SHARE * len(sample))
-    return np.partition(sample, at)[at]
 
 
 @njit(cache=True, nogil=True)
@@ -395,37 +388,52 @@ def _pop_pivot(rank_NN, near_NN, degree_N, cursor_C5, heap_C, cursor_of_C, size)
 
 
 @njit(cache=True, nogil=True)
-def _cancel_pairs(chain):
-    """Sort the chain and keep one of each edge that occurs an odd number of times; returns their number."""
-    chain.sort()
+def _cancel_pairs(chain, odd_M):
+    """Keep one of each edge that occurs an odd number of times; returns their number. odd_M: all False, scratch."""
+    for e in chain:
+        odd_M[e] ^= True
     keep = 0
     for e in chain:
-        if keep > 0 and chain[keep - 1] == e:
-            keep -= 1
-        else:
+        if odd_M[e]:
+            odd_M[e] = False
             chain[keep] = e
             keep += 1
     return keep
 
 
 @njit(cache=True, nogil=True)
-def h1_pairs(bits_NN):
+def _longer(a):
+    """A copy of a with room for as many entries again."""
+    b = np.empty(2 * len(a), a.dtype)
+    b[: len(a)] = a
+    return b
+
+
+def h1_pairs(bits_NN: NDArray) -> NDArray:
     """Births and deaths of all loops, zero-length ones included.
 
     bits_NN: uint32 [N, N], the bit patterns of a symmetric matrix of finite non-negative float32 with zero diagonal
         (non-negative floats are ordered as their bit patterns are); 2 <= N <= MAX_VERTICES.
     Returns uint32 [K, 2], bit patterns of birth and death.
     """
-    n = len(bits_NN)
     far_N = _eccentricities(bits_NN)
     radius = far_N.min()  # beyond the enclosing radius the complex is a cone
-    births = _off_tree(_open_edges(bits_NN, np.argsort(far_N)[:CENTRAL_PROBES]), n)
+    open_edges = _open_edges(bits_NN, np.argsort(far_N)[:CENTRAL_PROBES])
+    births = _off_tree(np.sort(open_edges), len(bits_NN))
+    if len(births) == 0:
+        return np.empty((0, 2), np.uint32)
+    sample = bits_NN[:: max(1, len(bits_NN) // SAMPLED_ROWS)].ravel()
+    at = int(FIRST_SHARE * len(sample))
+    longest_birth = (births[-1] >> _U32).astype(np.uint32)
+    return _reduce(bits_NN, births, min(radius, max(longest_birth, np.partition(sample, at)[at])), radius)
+
+
+@njit(cache=True, nogil=True)
+def _reduce(bits_NN, births, up_to, radius):
+    """Reduce the coboundaries of the loop-bearing edges `births`, ranking edges up to `up_to` before the others."""
+    n = len(bits_NN)
     n_births = len(births)
     pairs = np.empty((n_births, 2), np.uint32)
-    if n_births == 0:
-        return pairs
-
-    up_to = min(radius, max(np.uint32(births[-1] >> _U32), _short_length(bits_NN)))
     edges_M = np.empty(n * (n - 1) // 2 + 1, np.uint64)
     rank_NN = np.full((n, n), _NO_RANK, np.uint32)
     near_NN = np.empty((n, n), np.uint16)
@@ -445,6 +453,7 @@ def h1_pairs(bits_NN):
     # reduced column k is the sum of the coboundaries of the edges chain[start[k]:start[k + 1]]
     chain = np.empty(4 * n_births + 64, np.uint32)
     start = np.zeros(n_births + 1, np.int64)
+    odd_M = np.zeros(len(edges_M), np.bool_)
     cursor_C5 = np.empty((256, 5), np.int64)
     heap_C = np.empty(256, np.uint64)
     cursor_of_C = np.empty(256, np.int64)
@@ -461,9 +470,11 @@ def h1_pairs(bits_NN):
         while True:
             # cursors for the edges just added to the chain
             while len(heap_C) < live + used - fresh:
-                cursor_C5 = np.concatenate((cursor_C5, np.empty_like(cursor_C5)))
-                heap_C = np.concatenate((heap_C, np.empty_like(heap_C)))
-                cursor_of_C = np.concatenate((cursor_of_C, np.empty_like(cursor_of_C)))
+                more_C5 = np.empty((2 * len(heap_C), 5), np.int64)
+                more_C5[: len(heap_C)] = cursor_C5
+                cursor_C5 = more_C5
+                heap_C = _longer(heap_C)
+                cursor_of_C = _longer(cursor_of_C)
             for t in range(fresh, used):
                 u, v = _ends(edges_M[chain[t]])
                 triangle = _start(rank_NN, near_NN, degree_N, cursor_C5[live], chain[t], u, v, pivot)
@@ -506,12 +517,12 @@ def h1_pairs(bits_NN):
                 last = start[table_column[slot] + 1]
             used = fresh + last - first
             while len(chain) <= used:
-                chain = np.concatenate((chain, np.empty_like(chain)))
+                chain = _longer(chain)
             if apparent:
                 chain[fresh] = longest
             else:
                 chain[fresh:used] = chain[first:last]
-        start[k + 1] = start[k] + _cancel_pairs(chain[start[k] : used])
+        start[k + 1] = start[k] + _cancel_pairs(chain[start[k] : used], odd_M)
         pairs[k, 0] = np.uint32(birth >> _U32)
         pairs[k, 1] = np.uint32(edges_M[pivot >> _U32] >> _U32)
     return pairs
