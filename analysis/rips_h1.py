@@ -461,6 +461,8 @@ def _reduce(bits_NN, births, up_to, radius):
     for k in range(n_births):
         birth = births[n_births - 1 - k]
         edge = rank_NN[_ends(birth)]
+        if len(chain) <= start[k]:  # columns that add nothing take a place each, too
+            chain = _longer(chain)
         chain[start[k]] = edge
         used = start[k] + 1
         fresh = start[k]
