@@ -96,6 +96,7 @@ class PackContext:
         self._said = 0.0
         self._started = time.time()
         self._meta = {**provenance(), "hardware": hardware(), "threads": threads, "device": device}
+        self._meta |= {"lm_path": run.lm_path, "stream_path": run.stream_path}
 
     def publish(self, cell: Cell, rows: Sequence[Row], files: Mapping[str, bytes | Path] | None = None) -> bool:
         """Publish a finished cell; False when another launch was first (its result stays)."""

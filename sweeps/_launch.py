@@ -113,8 +113,7 @@ class _Launch:
         missing = [c for c in self.cells if c.key not in self.done]
         machine = Machine.here()
         print(f"{self.sweep.name} --preset {self.arguments.preset}: {self.sweep.question}")
-        for line in self.sweep.banner(self.arguments.preset, self.preset):
-            print(f"  {line}")
+        self._print_banner()
         varying, common = _fields(self.cells)
         print(f"  all cells: {common}")
         print(f"{'key':16}  state    cell")
@@ -136,14 +135,24 @@ class _Launch:
             )
         print("nothing was run")
 
+    def _print_banner(self) -> None:
+        lines = list(self.sweep.banner(self.arguments.preset, self.preset))
+        for name in ("lm_path", "stream_path"):
+            if path := getattr(self.run, name):
+                lines.append(f"{name}: read from {path} instead")
+        for line in lines:
+            print(f"  {line}")
+
     def _execute(self) -> int:
         self.ledger.store.check_writable()
         started = time.monotonic()
         print(f"{self.sweep.name} --preset {self.arguments.preset} → {self.ledger.store.uri}")
-        for line in self.sweep.banner(self.arguments.preset, self.preset):
-            print(f"  {line}")
+        self._print_banner()
         fingerprints = {c.key: self.sweep.fingerprint(c, self.preset, self.run) for c in self.cells}
         self.ledger.verify({key: fingerprints[key] for key in self.done})
+        missing = [c for c in self.cells if c.key not in self.done]
+        if missing and (preflight := getattr(self.sweep, "preflight", None)):
+            preflight(missing, self.preset, self.run)
         if self.arguments.retry_failed:
             self.ledger.forget_failures(self.failures)
             self.failures = {}
@@ -243,9 +252,12 @@ class _Launch:
             print(line)
         if synced:
             print(f"MLflow       {without_password(uri)}" + ("" if uri.startswith("http") else "   (make ui opens it)"))
-            print(f"compare      {tracker.compare_link([k for k in self.by_key if k in self.done])}")
+            if self.done:
+                print(f"compare      {tracker.compare_link([k for k in self.by_key if k in self.done])}")
+        varying, _ = _fields(self.cells)
         for key, record in self.ledger.failures(set(self.by_key) - self.done).items():
-            print(f"failed       {key} {self.by_key[key]}: {record.get('error')}", file=sys.stderr)
+            where = "".join(f" {n}={v}" for n, v in self.by_key[key].identity().items() if n in varying)
+            print(f"failed       {key}{where}: {record.get('error')}", file=sys.stderr)
         print(f"cells        {len(self.done)}/{len(self.cells)} published in {duration(time.monotonic() - started)}")
         if len(self.done) < len(self.cells):
             print("             run the same command to continue; --retry-failed repeats failed cells", file=sys.stderr)

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from data.pile import CorruptShard
 from models.topk_sae import SAEBank, SAEConfig, SparseTrainer
 from sweeps._context import PackContext, short_name
 from sweeps._sae_eval import Evaluation
-from sweeps._sae_sources import fingerprint, open_lm, open_stream
+from sweeps._sae_sources import corrupt, fingerprint, open_lm, open_stream
 from sweeps._sweep import Row, UserError
 
 if TYPE_CHECKING:
@@ -130,8 +131,10 @@ def train_pack(cells: Sequence[SAECell], context: PackContext) -> None:
     first = cells[0]
     context.progress(force=True, phase=f"loading {first.model}")
     lm = open_lm(first, context.run, context.device, lambda line: context.progress(phase=line))
-    run = _PackRun(cells, lm, context)
-    run.go()
+    try:
+        _PackRun(cells, lm, context).go()
+    except CorruptShard as error:
+        raise corrupt(error) from error
 
 
 class _PackRun:

@@ -41,6 +41,13 @@ def tables(cells: Sequence[PublishedCell]) -> tuple[pd.DataFrame, pd.DataFrame, 
     return frame, pd.concat(sequences, ignore_index=True), layers
 
 
+def _local_sources(cells: Sequence[PublishedCell]) -> dict[str, str]:
+    """Folders that stood in for the hub, so that no report passes local weights or text off as the hub's."""
+    names = {"lm_path": "language models read from", "stream_path": "text read from"}
+    found = {what: sorted({str(c.meta[k]) for c in cells if c.meta.get(k)}) for k, what in names.items()}
+    return {what: ", ".join(paths) for what, paths in found.items() if paths}
+
+
 def write(cells: Sequence[PublishedCell], preset_name: str, models: Sequence[str], out: Path) -> list[str]:
     """Write the report folder; returns the headline lines for the screen."""
     frame, sequences, geometry = tables(cells)
@@ -48,6 +55,7 @@ def write(cells: Sequence[PublishedCell], preset_name: str, models: Sequence[str
     notes = [f"{m}: {HOST_LMS[m].note}" for m in models if m in HOST_LMS and HOST_LMS[m].note]
     facts = {
         "ran on": ". ".join(banner(preset_name, models, stream)),
+        **_local_sources(cells),
         "cells": str(len(cells)),
         "hardware": ", ".join(sorted({str(c.meta.get("hardware")) for c in cells})),
         "commit": ", ".join(sorted({str(c.meta.get("git_commit")) for c in cells})),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data import embedded_text
-from data.pile import EMBEDDED, PILE_HUB, TokenStream
+from data.pile import EMBEDDED, PILE_HUB, CorruptShard, StreamUnavailable, TokenStream
 from models.registry import HOST_LMS
 from sweeps._sweep import UserError, digest
 from sweeps._where import RunSettings
@@ -18,6 +18,8 @@ from sweeps._where import RunSettings
 if TYPE_CHECKING:
     from models.host_lm import HostLM
     from sweeps.proxy_gap import SAECell
+
+_HUB_SECONDS = 10.0
 
 
 def open_lm(cell: SAECell, run: RunSettings, device: str, progress: Callable[[str], None]) -> HostLM:
@@ -49,6 +51,61 @@ def open_stream(cell: SAECell, run: RunSettings, tokenizer_dir: Path | None = No
             source=source, context=cell.context, on_corrupt="skip" if run.on_corrupt == "skip" else "raise"
         )
     raise UserError(f"stream {cell.stream!r} is not known; choose pile or embedded")
+
+
+def preflight(cells: Sequence[SAECell], run: RunSettings) -> None:
+    """Raise UserError where weights or text are out of reach, or local shards fall short, before anything starts."""
+    from models.host_lm import LMUnavailable, host_lm_spec
+
+    try:
+        for model in {c.model for c in cells}:
+            host_lm_spec(model, run.lm_path or None)
+        wants_lm = not run.lm_path and any(HOST_LMS[c.model].origin == "hub" and not _cached(c.model) for c in cells)
+        wants_text = not run.stream_path and any(c.stream == "pile" for c in cells)
+        if wants_lm or wants_text:
+            _require_hub(wants_lm, wants_text)
+        if run.stream_path:  # a look at footers; on the hub it would be one request a shard
+            for context, longest, n_eval in _needs(cells):
+                stream = open_stream(next(c for c in cells if c.context == context), run)
+                stream.require(longest, n_eval)
+    except CorruptShard as error:
+        raise corrupt(error) from error
+    except (LMUnavailable, StreamUnavailable, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
+def corrupt(error: CorruptShard) -> UserError:
+    """The error with its remedy."""
+    return UserError(f"{error}; mend the shard, or leave it out with --set on_corrupt=skip (and --retry-failed)")
+
+
+def _needs(cells: Sequence[SAECell]) -> set[tuple[int, int, int]]:
+    """(context, longest budget, evaluation sequences) of the cells on Parquet text."""
+    piles = [c for c in cells if c.stream == "pile"]
+    longest = {c.context: max(x.tokens for x in piles if x.context == c.context) for c in piles}
+    return {(c.context, longest[c.context], c.eval_sequences) for c in piles}
+
+
+def _cached(model: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    hub_id = HOST_LMS[model].hub_id
+    assert hub_id is not None
+    return isinstance(try_to_load_from_cache(hub_id, "config.json"), str)
+
+
+def _require_hub(wants_lm: bool, wants_text: bool) -> None:
+    import httpx
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_HUB_SECONDS)  # any answer will do: loading names the rest
+    except (httpx.HTTPError, OSError) as error:
+        what = " and ".join(["lm_path=DIR"] * wants_lm + ["stream_path=DIR"] * wants_text)
+        raise UserError(
+            f"the Hugging Face hub ({constants.ENDPOINT}) does not answer ({type(error).__name__}); use --preset local "
+            f"or --preset smollm2, which need no network, or --set {what} with local copies"
+        ) from error
 
 
 def fingerprint(cell: SAECell, run: RunSettings) -> str:

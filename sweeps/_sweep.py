@@ -117,7 +117,11 @@ class PublishedCell:
 
 
 class Sweep(Protocol):
-    """What `_launch.main` needs of a sweep. `report` touches neither Ray nor a checkpoint."""
+    """What `_launch.main` needs of a sweep. `report` touches neither Ray nor a checkpoint.
+
+    Two more are used where a sweep has them: `headline`, the name of the number that `progress(best=…)` carries, and
+    `preflight(cells, preset, run)`, which raises UserError before Ray starts when data or weights are out of reach.
+    """
 
     name: str
     version: str

@@ -118,9 +118,11 @@ PRESETS: Mapping[str, Audit] = {
     "paper": Audit(study="paper", routes=("direct", "landmark"), null_stream="published"),
     "bottleneck": Audit(
         study="bottleneck",
+        draws=199,
+        null_runs=1,
         representations=("bits_r4", "pca256", "rp256_0", "rp256_1", "rp256_2", "ae256_0", "ae256_1", "ae256_2"),
     ),
-    "ensemble": Audit(study="ensemble", representations=tuple(f"pom_{m}" for m in range(10))),
+    "ensemble": Audit(study="ensemble", draws=4, representations=tuple(f"pom_{m}" for m in range(10))),
     "utility": Audit(study="utility", representations=("bits_r4", "counts_r4", "physchem", "pom_0")),
 }
 

@@ -75,6 +75,11 @@ class SAECell(Cell):
                 f"schedule={self.schedule!r} cannot serve nested budgets; choose constant, or wsd (one decay branch "
                 "per budget)"
             )
+        if self.schedule == "wsd" and self.steps < self.warmup_steps + self.decay_steps:
+            raise UserError(
+                f"tokens={self.tokens} are {self.steps} steps, fewer than warmup_steps={self.warmup_steps} + "
+                f"decay_steps={self.decay_steps}; choose a larger budget or shorter phases"
+            )
         if self.lm_dtype not in ("float32", "bfloat16"):
             raise UserError(f"lm_dtype={self.lm_dtype!r} is not known; choose float32 or bfloat16")
 
@@ -239,6 +244,11 @@ class ProxyGap:
 
         return estimate([c for c in cells if isinstance(c, SAECell)], machine, run)
 
+    def preflight(self, cells: Sequence[Cell], preset: Grid, run: RunSettings) -> None:
+        from sweeps._sae_sources import preflight
+
+        preflight([c for c in cells if isinstance(c, SAECell)], run)
+
     def report(self, cells: Sequence[PublishedCell], preset_name: str, preset: Grid, out: Path) -> list[str]:
         from sweeps._sae_report import write
 
@@ -247,7 +257,14 @@ class ProxyGap:
     def banner(self, preset_name: str, preset: Grid) -> list[str]:
         from sweeps._sae_sources import banner
 
-        return banner(preset_name, preset.models, preset.stream)
+        lines = banner(preset_name, preset.models, preset.stream)
+        steps = min(preset.tokens, default=0) // preset.batch_tokens
+        if preset.schedule == "constant" and steps < preset.warmup_steps:
+            lines.append(
+                f"the smallest budget is {steps} steps and ends inside the learning rate's warm-up of "
+                f"{preset.warmup_steps} steps"
+            )
+        return lines
 
 
 SWEEP = ProxyGap()
