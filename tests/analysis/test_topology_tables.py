@@ -1,0 +1,88 @@
+"""From diagrams and null draws to the long table: the published ratio by hand, Holm, rules, partial data."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from analysis.topology_tables import COLUMNS, FULL_TABLE, Unit, audit, ensemble_correlations
+
+
+def diagram(top: float, rng: np.random.Generator, birth: float = 0.3, loops: int = 12) -> np.ndarray:
+    births = rng.uniform(0.1, 0.2, loops)
+    pairs = np.stack([births, births * (1 + rng.uniform(0.01, 0.05, loops))], 1)
+    return np.vstack([[birth, birth + top], pairs]).astype(np.float32)
+
+
+def unit(name: str, top: float, *, draws: int, null_top: float = 0.1, runs: int = 4, seed: int = 0) -> Unit:
+    rng = np.random.default_rng(seed)
+    made = Unit(("t", name, "euclidean", "direct"))
+    made.observed[FULL_TABLE] = diagram(top, rng)
+    for run in range(runs):
+        made.observed[run] = diagram(top + 0.001 * run, rng)
+    for null in ("permute_columns", "gaussian"):
+        values = rng.uniform(0.5 * null_top, null_top, draws)
+        made.nulls[null] = {0: values.tolist()}
+        made.null_diagrams[null] = [diagram(v, rng) for v in values]
+    return made
+
+
+def value(result: object, name: str, statistic: str, column: str = "value") -> float:
+    cells = result.cells  # type: ignore[attr-defined]
+    row = cells[(cells["representation"] == name) & (cells["statistic"] == statistic)]
+    return float(row.iloc[0][column])
+
+
+def test_ratio_is_the_published_formula() -> None:
+    made = unit("x", 0.4, draws=60)
+    result = audit([made])
+    top = [float(np.float64(d[0, 1]) - d[0, 0]) for run, d in made.observed.items() if run != FULL_TABLE]
+    threshold = max(np.quantile(by_run[0], 0.95) for by_run in made.nulls.values())
+    assert value(result, "x", "top1_ratio") == pytest.approx(np.mean(top) / threshold)
+    assert value(result, "x", "observed_top1_mean") == pytest.approx(np.mean(top))
+    assert list(result.cells.columns) == list(COLUMNS)
+
+
+def test_p_is_the_largest_over_nulls_and_holm_counts_the_tests_of_the_table() -> None:
+    clear, weak = unit("clear", 0.4, draws=199), unit("weak", 0.4, draws=199, null_top=0.42, seed=1)
+    result = audit([clear, weak])
+    assert value(result, "clear", "p_max_over_nulls") == pytest.approx(1 / 200)
+    assert value(result, "clear", "p_holm") == pytest.approx(2 / 200)
+    per_null = result.cells[(result.cells["representation"] == "weak") & (result.cells["statistic"] == "p_null")]
+    assert value(result, "weak", "p_max_over_nulls") == per_null["value"].max()
+    assert not result.published_rule
+
+
+def test_verdicts_follow_the_rule() -> None:
+    result = audit([unit("mine", 0.4, draws=199), unit("physchem", 0.05, draws=199, seed=2)])
+    assert result.verdicts["t", "mine"].label == "real and unique"
+    assert result.verdicts["t", "physchem"].label == "not distinguishable"
+    both = audit([unit("mine", 0.4, draws=199), unit("physchem", 0.5, draws=199, seed=2)])
+    assert both.verdicts["t", "mine"].label == "real but not unique"
+
+
+def test_too_few_draws_fall_back_on_the_published_rule_and_say_so() -> None:
+    result = audit([unit("mine", 0.4, draws=8)])
+    assert result.published_rule
+    assert result.verdicts["t", "mine"].label == "real, uniqueness not tested"
+
+
+def test_partial_units_are_reported_not_fatal() -> None:
+    lone = Unit(("t", "lone", "euclidean", "direct"))
+    lone.observed[0] = np.empty((0, 2), np.float32)
+    nulls_missing = unit("no_nulls", 0.4, draws=20)
+    nulls_missing.nulls.clear()
+    one_run = unit("one_run", 0.4, draws=20, runs=1)
+    result = audit([lone, nulls_missing, one_run])
+    assert value(result, "lone", "observed_top1_mean") == 0.0
+    assert result.verdicts["t", "no_nulls"].label == "undecided"
+
+
+def test_ensemble_correlation_ignores_rotation_and_scale() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 5))
+    rotation, _ = np.linalg.qr(rng.normal(size=(5, 5)))
+    table = ensemble_correlations({"a": x, "b": 3 * x @ rotation, "c": rng.normal(size=(60, 5))})
+    by_pair = {(r.a, r.b): r.spearman for r in table.itertuples()}
+    assert by_pair["a", "b"] == pytest.approx(1.0)
+    assert abs(by_pair["a", "c"]) < 0.2
