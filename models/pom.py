@@ -137,7 +137,7 @@ def train_member(
     parts: Split | None = None,
     graphs: Graphs | None = None,
     epochs: int = 40,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     learning_rate: float = 3e-3,
     weight_decay: float = 2e-2,
     threads: int = 1,
@@ -147,7 +147,8 @@ def train_member(
 
     `seed` sets weights, dropout and batch order; `parts` defaults to `split(labels_NL)`, the same for every seed.
     The weights scored are an exponential moving average of the last two epochs or so. The validation split alone
-    chooses the epoch; the test split is scored once, at the end. `graphs` may be shared by the members of an
+    chooses the epoch; the test split is scored once, at the end. `batch_size` defaults to 16 … 128 molecules, so
+    that an epoch has 30 steps or more where the table allows it. `graphs` may be shared by the members of an
     ensemble. `progress` is called with (epoch, auroc_val).
 
     Raises:
@@ -156,18 +157,19 @@ def train_member(
     labels_NL = _checked(smiles, labels_NL, epochs)
     parts = parts or split(labels_NL)
     graphs = graphs or Graphs(smiles)
+    size = batch_size or min(128, max(16, len(parts.train) // 30))
     target_NL = torch.from_numpy(labels_NL.astype(np.float32))
     with torch_threads(threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         rng = np.random.default_rng(seed)
         net = OdorNet(graphs.atoms.shape[1], graphs.bond_features.shape[1], labels_NL.shape[1])
-        steps = epochs * max(1, len(parts.train) // batch_size)
+        steps = epochs * max(1, len(parts.train) // size)
         optimiser = torch.optim.AdamW(net.parameters(), learning_rate, weight_decay=weight_decay)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=steps)
         average = _Average(net, decay=1 - epochs / (2 * steps))
         best = (-1.0, 0, average.state())
         for epoch in range(1, epochs + 1):
-            for rows in _batches(parts.train, batch_size, rng):
+            for rows in _batches(parts.train, size, rng):
                 loss = nn.functional.binary_cross_entropy_with_logits(net(graphs.batch(rows)), target_NL[rows])
                 optimiser.zero_grad()
                 loss.backward()
