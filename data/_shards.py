@@ -267,11 +267,12 @@ def _named_errors(source: str, shard: str | None = None) -> Iterator[None]:
 
 
 def _is_network(error: BaseException | None) -> bool:
-    import httpx
     from huggingface_hub.errors import HfHubHTTPError
 
     while error is not None:
-        if isinstance(error, httpx.HTTPError | HfHubHTTPError | ConnectionError | TimeoutError):
+        if isinstance(error, HfHubHTTPError | ConnectionError | TimeoutError):
+            return True
+        if any(c.__module__.startswith("httpx") for c in type(error).__mro__):  # httpx before huggingface_hub 2, httpx2
             return True
         error = error.__cause__ or error.__context__
     return False

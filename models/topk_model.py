@@ -95,8 +95,11 @@ class SAEConfig:
     def branch_step(self, budget_steps: int) -> int:
         """Step of the trunk at which the run of `budget_steps` steps leaves it (the budget itself when constant).
 
+        A constant-rate budget may end inside the warm-up: it is a prefix of the larger ones all the same.
         Raises ValueError when the budget is too short for warm-up and decay.
         """
+        if self.schedule == "constant":
+            return budget_steps
         step = budget_steps - self.decay_steps
         if step < self.warmup_steps:
             raise ValueError(

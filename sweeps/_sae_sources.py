@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,16 +97,19 @@ def _cached(model: str) -> bool:
 
 
 def _require_hub(wants_lm: bool, wants_text: bool) -> None:
-    import httpx
-    from huggingface_hub import constants, get_session
+    from huggingface_hub import constants
 
     try:
-        get_session().head(constants.ENDPOINT, timeout=_HUB_SECONDS)  # any answer will do: loading names the rest
-    except (httpx.HTTPError, OSError) as error:
-        what = " and ".join(["lm_path=DIR"] * wants_lm + ["stream_path=DIR"] * wants_text)
+        if constants.HF_HUB_OFFLINE:
+            raise ConnectionError("HF_HUB_OFFLINE is set")
+        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=_HUB_SECONDS).close()
+    except urllib.error.HTTPError:
+        return  # it answers; if it refuses a file, loading that file says so
+    except OSError as error:
+        local = " ".join(["--set lm_path=DIR"] * wants_lm + ["--set stream_path=DIR"] * wants_text)
         raise UserError(
-            f"the Hugging Face hub ({constants.ENDPOINT}) does not answer ({type(error).__name__}); use --preset local "
-            f"or --preset smollm2, which need no network, or --set {what} with local copies"
+            f"the Hugging Face hub ({constants.ENDPOINT}) cannot be reached ({error}); use --preset local or --preset "
+            f"smollm2, which need no network, or give local copies with {local}"
         ) from error
 
 

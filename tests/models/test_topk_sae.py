@@ -128,6 +128,7 @@ def test_bad_configurations_say_what_to_change(change: dict, message: str) -> No
 def test_branch_step_of_a_budget() -> None:
     constant = SAEConfig(d_in=4, d_sae=8, k=2, seed=0, warmup_steps=5)
     assert constant.branch_step(20) == 20
+    assert constant.branch_step(3) == 3
     wsd = SAEConfig(d_in=4, d_sae=8, k=2, seed=0, warmup_steps=5, schedule="wsd", decay_steps=4)
     assert wsd.branch_step(20) == 16
     with pytest.raises(ValueError, match="shorter than warmup_steps=5"):
