@@ -151,7 +151,7 @@ def test_ray_actors_make_the_same_bytes(audio: AudioSet, codec: CodecSpec, tmp_p
     import ray
 
     plain = tokenise(audio, codec, str(tmp_path / "plain"), use_ray=False, **HOW)
-    ray.init(num_cpus=2, object_store_memory=200_000_000, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, object_store_memory=200_000_000, include_dashboard=False, log_to_driver=False)
     try:
         tokens = tokenise(audio, codec, str(tmp_path / "ray"), use_ray=True, actors=2, **HOW)
     finally:
