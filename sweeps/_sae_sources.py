@@ -178,5 +178,5 @@ def banner(preset_name: str, models: Sequence[str], stream: str) -> list[str]:
     if stream == "embedded":
         lines.append("text: Python's own documentation and standard-library source, split by file; not the Pile")
     else:
-        lines.append("text: NeelNanda/pile-small-tokenized-2b, the first 256 tokens of each row, held out by row")
+        lines.append("text: NeelNanda/pile-small-tokenized-2b, each row cut to the context, held out by row")
     return lines

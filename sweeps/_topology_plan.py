@@ -42,10 +42,11 @@ def _of_representation(preset: Audit, table: str, representation: str) -> list[T
     if member is not None:
         cells.append(MemberCell(table=table, representation=representation, member=member, epochs=preset.pom_epochs))
     if preset.study == "utility":
-        if preset.neighbours >= n_rows(table, place_of(preset)):
+        total = n_rows(table, place_of(preset))
+        if 5 * (preset.neighbours + 1) > total:
             raise UserError(
-                f"neighbours={preset.neighbours} is not below the table's {n_rows(table, place_of(preset))} rows; "
-                "choose fewer neighbours"
+                f"neighbours={preset.neighbours} makes patches of {preset.neighbours + 1}, more than a fifth of the "
+                f"table's {total} rows; choose neighbours <= {total // 5 - 1}"
             )
         for metric in metrics_of(representation, preset.metrics):
             cells.append(

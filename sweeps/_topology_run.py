@@ -162,7 +162,16 @@ def _utility(cell: UtilityCell, sources: _Sources, context: PackContext) -> None
     out: list[Row] = []
     for family, permutations in (("ridge", cell.permutations), ("trees", 0)):
         context.progress(force=True, phase=f"{cell.representation}: {family}")
-        for result in utility.compare(geometry, topology, targets, family=family, permutations=permutations):
+        results = utility.compare(
+            geometry,
+            topology,
+            targets,
+            family=family,
+            permutations=permutations,
+            order_N=utility.block_order(distance_NN),
+            block=cell.neighbours + 1,
+        )
+        for result in results:
             at = {"target": result.target, "family": result.family}
             names = ("r2_geometry", "r2_topology", "r2_both", "delta", "delta_lo", "delta_hi")
             out += [Row(f"utility_{name}", getattr(result, name), "R²", at) for name in names]

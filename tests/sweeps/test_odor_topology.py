@@ -114,7 +114,10 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     for change, line in (
         ({"table": "curatd"}, "table 'curatd' is no file and no known table; did you mean curated?"),
         ({"representations": ("bits_r5",)}, "representation 'bits_r5' is not known; did you mean bits_r4?"),
-        ({"study": "utility", "neighbours": 5000}, "neighbours=5000 is not below the table's"),
+        (
+            {"study": "utility", "neighbours": 5000},
+            "neighbours=5000 makes patches of 5001, more than a fifth of the table's 432 rows; choose neighbours <= 85",
+        ),
         ({"null_stream": "slow"}, "null_stream='slow' is not known; choose fast or published"),
         ({"draws_per_cell": 0}, "draws_per_cell=0 cuts draws into nothing; choose 1 or more"),
     ):
