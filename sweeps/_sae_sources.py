@@ -143,7 +143,10 @@ def _stream_origin(stream: str, stream_path: str) -> str:
     if stream == "embedded":
         return f"embedded {embedded_text.fingerprint()}"
     if stream_path:
-        return TokenStream(source=stream_path).fingerprint()
+        try:
+            return TokenStream(source=stream_path).fingerprint()
+        except ValueError as error:
+            raise UserError(str(error)) from error
     return PILE_HUB
 
 

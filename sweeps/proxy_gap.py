@@ -128,7 +128,7 @@ PRESETS: Mapping[str, Grid] = {
         batch_tokens=2048,
         shuffle_sequences=128,
         lr=1e-3,
-        warmup_steps=50,
+        warmup_steps=10,
         dead_after_steps=50,
         eval_sequences=48,
     ),

@@ -1,0 +1,477 @@
+"""`python sweeps/proxy_gap.py` from a user's chair: plans, one-line errors, local and hub sources, kills, S3."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+import pandas as pd
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from analysis import published
+from models.registry import HOST_LMS
+from models.sae_io import load_saelens
+from sweeps import _launch, _sae_sources
+from sweeps._ledger import Ledger
+from sweeps._where import Machine, RunSettings
+from sweeps.proxy_gap import PRESETS, SWEEP
+
+ROOT = Path(__file__).resolve().parents[2]
+HUB_SERVER = ROOT / "tests" / "data" / "hub_server.py"
+MODEL = "standin-small"
+COLUMNS = [
+    *("model", "layer", "depth", "k", "seed", "tokens", "r2", "r2_legacy", "r2_energy", "ce_rec", "ce_rec_lo"),
+    *("ce_rec_hi", "ce_loss_score", "mse", "cosine", "relative_error", "alive", "swd", "abs_gdelta", "nmse"),
+    *("rate_bits", "pr", "pr_deflated", "loss_orig", "loss_recon", "loss_zero", "cell_key"),
+]
+EXTRA_COLUMNS = {"rate_bits_entropy", "d_model", "d_sae"}
+
+
+def settings(**values: object) -> list[str]:
+    return [part for name, value in values.items() for part in ("--set", f"{name}={value}")]
+
+
+def save_lm(folder: Path, name: str) -> Path:
+    """Random weights of a model's architecture, in Hugging Face format, under `folder`/`name`."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    spec = HOST_LMS[name]
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        hidden_size=spec.d_model,
+        num_hidden_layers=spec.n_layers,
+        num_attention_heads=spec.n_heads,
+        intermediate_size=spec.d_mlp,
+        vocab_size=spec.d_vocab,
+        max_position_embeddings=2048,
+        rotary_pct=0.25,
+    )
+    GPTNeoXForCausalLM(config).save_pretrained(folder / name)
+    return folder
+
+
+def save_shards(folder: Path, *, shards: int, rows: int, length: int, vocab: int) -> Path:
+    """Parquet shards of the hub data set's schema, with random tokens."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(shards):
+        tokens = list(rng.integers(0, vocab, (rows, length), dtype=np.int32))
+        table = pa.table({"tokens": pa.array(tokens, pa.list_(pa.int32()))})
+        pq.write_table(table, folder / f"train-{i:05d}-of-{shards:05d}.parquet", row_group_size=max(1, rows // 6))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_lms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_lm(tmp_path_factory.mktemp("lms"), MODEL)
+
+
+@pytest.fixture(scope="module")
+def byte_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_shards(tmp_path_factory.mktemp("text") / "shards", shards=3, rows=1400, length=64, vocab=257)
+
+
+def tiny_grid(lms: Path, shards: Path, **changes: object) -> list[str]:
+    """Two SAEs with two nested budgets on a random stand-in and random bytes: seconds of work."""
+    grid: dict[str, object] = {
+        "models": MODEL,
+        "lm_path": lms,
+        "stream": "pile",
+        "stream_path": shards,
+        "depths": "mid",
+        "k": "4,8",
+        "seeds": 0,
+        "tokens": "65536,196608",
+        "context": 64,
+        "expansion": 2,
+        "batch_tokens": 256,
+        "shuffle_sequences": 16,
+        "warmup_steps": 10,
+        "eval_sequences": 8,
+        "threads": 1,
+    }
+    return ["--preset", "local", *settings(**grid | changes)]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")}
+    return kept | {"NO_PROXY": "127.0.0.1"} | changes
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / "sweeps" / "proxy_gap.py"), *arguments]
+
+
+def cli(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), cwd=folder, env=env or environment(), capture_output=True, text=True, timeout=560
+    )
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The command line called in this process, for what must end before Ray starts; a machine of fixed size."""
+    machine = Machine(nodes=1, cpus=8, gpus=0, memory_bytes=32 * 2**30, hardware="a machine of the tests")
+    monkeypatch.setattr(Machine, "here", staticmethod(lambda: machine))
+    monkeypatch.setattr(_launch, "connect", lambda *a: pytest.fail("Ray was started"))
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+    yield tmp_path
+    signal.signal(signal.SIGTERM, before)
+
+
+def main(*arguments: str) -> int:
+    return _launch.main("sweeps.proxy_gap", list(arguments))
+
+
+def test_command_line_is_frozen() -> None:
+    actions = {a.option_strings[-1]: (a.default, a.nargs, a.metavar) for a in _launch.parser(SWEEP)._actions}
+    assert actions == {
+        "--help": ("==SUPPRESS==", 0, None),
+        "--preset": ("local", None, "P"),
+        "--plan": (False, 0, None),
+        "--only": ([], "+", "KEY"),
+        "--report": (False, 0, None),
+        "--retry-failed": (False, 0, None),
+        "--storage": ("runs/ledger", None, "URI"),
+        "--tracking-uri": (None, None, "URI"),
+        "--address": (None, None, "ADDR"),
+        "--set": ([], None, "FIELD=VALUE"),
+    }
+    assert list(PRESETS) == ["local", "smollm2", "fast2", "fast3", "phase2", "budget_k32", "bridge"]
+    named = {"cells_per_pack", "threads", "max_retries", "checkpoint_seconds", "lm_path", "stream_path", "on_corrupt"}
+    assert named <= set(RunSettings.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    ("preset", "cells", "models"),
+    [
+        *[("local", 96, 2), ("smollm2", 30, 1), ("fast2", 36, 2), ("fast3", 12, 3), ("phase2", 48, 2)],
+        *[("budget_k32", 4, 2), ("bridge", 486, 3)],
+    ],
+)
+def test_plan_of_every_preset(
+    here: Path, capsys: pytest.CaptureFixture[str], preset: str, cells: int, models: int
+) -> None:
+    assert main("--preset", preset, "--plan", "--set", "probe=false") == 0
+    out = capsys.readouterr().out
+    assert f"cells        {cells} planned, 0 done, {cells} to do" in out
+    passes = next(line for line in out.splitlines() if line.startswith("LM passes"))
+    assert int(passes.split()[2]) >= models
+    for line in ("packs", "tokens", "FLOPs", "memory", "time", "not measured", "nothing was run"):
+        assert line in out
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_smallest_budget_of_a_preset_outlasts_the_warm_up(preset: str) -> None:
+    grid = PRESETS[preset]
+    assert min(grid.tokens) // grid.batch_tokens > 2 * grid.warmup_steps
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--preset", "fast"], "preset 'fast' is not known; did you mean fast"),
+        (settings(layers=6), "layer=6 is out of range for standin-small; choose 0 to 5"),
+        (settings(k=3000), "k=3000 exceeds d_sae=2048; choose k <= d_sae"),
+        (settings(tokens=81921), "tokens=81921 is not a multiple of batch_tokens=2048; choose tokens=81920 or 83968"),
+        (settings(schedule="cosine"), "schedule='cosine' cannot serve nested budgets"),
+        (settings(schedule="wsd", decay_steps=31), "tokens=81920 are 40 steps, fewer than warmup_steps=10 + decay"),
+        (settings(lm_path="nowhere"), "lm_path=nowhere holds no config.json"),
+        (settings(stream="pile", stream_path="nowhere"), "stream nowhere holds no *.parquet shard"),
+        (["--storage", "/proc/nowhere"], "storage /proc/nowhere/proxy_gap/1 is not writable"),
+        (["--only", "zz"], "--only zz matches none of the 96 planned cells"),
+    ],
+)
+def test_bad_input_is_one_line(here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], line: str) -> None:
+    assert main(*arguments) == 2
+    errors = capsys.readouterr().err
+    assert line in errors
+    assert len(errors.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("source", ["offline", "unreachable"])
+def test_without_network_the_error_names_what_works(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", source == "offline")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(_sae_sources, "_cached", lambda model: False)
+    began = time.monotonic()
+    assert main("--preset", "fast3") == 2
+    errors = capsys.readouterr().err
+    assert len(errors.strip().splitlines()) == 1
+    assert "http://127.0.0.1:9" in errors
+    assert "--preset local or --preset smollm2, which need no network" in errors
+    assert "--set lm_path=DIR --set stream_path=DIR" in errors
+    assert time.monotonic() - began < 30
+
+
+def test_short_and_corrupt_streams_are_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str], tiny_lms: Path, byte_shards: Path
+) -> None:
+    assert main(*tiny_grid(tiny_lms, byte_shards, tokens=256_000_000)) == 2
+    errors = capsys.readouterr().err
+    assert "the plan needs 256,000,000 and 8: lower the budget or add shards" in errors
+    assert main(*tiny_grid(tiny_lms, byte_shards, eval_sequences=4000)) == 2
+    assert "held-out sequences" in capsys.readouterr().err
+
+    folder = here / "shards"
+    folder.mkdir()
+    for shard in byte_shards.iterdir():
+        (folder / shard.name).write_bytes(shard.read_bytes())
+    (folder / "train-00001-of-00003.parquet").write_bytes(b"PAR1 no parquet PAR1")
+    assert main(*tiny_grid(tiny_lms, folder)) == 2
+    errors = capsys.readouterr().err
+    assert "train-00001-of-00003.parquet" in errors
+    assert "--set on_corrupt=skip" in errors
+    assert len(errors.strip().splitlines()) == 1
+
+
+def spoil(shard: Path) -> None:
+    """Damage pages in the middle of a shard; its footer stays whole."""
+    data = bytearray(shard.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 20_000] = os.urandom(20_000)
+    shard.write_bytes(data)
+
+
+@pytest.mark.slow
+def test_corrupt_page_is_named_once_or_skipped(tmp_path: Path, tiny_lms: Path) -> None:
+    shards = save_shards(tmp_path / "shards", shards=3, rows=1400, length=64, vocab=257)
+    spoil(shards / "train-00001-of-00003.parquet")
+    grid = tiny_grid(tiny_lms, shards, k=4, tokens=163_840)
+    stopped = cli(tmp_path, *grid)
+    assert stopped.returncode == 1
+    failed = [line for line in stopped.stderr.splitlines() if "failed  " in line]
+    assert len(failed) == 1
+    assert "train-00001-of-00003.parquet" in failed[0]
+    assert "on_corrupt=skip" in failed[0]
+    assert "Traceback" not in stopped.stderr
+    skipped = cli(tmp_path, *grid, "--retry-failed", *settings(on_corrupt="skip"))
+    assert skipped.returncode == 0, skipped.stderr
+    assert "skipped: shard train-00001-of-00003.parquet" in skipped.stdout + skipped.stderr
+
+
+class TestPythia:
+    """The study's loading path: Pythia's architecture from disk and from a hub, shards of the data set's schema."""
+
+    GRID = settings(
+        models="pythia-70m",
+        k=8,
+        depths="mid",
+        tokens=8192,
+        expansion=1,
+        batch_tokens=1024,
+        shuffle_sequences=16,
+        eval_sequences=4,
+        threads=1,
+    )
+
+    @pytest.fixture(scope="class")
+    def sources(self, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+        folder = tmp_path_factory.mktemp("pythia")
+        shards = save_shards(folder / "pile", shards=2, rows=150, length=1024, vocab=50304)
+        return save_lm(folder / "lms", "pythia-70m"), shards
+
+    @pytest.fixture(scope="class")
+    def local(self, sources: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+        folder = tmp_path_factory.mktemp("local")
+        paths = settings(lm_path=sources[0], stream_path=sources[1])
+        run = cli(folder, "--preset", "fast2", *paths, *self.GRID)
+        assert run.returncode == 0, run.stderr
+        assert "1/1 published" in run.stdout
+        assert f"lm_path: read from {sources[0]} instead" in run.stdout
+        assert "ends inside the learning rate's warm-up of 500 steps" in run.stdout
+        return folder
+
+    @pytest.mark.slow
+    def test_local_directories_to_report(self, local: Path, sources: tuple[Path, Path]) -> None:
+        out = local / "runs" / "reports" / "proxy_gap" / "fast2"
+        cells = pd.read_parquet(out / "cells.parquet")
+        assert [c for c in cells.columns if c not in EXTRA_COLUMNS] == COLUMNS
+        assert set(cells.columns) == {*COLUMNS, *EXTRA_COLUMNS}
+        assert list(pd.read_csv(out / "cells.csv").columns) == list(cells.columns)
+        (cell,) = cells.to_dict("records")
+        assert (cell["model"], cell["layer"], cell["k"], cell["tokens"]) == ("pythia-70m", 3, 8, 8192)
+        numbers = cells.drop(columns=["model", "depth", "cell_key"]).to_numpy(float)
+        assert np.isfinite(numbers).all()
+        assert cell["loss_orig"] == pytest.approx(np.log(50304), abs=0.3)  # random weights know nothing
+        assert cell["ce_rec"] == pytest.approx(2 - cell["loss_recon"] / cell["loss_orig"], abs=1e-6)
+        report = (out / "report.md").read_text()
+        assert "R² published" in report
+        assert str(sources[0]) in report
+        assert str(published.PARTICIPATION_RATIO[("pythia-70m", 1)][0]) in report
+
+    @pytest.mark.slow
+    def test_saelens_opens_the_published_sae(self, local: Path) -> None:
+        from sae_lens import SAE
+
+        folder = next((local / "runs" / "ledger" / "proxy_gap" / "1").glob("[!._]*/sae"))
+        theirs = SAE.load_from_disk(str(folder))
+        ours, metadata = load_saelens(folder)
+        for source in (metadata, theirs.cfg.metadata):
+            assert source["model_name"] == "pythia-70m"
+            assert source["hook_name"] == "blocks.3.hook_resid_post"
+            assert source["context_size"] == 256
+            assert source["training_tokens"] == 8192
+            assert source["sae_lens_version"]
+        assert (theirs.cfg.d_in, theirs.cfg.d_sae) == (512, 512)
+        x = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+        index, value = ours.encode(x)
+        dense = torch.zeros(64, 512).scatter_(1, index.long(), value)
+        torch.testing.assert_close(theirs.encode(x), dense, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(theirs(x), ours.decode(index, value), rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.slow
+    def test_hub_gives_the_local_result(self, local: Path, sources: tuple[Path, Path], tmp_path: Path) -> None:
+        with hub(sources[1], sources[0] / "pythia-70m") as url:
+            env = environment(HF_ENDPOINT=url, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "hf"), HF_HUB_DISABLE_XET="1")
+            run = cli(tmp_path, "--preset", "fast2", *self.GRID, env=env)
+        assert run.returncode == 0, run.stderr
+        assert "Traceback" not in run.stderr
+        here, there = (Ledger(str(f / "runs" / "ledger"), "proxy_gap", "1") for f in (local, tmp_path))
+        (key,) = here.done()
+        pd.testing.assert_frame_equal(here.read(key).rows, there.read(key).rows, check_exact=True)
+        assert here.file(key, "sae/sae_weights.safetensors") == there.file(key, "sae/sae_weights.safetensors")
+
+
+@contextmanager
+def hub(shards: Path, checkpoint: Path) -> Iterator[str]:
+    """A loopback server of the data set's shards (tests/data) and of one checkpoint, as the hub serves them."""
+    spec = importlib.util.spec_from_file_location("hub_server_cli", HUB_SERVER)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    class Hub(module.HubServer):
+        def _handler(self) -> type:
+            class Handler(super()._handler()):
+                def do_GET(self) -> None:
+                    path = unquote(urlsplit(self.path).path)
+                    prefix = f"/{HOST_LMS[checkpoint.name].hub_id}/resolve/main/"
+                    file = checkpoint / path.removeprefix(prefix)
+                    if path.startswith(prefix) and file.is_file():
+                        self.reply_file(file)
+                    else:
+                        super().do_GET()
+
+            return Handler
+
+    with Hub(shards).running() as server:
+        yield server.url
+
+
+def wait_for(what, seconds: float = 240.0):
+    """The first true value of `what()`."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := what():
+            return found
+        time.sleep(0.02)
+    raise AssertionError("waited in vain")
+
+
+def checkpointed(ledger: Ledger) -> int:
+    """Step of the newest checkpoint in the ledger."""
+    pointers = [ledger.store.read_json(f"_work/{name}/latest.json") for name in ledger.store.names("_work")]
+    return max((p["step"] for p in pointers if p), default=0)
+
+
+def trial_of(driver: int) -> psutil.Process | None:
+    """The worker process that runs the driver's pack."""
+    for process in psutil.Process(driver).children(recursive=True):
+        try:
+            if " ".join(process.cmdline()).startswith("ray::ImplicitFunc.train"):
+                return process
+        except psutil.Error:
+            continue
+    return None
+
+
+@pytest.mark.slow
+def test_killed_worker_and_killed_driver_give_the_undisturbed_bits(
+    tmp_path: Path, tiny_lms: Path, byte_shards: Path
+) -> None:
+    grid = tiny_grid(tiny_lms, byte_shards, checkpoint_seconds=0.2)
+    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    for folder in (undisturbed, disturbed):
+        folder.mkdir()
+    whole = cli(undisturbed, *grid)
+    assert whole.returncode == 0, whole.stderr
+
+    ledger = Ledger(str(disturbed / "runs" / "ledger"), "proxy_gap", "1")
+    with open(disturbed / "out", "w") as out:
+        driver = subprocess.Popen(
+            command(*grid), cwd=disturbed, env=environment(), stdout=out, stderr=out, start_new_session=True
+        )
+    try:
+        first = wait_for(lambda: checkpointed(ledger))
+        worker = wait_for(lambda: trial_of(driver.pid))
+        worker.kill()
+        wait_for(lambda: (p := trial_of(driver.pid)) is not None and p.pid != worker.pid)
+        second = wait_for(lambda: (step := checkpointed(ledger)) > first and step)
+        assert second < 768, "the grid is too small to be killed while it trains"
+        assert len(ledger.done()) < 4
+        workers = psutil.Process(driver.pid).children(recursive=True)
+    finally:
+        driver.kill()
+        driver.wait()
+    assert "a retry continues from its checkpoint" in (disturbed / "out").read_text()
+
+    again = cli(disturbed, *grid)
+    assert again.returncode == 0, again.stderr
+    assert "4/4 published" in again.stdout
+    assert not [p for p in workers if p.is_running()], "the killed driver's processes are still there"
+    expected = Ledger(str(undisturbed / "runs" / "ledger"), "proxy_gap", "1")
+    assert ledger.done() == expected.done()
+    for key in expected.done():
+        pd.testing.assert_frame_equal(ledger.read(key).rows, expected.read(key).rows, check_exact=True)
+        for name in ("sae/sae_weights.safetensors", "sequences.parquet"):
+            assert ledger.file(key, name) == expected.file(key, name)
+    assert ledger.store.names("_work") == []
+
+
+@pytest.mark.slow
+def test_grid_and_report_on_s3(tmp_path: Path, tiny_lms: Path, byte_shards: Path) -> None:
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        url = f"http://{host}:{port}"
+        s3fs.S3FileSystem(endpoint_url=url, key="test", secret="test").mkdir("plumbline-cli")
+        env = environment(
+            AWS_ENDPOINT_URL=url, AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_DEFAULT_REGION="us-east-1"
+        )
+        grid = [*tiny_grid(tiny_lms, byte_shards, tokens=16_384), "--storage", "s3://plumbline-cli/ledger"]
+        run = cli(tmp_path, *grid, env=env)
+        assert run.returncode == 0, run.stderr
+        assert "2/2 published" in run.stdout
+        report = tmp_path / "runs" / "reports" / "proxy_gap" / "local"
+        first = (report / "cells.csv").read_text()
+        assert len(first.splitlines()) == 3
+        (report / "cells.csv").unlink()
+        again = cli(tmp_path, "--report", *grid, env=env)
+        assert again.returncode == 0, again.stderr
+        assert (report / "cells.csv").read_text() == first
+        assert not (tmp_path / "runs" / "ledger").exists()
+    finally:
+        server.stop()
