@@ -104,6 +104,22 @@ def test_operations_of_recurrent_models_do_not_grow_with_context_and_those_of_at
     assert 0 < growth("mc_la") < growth("transformer")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["olmo_hybrid", "mc_la", "mc_mamba", "hybrid_1_7", "mamba2"])
+def test_decoding_equals_the_full_forward_at_full_size(architecture):
+    model = build_lm(f"speech_{architecture}_a100_20m_ctx1024").eval()
+    steps = 150  # past the first boundary of the 128-token segments
+    x = torch.randint(0, 1024, (1, 8, steps), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        full = model(x)
+    logits, state = model.prefill(x[..., :20], steps)
+    decoded = [logits]
+    for t in range(20, steps):
+        logits, state = model.step(x[..., t], state)
+        decoded.append(logits)
+    torch.testing.assert_close(torch.stack(decoded, 1), full[:, 19:], rtol=0, atol=1e-4)
+
+
 def test_groups_name_every_parameter_once():
     model = build_lm("local_mc_mamba", device="meta")
     groups = dict(names_by_group(model))
