@@ -67,25 +67,21 @@ class Evaluation:
         for rows in self._chunks():
             self.context.progress(phase=f"unpatched model, sequence {rows.start} of {len(self.tokens_ST)}")
             tokens_BT = self.tokens_ST[rows]
-            for layer, a_BTD in self.lm.activations(tokens_BT, list(sums)).items():
-                sums[layer].update(a_BTD)
-            loss_B, a, g = self.lm.loss_and_gradients(tokens_BT, self.layers, logits_dtype=self.logits_dtype)
+            loss_B, a, g = self.lm.loss_and_gradients(
+                tokens_BT, self.layers, also=list(sums), logits_dtype=self.logits_dtype
+            )
             losses.append(loss_B)
+            for layer, a_BTD in a.items():
+                sums[layer].update(a_BTD)
             for layer in self.layers:
                 acts[layer].append(a[layer])
                 grads[layer].append(g[layer])
-                zeros = torch.zeros_like(a[layer])
-                zero_losses[layer].append(self.lm.patched_loss(zeros, layer, tokens_BT, logits_dtype=self.logits_dtype))
+                zero_losses[layer].append(self.lm.zero_loss(layer, tokens_BT))
         self.loss_orig_S = torch.cat(losses)
         self.a_STD = {layer: torch.cat(parts) for layer, parts in acts.items()}
         self.g_STD = {layer: torch.cat(parts) for layer, parts in grads.items()}
         self.loss_zero_S = {layer: torch.cat(parts) for layer, parts in zero_losses.items()}
-        # the gradients' own forward pass may round differently in low precision; the mean must be of a_STD itself
-        self.mean_D = {}
-        for layer in self.layers:
-            exact = CovarianceSums()
-            exact.update(self.a_STD[layer])
-            self.mean_D[layer] = exact.mean_D
+        self.mean_D = {layer: sums[layer].mean_D for layer in self.layers}
         self.geometry = {layer: s.summary() for layer, s in sums.items()}
 
     def run(self, cell: SAECell, sae: TopKSAE) -> tuple[list[Row], dict[str, bytes | Path], float]:

@@ -13,8 +13,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -23,8 +23,10 @@ from data.pile import CorruptShard
 from models.topk_sae import SAEBank, SAEConfig, SparseTrainer
 from sweeps._context import PackContext, short_name
 from sweeps._sae_eval import Evaluation
-from sweeps._sae_sources import corrupt, fingerprint, open_lm, open_stream
+from sweeps._sae_sources import corrupt, open_lm, open_stream, trajectory_name
+from sweeps._storage import Store
 from sweeps._sweep import Row, UserError
+from sweeps._where import hardware, user_cache
 
 if TYPE_CHECKING:
     from models.host_lm import HostLM
@@ -125,6 +127,22 @@ class Trajectory:
         self.block = (int(state["block"][0]), int(state["block"][1]))
 
 
+def backend(d_in: int, device: str, threads: int) -> Literal["numba", "torch"]:
+    """The SAE step's backend: measured once a machine and kept, so that packs and restarts agree bit for bit."""
+    if device != "cpu":
+        return "torch"
+    store = Store(str(user_cache()))
+    name = f"sae_backend/{short_name([hardware(), torch.__version__, d_in, threads])}.json"
+    known = store.read_json(name)
+    if known is None:
+        config = SAEConfig(d_in=d_in, d_sae=8 * d_in, k=16, seed=0)
+        trainer = SparseTrainer(config, backend="auto", n_threads=threads)
+        store.create(name, json.dumps({"backend": trainer.backend}).encode())
+        known = store.read_json(name)
+    assert known is not None
+    return known["backend"]
+
+
 def train_pack(cells: Sequence[SAECell], context: PackContext) -> None:
     """Train, evaluate and publish every cell; all must share model, stream, context, batch and shuffle."""
     torch.set_num_threads(context.threads)
@@ -154,11 +172,12 @@ class _PackRun:
         configs: dict[Any, tuple[int, SAEConfig]] = {
             key: (group[0].layer, sae_config(group[0], lm.d_model)) for key, group in groups.items()
         }
-        self.bank = SAEBank(configs, n_threads=context.threads, device=context.device, backend="auto")
+        chosen = backend(lm.d_model, context.device, context.threads)
+        self.bank = SAEBank(configs, n_threads=context.threads, device=context.device, backend=chosen)
         self.trajectories = [
             Trajectory(
                 key=key,
-                name=short_name([fingerprint(replace(group[0], tokens=self.batch), context.run)]),
+                name=trajectory_name(group[0], context.run),
                 cells=sorted(group, key=lambda c: c.tokens),
                 config=configs[key][1],
                 trainer=self.bank.trainers[key],

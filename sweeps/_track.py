@@ -205,6 +205,7 @@ class Tracker:
 
         cell = self.ledger.read(key)
         published = int(cell.meta["published_unix"] * 1000)
+        began = published - int(cell.meta.get("pack_seconds", 0.0) * 1000)
         tags = {
             "plumbline.kind": "cell",
             "plumbline.cell_key": key,
@@ -219,8 +220,7 @@ class Tracker:
         }
         run_id = unfinished
         if not run_id:
-            name = " ".join(str(v) for k, v in cell.identity.items() if k in _NAME_FIELDS) or key
-            made = self._client.create_run(self._experiment, start_time=published, run_name=name, tags=tags)
+            made = self._client.create_run(self._experiment, start_time=began, run_name=_name(cell), tags=tags)
             run_id = made.info.run_id
         self._client.log_batch(
             run_id,
@@ -263,7 +263,13 @@ class Tracker:
         return f"{base.rstrip('/')}/#/compare-runs?runs={quote(json.dumps(runs))}&experiments={experiments}"
 
 
-_NAME_FIELDS = ("model", "arch", "representation", "table", "layer", "depth", "metric", "route", "k", "seed", "tokens")
+_NAME_FIELDS = ("model", "arch", "representation", "table", "depth", "layer", "metric", "route", "k", "seed", "tokens")
+
+
+def _name(cell: PublishedCell) -> str:
+    """`pythia-70m mid layer=3 k=8 seed=0 tokens=10000000`: texts bare, numbers with the field's name."""
+    shown = {name: cell.identity[name] for name in _NAME_FIELDS if name in cell.identity}
+    return " ".join(v if isinstance(v, str) else f"{name}={v}" for name, v in shown.items()) or cell.key
 
 
 def _points(cell: PublishedCell) -> Iterable[tuple[str, float, int]]:
