@@ -64,11 +64,11 @@ def write_report(
 _RATIO_NOTE = (
     "Top-1 ratio: mean over runs of the largest finite H1 persistence, divided by the largest over nulls of the 95th "
     "percentile of the nulls' largest persistence; interval over null draws. p: Monte-Carlo, the largest over the "
-    "nulls; Holm: adjusted over all tests of a table."
+    "nulls; Holm: adjusted over the representations of a table, one test each."
 )
 _PUBLISHED_RULE = (
-    "These draws are too few for any p below 0.05, so “above its nulls” here is the study's own rule, a top-1 ratio "
-    "above 1, which is biased upward; `--preset audit` tests it."
+    "These draws are too few for any Holm-adjusted p below 0.05, so “above its nulls” here is the study's own rule, a "
+    "top-1 ratio above 1, which is biased upward; `--preset audit` tests it."
 )
 _UTILITY_NOTE = (
     "ΔR² of geometry + topology over geometry, out of sample, 5 × 3 folds; p by permuting the topology block."

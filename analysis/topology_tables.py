@@ -80,19 +80,27 @@ def _top1(pairs_P2: np.ndarray) -> float:
 
 
 def audit(units: Sequence[Unit]) -> Audit:
-    """Every statistic of every unit, p-values adjusted (Holm) over the tests of a table, and verdicts by rule."""
+    """Every statistic of every unit, and verdicts by rule.
+
+    Holm's adjustment runs over the representations of a table: one test each, under its first metric and route. The
+    other metrics and routes count for the criterion of that name, unadjusted.
+    """
     rows: list[dict[str, object]] = []
     sentences: list[str] = []
     p_of: dict[Place, float] = {}
     for unit in units:
         rows += _unit_rows(unit, p_of, sentences)
     adjusted: dict[Place, float] = {}
-    for table in {place[0] for place in p_of}:
-        adjusted |= _holm({place: p for place, p in p_of.items() if place[0] == table})
+    first: dict[tuple[str, str], Unit] = {}
+    for unit in units:
+        first.setdefault(unit.place[:2], unit)
+    for table in dict.fromkeys(place[0] for place in p_of):
+        family = [u.place for (name, _), u in first.items() if name == table and u.place in p_of]
+        adjusted |= _holm({place: p_of[place] for place in family})
     rows += [_row(place, "p_holm", value=p, p=p) for place, p in adjusted.items()]
     cells = pd.DataFrame(rows, columns=list(COLUMNS))
-    few = any(u.tested_runs() and _draws(u) < draws_needed(ALPHA) for u in units)
-    if few:
+    tests = {table: sum(place[0] == table for place in adjusted) for table in {place[0] for place in adjusted}}
+    if any(_draws(u) < draws_needed(ALPHA, tests[u.place[0]]) for u in first.values() if u.place in adjusted):
         yes_no = {u.place: 0.0 if _ratio(u).value > 1 else 1.0 for u in units if u.tested_runs()}
         return Audit(cells, _verdicts(units, yes_no, yes_no), sentences, published_rule=True)
     return Audit(cells, _verdicts(units, p_of, adjusted), sentences, published_rule=False)

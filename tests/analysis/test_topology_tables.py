@@ -86,3 +86,18 @@ def test_ensemble_correlation_ignores_rotation_and_scale() -> None:
     by_pair = {(r.a, r.b): r.spearman for r in table.itertuples()}
     assert by_pair["a", "b"] == pytest.approx(1.0)
     assert abs(by_pair["a", "c"]) < 0.2
+
+
+def test_draws_must_be_enough_for_holm_over_all_representations() -> None:
+    many = [unit(f"r{i}", 0.4, draws=39, seed=i) for i in range(3)]
+    assert audit(many).published_rule  # 3 / 40 > 0.05: no verdict may rest on these p-values
+    assert not audit(many[:1]).published_rule
+
+
+def test_other_metrics_of_a_representation_are_not_tests_of_their_own() -> None:
+    first, second = unit("mine", 0.4, draws=199), unit("mine", 0.4, draws=199, seed=3)
+    second.place = ("t", "mine", "cosine", "direct")
+    result = audit([first, second])
+    holm = result.cells[result.cells["statistic"] == "p_holm"]
+    assert holm["metric"].tolist() == ["euclidean"]
+    assert holm["value"].tolist() == pytest.approx([1 / 200])
