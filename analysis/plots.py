@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -50,9 +50,15 @@ def style() -> AbstractContextManager[None]:
 
 
 def panels(
-    rows: int, columns: int, *, width: float = 3.4, height: float = 2.9, sharex: bool = True, sharey: bool = True
+    rows: int,
+    columns: int,
+    *,
+    width: float = 3.4,
+    height: float = 2.9,
+    sharex: bool | Literal["row"] = True,
+    sharey: bool | Literal["row"] = True,
 ) -> tuple[Figure, np.ndarray]:
-    """A figure of rows × columns axes (a 2-D array), each about width × height inches."""
+    """A figure of rows × columns axes (a 2-D array), each about width × height inches; "row" shares within rows."""
     size = (max(width * columns, 5.2) + 0.4, height * rows + 0.9)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey)

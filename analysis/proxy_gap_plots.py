@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -50,9 +51,11 @@ def _curves(study: Study, depth: str, **where: object) -> Iterator[tuple[str, pd
             yield model, part.sort_values(["tokens", "k"])
 
 
-def _grid(study: Study, x: str, y: str) -> tuple[Figure, Iterator[tuple[Axes, str, int]]]:
+def _grid(
+    study: Study, x: str, y: str, share: bool | Literal["row"] = True
+) -> tuple[Figure, Iterator[tuple[Axes, str, int]]]:
     """Budgets down, depths across; titles name both."""
-    figure, axes = panels(len(study.budgets), len(study.depths))
+    figure, axes = panels(len(study.budgets), len(study.depths), sharex=share, sharey=share)
     outer_labels(axes, x, y)
 
     def walk() -> Iterator[tuple[Axes, str, int]]:
@@ -65,9 +68,13 @@ def _grid(study: Study, x: str, y: str) -> tuple[Figure, Iterator[tuple[Axes, st
 
 
 def r2_vs_ce(study: Study) -> Figure:
-    """R² against CE_rec; grey lines join the models at equal k: a fall to the right is a misranking."""
-    figure, walk = _grid(study, "R² of the reconstruction", "CE_rec = 2 − L_recon / L_orig")
+    """R² against CE_rec; grey lines join the models at equal k: a fall to the right is a misranking.
+
+    Axes are shared within a budget alone: the smallest budget's SAEs may lie far from the converged ones.
+    """
+    figure, walk = _grid(study, "R² of the reconstruction", "CE_rec = 2 − L_recon / L_orig", share="row")
     for axis, depth, tokens in walk:
+        axis.ticklabel_format(useOffset=False)
         part = study.means_at(depth=depth, tokens=tokens)
         for _, same_k in part.sort_values("d_model").groupby("k"):
             axis.plot(same_k["r2"], same_k["ce_rec"], color=GREY, linewidth=0.9, zorder=1)

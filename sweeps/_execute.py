@@ -103,9 +103,14 @@ def _board_callback(board: Board) -> Any:
         def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             board.drop(trial.config["pack"])
 
-        def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             name = trial.config["pack"]
             board.say(f"{name} crashed (attempt {trial.num_failures}); a retry continues from its checkpoint")
+
+        def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+            name = trial.config["pack"]
+            board.say(f"{name} crashed {trial.num_failures} times and is given up; its last checkpoint stays")
+            board.drop(name)
 
     return BoardCallback()
 

@@ -1,8 +1,8 @@
 """MLflow from the ledger: one parent run a launch, exactly one run a cell, whatever restarts happen.
 
 The ledger is the truth and MLflow a view of it. A thread copies published cells that MLflow lacks, so a tracking
-server that is down costs nothing but the view: the next launch copies what is missing. All points carry the time
-of publication, so copying twice writes the same rows.
+server that is down costs nothing but the view: the next launch copies what is missing. The times of all points
+follow from the published cell alone, so copying twice writes the same rows.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ _POLL_SECONDS = 0.5
 _WAIT_SECONDS = 60.0  # for cells that another launch is copying
 _BATCH = 1000  # metrics a log_batch call may carry (MLflow REST limit)
 _SINGLE_LOOKUPS = 20  # cells looked up one by one; more are found by one listing
+_KIND = {"mlflow.experimentKind": "custom_model_development"}  # opens on runs and charts, not on chat traces
 _COMPARE_RUNS = 100  # the compare page slows beyond this
 
 
@@ -87,7 +88,8 @@ class Tracker:
             while self._wanted and time.monotonic() < end:  # another live launch is copying these
                 time.sleep(_POLL_SECONDS)
                 self._drain()
-            self._log_points(self._parent, [(n, v, 0) for n, v in metrics.items()], int(time.time() * 1000))
+            now = int(time.time() * 1000)
+            self._log_points(self._parent, [(n, v, now, 0) for n, v in metrics.items()])
             for file in files:
                 self._client.log_artifact(self._parent, str(file), "report")
             self._client.set_terminated(self._parent, status)
@@ -137,7 +139,7 @@ class Tracker:
         found = self._client.get_experiment_by_name(name)
         if found is None:
             try:
-                self._experiment = self._client.create_experiment(name, artifact_location=artifacts)
+                self._experiment = self._client.create_experiment(name, artifact_location=artifacts, tags=_KIND)
             except Exception:  # another launch made it in between
                 again = self._client.get_experiment_by_name(name)
                 if again is None:
@@ -227,16 +229,16 @@ class Tracker:
             params=[Param(k, str(v)) for k, v in cell.identity.items()],
             tags=[RunTag(k, v) for k, v in tags.items()] if unfinished else [],
         )
-        self._log_points(run_id, list(_points(cell)), published)
+        self._log_points(run_id, list(_points(cell, began, published)))
         self._log_files(run_id, cell)
         self._client.set_terminated(run_id, "FINISHED", end_time=published)
         return run_id
 
-    def _log_points(self, run_id: str, points: Sequence[tuple[str, float, int]], stamp: int) -> None:
+    def _log_points(self, run_id: str, points: Sequence[tuple[str, float, int, int]]) -> None:
         from mlflow.entities import Metric
 
         for i in range(0, len(points), _BATCH):
-            metrics = [Metric(n, v, stamp, s) for n, v, s in points[i : i + _BATCH]]
+            metrics = [Metric(*point) for point in points[i : i + _BATCH]]
             self._client.log_batch(run_id, metrics=metrics)
 
     def _log_files(self, run_id: str, cell: PublishedCell) -> None:
@@ -272,9 +274,14 @@ def _name(cell: PublishedCell) -> str:
     return " ".join(v if isinstance(v, str) else f"{name}={v}" for name, v in shown.items()) or cell.key
 
 
-def _points(cell: PublishedCell) -> Iterable[tuple[str, float, int]]:
-    """(name, value, step): rows with a `step` parameter are curves; rows with other parameters stay in the ledger."""
+def _points(cell: PublishedCell, began: int, published: int) -> Iterable[tuple[str, float, int, int]]:
+    """(name, value, time in ms, step): rows with a `step` are curves; those with other parameters stay in the ledger.
+
+    A curve's points are spread evenly over the pack's time, since rows do not record it: MLflow's pages open on
+    time as the x axis, where points of one moment would fall on one vertical line.
+    """
     rows = cell.rows
+    last = max(1.0, float(rows["step"].max())) if "step" in rows.columns and rows["step"].notna().any() else 1.0
     parameters = [c for c in rows.columns if c not in ("metric", "value", "unit", "step")]
     for record in rows.to_dict("records"):
         if (
@@ -283,4 +290,7 @@ def _points(cell: PublishedCell) -> Iterable[tuple[str, float, int]]:
         ):
             continue
         step = record.get("step")
-        yield record["metric"], record["value"], int(step) if step is not None and step == step else 0
+        if step is None or step != step:
+            yield record["metric"], record["value"], published, 0
+        else:
+            yield record["metric"], record["value"], int(began + (published - began) * step / last), int(step)

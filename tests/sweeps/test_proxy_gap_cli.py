@@ -432,7 +432,7 @@ def test_killed_worker_and_killed_driver_give_the_undisturbed_bits(
     finally:
         driver.kill()
         driver.wait()
-    assert "a retry continues from its checkpoint" in (disturbed / "out").read_text()
+    assert "crashed (attempt 1); a retry continues from its checkpoint" in (disturbed / "out").read_text()
 
     again = cli(disturbed, *grid)
     assert again.returncode == 0, again.stderr
