@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dead", action="store_true", help="every feature that misses a batch is dead: AuxK runs")
+    parser.add_argument("--quick", action="store_true", help="small, one round, to see that it runs; no targets")
     parser.add_argument("--out", help="also write the Markdown there")
     parser.add_argument("--serve", choices=["peer", "numba", "torch"], help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -149,6 +150,8 @@ def main() -> None:
         args.k = args.ks[0]
         serve(steps(args.serve, args))
         return
+    if args.quick:
+        args.d_sae, args.batch, args.repeats = 1024, 1024, 1
     write_report(report(args), args.out)
 
 
