@@ -232,7 +232,18 @@ def main() -> int:
     case = f"{len(CELLS)} cells, {options.sequences} x {CONTEXT} tokens"
     targets = {} if options.quick else {(case, arm): target for arm, target in TARGETS.items()}
     table = markdown_table({case: results}, baseline=baseline, targets=targets)
-    write_report(f"# evaluation\n\n{machine()}\n\n{table}\n\n" + "\n".join(agreement), options.out)
+    text = [
+        "# evaluation",
+        "",
+        f"{machine()}",
+        "",
+        "Re-run: `python benchmarks/evaluation.py --out docs/benchmarks/evaluation.md`.",
+        "",
+        table,
+        "",
+        *agreement,
+    ]
+    write_report("\n".join(text), options.out)
     met = all(results[arm].ratio >= target for (_, arm), target in targets.items())
     agree = all(worst[arm] <= allowed for arm, allowed in TOLERANCES.items())
     return 0 if met and agree else 1

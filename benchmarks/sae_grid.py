@@ -295,6 +295,8 @@ def report(sizes: argparse.Namespace, *, full_size: bool) -> tuple[str, bool]:
         f"weights on random tokens; {sizes.threads} thread{'s' if sizes.threads > 1 else ''}, {sizes.repeats} rounds. "
         f"Peer: sae_lens {version('sae-lens')}, TransformerLens' HookedTransformer. Machine: {machine()}.",
         "",
+        "Re-run: `python benchmarks/sae_grid.py --out docs/benchmarks/sae_grid.md`.",
+        "",
         "**How to read it.** Ours is measured whole. SAELens' cost is composed, round by round, from the measured "
         "parts of the last table: one after another = 2 x [6 x (fetch layer 1 + fetch layer 3) + 2 x sum of step(k)]; "
         "MultiSAETrainingRunner = fetch both + 4 x sum of step(k); budgets: 160 steps of the first against 100 of ours "

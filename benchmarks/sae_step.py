@@ -115,7 +115,13 @@ def report(args: argparse.Namespace) -> str:
     )
     if args.dead:
         title += ", dead features (AuxK) in play"
-    lines = [f"## {title}", "", f"Peer: sae_lens {version('sae-lens')}. Machine: {machine()}."]
+    lines = [
+        "# sae_step",
+        "",
+        f"{title}. Peer: sae_lens {version('sae-lens')}, `SAETrainer.step`. Machine: {machine()}.",
+        "",
+        "Re-run: `python benchmarks/sae_step.py --out docs/benchmarks/sae_step.md`.",
+    ]
     full_size = (args.d_in, args.d_sae, args.batch) == (512, 16384, 4096) and not args.dead
     for peer in (PEER, TUNED):
         other = TUNED if peer == PEER else PEER
