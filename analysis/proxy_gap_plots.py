@@ -239,7 +239,11 @@ def rate_distortion(study: Study) -> Figure:
                 for rate, dash in (("rate_bits", "-"), ("rate_bits_entropy", "--")):
                     ordered = curve.sort_values(rate)
                     marker = "o" if dash == "-" else "."
-                    axis.plot(ordered[rate], 1 - ordered[metric], dash, color=_color(study, model), marker=marker)
+                    distortion = (1 - ordered[metric]).where(ordered[metric] < 1)  # a log axis shows no patch that helps
+                    axis.plot(ordered[rate], distortion, dash, color=_color(study, model), marker=marker)
+            if not any(np.isfinite(np.asarray(line.get_ydata(), float)).any() for line in axis.lines):
+                axis.set_ylim(0.01, 1)
+                axis.text(0.5, 0.5, "no loss: 1 or above", transform=axis.transAxes, ha="center", color=GREY)
             axis.set_xscale("log")
             axis.set_yscale("log")
             axis.set_title(f"{depth}, {tokens_label(tokens)} tokens")

@@ -26,7 +26,6 @@ _POLL_SECONDS = 0.5
 _WAIT_SECONDS = 60.0  # for cells that another launch is copying
 _BATCH = 1000  # metrics a log_batch call may carry (MLflow REST limit)
 _SINGLE_LOOKUPS = 20  # cells looked up one by one; more are found by one listing
-_KIND = {"mlflow.experimentKind": "custom_model_development"}  # opens on runs and charts, not on chat traces
 _COMPARE_RUNS = 100  # the compare page slows beyond this
 
 
@@ -139,7 +138,7 @@ class Tracker:
         found = self._client.get_experiment_by_name(name)
         if found is None:
             try:
-                self._experiment = self._client.create_experiment(name, artifact_location=artifacts, tags=_KIND)
+                self._experiment = self._client.create_experiment(name, artifact_location=artifacts)
             except Exception:  # another launch made it in between
                 again = self._client.get_experiment_by_name(name)
                 if again is None:
