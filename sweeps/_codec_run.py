@@ -1,0 +1,254 @@
+"""Trains, evaluates, samples and publishes the language models of a pack.
+
+Shapes: B clips, K codebooks, T steps.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import soundfile
+import torch
+
+from analysis.audio import CodebookScores
+from analysis.codec_report import spectrogram_png
+from data.pack import TokenClips, collate, epoch_batches, evaluation_batches
+from models.codebook_loss import codebook_loss
+from models.codec_lm import CodecLM, CodecLMConfig, build_codec_lm
+from models.delay import training_pair
+from models.lm_cost import lm_cost
+from models.lm_presets import scale_config
+from models.sampling import Sampling, generate
+from sweeps._codec_data import TokenSource, open_source, unigram_nll
+from sweeps._context import PackContext
+from sweeps._sweep import Row, UserError
+from sweeps._train import AnomalyError, Batch, StepStats, TrainConfig, Trainer, autocast, train
+
+if TYPE_CHECKING:
+    from sweeps.codec_lm import LMCell, Study
+
+WEIGHTS = ("raw", "ema")
+_SAMPLING = Sampling(temperature=0.9, top_k=100)
+_EVAL_BATCH = 8
+
+
+class TrainingStream:
+    """Batches by step: epoch and place in it follow from the step alone, so nothing needs to be saved."""
+
+    def __init__(self, clips: TokenClips, cell: LMCell, config: CodecLMConfig, device: str) -> None:
+        self.clips, self.cell, self.config, self.device = clips, cell, config, device
+        self.max_frames = config.context - config.n_codebooks + 1
+        self._epoch, self._first = 0, 0  # of the plan at hand: its epoch, and its first step
+        self._plan = self._plan_of(0)
+
+    def _plan_of(self, epoch: int) -> list[npt.NDArray[np.int64]]:
+        return epoch_batches(self.clips, self.cell.batch_size, seed=self.cell.seed, epoch=epoch)
+
+    def __call__(self, step: int) -> Batch:
+        if step < self._first:
+            self._epoch, self._first, self._plan = 0, 0, self._plan_of(0)
+        while step >= self._first + len(self._plan):
+            self._epoch, self._first = self._epoch + 1, self._first + len(self._plan)
+            self._plan = self._plan_of(self._epoch)
+        place = step - self._first
+        seed = self.cell.seed + 1_000_003 * self._epoch
+        batch = collate(self.clips, self._plan[place].tolist(), place, self.max_frames, seed)
+        inputs, targets = training_pair(batch.codes_BKT, pad=self.config.pad, bos=self.config.bos)
+        return Batch(inputs.to(self.device), targets.to(self.device), batch.real_tokens)
+
+
+def evaluate(model: CodecLM, clips: TokenClips, n_clips: int, precision: str) -> CodebookScores:
+    """Scores on held-out clips, kept by clip so that intervals can resample them."""
+    config, device = model.config, model.heads.device
+    scores = CodebookScores(config.n_codebooks)
+    model.eval()
+    with torch.inference_mode(), autocast(device, precision):
+        frames = config.context - config.n_codebooks + 1
+        for batch in evaluation_batches(clips, _EVAL_BATCH, max_frames=frames, n_clips=n_clips):
+            inputs, targets = training_pair(batch.codes_BKT, pad=config.pad, bos=config.bos)
+            hidden = model.decode_embedded(model.embed(inputs.to(device)))
+            for h_TD, target_KT in zip(hidden, targets.to(device), strict=True):
+                r = codebook_loss(h_TD[None], model.heads, target_KT[None], pad=config.pad, accuracy=True)
+                sums = {"nll": r.nll_K, "uniform": r.uniform_K, "count": r.count_K, "top1": r.top1_K, "top5": r.top5_K}
+                scores.add({name: values[None].cpu().numpy() for name, values in sums.items() if values is not None})
+    return scores
+
+
+def run_pack(cells: Sequence[LMCell], study: Study, context: PackContext) -> None:
+    """Every cell of the pack, one after the other, on the same tokens.
+
+    Raises UserError where a GPU is needed and there is none.
+    """
+    if study.needs_gpu and context.device == "cpu":
+        raise UserError(
+            "this preset is sized for a GPU and this machine has none; run it where there is one, or try it here with "
+            "--set needs_gpu=false"
+        )
+    torch.set_num_threads(context.threads)
+    source = open_source(study, context.device, lambda line: context.progress(force=True, phase=line))
+    try:
+        sides = [TokenClips(source.tokens, side, holdout=study.holdout) for side in ("train", "validation")]
+    except ValueError as error:
+        raise UserError(f"{error}; choose another holdout or more audio") from error
+    baseline = unigram_nll(source, study.holdout)
+    for cell in cells:
+        try:
+            _CellRun(cell, study, source, sides[0], sides[1], context).go(baseline)
+        except AnomalyError as error:
+            name = f"{cell.key}-anomaly"
+            batch = {"inputs": error.batch.inputs_BKT.cpu(), "targets": error.batch.targets_BKT.cpu()}
+            context.work.save(name, error.step, batch)
+            context.fail(cell, f"{error}; the batch is kept in _work/{name}")
+
+
+class _CellRun:
+    def __init__(
+        self,
+        cell: LMCell,
+        study: Study,
+        source: TokenSource,
+        train_clips: TokenClips,
+        held_out: TokenClips,
+        context: PackContext,
+    ) -> None:
+        self.cell, self.study, self.source, self.held_out, self.context = cell, study, source, held_out, context
+        self.config = scale_config(cell.scale, cell.architecture)
+        codec = source.codec
+        if (codec.n_codebooks, codec.codebook_size) != (self.config.n_codebooks, self.config.codebook_size):
+            raise UserError(
+                f"{codec.name} has {codec.n_codebooks} codebooks of {codec.codebook_size}, the scale {cell.scale} "
+                f"models {self.config.n_codebooks} of {self.config.codebook_size}; choose another codec or scale"
+            )
+        model = build_codec_lm(self.config, device=context.device, seed=cell.seed)
+        self.trainer = Trainer(
+            model,
+            TrainConfig(
+                steps=cell.steps,
+                lr=cell.lr,
+                lr_end=cell.lr_end,
+                warmup_steps=cell.warmup_steps,
+                ema_decay=cell.ema_decay,
+                precision=cell.precision,
+                micro_batch=study.micro_batch,
+            ),
+        )
+        self.stream = TrainingStream(train_clips, cell, self.config, context.device)
+
+    def go(self, baseline: float) -> None:
+        cell, context = self.cell, self.context
+        state = context.work.load(cell.key)
+        if state is not None:
+            self.trainer.restore(state)
+        rate = train(
+            self.trainer,
+            self.stream,
+            eval_every=cell.eval_every,
+            evaluate=self._numbers,
+            save=lambda t: context.work.save(cell.key, t.step_count, t.state()),
+            save_seconds=context.run.checkpoint_seconds,
+            tell=self._tell,
+        )
+        context.progress(force=True, phase=f"{cell.architecture}: evaluating and sampling")
+        rows = [Row("unigram_nll", baseline, "nats a token"), Row("tokens_per_second", rate, "tokens/s")]
+        rows += self._static_rows() + self._curve_rows()
+        files: dict[str, bytes] = {"model.pt": self._checkpoint()}
+        for weights, model in zip(WEIGHTS, (self.trainer.model, self.trainer.ema), strict=True):
+            scores = evaluate(model, self.held_out, cell.eval_clips, cell.precision)
+            rows += self._score_rows(scores, weights)
+        files |= self._samples()
+        files["tokens.json"] = json.dumps(self._tokens(), indent=1).encode()
+        context.publish(cell, rows, files)
+        context.work.drop(cell.key)
+
+    def _numbers(self, model: CodecLM) -> dict[str, float]:
+        scores = evaluate(model, self.held_out, min(self.cell.eval_clips, 64), self.cell.precision)
+        value = scores.val_nll()
+        self.context.progress(best=value)
+        return {"val_nll": value, "val_loss_smoothed": scores.val_loss_smoothed()}
+
+    def _tell(self, trainer: Trainer, stats: StepStats, rate: float) -> None:
+        left = (self.cell.steps - stats.step) / max(stats.step, 1) * trainer.real_tokens
+        self.context.progress(
+            done=trainer.real_tokens,
+            total=int(trainer.real_tokens + left),
+            rate=rate,
+            eta=left / max(rate, 1e-9),
+            phase=f"{self.cell.architecture}: step {stats.step}/{self.cell.steps}, loss {stats.loss:.3f}",
+        )
+
+    def _static_rows(self) -> list[Row]:
+        cost = lm_cost(self.config)
+        tokens = self.source.tokens.manifest
+        return [
+            Row("n_parameters", cost.parameters),
+            Row("flops_per_column", cost.flops_per_token, "FLOP"),
+            Row("train_tokens", self.trainer.real_tokens, "tokens"),
+            Row("corpus_audio", tokens["audio_s"], "s"),
+        ]
+
+    def _curve_rows(self) -> list[Row]:
+        rows = []
+        for metric, step, value in self.trainer.curve:
+            name, _, part = metric.partition("/")
+            kind = "weights" if part in WEIGHTS else "group"
+            rows.append(Row(name, value, "", {"step": step} | ({kind: part} if part else {})))
+        spikes = self.trainer.spikes
+        return rows + [Row("grad_spikes", n, "steps", {"group": group}) for group, n in spikes.items()]
+
+    def _score_rows(self, scores: CodebookScores, weights: str) -> list[Row]:
+        at = {"weights": weights}
+        interval = scores.val_nll_ci()
+        rows = [
+            Row("final_val_nll", scores.val_nll(), "nats a token", at),
+            Row("final_val_nll_lo", interval.lo, "nats a token", at),
+            Row("final_val_nll_hi", interval.hi, "nats a token", at),
+            Row("final_val_loss_smoothed", scores.val_loss_smoothed(), "nats a token", at),
+            Row("perplexity", scores.perplexity(), "a token", at),
+            Row("bits_per_second", scores.bits_per_second(self.source.codec.frame_rate_hz), "bit/s", at),
+        ]
+        for record in scores.table().to_dict("records"):
+            place = at | {"codebook": int(record["codebook"])}
+            rows += [Row(f"codebook_{name}", record[name], "", place) for name in ("nll", "top1", "top5")]
+        return rows
+
+    def _samples(self) -> dict[str, bytes]:
+        """One sample of the averaged weights from nothing, one held-out clip through the codec, both drawn."""
+        model, codec = self.trainer.ema.eval(), self.source.codec
+        most = self.config.context - self.config.n_codebooks + 1
+        frames = min(max(1, round(self.study.sample_s * codec.frame_rate_hz)), most)
+        with autocast(model.heads.device, self.cell.precision):
+            sample = generate(model, frames, sampling=_SAMPLING, seed=self.cell.seed)
+        longest = int(np.argmax(self.held_out.n_frames_C))
+        waves = {
+            "sample": codec.decode(sample.codes.cpu().numpy())[0],
+            "reference": codec.decode(self.held_out.codes(longest)[None, :, :frames])[0],
+        }
+        files = {}
+        for name, wave_N in waves.items():
+            sink = io.BytesIO()
+            soundfile.write(sink, np.clip(wave_N, -1, 1), codec.sample_rate, format="WAV", subtype="PCM_16")
+            files[f"{name}.wav"] = sink.getvalue()
+        titles = {
+            f"{self.cell.architecture}: a sample": waves["sample"],
+            f"held-out audio through {codec.name}": waves["reference"],
+        }
+        files["spectrogram.png"] = spectrogram_png(titles, codec.sample_rate)
+        return files
+
+    def _checkpoint(self) -> bytes:
+        sink = io.BytesIO()
+        state = {w: m.state_dict() for w, m in zip(WEIGHTS, (self.trainer.model, self.trainer.ema), strict=True)}
+        torch.save({"config": json.dumps(asdict(self.config)), "key": self.cell.key, **state}, sink)
+        return sink.getvalue()
+
+    def _tokens(self) -> dict[str, object]:
+        manifest = self.source.tokens.manifest
+        wanted = ("dataset", "codec", "chunk_s", "min_s", "n_clips", "n_frames", "n_tokens", "audio_s", "odd")
+        train_clips = len(self.stream.clips)
+        return {n: manifest[n] for n in wanted} | {"train_clips": train_clips, "held_out_clips": len(self.held_out)}

@@ -1,0 +1,285 @@
+"""The one training loop of the audio-token language models.
+
+A `Trainer` is everything that a step changes: model, optimizer, averaged weights, random state, step. `train` drives
+it to its last step, measuring and saving on the way. Batches are a function of the step, so a restart needs no
+iterator state and continues to the same bits (same number of threads and device).
+
+Shapes: B clips, K codebooks, T delayed steps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from models.codec_lm import CodecLM
+from models.lm_cost import names_by_group
+
+_RUNNING = 0.95  # decay of the running means that anomalies are judged by
+_NOT_DECAYED = ("A_log", "dt_bias", ".D")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What decides a trajectory. Learning rate: linear warm-up, then cosine from `lr` to `lr_end` at `steps`.
+
+    micro_batch: clips of a batch whose activations are held at once (0: all); gradients add up to the batch's.
+    max_loss_jump: nats by which a loss after the warm-up may exceed its running mean. spike_factor: a gradient norm
+    this many times its running mean is counted as a spike, and laid to the parameter group that grew most.
+    """
+
+    steps: int
+    lr: float
+    lr_end: float
+    warmup_steps: int
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0
+    ema_decay: float = 0.999
+    label_smoothing: float = 0.1
+    precision: str = "float32"
+    micro_batch: int = 0
+    max_loss_jump: float = 2.0
+    spike_factor: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps} trains nothing; choose steps >= 1")
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must lie in 0..steps-1 (steps={self.steps})")
+        if not 0 <= self.lr_end <= self.lr or self.lr <= 0:
+            raise ValueError(f"lr_end={self.lr_end} must lie in 0..lr and lr={self.lr} be positive")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision={self.precision!r} is not known; choose float32 or bfloat16")
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of step `step`, counted from 0."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        share = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.lr_end + 0.5 * (self.lr - self.lr_end) * (1 + math.cos(math.pi * share))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """inputs and targets [B, K, T] of next-column prediction; `real_tokens` of the targets are not padding."""
+
+    inputs_BKT: Tensor
+    targets_BKT: Tensor
+    real_tokens: int
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """One step: training loss (smoothed, nats a token), gradient norm before clipping, the same by group."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    group_norms: dict[str, float]
+
+
+class AnomalyError(ValueError):
+    """Training cannot go on: a loss or gradient that is not finite, or a loss that jumped. `batch` caused it."""
+
+    def __init__(self, text: str, step: int, batch: Batch) -> None:
+        super().__init__(text)
+        self.step, self.batch = step, batch
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """bfloat16 autocast on the device, or nothing for float32."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+
+
+@dataclass
+class Trainer:
+    """Model, optimizer and averaged weights at one step of a trajectory."""
+
+    model: CodecLM
+    config: TrainConfig
+    step_count: int = 0
+    real_tokens: int = 0
+    running: dict[str, float] = field(default_factory=dict)
+    spikes: dict[str, int] = field(default_factory=dict)
+    curve: list[tuple[str, int, float]] = field(default_factory=list)  # metric, step, value
+
+    def __post_init__(self) -> None:
+        named = dict(self.model.named_parameters())
+        self.device = next(iter(named.values())).device
+        self.groups: dict[str, list[Tensor]] = {}
+        for name, group in names_by_group(self.model):
+            self.groups.setdefault(group, []).append(named[name])
+        decayed = [p for n, p in named.items() if p.dim() > 1 and not n.endswith(_NOT_DECAYED)]
+        chosen = {id(p) for p in decayed}
+        rest = [p for p in named.values() if id(p) not in chosen]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": self.config.weight_decay},
+                {"params": rest, "weight_decay": 0.0},
+            ],
+            lr=self.config.lr,
+            betas=self.config.betas,
+            fused=True,
+        )
+        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.config.ema_decay))
+
+    @property
+    def ema(self) -> CodecLM:
+        """The model with exponentially averaged weights."""
+        module = self.average.module
+        assert isinstance(module, CodecLM)
+        return module
+
+    def step(self, batch: Batch) -> StepStats:
+        """One optimizer step. Raises AnomalyError, before any weight changes."""
+        c = self.config
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._accumulate(batch)
+        self._check_loss(loss, batch)
+        squares = {
+            name: torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]) ** 2
+            for name, parameters in self.groups.items()
+        }
+        total = torch.stack(list(squares.values())).sum().sqrt()
+        norm = float(total)
+        if not math.isfinite(norm):
+            wrong = [name for name, square in squares.items() if not bool(torch.isfinite(square))]
+            raise self._anomaly(f"gradient norm {norm} in {', '.join(wrong)}", batch)
+        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), c.grad_clip, total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = c.lr_at(self.step_count)
+        self.optimizer.step()
+        self.average.update_parameters(self.model)
+        self.step_count += 1
+        self.real_tokens += batch.real_tokens
+        stats = StepStats(self.step_count, loss, norm, {n: float(s) ** 0.5 for n, s in squares.items()})
+        self._watch(stats)
+        return stats
+
+    def _accumulate(self, batch: Batch) -> float:
+        """Gradients of the mean loss over the batch's targets, a micro-batch at a time; returns that loss."""
+        size = self.config.micro_batch or len(batch.targets_BKT)
+        pad, loss = self.model.config.pad, torch.zeros((), device=self.device)
+        total = (batch.targets_BKT != pad).sum()
+        parts = zip(batch.inputs_BKT.split(size), batch.targets_BKT.split(size), strict=True)
+        for inputs_BKT, targets_BKT in parts:
+            with autocast(self.device, self.config.precision):
+                result = self.model.loss(inputs_BKT, targets_BKT, label_smoothing=self.config.label_smoothing)
+            part = result.loss * ((targets_BKT != pad).sum() / total)
+            part.backward()
+            loss += part.detach()
+        return float(loss)
+
+    def _anomaly(self, what: str, batch: Batch) -> AnomalyError:
+        text = f"{what} at step {self.step_count + 1}; choose a lower lr (now {self.config.lr:g}) or a longer warm-up"
+        return AnomalyError(text, self.step_count + 1, batch)
+
+    def _check_loss(self, loss: float, batch: Batch) -> None:
+        mean = self.running.get("loss")
+        if not math.isfinite(loss):
+            raise self._anomaly(f"loss {loss}", batch)
+        jump = self.config.max_loss_jump
+        if mean is not None and self.step_count > self.config.warmup_steps and loss > mean + jump:
+            raise self._anomaly(f"loss {loss:.3f} exceeds its running mean {mean:.3f} by more than {jump:g}", batch)
+
+    def _watch(self, stats: StepStats) -> None:
+        """Update the running means and count a gradient spike for the group that grew most."""
+        now = {"loss": stats.loss, "": stats.grad_norm, **stats.group_norms}
+        settled = self.step_count > max(20, self.config.warmup_steps)
+        if settled and stats.grad_norm > self.config.spike_factor * self.running[""]:
+            growth = {n: v / max(self.running[n], 1e-12) for n, v in stats.group_norms.items()}
+            worst = max(growth, key=lambda name: growth[name])
+            self.spikes[worst] = self.spikes.get(worst, 0) + 1
+        for name, value in now.items():
+            self.running[name] = _RUNNING * self.running.get(name, value) + (1 - _RUNNING) * value
+
+    def state(self) -> dict[str, Any]:
+        """All that a restart needs, as tensors, numbers and texts."""
+        return {
+            "config": json.dumps(asdict(self.config)),
+            "step": self.step_count,
+            "real_tokens": self.real_tokens,
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "rng_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "watch": json.dumps({"running": self.running, "spikes": self.spikes, "curve": self.curve}),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from `state`. Raises ValueError for the state of another configuration or architecture."""
+        if state["config"] != json.dumps(asdict(self.config)):
+            raise ValueError(f"the checkpoint is of another training configuration: {state['config']}")
+        try:
+            self.model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise ValueError(f"the checkpoint is of another architecture: {str(error).splitlines()[-1]}") from error
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"].cpu())
+        if state["rng_cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng_cuda"].cpu(), self.device)
+        watch = json.loads(state["watch"])
+        self.running, self.spikes = watch["running"], watch["spikes"]
+        self.curve = [(str(m), int(s), float(v)) for m, s, v in watch["curve"]]
+        self.step_count, self.real_tokens = int(state["step"]), int(state["real_tokens"])
+
+
+def train(
+    trainer: Trainer,
+    batch_at: Callable[[int], Batch],
+    *,
+    eval_every: int,
+    evaluate: Callable[[CodecLM], dict[str, float]],
+    save: Callable[[Trainer], None],
+    save_seconds: float,
+    tell: Callable[[Trainer, StepStats, float], None],
+) -> float:
+    """Train to the last step; returns real (unpadded) tokens a second of training, evaluations and saves left out.
+
+    Args:
+        trainer: at step 0, or restored.
+        batch_at: the batch of step s (from 0), on the model's device.
+        eval_every: steps between measurements; the last step is always measured.
+        evaluate: a model's numbers by metric name; called on the raw and on the averaged weights.
+        save: keeps the trainer's state; called at most every `save_seconds`, and never for the last step.
+        tell: progress after each step, with the rate so far.
+    Raises:
+        AnomalyError: from `Trainer.step`.
+    """
+    busy, tokens, saved = 0.0, 0, time.monotonic()
+    c = trainer.config
+    stats: StepStats | None = None
+    while trainer.step_count < c.steps:
+        batch = batch_at(trainer.step_count)
+        began = time.monotonic()
+        stats = trainer.step(batch)
+        busy += time.monotonic() - began
+        tokens += batch.real_tokens
+        if trainer.step_count % eval_every == 0 or trainer.step_count == c.steps:
+            _measure(trainer, stats, evaluate)
+        tell(trainer, stats, tokens / max(busy, 1e-9))
+        if time.monotonic() - saved > save_seconds and trainer.step_count < c.steps:
+            save(trainer)
+            saved = time.monotonic()
+    return tokens / busy if busy else math.nan
+
+
+def _measure(trainer: Trainer, stats: StepStats, evaluate: Callable[[CodecLM], dict[str, float]]) -> None:
+    points = {"train_loss": stats.loss, "grad_norm": stats.grad_norm}
+    points |= {f"grad_norm/{group}": norm for group, norm in stats.group_norms.items()}
+    for weights, model in (("raw", trainer.model), ("ema", trainer.ema)):
+        points |= {f"{metric}/{weights}": value for metric, value in evaluate(model).items()}
+    trainer.curve += [(metric, stats.step, value) for metric, value in points.items()]

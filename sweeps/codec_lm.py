@@ -1,0 +1,278 @@
+"""Audio-token language models: do hybrids learn codec tokens better than a transformer or Mamba of the same size?
+
+python sweeps/codec_lm.py                         synthetic speech, a stand-in codec, small models: minutes
+python sweeps/codec_lm.py --preset speech_a100 --set audio_path=LJSpeech-1.1     the study's 21.9M models (GPU)
+python sweeps/codec_lm.py --preset music_a100 --set audio_path=FMA               the study's 294M models (GPU)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, ClassVar
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sweeps._sweep import Cell, Estimate, Pack, PublishedCell, UserError, nearest
+from sweeps._where import Machine, RunSettings
+
+ARCHITECTURES = ("olmo_hybrid", "gdn", "transformer", "mamba", "mamba2", "hybrid_1_3", "la", "mc_la", "mc_mamba")
+CORPORA = ("synthetic_speech", "ljspeech", "fma")
+CODECS = ("melvq", "encodec", "dac")
+_CPU_FLOPS = 16e9  # a core's rate on the local models, forward and backward
+_GPU_FLOPS = 30e12  # assumed of an A100 in bfloat16; never measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class LMCell(Cell):
+    """One trained and evaluated language model."""
+
+    SWEEP: ClassVar[str] = "codec_lm"
+    VERSION: ClassVar[str] = "1"
+
+    scale: str
+    architecture: str
+    seed: int
+    lr: float
+    corpus: str
+    corpus_clips: int  # of a synthetic corpus; 0: all recordings there are
+    codec: str
+    chunk_s: float
+    min_s: float
+    holdout: float
+    steps: int
+    batch_size: int
+    warmup_steps: int
+    lr_end: float
+    ema_decay: float
+    precision: str
+    eval_every: int
+    eval_clips: int
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "eval_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.eval_clips < 2:
+            raise UserError(f"eval_clips={self.eval_clips} gives no interval; choose 2 or more")
+        if self.warmup_steps >= self.steps:
+            raise UserError(
+                f"warmup_steps={self.warmup_steps} leaves no step of {self.steps}; choose warmup_steps < steps"
+            )
+        if not 0 <= self.lr_end <= self.lr or self.lr <= 0:
+            raise UserError(f"lr={self.lr} must be positive and lr_end={self.lr_end} in 0..lr")
+        if self.precision not in ("float32", "bfloat16"):
+            raise UserError(f"precision={self.precision!r} is not known; choose float32 or bfloat16")
+        if not 0 < self.holdout < 1:
+            raise UserError(f"holdout={self.holdout} must lie between 0 and 1; 0.05 holds out one recording in twenty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A preset. Every field can be changed with `--set field=value` (lists with commas)."""
+
+    scale: str
+    architectures: tuple[str, ...] = ARCHITECTURES
+    seeds: tuple[int, ...] = (42,)
+    lr: tuple[float, ...]
+    corpus: str
+    corpus_clips: int = 0
+    audio_path: str = ""  # folder or archive of the corpus
+    codec: str
+    codec_weights: str = ""  # a file, `random`, or nothing for the package's own
+    chunk_s: float = 8.0
+    min_s: float = 1.0
+    holdout: float = 0.05
+    steps: int
+    batch_size: int
+    micro_batch: int = 0  # clips of a batch held at once; 0: all
+    warmup_steps: int
+    lr_end: float = 1e-5
+    ema_decay: float = 0.999
+    precision: str = "bfloat16"
+    eval_every: int
+    eval_clips: int
+    sample_s: float = 6.0
+    needs_gpu: bool = True
+
+
+PRESETS: Mapping[str, Study] = {
+    "local": Study(
+        scale="local",
+        lr=(3e-3,),
+        corpus="synthetic_speech",
+        corpus_clips=200,
+        codec="melvq",
+        chunk_s=4.0,
+        min_s=3.0,
+        holdout=0.15,
+        steps=140,
+        batch_size=4,
+        warmup_steps=15,
+        lr_end=1e-4,
+        ema_decay=0.95,
+        precision="float32",
+        eval_every=35,
+        eval_clips=24,
+        sample_s=4.0,
+        needs_gpu=False,
+    ),
+    "speech_a100": Study(
+        scale="speech",
+        architectures=(*ARCHITECTURES, "hybrid_1_7"),
+        lr=(3e-4,),
+        corpus="ljspeech",
+        codec="encodec",
+        steps=12_000,
+        batch_size=24,
+        warmup_steps=500,
+        eval_every=200,
+        eval_clips=666,
+    ),
+    "music_a100": Study(
+        scale="music",
+        architectures=(*ARCHITECTURES, "gdn_hybrid", "hybrid_1_7"),
+        lr=(2e-4,),
+        corpus="fma",
+        codec="dac",
+        chunk_s=24.0,  # 2,067 frames of DAC; each use is cropped to the context at a seeded place
+        min_s=12.0,
+        steps=200_000,
+        batch_size=32,
+        micro_batch=8,
+        warmup_steps=2000,
+        eval_every=2000,
+        eval_clips=256,
+        sample_s=20.0,
+    ),
+}
+
+
+class CodecLMSweep:
+    """The sweep behind the command line; the work is in `_codec_run`, the tokens in `_codec_data`."""
+
+    name = LMCell.SWEEP
+    version = LMCell.VERSION
+    question = "which architecture learns audio-codec tokens best at matched size?"
+    headline = "val_nll"
+    default_preset = "local"
+    presets = PRESETS
+
+    def plan(self, preset: Study) -> Sequence[LMCell]:
+        if preset.corpus not in CORPORA:
+            raise UserError(
+                f"corpus {preset.corpus!r} is not known{nearest(preset.corpus, CORPORA)}; corpora: {', '.join(CORPORA)}"
+            )
+        if preset.codec not in CODECS:
+            raise UserError(
+                f"codec {preset.codec!r} is not known{nearest(preset.codec, CODECS)}; codecs: {', '.join(CODECS)}"
+            )
+        if (preset.corpus == "synthetic_speech") != (preset.codec == "melvq" and not preset.codec_weights):
+            raise UserError(
+                f"corpus={preset.corpus} with codec={preset.codec}: synthetic_speech goes with its own melvq, and "
+                "melvq on other audio needs --set codec_weights=FILE"
+            )
+        for architecture in preset.architectures:
+            _config(preset.scale, architecture)
+        return [
+            LMCell(
+                scale=preset.scale,
+                architecture=architecture,
+                seed=seed,
+                lr=lr,
+                corpus=preset.corpus,
+                corpus_clips=preset.corpus_clips,
+                codec=preset.codec,
+                chunk_s=preset.chunk_s,
+                min_s=preset.min_s,
+                holdout=preset.holdout,
+                steps=preset.steps,
+                batch_size=preset.batch_size,
+                warmup_steps=preset.warmup_steps,
+                lr_end=preset.lr_end,
+                ema_decay=preset.ema_decay,
+                precision=preset.precision,
+                eval_every=preset.eval_every,
+                eval_clips=preset.eval_clips,
+            )
+            for architecture, lr, seed in product(preset.architectures, preset.lr, preset.seeds)
+        ]
+
+    def pack(self, cells: Sequence[Cell], preset: Study, machine: Machine, run: RunSettings) -> list[Pack]:
+        """One trial an architecture, with its own GPU where there is one, else with a share of the cores."""
+        groups: dict[str, list[LMCell]] = {}
+        for cell in cells:
+            assert isinstance(cell, LMCell)
+            groups.setdefault(cell.architecture, []).append(cell)
+        gpus = 1.0 if preset.needs_gpu and machine.gpus else 0.0
+        at_once = max(1, min(len(groups), machine.gpus if gpus else machine.cpus))
+        cpus = run.threads or max(1, machine.cpus // at_once)
+        packs = [Pack(name=name, cells=tuple(some), cpus=cpus, gpus=gpus) for name, some in groups.items()]
+        slow_first = ("mamba" in p.name or "hybrid" in p.name for p in packs)
+        return [p for _, p in sorted(zip(slow_first, packs, strict=True), key=lambda pair: not pair[0])]
+
+    def run(self, pack: Pack, preset: Study, context: Any) -> None:
+        from sweeps._codec_run import run_pack
+
+        run_pack([c for c in pack.cells if isinstance(c, LMCell)], preset, context)
+
+    def fingerprint(self, cell: Cell, preset: Study, run: RunSettings) -> str:
+        from sweeps._codec_data import fingerprint
+
+        assert isinstance(cell, LMCell)
+        return fingerprint(cell, preset)
+
+    def preflight(self, cells: Sequence[Cell], preset: Study, run: RunSettings) -> None:
+        from sweeps._codec_data import check
+
+        check(preset)
+
+    def estimate(self, cells: Sequence[Cell], preset: Study, machine: Machine, run: RunSettings) -> Estimate:
+        from models.lm_cost import lm_cost
+
+        rate_hz = {"melvq": 62.5, "encodec": 75.0, "dac": 44_100 / 512}[preset.codec]
+        flops, tokens, memory = 0.0, 0, 0
+        for cell in cells:
+            assert isinstance(cell, LMCell)
+            config = _config(cell.scale, cell.architecture)
+            steps = min(int(cell.chunk_s * rate_hz) + config.n_codebooks - 1, config.context)
+            cost = lm_cost(config, steps)
+            columns = cell.steps * cell.batch_size * steps
+            tokens += columns * config.n_codebooks
+            flops += 3 * columns * cost.flops_per_token
+            activations = 40 * (preset.micro_batch or cell.batch_size) * steps * config.d_model * config.n_layers * 4
+            memory = max(memory, 20 * cost.parameters + activations)
+        on_gpu = preset.needs_gpu
+        rate = _GPU_FLOPS * max(1, machine.gpus) if on_gpu else _CPU_FLOPS * machine.cpus
+        basis = "an assumed 30 TFLOP/s a GPU; never measured" if on_gpu else "16 GFLOP/s a core, seen on one machine"
+        return Estimate(tokens=tokens, flops=flops, memory_bytes=memory, seconds=flops / rate, basis=basis)
+
+    def report(self, cells: Sequence[PublishedCell], preset_name: str, preset: Study, out: Path) -> list[str]:
+        from sweeps._codec_report import write
+
+        return write(cells, preset_name, preset, out)
+
+    def banner(self, preset_name: str, preset: Study) -> list[str]:
+        from sweeps._codec_data import banner
+
+        return banner(preset)
+
+
+def _config(scale: str, architecture: str) -> Any:
+    from models.lm_presets import scale_config
+
+    try:
+        return scale_config(scale, architecture)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+SWEEP = CodecLMSweep()
+
+if __name__ == "__main__":
+    from sweeps._launch import main
+
+    sys.exit(main("sweeps.codec_lm"))

@@ -1,0 +1,248 @@
+"""The codec language-model sweep: end to end on a tiny corpus, bitwise resume, anomalies, plans, bad input."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from models.codec_lm import CodecLM, build_codec_lm
+from models.delay import training_pair
+from models.lm_presets import LOCAL
+from sweeps import _codec_data
+from sweeps._codec_report import write
+from sweeps._codec_run import run_pack
+from sweeps._context import PackContext
+from sweeps._ledger import Ledger
+from sweeps._sweep import UserError
+from sweeps._train import AnomalyError, Batch, TrainConfig, Trainer, train
+from sweeps._where import Machine, RunSettings
+from sweeps.codec_lm import PRESETS, SWEEP, LMCell
+
+MACHINE = Machine(nodes=1, cpus=2, gpus=0, memory_bytes=8 * 2**30, hardware="test")
+TINY = replace(
+    PRESETS["local"],
+    architectures=("transformer", "la"),
+    corpus_clips=40,
+    chunk_s=1.5,
+    min_s=1.0,
+    holdout=0.3,
+    steps=6,
+    batch_size=2,
+    warmup_steps=2,
+    eval_every=3,
+    eval_clips=3,
+    sample_s=0.5,
+)
+CONFIG = replace(LOCAL, d_model=16, n_layers=2, n_heads=2, d_ff=16, n_codebooks=2, codebook_size=11, context=32)
+
+
+def context_on(storage: str, run: RunSettings | None = None) -> PackContext:
+    ledger = Ledger(storage, "codec_lm", "1")
+    return PackContext(ledger, run or RunSettings(), threads=1, device="cpu", fingerprint=lambda cell: "f")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Ledger, list[LMCell]]]:
+    """Two architectures trained over memory:// from a token cache of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PLUMBLINE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        context = context_on(f"memory://{uuid.uuid4().hex}")
+        cells = list(SWEEP.plan(TINY))
+        for pack in SWEEP.pack(cells, TINY, MACHINE, RunSettings()):
+            assert len({c.architecture for c in pack.cells if isinstance(c, LMCell)}) == 1
+            SWEEP.run(pack, TINY, context)
+        yield context.ledger, cells
+
+
+def test_end_to_end(finished: tuple[Ledger, list[LMCell]], tmp_path: Path) -> None:
+    ledger, cells = finished
+    keys = [c.key for c in cells]
+    assert ledger.done() == set(keys)
+    published = ledger.read_many(keys)
+    for cell in published:
+        assert {"model.pt", "sample.wav", "reference.wav", "spectrogram.png", "tokens.json"} <= set(cell.files)
+        rows = cell.rows
+        final = {
+            (r["metric"], r["weights"]): r["value"]
+            for r in rows[rows["weights"].notna() & rows["step"].isna() & rows["codebook"].isna()].to_dict("records")
+        }
+        for weights in ("raw", "ema"):
+            nll = final["final_val_nll", weights]
+            assert final["perplexity", weights] == pytest.approx(np.exp(nll))
+            assert final["bits_per_second", weights] == pytest.approx(nll / np.log(2) * 8 * 62.5)
+            assert final["final_val_nll_lo", weights] < nll < final["final_val_nll_hi", weights]
+            last = rows[(rows["metric"] == "val_nll") & (rows["step"] == 6) & (rows["weights"] == weights)]
+            assert last["value"].item() == pytest.approx(nll, rel=1e-12)
+        assert abs(final["final_val_nll", "raw"] - np.log(1027)) < 0.7  # six steps are near the uniform distribution
+        assert final["final_val_nll", "raw"] != final["final_val_nll", "ema"]
+    lines = write(published, "local", TINY, tmp_path)
+    assert any("SYNTHETIC" in line for line in lines)
+    report = (tmp_path / "report.md").read_text()
+    assert "SYNTHETIC" in report
+    assert "stand-in" in report
+    table = pd.read_parquet(tmp_path / "cells.parquet")
+    assert table["n_parameters"].max() / table["n_parameters"].min() < 1.02
+    for name in ("curves.png", "codebooks.png", "transformer.png", "transformer.wav"):
+        assert (tmp_path / name).stat().st_size > 2000
+
+
+def test_a_killed_cell_continues_to_the_same_rows(finished: tuple[Ledger, list[LMCell]]) -> None:
+    ledger, cells = finished
+    context = context_on(f"memory://{uuid.uuid4().hex}", RunSettings(checkpoint_seconds=0))
+    save = context.work.save
+
+    def save_and_die(name: str, step: int, state: dict) -> None:
+        save(name, step, state)
+        if step == 4:
+            raise KeyboardInterrupt
+
+    context.work.save = save_and_die  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run_pack(cells[:1], TINY, context)
+    assert context.work.step(cells[0].key) == 4
+    context.work.save = save  # type: ignore[method-assign]
+    run_pack(cells[:1], TINY, context)
+    whole, resumed = (place.read(cells[0].key).rows for place in (ledger, context.ledger))
+    same = [rows[rows["metric"] != "tokens_per_second"] for rows in (whole, resumed)]
+    pd.testing.assert_frame_equal(same[0], same[1], check_exact=True)
+    assert ledger.file(cells[0].key, "sample.wav") == context.ledger.file(cells[0].key, "sample.wav")
+    assert context.work.step(cells[0].key) == 0
+
+
+def random_batch(seed: int, clips: int = 4) -> Batch:
+    codes = torch.randint(0, CONFIG.codebook_size, (clips, 2, 12), generator=torch.Generator().manual_seed(seed))
+    codes[0, :, 7:] = CONFIG.pad
+    inputs, targets = training_pair(codes, pad=CONFIG.pad, bos=CONFIG.bos)
+    return Batch(inputs, targets, int((targets != CONFIG.pad).sum()))
+
+
+def trainer(model: CodecLM | None = None, **changes: object) -> Trainer:
+    config = TrainConfig(**{"steps": 30, "lr": 1e-2, "lr_end": 1e-3, "warmup_steps": 3, **changes})  # type: ignore[arg-type]
+    return Trainer(model or build_codec_lm(CONFIG, seed=1), config)
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch() -> None:
+    norms = [trainer(micro_batch=m).step(random_batch(0)).group_norms for m in (0, 1, 3)]
+    for other in norms[1:]:
+        assert other == pytest.approx(norms[0], rel=1e-5)
+    total = trainer().step(random_batch(0))
+    assert sum(v**2 for v in total.group_norms.values()) ** 0.5 == pytest.approx(total.grad_norm, rel=1e-6)
+
+
+def test_learning_rate_and_average_follow_their_formulas() -> None:
+    t = trainer(ema_decay=0.5)
+    expected: dict[str, torch.Tensor] = {}
+    for step in range(3):
+        t.step(random_batch(step))
+        for name, p in t.model.named_parameters():
+            old = expected.get(name)
+            expected[name] = p.detach().clone() if old is None else 0.5 * old + 0.5 * p.detach()
+    for name, p in t.ema.named_parameters():
+        torch.testing.assert_close(p, expected[name])
+    c = t.config
+    assert [c.lr_at(s) for s in (0, 1, 2)] == pytest.approx([c.lr / 3, 2 * c.lr / 3, c.lr])
+    assert c.lr_at(3) == pytest.approx(c.lr)
+    assert c.lr_at(30) == pytest.approx(c.lr_end)
+    assert t.optimizer.param_groups[0]["lr"] == pytest.approx(c.lr)
+
+
+def test_training_learns_one_batch_and_reports_it() -> None:
+    t = trainer(label_smoothing=0.0, weight_decay=0.0, steps=120)
+    batch, seen = random_batch(0), []
+    train(
+        t,
+        lambda step: batch,
+        eval_every=60,
+        evaluate=lambda model: {"val_nll": model.loss(batch.inputs_BKT, batch.targets_BKT).val_nll()},
+        save=lambda t: None,
+        save_seconds=1e9,
+        tell=lambda t, stats, rate: seen.append(stats.loss),
+    )
+    assert seen[0] > 2.4
+    assert seen[-1] < 0.3
+    assert [s for m, s, _ in t.curve if m == "val_nll/raw"] == [60, 120]
+    assert t.real_tokens == 120 * batch.real_tokens
+
+
+def test_anomalies_stop_before_any_weight_changes() -> None:
+    t = trainer(max_loss_jump=0.5)
+    for step in range(6):
+        t.step(random_batch(step))
+    before = {n: p.detach().clone() for n, p in t.model.named_parameters()}
+    t.running["loss"] = 0.1
+    with pytest.raises(AnomalyError, match=r"exceeds its running mean 0\.100 by more than 0\.5 at step 7"):
+        t.step(random_batch(9))
+    for name, p in t.model.named_parameters():
+        assert torch.equal(p, before[name])
+    with torch.no_grad():
+        t.model.norm.weight[0] = torch.nan
+    with pytest.raises(AnomalyError, match="loss nan at step 7") as caught:
+        t.step(random_batch(9))
+    assert torch.equal(caught.value.batch.inputs_BKT, random_batch(9).inputs_BKT)
+
+
+def test_a_spike_is_laid_to_its_group() -> None:
+    t = trainer(spike_factor=3.0, warmup_steps=0)
+    for step in range(22):
+        t.step(random_batch(step))
+    with torch.no_grad():
+        t.model.heads.mul_(40)
+    t.config = replace(t.config, max_loss_jump=1e9)
+    t.step(random_batch(99))
+    assert sum(t.spikes.values()) == 1
+
+
+def test_foreign_checkpoints_are_refused() -> None:
+    state = trainer().state()
+    with pytest.raises(ValueError, match="another training configuration"):
+        trainer(lr=2e-2).restore(state)
+    with pytest.raises(ValueError, match="another architecture"):
+        trainer(build_codec_lm(replace(CONFIG, d_ff=24), seed=0)).restore(state)
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_every_preset_can_be_planned(preset: str) -> None:
+    study = PRESETS[preset]
+    cells = SWEEP.plan(study)
+    assert len({c.key for c in cells}) == len(cells) == len(study.architectures) * len(study.seeds) * len(study.lr)
+    estimate = SWEEP.estimate(cells, study, MACHINE, RunSettings())
+    assert estimate.flops > 0
+    assert estimate.seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ("transfomer",)}, "architecture='transfomer' is not one of"),
+        ({"architectures": ("hybrid_1_7",)}, "choose a larger scale"),
+        ({"corpus": "libri"}, "corpus 'libri' is not known"),
+        ({"codec": "encodec"}, "synthetic_speech goes with its own melvq"),
+        ({"warmup_steps": 140}, "warmup_steps=140 leaves no step of 140"),
+        ({"lr": (0.0,)}, "lr=0.0 must be positive"),
+        ({"precision": "int8"}, "precision='int8' is not known"),
+        ({"eval_clips": 1}, "eval_clips=1 gives no interval"),
+    ],
+)
+def test_bad_settings_are_one_line(changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        SWEEP.plan(replace(PRESETS["local"], **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_real_presets_say_what_they_miss(tmp_path: Path) -> None:
+    speech = PRESETS["speech_a100"]
+    with pytest.raises(UserError, match="--set audio_path=PATH"):
+        _codec_data.check(speech)
+    with pytest.raises(UserError, match=r"no metadata\.csv"):
+        _codec_data.check(replace(speech, audio_path=str(tmp_path)))
+    with pytest.raises(UserError, match="needs_gpu=false"):
+        run_pack(list(SWEEP.plan(speech)), speech, context_on(f"memory://{uuid.uuid4().hex}"))
+    with pytest.raises(UserError, match="codec_weights"):
+        _codec_data._codec_facts("encodec", str(tmp_path / "absent.pt"), "ljspeech", "")
