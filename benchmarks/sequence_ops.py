@@ -37,6 +37,7 @@ from models.ops import (
 )
 
 OURS = "ours"
+QUICK_GIB = 4.0
 Operator = Callable[..., Tensor]
 
 
@@ -276,6 +277,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", nargs="*", default=[], help="run the cases whose name contains one of these words")
+    parser.add_argument("--quick", action="store_true", help="one round of the cases that need little memory")
     parser.add_argument("--out", type=Path, help="Markdown file to write besides printing")
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "ARM"), help="print the peak memory of one arm in MiB")
     args = parser.parse_args()
@@ -285,7 +287,9 @@ def main() -> None:
         print(measure_peak(next(b for b in BENCHMARKS if b.name == name), arm))
         return
     chosen = [b for b in BENCHMARKS if not args.only or any(word in b.name for word in args.only)]
-    write_report(run(chosen, args.repeats), args.out)
+    if args.quick:
+        chosen = [b for b in chosen if b.needs_gib < QUICK_GIB]
+    write_report(run(chosen, 1 if args.quick else args.repeats), args.out)
 
 
 if __name__ == "__main__":
