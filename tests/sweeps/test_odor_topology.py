@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data import molecules
 from sweeps._context import PackContext
 from sweeps._ledger import Ledger
 from sweeps._sweep import UserError
@@ -98,6 +99,19 @@ def test_member_is_trained_once_and_used(tmp_path: Path) -> None:
     members = [c for c in ledger.read_many(sorted(ledger.done())) if c.identity["kind"] == "member"]
     assert len(members) == 1
     assert "embedding.npy" in members[0].files
+
+
+def test_embedding_of_ones_own_is_audited_and_must_fit(tmp_path: Path) -> None:
+    ids = molecules.embedded().ids
+    x = np.random.default_rng(0).normal(size=(len(ids), 4))
+    good, bad = tmp_path / "mine.npz", tmp_path / "short.npz"
+    np.savez(good, ids=np.array(ids), embedding=x)
+    np.savez(bad, ids=np.array(ids[:-1]), embedding=x[:-1])
+    preset = Audit(study="paper", representations=(), embedding=str(good), runs=1, rows=60, metrics=("cosine",))
+    ledger = run(preset)
+    assert {c.identity["representation"] for c in ledger.read_many(sorted(ledger.done()))} == {"file"}
+    with pytest.raises(UserError, match="1 of"):
+        run(replace(preset, embedding=str(bad)))
 
 
 def test_table_is_named_by_content(tmp_path: Path) -> None:
