@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import tempfile
 import threading
 import time
@@ -111,7 +112,8 @@ class Tracker:
 
     def _unreachable(self, error: Exception) -> None:
         if not self._down:
-            reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+            text = re.sub(r"//[^/@\s]+@", "//", str(error))  # libraries repeat the address with its password
+            reason = text.splitlines()[0][:160] if text else type(error).__name__
             self.say(
                 f"MLflow at {without_password(self.uri)} does not answer ({reason}); results are safe in the ledger "
                 "and the next launch copies them"

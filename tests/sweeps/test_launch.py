@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from sweeps import _launch
 from sweeps._ledger import Ledger
 
 TOY = Path(__file__).with_name("toy_sweep.py")
@@ -23,6 +26,34 @@ def command(*arguments: str) -> list[str]:
 
 def toy(folder: Path, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*arguments), cwd=folder, capture_output=True, text=True, timeout=timeout)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+Main = Callable[..., Outcome]
+
+
+@pytest.fixture
+def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Main]:
+    """The command line called in this process, for what must end without Ray."""
+    monkeypatch.syspath_prepend(str(TOY.parent))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(_launch, "connect", lambda *a: pytest.fail("Ray was started"))
+    before = signal.getsignal(signal.SIGTERM)
+
+    def call(*arguments: str) -> Outcome:
+        capsys.readouterr()
+        code = _launch.main("toy_sweep", list(arguments))
+        return Outcome(code, *capsys.readouterr())
+
+    yield call
+    signal.signal(signal.SIGTERM, before)
 
 
 def tries(folder: Path) -> dict[int, int]:
@@ -40,29 +71,35 @@ def cell_runs(uri: str) -> list[str]:
     return sorted(r.data.tags["n"] for r in runs)
 
 
-def test_run_continue_extend_report(tmp_path: Path) -> None:
-    scratch = f"scratch={tmp_path}"
-    first = toy(tmp_path, "--set", scratch)
-    assert first.returncode == 0, first.stderr
-    assert "3/3 published" in first.stdout
+def test_run_fail_repair_extend_continue_report(tmp_path: Path, main: Main) -> None:
+    settings = ("--set", "pack_size=1", "--set", f"scratch={tmp_path}")
+    uri = f"sqlite:///{tmp_path}/runs/mlflow.db"
+    first = toy(tmp_path, *settings, "--set", "n=1,2,3", "--set", "bad=2")
+    assert first.returncode == 1
+    assert "n=2 is on the list of bad numbers; choose another" in first.stderr
+    assert "2/3 published" in first.stdout
     assert "compare-runs?runs=" in first.stdout
     assert "a toy for the machinery's tests" in first.stdout
-    uri = f"sqlite:///{tmp_path}/runs/mlflow.db"
-    assert cell_runs(uri) == ["1", "2", "3"]
+    assert cell_runs(uri) == ["1", "3"]
 
-    again = toy(tmp_path, "--set", scratch)
-    assert again.returncode == 0
+    assert main(*settings, "--set", "n=1,2,3", "--set", "bad=2").code == 1  # failed cells are not repeated unasked
     assert tries(tmp_path) == {1: 1, 2: 1, 3: 1}
-    assert cell_runs(uri) == ["1", "2", "3"]
 
-    wider = toy(tmp_path, "--set", scratch, "--set", "n=1,2,3,4")
-    assert wider.returncode == 0
-    assert tries(tmp_path) == {1: 1, 2: 1, 3: 1, 4: 1}
+    wider = toy(tmp_path, *settings, "--set", "n=1,2,3,4", "--retry-failed")
+    assert wider.returncode == 0, wider.stderr
+    assert "4/4 published" in wider.stdout
+    assert tries(tmp_path) == {1: 1, 2: 2, 3: 1, 4: 1}
     assert cell_runs(uri) == ["1", "2", "3", "4"]
 
-    report = toy(tmp_path, "--report", "--set", "n=1,2,3,4")
-    assert report.returncode == 0
-    assert "sum          30" in report.stdout
+    again = main(*settings, "--set", "n=1,2,3,4")
+    assert again.code == 0
+    assert "4/4 published" in again.out
+    assert tries(tmp_path) == {1: 1, 2: 2, 3: 1, 4: 1}
+    assert cell_runs(uri) == ["1", "2", "3", "4"]
+
+    report = main("--report", "--set", "n=1,2,3,4")
+    assert report.code == 0
+    assert "sum          30" in report.out
     assert (tmp_path / "runs/reports/toy/small/report.md").read_text().splitlines() == [
         "1 1.0",
         "2 4.0",
@@ -74,23 +111,10 @@ def test_run_continue_extend_report(tmp_path: Path) -> None:
     meta = json.loads(cell.read_text())
     assert {"git_commit", "packages", "hardware", "fingerprint", "python"} <= set(meta)
 
-    other_code = toy(tmp_path, "--set", "salt=changed")
-    assert other_code.returncode == 2
-    assert "fingerprint" in other_code.stderr
-    assert "Traceback" not in other_code.stderr
-
-
-def test_bad_cell_fails_once_and_is_not_retried_unasked(tmp_path: Path) -> None:
-    settings = ("--set", "n=1,2,3", "--set", "bad=2", "--set", "pack_size=1", "--set", f"scratch={tmp_path}")
-    first = toy(tmp_path, *settings)
-    assert first.returncode == 1
-    assert "n=2 is on the list of bad numbers; choose another" in first.stderr
-    assert "2/3 published" in first.stdout
-    assert toy(tmp_path, *settings).returncode == 1
-    assert tries(tmp_path) == {1: 1, 2: 1, 3: 1}
-    repaired = toy(tmp_path, "--set", "n=1,2,3", "--set", f"scratch={tmp_path}", "--retry-failed")
-    assert repaired.returncode == 0, repaired.stderr
-    assert tries(tmp_path) == {1: 1, 2: 2, 3: 1}
+    other_code = main("--set", "n=1", "--set", "salt=changed")
+    assert other_code.code == 2
+    assert "fingerprint" in other_code.err
+    assert "Traceback" not in other_code.err
 
 
 def test_killed_worker_is_retried_and_keeps_what_was_published(tmp_path: Path) -> None:
@@ -100,6 +124,7 @@ def test_killed_worker_is_retried_and_keeps_what_was_published(tmp_path: Path) -
     assert cell_runs(f"sqlite:///{tmp_path}/runs/mlflow.db") == ["1", "2", "3"]
 
 
+@pytest.mark.slow
 def test_kill_9_of_the_driver_then_the_same_command(tmp_path: Path) -> None:
     arguments = ("--set", "n=1,2,3,4,5,6", "--set", "seconds=1", "--set", "pack_size=6", "--set", f"scratch={tmp_path}")
     driver = subprocess.Popen(
@@ -122,6 +147,7 @@ def test_kill_9_of_the_driver_then_the_same_command(tmp_path: Path) -> None:
     assert cell_runs(f"sqlite:///{tmp_path}/runs/mlflow.db") == ["1", "2", "3", "4", "5", "6"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_finished_cells(tmp_path: Path) -> None:
     arguments = ("--set", "n=1,2,3,4,5,6", "--set", "seconds=2", "--set", "pack_size=6")
     driver = subprocess.Popen(
@@ -142,6 +168,7 @@ def test_ctrl_c_keeps_finished_cells(tmp_path: Path) -> None:
     assert len(ledger.done()) == 6
 
 
+@pytest.mark.slow
 def test_two_launches_share_one_ledger(tmp_path: Path) -> None:
     arguments = (
         "--set",
@@ -167,18 +194,7 @@ def test_two_launches_share_one_ledger(tmp_path: Path) -> None:
     assert cell_runs(f"sqlite:///{tmp_path}/runs/mlflow.db") == ["1", "2", "3", "4", "5", "6"]
 
 
-def test_mlflow_down_costs_only_the_view(tmp_path: Path) -> None:
-    down = toy(tmp_path, "--tracking-uri", "http://user:secret@127.0.0.1:9")
-    assert down.returncode == 0
-    assert "does not answer" in down.stdout
-    assert "secret" not in down.stdout + down.stderr
-    assert "3/3 published" in down.stdout
-    later = toy(tmp_path)
-    assert later.returncode == 0
-    assert cell_runs(f"sqlite:///{tmp_path}/runs/mlflow.db") == ["1", "2", "3"]
-
-
-def test_bad_arguments_are_one_line_and_start_nothing(tmp_path: Path) -> None:
+def test_bad_arguments_are_one_line_and_start_nothing(tmp_path: Path, main: Main) -> None:
     for arguments, line in (
         (("--preset", "smal"), "preset 'smal' is not known; did you mean small?; presets: small, many"),
         (("--set", "pak_size=3"), "'pak_size' is not a field of this sweep; did you mean pack_size?"),
@@ -189,25 +205,31 @@ def test_bad_arguments_are_one_line_and_start_nothing(tmp_path: Path) -> None:
         (("--report",), "none of the 3 cells is published"),
         (("--storage", "/proc/nowhere"), "is not writable"),
     ):
-        run = toy(tmp_path, *arguments)
-        assert run.returncode == 2, (arguments, run.stderr)
-        assert line in run.stderr
-        assert len(run.stderr.strip().splitlines()) == 1
-    assert toy(tmp_path, "--nonsense").returncode == 2
+        run = main(*arguments)
+        assert run.code == 2, (arguments, run.err)
+        assert line in run.err
+        assert len(run.err.strip().splitlines()) == 1
+    with pytest.raises(SystemExit) as unknown:
+        main("--nonsense")
+    assert unknown.value.code == 2
     assert not (tmp_path / "runs/ledger").exists()
 
 
-def test_plan_and_only(tmp_path: Path) -> None:
-    plan = toy(tmp_path, "--plan")
-    assert plan.returncode == 0
-    assert "3 planned, 0 done, 3 to do" in plan.stdout
-    assert "nothing was run" in plan.stdout
+def test_plan_then_only_one_cell_while_mlflow_is_down(tmp_path: Path, main: Main) -> None:
+    plan = main("--plan")
+    assert plan.code == 0
+    assert "3 planned, 0 done, 3 to do" in plan.out
+    assert "nothing was run" in plan.out
     assert not (tmp_path / "runs/ledger").exists()
-    only = next(line.split()[0] for line in plan.stdout.splitlines() if "n=2" in line)
-    run = toy(tmp_path, "--only", only[:6])
-    assert run.returncode == 0
-    assert "1/1 published" in run.stdout
-    assert "3 planned, 1 done, 2 to do" in toy(tmp_path, "--plan").stdout
+    only = next(line.split()[0] for line in plan.out.splitlines() if "n=2" in line)[:6]
+    down = toy(tmp_path, "--only", only, "--tracking-uri", "http://user:secret@127.0.0.1:9")
+    assert down.returncode == 0
+    assert "does not answer" in down.stdout
+    assert "secret" not in down.stdout + down.stderr
+    assert "1/1 published" in down.stdout
+    assert "3 planned, 1 done, 2 to do" in main("--plan").out
+    assert main("--only", only).code == 0  # nothing left to compute: the finished cell is copied
+    assert cell_runs(f"sqlite:///{tmp_path}/runs/mlflow.db") == ["2"]
 
 
 @pytest.mark.slow
