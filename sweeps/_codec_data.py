@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from data.audio_io import AudioSet
     from data.codec import Codec, CodecSpec
     from data.codec_shards import Tokens
+    from data.melvq import MelVQSpec
+    from data.synthetic_speech import SpeechSpec
     from sweeps.codec_lm import LMCell, Study
 
 SYNTHETIC = "synthetic_speech"
@@ -66,7 +68,7 @@ def fingerprint(cell: LMCell, study: Study) -> str:
 
 def _origin(study: Study) -> list[str]:
     if study.corpus == SYNTHETIC:
-        return [repr(_speech(study)), repr(_melvq(study)), str(study.corpus_clips)]
+        return [repr(_speech(study)), repr(_melvq()), str(study.corpus_clips)]
     audio = _audio(study)
     listed = digest([[r.recording_id, r.name] for r in audio.recordings])
     return [listed, _codec_facts(study.codec, study.codec_weights, study.corpus, study.audio_path)]
@@ -102,13 +104,13 @@ def open_source(study: Study, device: str, say: Callable[[str], None]) -> TokenS
             raise UserError(str(error)) from error
 
 
-def _speech(study: Study):  # type: ignore[no-untyped-def]
+def _speech(study: Study) -> SpeechSpec:
     from data.synthetic_speech import SpeechSpec
 
     return SpeechSpec(min_s=study.min_s, max_s=study.chunk_s)
 
 
-def _melvq(study: Study):  # type: ignore[no-untyped-def]
+def _melvq() -> MelVQSpec:
     from data.melvq import MelVQSpec
 
     return MelVQSpec()
@@ -131,7 +133,7 @@ def _synthetic(study: Study, folder: Path, say: Callable[[str], None]) -> tuple[
         sides = [side_of(r.recording_id, holdout=study.holdout) for r in audio.recordings]
         waves = (utterance(speech, i)[0] for i, side in enumerate(sides) if side == "train")
         try:
-            codec, _ = train(waves, _melvq(study), epochs=2)
+            codec, _ = train(waves, _melvq(), epochs=2)
         except ValueError as error:
             raise UserError(f"corpus_clips={study.corpus_clips} cannot train melvq: {error}") from error
         codec.save(weights)
@@ -174,8 +176,13 @@ def _codec_facts(codec: str, weights: str, corpus: str, audio_path: str) -> str:
                 return f"{codec} {hashlib.file_digest(f, 'sha256').hexdigest()}"
         except OSError as error:
             raise UserError(f"codec_weights={weights}: {error.strerror}; give a file, random, or nothing") from error
+    return str(digest(open_weights(codec, weights).describe()))
+
+
+def open_weights(codec: str, weights: str) -> Codec:
+    """A codec with its package's weights, those of a file, or `random` ones; raises UserError without them."""
     try:
-        return str(digest(_codec_spec(codec, weights, "cpu").load().describe()))
+        return _codec_spec(codec, weights, "cpu").load()
     except (RuntimeError, ValueError) as error:
         text = str(error).replace("--codec-weights ", "--set codec_weights=").replace("--codec ", "--set codec=")
         raise UserError(text) from error

@@ -3,6 +3,7 @@
 python sweeps/codec_lm.py                         synthetic speech, a stand-in codec, small models: minutes
 python sweeps/codec_lm.py --preset speech_a100 --set audio_path=LJSpeech-1.1     the study's 21.9M models (GPU)
 python sweeps/codec_lm.py --preset music_a100 --set audio_path=FMA               the study's 294M models (GPU)
+python sweeps/codec_lm.py --sample runs/ledger/codec_lm/1/KEY --seconds 4 --n 4 --out DIR   WAVs of a finished model
 """
 
 from __future__ import annotations
@@ -273,6 +274,10 @@ def _config(scale: str, architecture: str) -> Any:
 SWEEP = CodecLMSweep()
 
 if __name__ == "__main__":
+    if any(argument.split("=")[0] == "--sample" for argument in sys.argv[1:]):
+        from sweeps._codec_sample import main as sample
+
+        sys.exit(sample(sys.argv[1:]))
     from sweeps._launch import main
 
     sys.exit(main("sweeps.codec_lm"))

@@ -12,12 +12,14 @@ import pandas as pd
 import pytest
 import torch
 
+from data.synthetic_speech import SpeechSpec, write_ljspeech
 from models.codec_lm import CodecLM, build_codec_lm
 from models.delay import training_pair
 from models.lm_presets import LOCAL
 from sweeps import _codec_data
 from sweeps._codec_report import write
 from sweeps._codec_run import run_pack
+from sweeps._codec_sample import main as sample_main
 from sweeps._context import PackContext
 from sweeps._ledger import Ledger
 from sweeps._sweep import UserError
@@ -114,6 +116,68 @@ def test_a_killed_cell_continues_to_the_same_rows(finished: tuple[Ledger, list[L
     pd.testing.assert_frame_equal(same[0], same[1], check_exact=True)
     assert ledger.file(cells[0].key, "sample.wav") == context.ledger.file(cells[0].key, "sample.wav")
     assert context.work.step(cells[0].key) == 0
+
+
+def test_a_diverging_cell_fails_in_one_line_and_keeps_its_batch(finished: tuple[Ledger, list[LMCell]]) -> None:
+    context = context_on(f"memory://{uuid.uuid4().hex}")
+    study = replace(TINY, lr=(50.0,), warmup_steps=0, architectures=("transformer",))
+    cells = list(SWEEP.plan(study))
+    run_pack(cells, study, context)
+    record = context.ledger.failures([cells[0].key])[cells[0].key]
+    assert "choose a lower lr (now 50)" in record["error"]
+    kept = context.work.load(f"{cells[0].key}-anomaly")
+    assert kept is not None
+    assert kept["inputs"].shape == kept["targets"].shape
+
+
+def test_samples_of_a_published_cell(
+    finished: tuple[Ledger, list[LMCell]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import soundfile
+
+    ledger, cells = finished
+    cell = f"{ledger.store.uri}/{cells[1].key}"
+    assert sample_main(["--sample", cell, "--seconds", "0.4", "--n", "2", "--out", str(tmp_path)]) == 0
+    assert "stand-in" in capsys.readouterr().out
+    files = sorted(tmp_path.glob("*.wav"))
+    assert [f.name for f in files] == ["la-seed0-00.wav", "la-seed0-01.wav"]
+    waves = [soundfile.read(f)[0] for f in files]
+    assert len(waves[0]) == 25 * 256
+    assert not np.array_equal(waves[0], waves[1])
+    assert sample_main(["--sample", cell, "--seconds", "60", "--out", str(tmp_path)]) == 2
+    assert "exceed the context of 1024 steps" in capsys.readouterr().err
+    assert sample_main(["--sample", str(tmp_path), "--out", str(tmp_path)]) == 2
+    assert "is no published cell" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_real_layout_and_codec_with_random_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLUMBLINE_CACHE", str(tmp_path / "cache"))
+    speech = SpeechSpec(sample_rate=22_050, min_s=1.0, max_s=1.5)
+    folder = write_ljspeech(speech, 12, tmp_path / "LJSpeech-1.1")
+    (folder / "wavs" / "SYN000-00003.wav").write_bytes(b"broken")
+    study = replace(
+        TINY,
+        corpus="ljspeech",
+        corpus_clips=0,
+        audio_path=str(folder),
+        codec="encodec",
+        codec_weights="random",
+        architectures=("transformer",),
+        holdout=0.4,
+        precision="bfloat16",
+        micro_batch=1,
+    )
+    cells = list(SWEEP.plan(study))
+    other = replace(study, corpus="synthetic_speech", codec="melvq", codec_weights="")
+    prints = {SWEEP.fingerprint(cells[0], s, RunSettings()) for s in (study, other, replace(other, corpus_clips=9))}
+    assert len(prints) == 3
+    context = context_on(f"memory://{uuid.uuid4().hex}")
+    run_pack(cells, study, context)
+    lines = write(context.ledger.read_many([cells[0].key]), "speech", study, tmp_path / "report")
+    assert any("RANDOM weights" in line for line in lines)
+    assert "75 Hz with 8 codebooks" in (tmp_path / "report" / "report.md").read_text()
+    assert '"unreadable (skipped)": 1' in context.ledger.file(cells[0].key, "tokens.json").decode()
 
 
 def random_batch(seed: int, clips: int = 4) -> Batch:
