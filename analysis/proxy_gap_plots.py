@@ -239,7 +239,7 @@ def rate_distortion(study: Study) -> Figure:
                 for rate, dash in (("rate_bits", "-"), ("rate_bits_entropy", "--")):
                     ordered = curve.sort_values(rate)
                     marker = "o" if dash == "-" else "."
-                    distortion = (1 - ordered[metric]).where(ordered[metric] < 1)  # a log axis shows no patch that helps
+                    distortion = (1 - ordered[metric]).where(ordered[metric] < 1)  # none on a log axis
                     axis.plot(ordered[rate], distortion, dash, color=_color(study, model), marker=marker)
             if not any(np.isfinite(np.asarray(line.get_ydata(), float)).any() for line in axis.lines):
                 axis.set_ylim(0.01, 1)
