@@ -405,6 +405,7 @@ def trial_of(driver: int) -> psutil.Process | None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_killed_worker_and_killed_driver_give_the_undisturbed_bits(
     tmp_path: Path, tiny_lms: Path, byte_shards: Path
 ) -> None:
