@@ -94,9 +94,10 @@ def write_report(
 
 _TABLE_NOTE = (
     "val_nll: true mean negative log-likelihood in nats a token, 95% bootstrap interval over held-out clips of one "
-    "trained model (it holds the clips' variation, not that of training); perplexity and bits a second follow from "
-    "it. val_loss_smoothed is the published convention with label smoothing 0.1 and is no likelihood. unigram: the "
-    "same clips under each codebook's training frequencies."
+    "trained model. It holds the clips' variation, which all models share, and not that of training: overlapping "
+    "intervals do not show two models to be equal. Perplexity and bits a second follow from val_nll. "
+    "val_loss_smoothed is the published convention with label smoothing 0.1 and is no likelihood. unigram: the "
+    "held-out clips under each codebook's training frequencies."
 )
 _COST_NOTE = (
     "FLOPs: forward, a column of all codebooks, at the scale's full context. tokens/s: real (unpadded) tokens of "

@@ -99,7 +99,7 @@ def run_pack(cells: Sequence[LMCell], study: Study, context: PackContext) -> Non
     baseline = unigram_nll(source, study.holdout)
     for cell in cells:
         try:
-            _CellRun(cell, study, source, sides[0], sides[1], context).go(baseline)
+            _CellRun(cell, study, source, sides[0], sides[1], context, baseline).go()
         except AnomalyError as error:
             name = f"{cell.key}-anomaly"
             batch = {"inputs": error.batch.inputs_BKT.cpu(), "targets": error.batch.targets_BKT.cpu()}
@@ -116,7 +116,9 @@ class _CellRun:
         train_clips: TokenClips,
         held_out: TokenClips,
         context: PackContext,
+        baseline: float,
     ) -> None:
+        self.baseline = baseline
         self.cell, self.study, self.source, self.held_out, self.context = cell, study, source, held_out, context
         self.config = scale_config(cell.scale, cell.architecture)
         codec = source.codec
@@ -140,7 +142,7 @@ class _CellRun:
         )
         self.stream = TrainingStream(train_clips, cell, self.config, context.device)
 
-    def go(self, baseline: float) -> None:
+    def go(self) -> None:
         cell, context = self.cell, self.context
         state = context.work.load(cell.key)
         if state is not None:
@@ -155,7 +157,7 @@ class _CellRun:
             tell=self._tell,
         )
         context.progress(force=True, phase=f"{cell.architecture}: evaluating and sampling")
-        rows = [Row("unigram_nll", baseline, "nats a token"), Row("tokens_per_second", rate, "tokens/s")]
+        rows = [Row("unigram_nll", self.baseline, "nats a token"), Row("tokens_per_second", rate, "tokens/s")]
         rows += self._static_rows() + self._curve_rows()
         files: dict[str, bytes] = {"model.pt": self._checkpoint()}
         for weights, model in zip(WEIGHTS, (self.trainer.model, self.trainer.ema), strict=True):
@@ -169,7 +171,7 @@ class _CellRun:
     def _numbers(self, model: CodecLM) -> dict[str, float]:
         scores = evaluate(model, self.held_out, min(self.cell.eval_clips, 64), self.cell.precision)
         value = scores.val_nll()
-        self.context.progress(best=value)
+        self.context.progress(best=self.baseline - value)
         return {"val_nll": value, "val_loss_smoothed": scores.val_loss_smoothed()}
 
     def _tell(self, trainer: Trainer, stats: StepStats, rate: float) -> None:

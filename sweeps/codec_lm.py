@@ -158,7 +158,7 @@ class CodecLMSweep:
     name = LMCell.SWEEP
     version = LMCell.VERSION
     question = "which architecture learns audio-codec tokens best at matched size?"
-    headline = "val_nll"
+    headline = "nats below unigram"
     default_preset = "local"
     presets = PRESETS
 
