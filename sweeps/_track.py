@@ -19,11 +19,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
+import tenacity
+
 from sweeps._claims import Claims
 from sweeps._ledger import Ledger
 from sweeps._sweep import PublishedCell, digest
 
 _POLL_SECONDS = 0.5
+_FINISH_TRIES = 4  # of a store that answered before: SQLite may be locked by another launch
 _WAIT_SECONDS = 60.0  # for cells that another launch is copying
 _BATCH = 1000  # metrics a log_batch call may carry (MLflow REST limit)
 _SINGLE_LOOKUPS = 20  # cells looked up one by one; more are found by one listing
@@ -81,22 +84,31 @@ class Tracker:
         self._stop.set()
         if self._thread:
             self._thread.join(timeout)
+        answered = bool(self._parent) or self.uri.startswith("sqlite:")
+        again = tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(_FINISH_TRIES if answered else 1),
+            wait=tenacity.wait_random_exponential(multiplier=1, max=10),
+            reraise=True,
+        )
         try:
-            self._open()
-            end = time.monotonic() + _WAIT_SECONDS
-            self._drain()
-            while self._wanted and time.monotonic() < end:  # another live launch is copying these
-                time.sleep(_POLL_SECONDS)
-                self._drain()
-            now = int(time.time() * 1000)
-            self._log_points(self._parent, [(n, v, now, 0) for n, v in metrics.items()])
-            for file in files:
-                self._client.log_artifact(self._parent, str(file), "report")
-            self._client.set_terminated(self._parent, status)
+            again(self._finish_once, status, metrics, files)
         except Exception as error:
             self._unreachable(error)
             return False
         return not self._wanted
+
+    def _finish_once(self, status: str, metrics: Mapping[str, float], files: Sequence[Path]) -> None:
+        self._open()
+        end = time.monotonic() + _WAIT_SECONDS
+        self._drain()
+        while self._wanted and time.monotonic() < end:  # another live launch is copying these
+            time.sleep(_POLL_SECONDS)
+            self._drain()
+        now = int(time.time() * 1000)
+        self._log_points(self._parent, [(n, v, now, 0) for n, v in metrics.items()])
+        for file in files:
+            self._client.log_artifact(self._parent, str(file), "report")
+        self._client.set_terminated(self._parent, status)
 
     def _work(self) -> None:
         while True:
@@ -127,7 +139,6 @@ class Tracker:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        from mlflow.entities import RunTag
         from mlflow.tracking import MlflowClient
 
         artifacts = None
@@ -148,13 +159,11 @@ class Tracker:
                 self._experiment = again.experiment_id
         else:
             self._experiment = found.experiment_id
+        settings = {f"setting.{k}": str(v)[:5000] for k, v in self._parent_params.items()}
+        kind = {"plumbline.kind": "launch", "plumbline.launch": self.claims.launch_id}
         parent = self._client.create_run(
-            self._experiment,
-            run_name=f"launch {self.claims.launch_id}",
-            tags={"plumbline.kind": "launch", "plumbline.launch": self.claims.launch_id, **self._parent_tags},
+            self._experiment, run_name=f"launch {self.claims.launch_id}", tags={**kind, **self._parent_tags, **settings}
         )
-        params = [RunTag(f"setting.{k}", str(v)[:5000]) for k, v in self._parent_params.items()]
-        self._client.log_batch(parent.info.run_id, tags=params)
         self._parent = parent.info.run_id
         if self._down:
             self.say(f"MLflow at {without_password(self.uri)} answers again")
