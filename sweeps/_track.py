@@ -7,6 +7,7 @@ follow from the published cell alone, so copying twice writes the same rows.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
+import filelock
 import tenacity
 
 from sweeps._claims import Claims
@@ -146,9 +148,13 @@ class Tracker:
             folder = Path(self.uri.removeprefix("sqlite:///")).parent
             folder.mkdir(parents=True, exist_ok=True)
             artifacts = (folder / "mlartifacts").as_uri()
-        self._client = MlflowClient(self.uri)
+            one_at_a_time: Any = filelock.FileLock(folder / "mlflow.db.lock")
+        else:
+            one_at_a_time = contextlib.nullcontext()
         name = f"plumbline/{self.ledger.sweep}"
-        found = self._client.get_experiment_by_name(name)
+        with one_at_a_time:  # the first call makes SQLite's tables; two launches doing so at once break them
+            self._client = MlflowClient(self.uri)
+            found = self._client.get_experiment_by_name(name)
         if found is None:
             try:
                 self._experiment = self._client.create_experiment(name, artifact_location=artifacts)
