@@ -438,7 +438,8 @@ def test_killed_worker_and_killed_driver_give_the_undisturbed_bits(
     again = cli(disturbed, *grid)
     assert again.returncode == 0, again.stderr
     assert "4/4 published" in again.stdout
-    assert not [p for p in workers if p.is_running()], "the killed driver's processes are still there"
+    _, left = psutil.wait_procs(workers, timeout=120)  # Ray's agents look for their raylet now and then
+    assert not left, "the killed driver's processes are still there"
     expected = Ledger(str(undisturbed / "runs" / "ledger"), "proxy_gap", "1")
     assert ledger.done() == expected.done()
     for key in expected.done():
