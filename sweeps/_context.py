@@ -10,7 +10,7 @@ from typing import Any
 
 from sweeps._ledger import Ledger
 from sweeps._storage import Store
-from sweeps._sweep import Cell, Row, digest
+from sweeps._sweep import Cell, Row
 from sweeps._where import RunSettings, hardware, provenance
 
 PROGRESS_SECONDS = 1.0
@@ -125,8 +125,3 @@ class PackContext:
             return
         self._said = now
         self._report(dict(self._state))
-
-
-def short_name(value: Any) -> str:
-    """A 16-digit name for a JSON value, for checkpoints that belong to no single cell."""
-    return digest(value)[:16]

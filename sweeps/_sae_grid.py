@@ -21,11 +21,11 @@ import torch
 
 from data.pile import CorruptShard
 from models.topk_sae import SAEBank, SAEConfig, SparseTrainer
-from sweeps._context import PackContext, short_name
+from sweeps._context import PackContext
 from sweeps._sae_eval import Evaluation
 from sweeps._sae_sources import corrupt, open_lm, open_stream, trajectory_name
 from sweeps._storage import Store
-from sweeps._sweep import Row, UserError
+from sweeps._sweep import Row, UserError, digest
 from sweeps._where import hardware, user_cache
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def backend(d_in: int, device: str, threads: int) -> Literal["numba", "torch"]:
     if device != "cpu":
         return "torch"
     store = Store(str(user_cache()))
-    name = f"sae_backend/{short_name([hardware(), torch.__version__, d_in, threads])}.json"
+    name = f"sae_backend/{digest([hardware(), torch.__version__, d_in, threads])[:16]}.json"
     known = store.read_json(name)
     if known is None:
         config = SAEConfig(d_in=d_in, d_sae=8 * d_in, k=16, seed=0)

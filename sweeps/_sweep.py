@@ -86,11 +86,6 @@ class Pack:
     gpus: float = 0.0
     memory_bytes: int = 0
 
-    @property
-    def key(self) -> str:
-        """Short name of this set of cells."""
-        return digest(sorted(cell.key for cell in self.cells))[:12]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:

@@ -15,6 +15,7 @@ import numpy as np
 from analysis import nulls, utility
 from analysis.distances import distance_matrix
 from analysis.persistence import h1, landmarks
+from data import molecules
 from models.pom import train_member
 from sweeps._context import PackContext
 from sweeps._sweep import Row, UserError
@@ -56,7 +57,7 @@ class _Sources:
         member = member_of(representation)
         if member is None:
             x = matrix(table, representation, place_of(self.preset), self.preset.embedding)
-            return _zscore(x) if representation == "physchem" else x
+            return molecules.zscore(x) if representation == "physchem" else x
         cell = MemberCell(table=table, representation=representation, member=member, epochs=self.preset.pom_epochs)
         if not self.context.ledger.done([cell.key]):
             self.member(cell)
@@ -85,11 +86,6 @@ class _Sources:
             Row("best_epoch", result.epoch, "epochs"),
         ]
         self.context.publish(cell, out, {"embedding.npy": _npy(result.embedding_NE)})
-
-
-def _zscore(x_ND: np.ndarray) -> np.ndarray:
-    spread = x_ND.std(axis=0)
-    return (x_ND - x_ND.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
 
 
 def run_rows(total: int, run: int, rows: int) -> np.ndarray:
