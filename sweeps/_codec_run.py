@@ -23,7 +23,6 @@ from models.codebook_loss import codebook_loss
 from models.codec_lm import CodecLM, CodecLMConfig, build_codec_lm
 from models.delay import training_pair
 from models.lm_cost import lm_cost
-from models.lm_presets import scale_config
 from models.sampling import Sampling, generate
 from sweeps._codec_data import TokenSource, open_source, unigram_nll
 from sweeps._context import PackContext
@@ -120,7 +119,7 @@ class _CellRun:
     ) -> None:
         self.baseline = baseline
         self.cell, self.study, self.source, self.held_out, self.context = cell, study, source, held_out, context
-        self.config = scale_config(cell.scale, cell.architecture)
+        self.config = cell.lm_config()
         codec = source.codec
         if (codec.n_codebooks, codec.codebook_size) != (self.config.n_codebooks, self.config.codebook_size):
             raise UserError(

@@ -70,6 +70,10 @@ class LMCell(Cell):
         if not 0 < self.holdout < 1:
             raise UserError(f"holdout={self.holdout} must lie between 0 and 1; 0.05 holds out one recording in twenty")
 
+    def lm_config(self) -> Any:
+        """Configuration of the model to train. Raises UserError for a scale or architecture that is not known."""
+        return _config(self.scale, self.architecture)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
@@ -238,7 +242,7 @@ class CodecLMSweep:
         flops, tokens, memory = 0.0, 0, 0
         for cell in cells:
             assert isinstance(cell, LMCell)
-            config = _config(cell.scale, cell.architecture)
+            config = cell.lm_config()
             steps = min(int(cell.chunk_s * rate_hz) + config.n_codebooks - 1, config.context)
             cost = lm_cost(config, steps)
             columns = cell.steps * cell.batch_size * steps
