@@ -16,19 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import Attention
+from models.cache_health import CacheHealth, GateSums, gate_sums
 from models.codebook_loss import CodebookLoss, check_tokens, codebook_loss
 from models.gated_delta import GatedDeltaNet, SimpleDeltaNet
 from models.layers import FusedLinear, Mixer, RMSNorm, SwiGLU
 from models.linear_attention import LinearAttention
 from models.mamba import Mamba, Mamba2
-from models.memory_cache import (
-    CachedLinearAttention,
-    CachedMixer,
-    CachedOutput,
-    CacheHealth,
-    MemoryCacheConfig,
-    cache_health,
-)
+from models.memory_cache import CachedLinearAttention, CachedMixer, CachedOutput, MemoryCacheConfig
 
 MixerName = Literal["attention", "gated_delta", "deltanet_simple", "linear_attention", "mamba", "mamba2"]
 MIXERS: tuple[MixerName, ...] = (
@@ -289,15 +283,19 @@ class CodecLM(nn.Module):
         return self.logits(self.norm(x)), state
 
     @torch.no_grad()
-    def cache_health(self, tokens_BKT: Tensor) -> list[CacheHealth]:
-        """How each layer with memory caching uses its caches on these tokens; empty without such layers."""
-        health, x = [], self.embed(tokens_BKT)
+    def gate_sums(self, tokens_BKT: Tensor, length_B: Tensor | None = None) -> list[GateSums]:
+        """Use of the caches by each layer with memory caching and each clip of `length_B` real steps (all of T)."""
+        sums, x = [], self.embed(tokens_BKT)
         for layer, block in enumerate(self.blocks, start=1):
             assert isinstance(block, Block)
             if isinstance(block.mixer, CachedMixer):
-                health.append(cache_health(layer, block.mixer.gate, block.mixer_norm(x)))
+                sums.append(gate_sums(layer, block.mixer, block.mixer_norm(x), length_B))
             x = block(x)
-        return health
+        return sums
+
+    def cache_health(self, tokens_BKT: Tensor) -> list[CacheHealth]:
+        """How each layer with memory caching uses its caches on these tokens; empty without such layers."""
+        return [sums.health() for sums in self.gate_sums(tokens_BKT)]
 
 
 def build_codec_lm(config: CodecLMConfig, *, device: torch.device | str = "cpu", seed: int = 0) -> CodecLM:

@@ -17,8 +17,9 @@ Shapes: B batch, T time, D model width, H heads, E head width, L complete segmen
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +117,10 @@ class CachedMixer(Mixer):
 
     gate: SegmentGate
 
+    @abstractmethod
+    def reads(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(gates [B, T, L + 1], the read without caches, the paper's mixture), both reads [B, T, ...]."""
+
     def init_own_parameters(self, generator: torch.Generator) -> None:
         if self.gate.bias is not None and self.gate.bias_init is not None:
             nn.init.constant_(self.gate.bias, self.gate.bias_init)
@@ -142,6 +147,15 @@ class CachedLinearState:
     alone: LinearState | None
 
 
+class _LinearRun(NamedTuple):
+    """What a whole sequence leaves behind: its inputs, its memory at the end, and those at segment ends."""
+
+    inputs: LinearInputs
+    running: LinearState
+    memories: Tensor
+    normalizers: Tensor | None
+
+
 class CachedLinearAttention(CachedMixer):
     """Linear attention that also reads its own memories at the ends of earlier segments."""
 
@@ -154,7 +168,7 @@ class CachedLinearAttention(CachedMixer):
             )
         self.inner, self.config, self.gate = inner, config, SegmentGate(d_model, config)
 
-    def _run(self, x_BTD: Tensor) -> tuple[Tensor, LinearInputs, LinearState, Tensor, Tensor | None]:
+    def _mix(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor, _LinearRun]:
         i = self.inner.inputs(x_BTD)
         current, running, memories, normalizers = self.inner.read_write_segments(
             i, self.config.segment, self.config.cumulative
@@ -168,14 +182,20 @@ class CachedLinearAttention(CachedMixer):
             normalizers=normalizers if self.config.normalized_retrieval else None,
             impl=self.inner.impl,
         )
-        y = self.gate.open(current, gates_BTL[..., -1, None, None] * current + read)
-        return self.inner.out(y.flatten(-2)), i, running, memories, normalizers
+        mixed = gates_BTL[..., -1, None, None] * current + read
+        return gates_BTL, current, mixed, _LinearRun(i, running, memories, normalizers)
+
+    def reads(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self._mix(x_BTD)[:3]
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self._run(x_BTD)[0]
+        _, current, mixed = self.reads(x_BTD)
+        return self.inner.out(self.gate.open(current, mixed).flatten(-2))
 
     def prefill(self, x_BTD: Tensor, max_steps: int) -> tuple[Tensor, CachedLinearState]:
-        y, i, running, memories, normalizers = self._run(x_BTD)
+        _, current, mixed, run = self._mix(x_BTD)
+        y = self.inner.out(self.gate.open(current, mixed).flatten(-2))
+        i, running, memories, normalizers = run
         means = SegmentMeans(x_BTD, self.config.segment, max_steps)
         B, L = memories.shape[:2]
         room = means.means.shape[1] - L
@@ -246,17 +266,25 @@ class CachedOutput(CachedMixer):
         self.inner, self.config, self.gate = inner, config, SegmentGate(d_model, config)
 
     def _mix(self, x_BTD: Tensor, current_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        outputs_BLD = current_BTD[:, self.config.segment - 1 :: self.config.segment]
         gates_BTL = self.gate(x_BTD)
-        read = gates_BTL[..., :-1] @ widen(outputs_BLD)
-        return self.gate.open(current_BTD, gates_BTL[..., -1:] * current_BTD + read), outputs_BLD
+        read = gates_BTL[..., :-1] @ widen(self._kept(current_BTD))
+        return gates_BTL, gates_BTL[..., -1:] * current_BTD + read
+
+    def _kept(self, current_BTD: Tensor) -> Tensor:
+        return current_BTD[:, self.config.segment - 1 :: self.config.segment]
+
+    def reads(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        current = self.inner(x_BTD)
+        gates, mixed = self._mix(x_BTD, current)
+        return gates, current, mixed
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self._mix(x_BTD, self.inner(x_BTD))[0]
+        _, current, mixed = self.reads(x_BTD)
+        return self.gate.open(current, mixed)
 
     def prefill(self, x_BTD: Tensor, max_steps: int) -> tuple[Tensor, CachedOutputState]:
         current, inner = self.inner.prefill(x_BTD, max_steps)
-        y, outputs = self._mix(x_BTD, current)
+        y, outputs = self.gate.open(current, self._mix(x_BTD, current)[1]), self._kept(current)
         means = SegmentMeans(x_BTD, self.config.segment, max_steps)
         room = outputs.new_zeros(outputs.shape[0], means.means.shape[1] - outputs.shape[1], outputs.shape[2])
         return y, CachedOutputState(inner, torch.cat([outputs, room], 1), means)
@@ -274,40 +302,3 @@ class CachedOutput(CachedMixer):
     def sequence_flops_per_token(self, context: int) -> float:
         read = 2.0 * self._caches_seen(context) * self.gate.d_model
         return self.inner.sequence_flops_per_token(context) + self._gate_flops_per_token(context) + read
-
-
-@dataclass(frozen=True)
-class CacheHealth:
-    """How one layer uses its caches, over the tokens that see at least one; NaN where none does.
-
-    entropy: of gamma, nats. entropy_share: entropy over the log of the number of choices, 0 to 1.
-    cache_mass: sum of gamma on caches, 0 to 1. openness: sigmoid(b), 1 without a bias. gate_bias: b, NaN without.
-    effective_mass: openness times cache_mass, the weight caches have in the layer's output.
-    """
-
-    layer: int
-    entropy: float
-    entropy_share: float
-    cache_mass: float
-    gate_bias: float
-    openness: float
-    effective_mass: float
-
-
-@torch.no_grad()
-def cache_health(layer: int, gate: SegmentGate, x_BTD: Tensor) -> CacheHealth:
-    """Statistics of one layer's gates for its normed inputs [B, T, D]."""
-    gates_BtL = gate(x_BTD)[:, gate.segment :]
-    choices = torch.arange(gate.segment, x_BTD.shape[1], device=x_BTD.device) // gate.segment + 1
-    entropy_Bt = torch.special.entr(gates_BtL).sum(-1)
-    mass = float((1 - gates_BtL[..., -1]).mean())
-    openness = 1.0 if gate.bias is None else float(gate.bias.sigmoid())
-    return CacheHealth(
-        layer=layer,
-        entropy=float(entropy_Bt.mean()),
-        entropy_share=float((entropy_Bt / choices.log()).mean()),
-        cache_mass=mass,
-        gate_bias=float("nan") if gate.bias is None else float(gate.bias),
-        openness=openness,
-        effective_mass=openness * mass,
-    )

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from models.cache_health import gate_sums
 from models.linear_attention import LinearAttention
 from models.mamba import Mamba
-from models.memory_cache import CachedLinearAttention, CachedOutput, MemoryCacheConfig, SegmentGate, cache_health
+from models.memory_cache import CachedLinearAttention, CachedOutput, MemoryCacheConfig
 
 D, H, S, T = 12, 3, 4, 15
 
@@ -125,11 +126,18 @@ def test_unnormalised_reads_grow_with_the_number_of_tokens_and_normalised_reads_
     assert size(True, 32 * S) < 2 * size(True, 2 * S)
 
 
+def _gated() -> CachedLinearAttention:
+    layer = _randomise(
+        CachedLinearAttention(LinearAttention(D, H), D, MemoryCacheConfig(segment=S, gate_bias_init=bias))
+    )
+    torch.nn.init.constant_(layer.gate.bias, -2.0)
+    return layer
+
+
 def test_health_of_uniform_and_of_shut_gates():
-    gate = SegmentGate(D, MemoryCacheConfig(segment=S, gate_bias_init=-2.0)).double()
-    torch.nn.init.constant_(gate.bias, -2.0)
-    torch.nn.init.zeros_(gate.u.weight)
-    health = cache_health(3, gate, _input())
+    layer = _gated()
+    torch.nn.init.zeros_(layer.gate.u.weight)
+    health = gate_sums(3, layer, _input()).health()
     choices = [t // S + 1 for t in range(S, T)]
     openness = 1 / (1 + math.exp(2.0))
     assert health.layer == 3
@@ -139,13 +147,44 @@ def test_health_of_uniform_and_of_shut_gates():
     assert (health.gate_bias, health.openness) == (pytest.approx(-2.0), pytest.approx(openness))
     assert health.effective_mass == pytest.approx(openness * health.cache_mass)
 
-    torch.nn.init.eye_(gate.u.weight)
+    torch.nn.init.eye_(layer.gate.u.weight)
     own_segment = _input() * 0.01
     own_segment[:, S:] = 30 * torch.ones(D)  # the query is far closer to its own segment than to the first
-    sharp = cache_health(1, gate, own_segment[:, : 2 * S])
+    sharp = gate_sums(1, layer, own_segment[:, : 2 * S]).health()
     assert sharp.cache_mass < 1e-6
     assert sharp.entropy < 1e-4
-    assert math.isnan(cache_health(1, gate, _input(S)).entropy)
+    assert sharp.read_ratio < 1e-5
+    assert math.isnan(gate_sums(1, layer, _input(S)).health().entropy)
+
+
+def test_read_ratio_is_what_an_open_gate_would_add():
+    layer, x = _gated(), _input()
+    current = layer.inner.read_write(layer.inner.inputs(x))[0].detach()
+    torch.nn.init.eye_(layer.inner.out.weight)
+    torch.nn.init.constant_(layer.gate.bias, 60.0)
+    change = (layer(x).detach().unflatten(-1, (H, -1)) - current)[:, S:]
+    ratios = [float(change[b].norm() / current[b, S:].norm()) for b in range(2)]
+    sums = gate_sums(1, layer, x)
+    assert [h.read_ratio for h in sums.clips()] == pytest.approx(ratios)
+    assert sums.health().read_ratio == pytest.approx(float(change.norm() / current[:, S:].norm()))
+
+
+def test_health_by_clip_leaves_padding_out_and_looks_at_no_later_token():
+    """Clips of a padded batch have the numbers they have alone, and none depends on what follows the clip's end."""
+    layer, x = _gated(), _input()
+    lengths = torch.tensor([T, 2 * S + 1])
+    padded = x.clone()
+    padded[1, 2 * S + 1 :] = 1e3
+    together = gate_sums(1, layer, padded, lengths).clips()
+    for b, length in enumerate(lengths.tolist()):
+        alone = gate_sums(1, layer, x[b : b + 1, :length]).health()
+        assert [*vars(together[b]).values()] == pytest.approx([*vars(alone).values()], rel=1e-9)
+    assert gate_sums(1, layer, padded, lengths).steps.tolist() == [T - S, S + 1]
+    both = gate_sums(1, layer, padded, lengths).health()
+    steps = [T - S, S + 1]
+    assert both.cache_mass == pytest.approx(
+        sum(n * h.cache_mass for n, h in zip(steps, together, strict=True)) / sum(steps)
+    )
 
 
 def test_health_of_a_model_lists_its_cached_layers(tiny_codec_lm, codec_tokens):
