@@ -127,9 +127,8 @@ def test_unnormalised_reads_grow_with_the_number_of_tokens_and_normalised_reads_
 
 
 def _gated() -> CachedLinearAttention:
-    layer = _randomise(
-        CachedLinearAttention(LinearAttention(D, H), D, MemoryCacheConfig(segment=S, gate_bias_init=bias))
-    )
+    config = MemoryCacheConfig(segment=S, gate_bias_init=-2.0)
+    layer = _randomise(CachedLinearAttention(LinearAttention(D, H), D, config))
     torch.nn.init.constant_(layer.gate.bias, -2.0)
     return layer
 
