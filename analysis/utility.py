@@ -3,13 +3,16 @@
 Each row i has a patch: itself and its k nearest neighbours. From the patch come a geometry block, a topology block
 and three label targets; the question is ΔR² of geometry + topology over geometry, out of sample.
 
+Patches of similar rows overlap, so random folds leave near-copies of test patches in training. Splits by group (in
+chemistry: by skeleton) keep similar rows on one side, and `neighbours_in_training` measures how far that goes.
+
 Shapes: N rows, K neighbours, P = K + 1 patch points, D coordinates, L labels, G geometry and T topology features
 (`distance_NN`, `x_ND`, `labels_NL`, `patches_NP`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -158,6 +161,56 @@ def targets(labels_NL: np.ndarray, patches_NP: np.ndarray) -> np.ndarray:
     return out_N3
 
 
+Fold = tuple[np.ndarray, np.ndarray]  # training rows, test rows
+
+
+def folds(n: int, groups_N: np.ndarray | Sequence[str] | None = None) -> list[Fold]:
+    """The FOLDS × REPEATS splits of n rows: RepeatedKFold with seed 0, or with no group on both sides of a split.
+
+    Grouped test folds are as equal in size as whole groups allow; a group larger than a fold is a fold of its own.
+
+    Raises:
+        ValueError: too few rows or groups for the folds, or not one group a row.
+    """
+    if n < 2 * FOLDS:
+        raise ValueError(f"{n} rows for {FOLDS} folds; give at least {2 * FOLDS}")
+    if groups_N is None:
+        return list(RepeatedKFold(n_splits=FOLDS, n_repeats=REPEATS, random_state=0).split(np.empty((n, 0))))
+    _, code_N = np.unique(np.asarray(groups_N), return_inverse=True)
+    if len(code_N) != n or code_N.max() + 1 < 2 * FOLDS:
+        raise ValueError(
+            f"{len(code_N)} group labels of {code_N.max() + 1} groups for {n} rows and {FOLDS} folds; give one label a "
+            f"row and at least {2 * FOLDS} groups"
+        )
+    out = []
+    for repeat in range(REPEATS):
+        fold_N = _fill(np.bincount(code_N), np.random.default_rng(repeat))[code_N]
+        out += [(np.flatnonzero(fold_N != f), np.flatnonzero(fold_N == f)) for f in range(FOLDS)]
+    return out
+
+
+def _fill(size_G: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Fold of each group: the emptiest so far, large groups first and by size, small ones in random order."""
+    order = rng.permutation(len(size_G))
+    large = np.where(size_G > size_G.sum() / (10 * FOLDS), size_G, 0)
+    order = order[np.argsort(-large[order], kind="stable")]
+    filled_F, fold_G = np.zeros(FOLDS, np.int64), np.empty(len(size_G), np.int64)
+    for group in order:
+        fold_G[group] = filled_F.argmin()
+        filled_F[fold_G[group]] += size_G[group]
+    return fold_G
+
+
+def neighbours_in_training(patches_NP: np.ndarray, splits: Sequence[Fold]) -> float:
+    """Mean share of a test row's neighbours that lie in its training set: how near the test is to the training."""
+    shares = []
+    for train, test in splits:
+        trained_N = np.zeros(len(patches_NP), bool)
+        trained_N[train] = True
+        shares.append(trained_N[patches_NP[test, 1:]].mean())
+    return float(np.mean(shares))
+
+
 def compare(
     geometry_NG: np.ndarray,
     topology_NT: np.ndarray,
@@ -167,9 +220,10 @@ def compare(
     permutations: int = 0,
     order_N: np.ndarray | None = None,
     block: int = 41,
+    groups_N: np.ndarray | Sequence[str] | None = None,
     seed: int = 0,
 ) -> list[Utility]:
-    """One Utility a target; every comparison uses the same RepeatedKFold splits (5 × 3, seed 0).
+    """One Utility a target; every comparison uses the same `folds`, grouped where `groups_N` is given.
 
     `family` is "ridge" (StandardScaler, RidgeCV over ALPHAS) or "trees" (histogram gradient boosting). With
     `permutations` B, p = (1 + #{ΔR² of a permutation >= observed})/(B + 1). A permutation moves the rows of the
@@ -182,27 +236,26 @@ def compare(
         ValueError: an unknown family, blocks of different lengths, too few rows for the folds, or fewer than 5
             runs of `block` rows to permute.
     """
-    if family not in _FIT:
-        raise ValueError(f"family={family!r}; choose one of {sorted(_FIT)}")
+    if family not in FAMILIES:
+        raise ValueError(f"family={family!r}; choose one of {sorted(FAMILIES)}")
     n = len(targets_N3)
-    if not (len(geometry_NG) == len(topology_NT) == n >= 2 * FOLDS):
+    if not (len(geometry_NG) == len(topology_NT) == n):
         raise ValueError(
-            f"{len(geometry_NG)} geometry, {len(topology_NT)} topology and {n} target rows; "
-            f"give equal numbers, at least {2 * FOLDS}"
+            f"{len(geometry_NG)} geometry, {len(topology_NT)} topology and {n} target rows; give equal numbers"
         )
     if permutations and order_N is not None and n < 5 * block:
         raise ValueError(f"block={block} cuts {n} rows into {n // block} runs; choose block <= {n // 5}")
-    folds = list(RepeatedKFold(n_splits=FOLDS, n_repeats=REPEATS, random_state=0).split(geometry_NG))
-    fit = _FIT[family]
-    geometry = _scores(fit, geometry_NG, targets_N3, folds)
-    topology = _scores(fit, topology_NT, targets_N3, folds)
-    both = _scores(fit, np.hstack([geometry_NG, topology_NT]), targets_N3, folds)
+    splits = folds(n, groups_N)
+    fit = FAMILIES[family]
+    geometry = _scores(fit, geometry_NG, targets_N3, splits)
+    topology = _scores(fit, topology_NT, targets_N3, splits)
+    both = _scores(fit, np.hstack([geometry_NG, topology_NT]), targets_N3, splits)
     delta = both - geometry
     rng = np.random.default_rng(seed)
     reached = np.ones(targets_N3.shape[1])
     for _ in range(permutations):
         shuffled = np.hstack([geometry_NG, topology_NT[_permutation(n, order_N, block, rng)]])
-        reached += (_scores(fit, shuffled, targets_N3, folds) - geometry).mean(axis=0) >= delta.mean(axis=0)
+        reached += (_scores(fit, shuffled, targets_N3, splits) - geometry).mean(axis=0) >= delta.mean(axis=0)
     results = []
     for column, name in enumerate(TARGETS):
         lo, hi = _corrected_interval(delta[:, column])
@@ -258,18 +311,18 @@ def _trees(x: np.ndarray, y: np.ndarray, x_test: np.ndarray) -> np.ndarray:
     return np.column_stack([one(column) for column in y.T])
 
 
-_FIT: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {"ridge": _ridge, "trees": _trees}
+FAMILIES: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {"ridge": _ridge, "trees": _trees}
 
 
 def _scores(
     fit: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray],
     x: np.ndarray,
     y: np.ndarray,
-    folds: list[tuple[np.ndarray, np.ndarray]],
+    splits: Sequence[Fold],
 ) -> np.ndarray:
     """R² of each target in each test fold: [folds, targets]."""
     return np.array(
-        [r2_score(y[test], fit(x[train], y[train], x[test]), multioutput="raw_values") for train, test in folds]
+        [r2_score(y[test], fit(x[train], y[train], x[test]), multioutput="raw_values") for train, test in splits]
     )
 
 

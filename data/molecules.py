@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from rdkit import Chem, rdBase
 from rdkit.Chem import Descriptors, rdFingerprintGenerator
+from rdkit.Chem.Scaffolds import MurckoScaffold
 
 from data import odor_sources
 
@@ -210,6 +211,29 @@ def morgan(smiles: Sequence[str], radius: int = 4, n_bits: int = 2048, counts: b
     for row, mol in enumerate(_mols(smiles)):
         out_NB[row] = generator.GetCountFingerprintAsNumPy(mol) if counts else generator.GetFingerprintAsNumPy(mol)
     return out_NB
+
+
+def skeletons(smiles: Sequence[str]) -> list[str]:
+    """Group labels for splits: molecules with the same frame share one, and so do stereo variants and repeats.
+
+    The frame is the Bemis-Murcko scaffold (J. Med. Chem. 1996) without atom and bond types; of a molecule without
+    rings, which has no scaffold, it is the whole graph of heavy atoms without types.
+
+    Raises:
+        ValueError: a SMILES that RDKit cannot read.
+    """
+    return [_frame(mol) for mol in _mols(smiles)]
+
+
+def _frame(mol: Chem.Mol) -> str:
+    if mol.GetRingInfo().NumRings():
+        mol = MurckoScaffold.GetScaffoldForMol(mol)
+    plain = Chem.RWMol()
+    for _ in range(mol.GetNumAtoms()):
+        plain.AddAtom(Chem.Atom(0))
+    for bond in mol.GetBonds():
+        plain.AddBond(bond.GetBeginAtomIdx(), bond.GetEndAtomIdx(), Chem.BondType.SINGLE)
+    return Chem.MolToSmiles(plain)
 
 
 def physchem(smiles: Sequence[str]) -> np.ndarray:

@@ -139,7 +139,8 @@ def run_one(
         run,
         threads=threads,
         device="cuda" if pack.gpus else "cpu",
-        fingerprint=lambda cell: fingerprints[cell.key],
+        # a cell outside the plan is one that a planned cell needs (`--only` chose the latter alone)
+        fingerprint=lambda cell: fingerprints.get(cell.key) or sweep.fingerprint(cell, preset, run),
         report=lambda state: report({"progress": state}),
         launch_id=launch_id,
     )

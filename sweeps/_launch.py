@@ -42,7 +42,8 @@ def parser(sweep: Sweep) -> argparse.ArgumentParser:
     p.add_argument("--only", nargs="+", default=[], metavar="KEY", help="only cells whose key starts with KEY")
     p.add_argument("--report", action="store_true", help="write the report from what is published; run nothing")
     p.add_argument("--retry-failed", action="store_true", help="run cells again that failed for good")
-    p.add_argument("--storage", default="runs/ledger", metavar="URI", help="ledger: a path, s3://, gs://, memory://")
+    storage = os.environ.get("PLUMBLINE_STORAGE") or "runs/ledger"
+    p.add_argument("--storage", default=storage, metavar="URI", help="ledger: a path, s3://, gs://, memory://")
     p.add_argument("--tracking-uri", default=None, metavar="URI", help="MLflow; default: SQLite under runs/")
     p.add_argument("--address", default=None, metavar="ADDR", help="Ray cluster to join (auto, HOST:PORT)")
     p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of the preset")
@@ -120,13 +121,18 @@ class _Launch:
         for cell in self.cells:
             state = "done" if cell.key in self.done else "failed" if cell.key in self.failures else "to do"
             print(f"{cell.key}  {state:7}  {' '.join(f'{n}={v}' for n, v in cell.identity().items() if n in varying)}")
-        packs = self.sweep.pack(missing, self.preset, machine, self.run) if missing else []
+        packs = self._rounds(missing, machine)
         estimate = self.sweep.estimate(missing, self.preset, machine, self.run)
         print(f"cells        {len(self.cells)} planned, {len(self.done)} done, {len(missing)} to do")
         print(f"packs        {len(packs)} on {machine.cpus} CPUs, {machine.gpus} GPUs")
-        print(f"LM passes    {estimate.lm_passes} shared by all cells of a model and stream")
-        print(f"tokens       {quantity(estimate.tokens)}")
-        print(f"FLOPs        {quantity(estimate.flops)}")
+        if estimate.lm_passes:
+            print(f"LM passes    {estimate.lm_passes} shared by all cells of a model and stream")
+        for line in estimate.shared:
+            print(f"shared       {line}")
+        if estimate.tokens:
+            print(f"tokens       {quantity(estimate.tokens)}")
+        if estimate.flops:
+            print(f"FLOPs        {quantity(estimate.flops)}")
         print(f"memory       {estimate.memory_bytes / 2**30:.2f} GiB in the largest pack")
         print(f"time         {duration(estimate.seconds)} h:m:s on this machine ({estimate.basis})")
         if self.run.price_per_hour:
@@ -134,6 +140,16 @@ class _Launch:
                 f"cost         {estimate.seconds / 3600 * self.run.price_per_hour:.2f} at {self.run.price_per_hour}/h"
             )
         print("nothing was run")
+
+    def _rounds(self, missing: list[Cell], machine: Machine) -> list[Pack]:
+        """The packs of every round to come."""
+        packs: list[Pack] = []
+        while missing:
+            fresh = self.sweep.pack(missing, self.preset, machine, self.run)
+            taken = {cell.key for pack in fresh for cell in pack.cells}
+            packs += fresh
+            missing = [cell for cell in missing if cell.key not in taken]
+        return packs
 
     def _print_banner(self) -> None:
         lines = list(self.sweep.banner(self.arguments.preset, self.preset))

@@ -89,9 +89,13 @@ class Pack:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What finishing some cells takes; the numbers behind `--plan`. Times are for the whole list."""
+    """What finishing some cells takes; the numbers behind `--plan`. Times are for the whole list.
+
+    `shared` names work that several cells share and that is done once, a line each, where it is no LM pass.
+    """
 
     lm_passes: int = 0
+    shared: tuple[str, ...] = ()
     tokens: int = 0
     flops: float = 0.0
     memory_bytes: int = 0
@@ -129,7 +133,11 @@ class Sweep(Protocol):
         ...
 
     def pack(self, cells: Sequence[Cell], preset: Any, machine: Machine, run: RunSettings) -> list[Pack]:
-        """Group cells that share work within the memory and devices of the machine."""
+        """Group cells that share work within the memory and devices of the machine.
+
+        Cells that need the results of others may be left out, never all of them: packing is asked for again with
+        what is left once the returned packs have ended.
+        """
         ...
 
     def run(self, pack: Pack, preset: Any, context: PackContext) -> None:

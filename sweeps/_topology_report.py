@@ -73,11 +73,15 @@ def _utility(cells: Sequence[PublishedCell]) -> pd.DataFrame:
     for cell in cells:
         if cell.identity["kind"] == "utility":
             short = cell.rows.assign(metric=cell.rows["metric"].str.removeprefix("utility_"))
+            whole = short[short["target"].isna()].set_index("metric")["value"]
             wide = short.pivot_table(index=["target", "family"], columns="metric", values="value").reset_index()
-            names = ("table", "representation", "metric")
-            rows.append(wide.assign(**{name: cell.identity[name] for name in names}))
+            places = ("table", "representation", "metric", "split")
+            wide = wide.assign(**{name: cell.identity[name] for name in places}, **whole)
+            rows.append(wide)
     if not rows:
         return pd.DataFrame()
     frame = pd.concat(rows, ignore_index=True)
-    order = ("table", "representation", "metric", "target", "family", "r2_geometry", "r2_topology", "r2_both")
-    return frame[[*order, "delta", "delta_lo", "delta_hi", "p"]]
+    order = ("table", "representation", "metric", "split", "neighbours_in_training", "target", "family")
+    return frame.reindex(
+        columns=[*order, "r2_geometry", "r2_topology", "r2_both", "delta", "delta_lo", "delta_hi", "p"]
+    )

@@ -27,11 +27,10 @@ _NULL_SEED, _LANDMARK_SEED, _LANDMARK_NULL_SEED, _DRAW_SEED = 10_000, 500_000, 1
 
 
 def run_pack(cells: Sequence[TopologyCell], preset: Audit, context: PackContext) -> None:
-    """Compute and publish every cell, members first."""
+    """Compute and publish every cell."""
     began = time.monotonic()
-    ordered = sorted(cells, key=lambda c: not isinstance(c, MemberCell))
     sources = _Sources(preset, context)
-    for done, cell in enumerate(ordered, start=1):
+    for done, cell in enumerate(cells, start=1):
         context.progress(force=True, phase=f"{cell.table} {cell.representation}")
         try:
             if isinstance(cell, MemberCell):
@@ -43,11 +42,15 @@ def run_pack(cells: Sequence[TopologyCell], preset: Audit, context: PackContext)
         except ValueError as error:
             raise UserError(str(error)) from error
         rate = done / (time.monotonic() - began)
-        context.progress(done=done, total=len(ordered), eta=(len(ordered) - done) / rate)
+        context.progress(done=done, total=len(cells), eta=(len(cells) - done) / rate)
 
 
 class _Sources:
-    """Representations of this pack; the own odor model's come from the ledger, or are trained here once."""
+    """Representations of this pack; the own odor model's come from the ledger.
+
+    A member is missing there only where its cell was not planned (`--only`) or where another launch is still at it;
+    then it is trained and published here, too, and the first result stays.
+    """
 
     def __init__(self, preset: Audit, context: PackContext) -> None:
         self.preset, self.context = preset, context
@@ -155,7 +158,9 @@ def _utility(cell: UtilityCell, sources: _Sources, context: PackContext) -> None
     geometry = utility.geometry_block(distance_NN, np.asarray(x_ND, np.float64), patches)
     topology = utility.topology_block(distance_NN, patches, h1=h1)
     targets = utility.targets(rows.labels_NL, patches)
-    out: list[Row] = []
+    groups = molecules.skeletons(rows.smiles) if cell.split == "grouped" else None
+    near = utility.neighbours_in_training(patches, utility.folds(len(patches), groups))
+    out = [Row("utility_neighbours_in_training", near, "share")]
     for family, permutations in (("ridge", cell.permutations), ("trees", 0)):
         context.progress(force=True, phase=f"{cell.representation}: {family}")
         results = utility.compare(
@@ -166,6 +171,7 @@ def _utility(cell: UtilityCell, sources: _Sources, context: PackContext) -> None
             permutations=permutations,
             order_N=utility.block_order(distance_NN),
             block=cell.neighbours + 1,
+            groups_N=groups,
         )
         for result in results:
             at = {"target": result.target, "family": result.family}

@@ -19,6 +19,7 @@ from sweeps._sweep import Cell, Estimate, Pack, PublishedCell, UserError
 from sweeps._where import Machine, RunSettings
 
 OBSERVED = "observed"
+SPLITS = ("random", "grouped")
 NULLS: Mapping[str, tuple[str, ...]] = {  # in the published order; a null's position (from 1) enters its seed
     "bits": ("fixed_margin", "bernoulli", "permute_columns"),
     "counts": ("multinomial", "permute_columns"),
@@ -79,6 +80,11 @@ class UtilityCell(TopologyCell):
     metric: str
     neighbours: int
     permutations: int
+    split: str  # "random", or "grouped": no skeleton of molecules on both sides of a fold
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise UserError(f"split={self.split!r} is not known; choose from {', '.join(SPLITS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +110,7 @@ class Audit:
     pom_epochs: int = 40
     neighbours: int = 40
     permutations: int = 199
+    splits: tuple[str, ...] = SPLITS  # of the utility study
 
 
 PRESETS: Mapping[str, Audit] = {
@@ -145,7 +152,7 @@ class OdorTopology:
     def pack(self, cells: Sequence[Cell], preset: Audit, machine: Machine, run: RunSettings) -> list[Pack]:
         from sweeps._topology_plan import make_packs
 
-        return make_packs([c for c in cells if isinstance(c, TopologyCell)], machine, run)
+        return make_packs([c for c in cells if isinstance(c, TopologyCell)], preset, machine, run)
 
     def run(self, pack: Pack, preset: Audit, context: Any) -> None:
         from sweeps._topology_run import run_pack
@@ -159,9 +166,9 @@ class OdorTopology:
         return fingerprint(cell, preset)
 
     def estimate(self, cells: Sequence[Cell], preset: Audit, machine: Machine, run: RunSettings) -> Estimate:
-        from sweeps._topology_plan import estimate
+        from sweeps._topology_probe import estimate
 
-        return estimate([c for c in cells if isinstance(c, TopologyCell)], machine, run)
+        return estimate([c for c in cells if isinstance(c, TopologyCell)], preset, machine, run)
 
     def report(self, cells: Sequence[PublishedCell], preset_name: str, preset: Audit, out: Path) -> list[str]:
         from sweeps._topology_report import write

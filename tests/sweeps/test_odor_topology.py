@@ -26,8 +26,10 @@ MACHINE = Machine(nodes=1, cpus=2, gpus=0, memory_bytes=8 * 2**30, hardware="tes
 def run(preset: Audit) -> Ledger:
     ledger = Ledger(f"memory://{uuid.uuid4().hex}", "odor_topology", "1")
     context = PackContext(ledger, RunSettings(), threads=1, device="cpu", fingerprint=lambda cell: "f")
-    for pack in SWEEP.pack(SWEEP.plan(preset), preset, MACHINE, RunSettings()):
-        run_pack(list(pack.cells), preset, context)
+    cells = SWEEP.plan(preset)
+    while missing := [c for c in cells if c.key not in ledger.done()]:
+        for pack in SWEEP.pack(missing, preset, MACHINE, RunSettings()):
+            run_pack(list(pack.cells), preset, context)
     return ledger
 
 
