@@ -101,6 +101,11 @@ class CodebookScores:
         columns_C2 = np.stack([self._sums("nll").sum(1), self._sums("count").sum(1)], axis=1)
         return bootstrap_ci(columns_C2, lambda m: m[:, 0] / m[:, 1], n_resamples=n_resamples, level=level, seed=seed)
 
+    def clips(self) -> pd.DataFrame:
+        """One row a clip, in the order added: nll (sum over its tokens, nats) and tokens."""
+        tokens = self._sums("count").sum(1).astype(np.int64)
+        return pd.DataFrame({"nll": self._sums("nll").sum(1), "tokens": tokens})
+
     def table(self) -> pd.DataFrame:
         """One row a codebook (1 is the coarsest): tokens, nll (nats), perplexity, bits, top1, top5 (shares)."""
         count_K = self._sums("count").sum(0)

@@ -9,6 +9,7 @@ Shape suffixes: B clips, K codebooks, T frames, C clips of the whole set.
 
 from __future__ import annotations
 
+import copy
 import io
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -114,6 +115,23 @@ class TokenClips:
 
     def __len__(self) -> int:
         return len(self.clip_ids)
+
+    def take(self, n: int) -> TokenClips:
+        """The n clips of smallest identity hash: a larger n holds every clip of a smaller one.
+
+        Raises ValueError when there are fewer than n, or n < 1.
+        """
+        if not 1 <= n <= len(self):
+            raise ValueError(f"{n} clips asked for, but this side has {len(self)}; choose 1..{len(self)}")
+        by_hash = sorted(range(len(self)), key=lambda c: identity_hash(self.clip_ids[c], salt="take"))
+        chosen = np.sort(by_hash[:n])
+        some = copy.copy(self)
+        some._cache = OrderedDict()
+        for name in ("clip_ids", "recording_ids", "texts"):
+            setattr(some, name, [getattr(self, name)[c] for c in chosen])
+        for name in ("shard_C", "_row_C", "n_frames_C", "duration_C"):
+            setattr(some, name, getattr(self, name)[chosen])
+        return some
 
     def codes(self, clip: int) -> npt.NDArray[np.uint16]:
         """codes_KT of one clip; raises ValueError naming the shard when a token is outside the codebook."""

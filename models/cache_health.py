@@ -5,7 +5,8 @@ Shapes: B clips, T time, D model width, L complete segments.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -49,6 +50,15 @@ class GateSums:
     cache_mass: Tensor
     change: Tensor
     current: Tensor
+
+    @staticmethod
+    def pool(parts: Sequence[GateSums]) -> GateSums:
+        """The same layer's sums over several batches. Raises ValueError for another layer's among them."""
+        first = parts[0]
+        if any(part.layer != first.layer for part in parts):
+            raise ValueError(f"layers {sorted({part.layer for part in parts})} do not pool; give parts of one layer")
+        sums = [torch.cat([getattr(part, f.name) for part in parts]) for f in fields(GateSums)[3:]]
+        return GateSums(first.layer, first.gate_bias, first.openness, *sums)
 
     def health(self) -> CacheHealth:
         """Means over the tokens of all clips."""

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from data.audio_io import AudioSet
     from data.codec import Codec, CodecSpec
     from data.codec_shards import Tokens
-    from data.melvq import MelVQSpec
     from data.synthetic_speech import SpeechSpec
     from sweeps.codec_lm import LMCell, Study
 
@@ -68,7 +67,7 @@ def fingerprint(cell: LMCell, study: Study) -> str:
 
 def _origin(study: Study) -> list[str]:
     if study.corpus == SYNTHETIC:
-        return [repr(_speech(study)), repr(_melvq()), str(study.corpus_clips)]
+        return [repr(_speech(study)), repr(study.melvq()), str(study.corpus_clips)]
     audio = _audio(study)
     listed = digest([[r.recording_id, r.name] for r in audio.recordings])
     return [listed, _codec_facts(study.codec, study.codec_weights, study.corpus, study.audio_path)]
@@ -110,12 +109,6 @@ def _speech(study: Study) -> SpeechSpec:
     return SpeechSpec(min_s=study.min_s, max_s=study.chunk_s)
 
 
-def _melvq() -> MelVQSpec:
-    from data.melvq import MelVQSpec
-
-    return MelVQSpec()
-
-
 def _synthetic(study: Study, folder: Path, say: Callable[[str], None]) -> tuple[AudioSet, CodecSpec]:
     """The invented corpus in LJ Speech's layout and a melvq trained on its training side."""
     from data.codec import CodecSpec
@@ -133,7 +126,7 @@ def _synthetic(study: Study, folder: Path, say: Callable[[str], None]) -> tuple[
         sides = [side_of(r.recording_id, holdout=study.holdout) for r in audio.recordings]
         waves = (utterance(speech, i)[0] for i, side in enumerate(sides) if side == "train")
         try:
-            codec, _ = train(waves, _melvq(), epochs=2)
+            codec, _ = train(waves, study.melvq(), epochs=2)
         except ValueError as error:
             raise UserError(f"corpus_clips={study.corpus_clips} cannot train melvq: {error}") from error
         codec.save(weights)

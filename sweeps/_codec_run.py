@@ -9,7 +9,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from models.lm_cost import lm_cost
 from models.sampling import Sampling, generate
 from sweeps._codec_data import TokenSource, open_source, unigram_nll
 from sweeps._context import PackContext
+from sweeps._memory_health import LAYER, clip_table, gate_numbers, gate_table
 from sweeps._sweep import Row, UserError
 from sweeps._train import AnomalyError, Batch, StepStats, TrainConfig, Trainer, autocast, train
 
@@ -98,7 +99,7 @@ def run_pack(cells: Sequence[LMCell], study: Study, context: PackContext) -> Non
     baseline = unigram_nll(source, study.holdout)
     for cell in cells:
         try:
-            _CellRun(cell, study, source, sides[0], sides[1], context, baseline).go()
+            _CellRun(cell, study, source, cell.training_clips(sides[0]), sides[1], context, baseline).go()
         except AnomalyError as error:
             name = f"{cell.key}-anomaly"
             batch = {"inputs": error.batch.inputs_BKT.cpu(), "targets": error.batch.targets_BKT.cpu()}
@@ -159,10 +160,16 @@ class _CellRun:
         rows = [Row("unigram_nll", self.baseline, "nats a token"), Row("tokens_per_second", rate, "tokens/s")]
         rows += self._static_rows() + self._curve_rows()
         files: dict[str, bytes] = {"model.pt": self._checkpoint()}
-        for weights, model in zip(WEIGHTS, (self.trainer.model, self.trainer.ema), strict=True):
-            scores = evaluate(model, self.held_out, cell.eval_clips, cell.precision)
-            rows += self._score_rows(scores, weights)
-        files |= self._samples()
+        models = dict(zip(WEIGHTS, (self.trainer.model, self.trainer.ema), strict=True))
+        scores = {w: evaluate(model, self.held_out, cell.eval_clips, cell.precision) for w, model in models.items()}
+        for weights, some in scores.items():
+            rows += self._score_rows(some, weights)
+        files["clips.parquet"] = clip_table(scores, self.held_out, cell.eval_clips)
+        if self.config.memory_cache is not None:
+            models["start"] = build_codec_lm(self.config, device=context.device, seed=cell.seed)
+            files["gates.parquet"] = gate_table(models, self.held_out, cell.eval_clips, cell.precision)
+        if self.study.sample_s > 0:
+            files |= self._samples()
         files["tokens.json"] = json.dumps(self._tokens(), indent=1).encode()
         context.publish(cell, rows, files)
         context.work.drop(cell.key)
@@ -171,7 +178,8 @@ class _CellRun:
         scores = evaluate(model, self.held_out, min(self.cell.eval_clips, 64), self.cell.precision)
         value = scores.val_nll()
         self.context.progress(best=self.baseline - value)
-        return {"val_nll": value, "val_loss_smoothed": scores.val_loss_smoothed()}
+        numbers = {"val_nll": value, "val_loss_smoothed": scores.val_loss_smoothed()}
+        return numbers | gate_numbers(model, self.held_out, min(self.cell.eval_clips, 64), self.cell.precision)
 
     def _tell(self, trainer: Trainer, stats: StepStats, rate: float) -> None:
         left = (self.cell.steps - stats.step) / max(stats.step, 1) * trainer.real_tokens
@@ -196,9 +204,16 @@ class _CellRun:
     def _curve_rows(self) -> list[Row]:
         rows = []
         for metric, step, value in self.trainer.curve:
-            name, _, part = metric.partition("/")
-            kind = "weights" if part in WEIGHTS else "group"
-            rows.append(Row(name, value, "", {"step": step} | ({kind: part} if part else {})))
+            name, *parts = metric.split("/")
+            params: dict[str, Any] = {"step": step}
+            for part in parts:
+                if part in WEIGHTS:
+                    params["weights"] = part
+                elif part.startswith(LAYER):
+                    params["layer"] = int(part.removeprefix(LAYER))
+                else:
+                    params["group"] = part
+            rows.append(Row(name, value, "", params))
         spikes = self.trainer.spikes
         return rows + [Row("grad_spikes", n, "steps", {"group": group}) for group, n in spikes.items()]
 

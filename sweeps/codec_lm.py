@@ -13,12 +13,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sweeps._sweep import Cell, Estimate, Pack, PublishedCell, UserError, nearest
 from sweeps._where import Machine, RunSettings
+
+if TYPE_CHECKING:
+    from data.melvq import MelVQSpec
+    from data.pack import TokenClips
 
 ARCHITECTURES = ("olmo_hybrid", "gdn", "transformer", "mamba", "mamba2", "hybrid_1_3", "la", "mc_la", "mc_mamba")
 CORPORA = ("synthetic_speech", "ljspeech", "fma")
@@ -74,6 +78,10 @@ class LMCell(Cell):
         """Configuration of the model to train. Raises UserError for a scale or architecture that is not known."""
         return _config(self.scale, self.architecture)
 
+    def training_clips(self, clips: TokenClips) -> TokenClips:
+        """Those of the training side that the model is trained on: all of them."""
+        return clips
+
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
@@ -102,6 +110,12 @@ class Study:
     eval_clips: int
     sample_s: float = 6.0
     needs_gpu: bool = True
+
+    def melvq(self) -> MelVQSpec:
+        """Shape of the stand-in codec where the preset trains its own."""
+        from data.melvq import MelVQSpec
+
+        return MelVQSpec()
 
 
 PRESETS: Mapping[str, Study] = {

@@ -69,7 +69,9 @@ def test_end_to_end(finished: tuple[Ledger, list[LMCell]], tmp_path: Path) -> No
     assert ledger.done() == set(keys)
     published = ledger.read_many(keys)
     for cell in published:
-        assert {"model.pt", "sample.wav", "reference.wav", "spectrogram.png", "tokens.json"} <= set(cell.files)
+        assert {"model.pt", "sample.wav", "reference.wav", "spectrogram.png", "tokens.json", "clips.parquet"} <= set(
+            cell.files
+        )
         rows = cell.rows
         final = {
             (r["metric"], r["weights"]): r["value"]

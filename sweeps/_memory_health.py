@@ -1,0 +1,73 @@
+"""Held-out clips one by one: their likelihood, and how each layer with memory caching uses its caches on them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pandas as pd
+import torch
+
+from analysis.audio import CodebookScores
+from data.pack import TokenClips, evaluation_batches
+from models.cache_health import GateSums
+from models.codec_lm import CodecLM
+from models.delay import training_pair
+from sweeps._train import autocast
+
+LAYER = "layer"
+_BATCH = 8
+_FACTS = ("cache_mass", "effective_mass", "entropy", "entropy_share", "read_ratio", "openness", "gate_bias")
+
+
+def clip_table(scores: Mapping[str, CodebookScores], clips: TokenClips, n_clips: int) -> bytes:
+    """Parquet with a row for each held-out clip and kind of weights: weights, clip_id, nll (a sum, nats), tokens."""
+    ids = [
+        name for batch in evaluation_batches(clips, _BATCH, max_frames=1, n_clips=n_clips) for name in batch.clip_ids
+    ]
+    tables = [some.clips().assign(weights=weights, clip_id=ids) for weights, some in scores.items()]
+    return _parquet(pd.concat(tables, ignore_index=True))
+
+
+def gate_table(models: Mapping[str, CodecLM], clips: TokenClips, n_clips: int, precision: str) -> bytes:
+    """Parquet with a row for each kind of weights, held-out clip and layer with caches; see models.cache_health."""
+    records: list[dict[str, Any]] = []
+    for weights, model in models.items():
+        for ids, layers in _walk(model, clips, n_clips, precision):
+            for sums in layers:
+                for name, steps, health in zip(ids, sums.steps.tolist(), sums.clips(), strict=True):
+                    facts = {"weights": weights, "clip_id": name, "layer": health.layer, "steps": steps}
+                    records.append(facts | {f: getattr(health, f) for f in _FACTS})
+    return _parquet(pd.DataFrame(records))
+
+
+def gate_numbers(model: CodecLM, clips: TokenClips, n_clips: int, precision: str) -> dict[str, float]:
+    """Means over held-out clips by `metric/layerN`, for the curves over training; empty without memory caching."""
+    found: dict[int, list[GateSums]] = {}
+    if model.config.memory_cache is None:
+        return {}
+    for _, layers in _walk(model, clips, n_clips, precision):
+        for sums in layers:
+            found.setdefault(sums.layer, []).append(sums)
+    pooled = {layer: GateSums.pool(parts).health() for layer, parts in found.items()}
+    return {f"gate_{f}/{LAYER}{layer}": getattr(health, f) for layer, health in pooled.items() for f in _FACTS}
+
+
+def _walk(
+    model: CodecLM, clips: TokenClips, n_clips: int, precision: str
+) -> Iterator[tuple[tuple[str, ...], list[GateSums]]]:
+    """(clip ids, statistics of each layer) of the batches that `evaluate` sees."""
+    config, device = model.config, model.heads.device
+    model.eval()
+    delay = config.n_codebooks - 1
+    with torch.inference_mode(), autocast(device, precision):
+        for batch in evaluation_batches(clips, _BATCH, max_frames=config.context - delay, n_clips=n_clips):
+            inputs, _ = training_pair(batch.codes_BKT, pad=config.pad, bos=config.bos)
+            yield batch.clip_ids, model.gate_sums(inputs.to(device), batch.length_B + delay)
+
+
+def _parquet(table: pd.DataFrame) -> bytes:
+    sink = io.BytesIO()
+    table.to_parquet(sink, index=False)
+    return sink.getvalue()
