@@ -4,7 +4,7 @@ PY := .venv/bin/python
 READY := .venv/.ready
 BENCHMARKS := sae_step sae_grid evaluation bootstrap topology odor_model sequence_ops
 
-.PHONY: venv proxy-gap test test-fast lint bench ui clean
+.PHONY: venv proxy-gap test test-fast lint bench ui cluster-up cluster-down clean
 
 venv: $(READY)
 
@@ -34,6 +34,15 @@ bench: $(READY)
 ui: $(READY)
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false .venv/bin/mlflow server --backend-store-uri sqlite:///runs/mlflow.db \
 		--artifacts-destination runs/mlartifacts --host 127.0.0.1 --port 5000
+
+CONFIG ?= cluster.yaml
+TIMEOUT ?= 1800
+
+cluster-up: $(READY)
+	$(PY) -m sweeps._cluster up --config $(CONFIG) --timeout $(TIMEOUT)
+
+cluster-down: $(READY)
+	$(PY) -m sweeps._cluster down --config $(CONFIG)
 
 clean:
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -95,7 +96,8 @@ class PackContext:
         self._state: dict[str, Any] = {"published": 0, "failed": 0}
         self._said = 0.0
         self._started = time.time()
-        self._meta = {**provenance(), "hardware": hardware(), "threads": threads, "device": device}
+        self._meta = {**provenance(), "hardware": hardware(), "node": platform.node()}
+        self._meta |= {"threads": threads, "device": device}
         self._meta |= {"lm_path": run.lm_path, "stream_path": run.stream_path}
 
     def publish(self, cell: Cell, rows: Sequence[Row], files: Mapping[str, bytes | Path] | None = None) -> bool:

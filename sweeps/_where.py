@@ -106,7 +106,9 @@ def provenance() -> dict[str, Any]:
 
 
 def git_commit() -> str:
-    """Commit of the code, `-dirty` when tracked files differ, `unknown` outside a checkout."""
+    """Commit of the code, `-dirty` when tracked files differ; on a pod what `make cluster-up` noted; or `unknown`."""
+    if noted := os.environ.get("PLUMBLINE_GIT_COMMIT"):  # the driver's, on the workers of a cluster
+        return noted
     try:
         run = subprocess.run(
             ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
@@ -116,7 +118,8 @@ def git_commit() -> str:
             check=True,
         )
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        note = ROOT / ".commit"
+        return note.read_text().strip() if note.is_file() else "unknown"
     return run.stdout.strip()
 
 
@@ -170,6 +173,7 @@ def connect(address: str | None, storage: str) -> Machine:
         }
     runtime_env: dict[str, Any] = {"env_vars": env_vars}
     if address != "local":
+        env_vars["PLUMBLINE_GIT_COMMIT"] = git_commit()
         runtime_env |= {
             "working_dir": str(ROOT),
             "excludes": [".git", ".venv", "runs", "**/__pycache__", ".mypy_cache", ".ruff_cache"],
