@@ -7,8 +7,8 @@ curated GoodScents/Leffingwell table; pyrfume-data (github.com/pyrfume/pyrfume-d
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
-import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,11 +89,11 @@ def _download(source: Source, path: Path, timeout_s: float) -> None:
     try:
         with urllib.request.urlopen(source.url, timeout=timeout_s) as reply:
             partial.write_bytes(reply.read())
-    except (urllib.error.URLError, TimeoutError, OSError) as error:
+    except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
         partial.unlink(missing_ok=True)
         raise ConnectionError(
             f"cannot download {source.name} from {source.url} ({error}); "
-            f"get the file yourself and pass it with --set table=PATH"
+            f"get the file yourself and pass it with --set table=PATH, or --set table_path=FOLDER for several"
         ) from error
     found = sha256(partial)
     if found != source.sha256:

@@ -16,7 +16,7 @@ GROWTH = 2.3  # log-log slope of the H1 time in the number of rows, docs/benchma
 _H1_SECONDS = 0.03  # of one diagram of 1,000 rows on one core
 _MEMBER_SECONDS = 60.0
 _UTILITY_SECONDS = 120.0
-_PROCESS_BYTES = 2**30  # an interpreter with Ray, RDKit, numba and torch loaded, and the table's features
+_PROCESS_BYTES = 5 * 2**28  # an interpreter with Ray, RDKit, numba and torch loaded, and the features of a table
 _USABLE = 0.75  # share of free memory that a pack may plan with
 
 

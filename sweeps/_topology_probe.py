@@ -1,4 +1,7 @@
-"""What finishing cells of the topology audit takes, from a probe of a few seconds at small size."""
+"""What finishing cells of the topology audit takes, from a probe of a few seconds at small size.
+
+Seconds are CPU-seconds of one core: what a pack needs when nobody else uses its core.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ def estimate(cells: Sequence[TopologyCell], preset: Audit, machine: Machine, run
         memory_bytes=max(cell_bytes(cell, preset) for cell in cells),
         seconds=busy / abreast,
         basis=f"{abreast} packs at once; "
-        + ("calibrated by a short probe at small size" if probe else "nominal times of one core, not measured"),
+        + ("CPU time of a short probe at small size, so without other load" if probe else "nominal times of one core, not measured"),
     )
 
 
@@ -130,9 +133,9 @@ class _Probe:
         size = default_batch_size(len(rows))
 
         def train(epochs: int) -> float:
-            began = time.perf_counter()
+            began = time.process_time()
             train_member(smiles, labels_NL[:, both_L], 0, epochs=epochs, batch_size=size, threads=1)
-            return time.perf_counter() - began
+            return time.process_time() - began
 
         train(1)
         start, longer = train(1), train(3)
@@ -167,10 +170,10 @@ def _regression(family: str, rows: int) -> float:
 
 
 def _best(work: Callable[[], object], repeats: int = 3) -> float:
-    """Least wall-clock seconds of `work`, after one call that compiles or loads what it needs."""
+    """Least CPU-seconds of `work`, after one call that compiles or loads what it needs."""
     seconds = []
     for _ in range(repeats + 1):
-        began = time.perf_counter()
+        began = time.process_time()
         work()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.process_time() - began)
     return min(seconds[1:])

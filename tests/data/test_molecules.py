@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import urllib.error
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from rdkit import rdBase
 from rdkit.Chem import AllChem, MolFromSmiles
 from rdkit.DataStructs import ConvertToNumpyArray
 
-from data import molecules, odor_sources
+from data import molecules
 
 SMILES = ["CCO", "COc1cc(C=O)ccc1O", "CC(=C)[C@@H]1CCC(C)=CC1", "C1CCNCC1", "CC/C=C\\CCO", "O=[Zn]", "S"]
 
@@ -160,37 +159,19 @@ def test_embedded_table_is_readable_distinct_and_labelled() -> None:
     assert "stand-in" in table.note
 
 
-def test_download_failures_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*_args: object, **_kwargs: object) -> None:
-        raise urllib.error.URLError("no route")
+def test_skeletons_keep_likes_together_and_others_apart() -> None:
+    def same(*smiles: str) -> bool:
+        return len(set(molecules.skeletons(smiles))) == 1
 
-    monkeypatch.setattr(odor_sources.urllib.request, "urlopen", offline)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(ConnectionError, match="--set table=PATH") as caught:
-        molecules.curated()
-    assert "\n" not in str(caught.value)
-    name = next(iter(odor_sources.SOURCES))
-    cached = odor_sources.cache_folder() / name
-    cached.write_text("tampered")
-    with pytest.raises(ValueError, match="expected 0c18b6e9f0f9"):
-        odor_sources.fetch(name)
-    with pytest.raises(KeyError, match="no public source"):
-        odor_sources.fetch("other.csv")
-
-
-def test_download_is_checked_and_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    body = tmp_path / "body.csv"
-    body.write_text("smiles,sweet\nCCO,1\n")
-    good = odor_sources.Source(name="x.csv", url=body.as_uri(), sha256=odor_sources.sha256(body))
-    monkeypatch.setitem(odor_sources.SOURCES, "x.csv", good)
-    path = odor_sources.fetch("x.csv", tmp_path / "cache")
-    body.unlink()
-    assert odor_sources.fetch("x.csv", tmp_path / "cache") == path
-    body.write_text("changed")
-    path.unlink()
-    with pytest.raises(ValueError, match="the public file has changed"):
-        odor_sources.fetch("x.csv", tmp_path / "cache")
-    assert not list((tmp_path / "cache").iterdir())
+    assert same("CC(=C)[C@@H]1CCC(C)=CC1", "CC(=C)[C@H]1CCC(C)=CC1")
+    assert same("OCC", "C(O)C", "CCN")
+    assert same("c1ccccc1CCO", "COc1ccc(C=O)cc1", "C1CCOCC1")
+    assert not same("c1ccccc1", "c1ccoc1")
+    assert not same("CCCO", "CC(C)O")
+    assert not same("C1CC1", "CCC")
+    assert not same("c1ccc2ccccc2c1", "c1ccccc1")
+    with pytest.raises(ValueError, match="'x!' at row 1"):
+        molecules.skeletons(["CCO", "x!"])
 
 
 @pytest.mark.slow
