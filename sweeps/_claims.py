@@ -1,12 +1,14 @@
 """Claims with leases, so that two launches on one ledger never do the same work.
 
-A launch renews one lease file; its claims on cells name the launch, so a hundred thousand claims cost one renewal.
-A claim of a dead launch is taken over by creating the next generation of the claim file, which exactly one
-launch can do.
+A launch renews one lease file. Its claims are one entry of a numbered log: entry n names the launch and every key it
+holds, and is made by creating a file that must not exist, which exactly one launch can do. Whoever wants to claim
+reads the entries first, so the number orders all claims; a hundred thousand claims cost a listing, a read of the
+other launches' entries and one write. The claims of a launch end with its lease.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -14,6 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import psutil
 
@@ -26,6 +29,15 @@ def _boot_id() -> str:
     return f"{socket.gethostname()}@{int(psutil.boot_time())}"
 
 
+@dataclass
+class _Log:
+    """What this launch knows of one group of claims: the entries read so far, and what it holds itself."""
+
+    entries: dict[int, tuple[str, str, list[str]]] = field(default_factory=dict)  # number: (launch, nonce, keys)
+    mine: dict[str, None] = field(default_factory=dict)
+    number: int = -1  # of this launch's own entry
+
+
 class Claims:
     """The lease of this launch and its claims; a daemon thread renews the lease until `release`.
 
@@ -35,7 +47,8 @@ class Claims:
     def __init__(self, store: Store, lease_seconds: float = LEASE_SECONDS) -> None:
         self.store, self.lease_seconds = store, lease_seconds
         self.launch_id = time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:8]
-        self._mine: list[str] = []
+        self._logs: dict[str, _Log] = {}
+        self._lock = threading.Lock()
         self._stop = threading.Event()
         self._renew()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
@@ -69,46 +82,92 @@ class Claims:
         except psutil.NoSuchProcess:
             return False
 
-    def claim(self, keys: Iterable[str]) -> tuple[list[str], dict[str, str]]:
-        """Claim cells; returns (keys now ours, {key: launch that holds it}). Order is kept."""
-        generations: dict[str, int] = {}
-        for name in self.store.names("_claims/cells"):
-            key, _, number = name.partition(".")
-            generations[key] = max(generations.get(key, -1), int(number))
-        alive: dict[str, bool] = {}
-        ours, others = [], {}
-        for key in keys:
-            generation = generations.get(key, -1)
-            if generation >= 0:
-                holder = self._holder(key, generation)
-                if holder == self.launch_id:
-                    ours.append(key)
-                    continue
-                if holder not in alive:
-                    alive[holder] = self.alive(holder)
-                if alive[holder]:
-                    others[key] = holder
-                    continue
-            name = f"_claims/cells/{key}.{generation + 1:06d}"
-            made = self.store.create(name, self.launch_id.encode())
-            holder = self.launch_id if made else self._holder(key, generation + 1)
-            if holder == self.launch_id:  # also when a retried create met its own first try
-                ours.append(key)
-                self._mine.append(name)
-            else:
-                others[key] = holder
-        return ours, others
+    def claim(self, keys: Iterable[str], group: str = "cells") -> tuple[list[str], dict[str, str]]:
+        """Claim keys of a group; returns (keys now ours, {key: launch that holds it}). Order is kept.
 
-    def _holder(self, key: str, generation: int) -> str:
-        try:
-            return self.store.read(f"_claims/cells/{key}.{generation:06d}").decode()
-        except FileNotFoundError:
-            return "released"
+        The number of requests depends on the number of launches, never on the number of keys.
+        """
+        wanted = list(keys)
+        with self._lock:
+            log = self._logs.setdefault(group, _Log())
+            while True:
+                newest = self._read_log(group, log)
+                alive = {self.launch_id: True}
+                holders: dict[str, str] = {}
+                for number in sorted(log.entries):
+                    launch, _, held = log.entries[number]
+                    if held and launch not in alive:
+                        alive[launch] = self.alive(launch)
+                    holders.update(dict.fromkeys(held, launch))
+                others = {
+                    k: holders[k]
+                    for k in wanted
+                    if holders.get(k, self.launch_id) != self.launch_id and alive[holders[k]]
+                }
+                ours = [k for k in wanted if k not in others]
+                # what another launch took over while this one seemed dead is lost
+                kept = {k: None for k in log.mine if holders.get(k) in (None, self.launch_id)}
+                log.mine = kept | dict.fromkeys(ours)
+                if all(holders.get(k) == self.launch_id for k in ours) or self._append(group, log, newest + 1):
+                    self._tidy(group, log, alive)
+                    return ours, others
+
+    def done_with(self, keys: Iterable[str], group: str = "cells") -> None:
+        """Let go of finished keys: the next entry of this launch leaves them out."""
+        with self._lock:
+            if group in self._logs:
+                for key in keys:
+                    self._logs[group].mine.pop(key, None)
+
+    def _read_log(self, group: str, log: _Log) -> int:
+        """Bring the entries up to date; returns the highest number, -1 where there is none."""
+        names = {
+            int(n[:-5]): n for n in self.store.names(f"_claims/{group}") if n.endswith(".json") and n[:-5].isdigit()
+        }
+        log.entries = {number: entry for number, entry in log.entries.items() if number in names}
+        for number in names.keys() - log.entries.keys():
+            entry = self.store.read_json(f"_claims/{group}/{names[number]}")
+            if entry is not None:  # another launch removes entries of dead launches
+                log.entries[number] = (entry["launch"], entry["nonce"], entry["keys"])
+        return max(names, default=-1)
+
+    def _append(self, group: str, log: _Log, number: int) -> bool:
+        """Write this launch's keys as entry `number`; False when that place in the order is not ours."""
+        entry = (self.launch_id, uuid.uuid4().hex, list(log.mine))
+        data = json.dumps(dict(zip(("launch", "nonce", "keys"), entry, strict=True))).encode()
+        if not self.store.create(_entry(group, number), data):
+            made = self.store.read_json(_entry(group, number))
+            if made is None or made["nonce"] != entry[1]:  # the same nonce: a retried create met its own first try
+                return False
+        before, log.number = log.number, number
+        if before >= 0:
+            self.store.remove_file(_entry(group, before))
+            log.entries.pop(before, None)
+        # an entry below the highest one was removed and made again from an old listing: it orders nothing
+        if self._read_log(group, log) != number:
+            return False
+        log.entries[number] = entry
+        return True
+
+    def _tidy(self, group: str, log: _Log, alive: dict[str, bool]) -> None:
+        """Remove entries of dead launches. The highest one stays: its number is what the next claim must exceed."""
+        highest = max(log.entries, default=-1)
+        for number, (launch, _, held) in list(log.entries.items()):
+            if number < highest and (not held or not alive[launch]):
+                self.store.remove_file(_entry(group, number))
+                del log.entries[number]
 
     def release(self) -> None:
         """End the lease: what this launch claimed and did not publish is free for others."""
         self._stop.set()
         self._thread.join()
-        for name in self._mine:
-            self.store.remove(name)
-        self.store.remove(f"_claims/launches/{self.launch_id}.json")
+        with contextlib.suppress(OSError):  # storage is away: the lease runs out by itself
+            self.store.remove_file(f"_claims/launches/{self.launch_id}.json")
+            for group, log in self._logs.items():
+                if log.number >= 0:
+                    ended = {"launch": self.launch_id, "nonce": "", "keys": []}
+                    self.store.replace(_entry(group, log.number), json.dumps(ended).encode())
+
+
+def _entry(group: str, number: int) -> str:
+    return f"_claims/{group}/{number:09d}.json"

@@ -73,7 +73,8 @@ class WorkStore:
 class PackContext:
     """Handed to `Sweep.run`: the ledger to publish to, the share of the machine to use, and the progress line.
 
-    threads: CPU threads this pack may use. device: "cuda" or "cpu".
+    threads: CPU threads this pack may use. device: "cuda" or "cpu". share: GPUs that the pack holds, or the part of the
+    machine's cores where it holds none; it is what the pack's seconds cost.
     """
 
     def __init__(
@@ -86,6 +87,8 @@ class PackContext:
         fingerprint: Callable[[Cell], str],
         report: Callable[[dict[str, Any]], None] | None = None,
         launch_id: str = "",
+        pack: str = "",
+        share: float = 1.0,
     ) -> None:
         self.ledger, self.run = ledger, run
         self.threads, self.device = threads, device
@@ -99,6 +102,7 @@ class PackContext:
         self._meta = {**provenance(), "hardware": hardware(), "node": platform.node()}
         self._meta |= {"threads": threads, "device": device}
         self._meta |= {"lm_path": run.lm_path, "stream_path": run.stream_path}
+        self._meta |= {"pack": pack, "pack_share": share, "pack_started_unix": self._started}
 
     def publish(self, cell: Cell, rows: Sequence[Row], files: Mapping[str, bytes | Path] | None = None) -> bool:
         """Publish a finished cell; False when another launch was first (its result stays)."""
@@ -110,7 +114,7 @@ class PackContext:
         }
         fresh = self.ledger.publish(cell, rows, files or {}, meta)
         self._state["published"] += 1
-        self.progress(force=True)
+        self.progress(force=True, keys=[cell.key])
         return fresh
 
     def fail(self, cell: Cell, error: str) -> None:
@@ -120,10 +124,14 @@ class PackContext:
         self.progress(force=True)
 
     def progress(self, *, force: bool = False, **state: Any) -> None:
-        """Update the progress line: done, total (tokens), rate (tokens/s), best (headline number), phase (text)."""
+        """Update the progress line: done, total (tokens), rate (tokens/s), best (headline number), phase (text).
+
+        `keys` are cells published since the last report.
+        """
         self._state |= state
         now = time.monotonic()
         if self._report is None or (not force and now - self._said < PROGRESS_SECONDS):
             return
         self._said = now
         self._report(dict(self._state))
+        self._state.pop("keys", None)

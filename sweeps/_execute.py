@@ -7,7 +7,8 @@ import os
 import shutil
 import tempfile
 import traceback
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sweeps._board import Board
@@ -17,6 +18,7 @@ from sweeps._sweep import Pack, UserError
 from sweeps._where import RunSettings, prepare_process
 
 _PERMANENT = (UserError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError, ImportError)
+_BUCKETS = 64  # objects that the packs of a launch travel in
 _HEADROOM = 0.9  # share of a CPU that a pack asks of Ray for each it uses; the rest feeds data tasks
 
 
@@ -35,8 +37,11 @@ def run_packs(
     fingerprints: Mapping[str, str],
     launch_id: str,
     board: Board,
+    published: Callable[[list[str]], None],
 ) -> dict[str, str]:
     """Run packs as Tune trials; returns {pack name: error line} of those that crashed more than `max_retries` times.
+
+    `published` is told the keys of cells as packs report them.
 
     Raises KeyboardInterrupt when the user stops it; published cells and checkpoints stay.
     """
@@ -44,27 +49,32 @@ def run_packs(
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S"] = "0"
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "3600"  # the ledger, not Tune's snapshot, is what restarts read
+    import ray
     from ray import tune
 
     by_name = {pack.name: pack for pack in packs}
     if len(by_name) != len(packs):
         raise ValueError("two packs share a name")
+    # a trial fetches one bucket of packs, not the whole plan: with a closure every worker would be sent all cells
+    buckets: list[dict[str, tuple[Pack, dict[str, str]]]] = [{} for _ in range(min(_BUCKETS, len(packs)))]
+    for pack in packs:
+        work = pack, {c.key: fingerprints[c.key] for c in pack.cells}
+        buckets[_bucket(pack.name, len(buckets))][pack.name] = work
+    bundles = {pack.name: _bundle(pack) for pack in packs}
 
-    def trial(config: dict[str, Any]) -> None:
-        pack = by_name[config["pack"]]
-        run_one(module, pack, preset, run, storage, fingerprints, launch_id, tune.report)
+    def trial(config: dict[str, Any], parts: list[Any]) -> None:
+        name = config["pack"]
+        pack, own = ray.get(parts[_bucket(name, len(parts))])[name]
+        run_one(module, pack, preset, run, storage, own, launch_id, tune.report)
 
     def resources(config: dict[str, Any]) -> Any:
-        pack = by_name[config["pack"]]
-        bundle: dict[str, float] = {"CPU": max(0.01, pack.cpus * _HEADROOM)}
-        if pack.gpus:
-            bundle["GPU"] = pack.gpus
-        return tune.PlacementGroupFactory([bundle])
+        return tune.PlacementGroupFactory([bundles[config["pack"]]])
 
+    trainable = tune.with_parameters(trial, parts=[ray.put(bucket) for bucket in buckets])
     folder = tempfile.mkdtemp(prefix="plumbline-tune-")
     try:
         tuner = tune.Tuner(
-            tune.with_resources(trial, resources),
+            tune.with_resources(trainable, resources),
             param_space={"pack": tune.grid_search(list(by_name))},
             tune_config=tune.TuneConfig(
                 reuse_actors=True,  # a worker imports torch once, not once a pack
@@ -76,7 +86,7 @@ def run_packs(
                 storage_path=folder,
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=run.max_retries),
-                callbacks=[_board_callback(board)],
+                callbacks=[_board_callback(board, published)],
             ),
         )
         results = tuner.fit()
@@ -90,7 +100,16 @@ def run_packs(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _board_callback(board: Board) -> Any:
+def _bucket(name: str, buckets: int) -> int:
+    return zlib.crc32(name.encode()) % buckets
+
+
+def _bundle(pack: Pack) -> dict[str, float]:
+    bundle: dict[str, float] = {"CPU": max(0.01, pack.cpus * _HEADROOM)}
+    return {**bundle, "GPU": pack.gpus} if pack.gpus else bundle
+
+
+def _board_callback(board: Board, published: Callable[[list[str]], None]) -> Any:
     from ray import tune
 
     class BoardCallback(tune.Callback):
@@ -98,7 +117,10 @@ def _board_callback(board: Board) -> Any:
             return tune.Callback, ()
 
         def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
-            board.update(trial.config["pack"], result.get("progress", {}))
+            state = dict(result.get("progress", {}))
+            if keys := state.pop("keys", None):
+                published(keys)
+            board.update(trial.config["pack"], state)
 
         def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             board.drop(trial.config["pack"])
@@ -143,15 +165,18 @@ def run_one(
         fingerprint=lambda cell: fingerprints.get(cell.key) or sweep.fingerprint(cell, preset, run),
         report=lambda state: report({"progress": state}),
         launch_id=launch_id,
+        pack=pack.name,
+        share=pack.gpus or pack.cpus / (os.cpu_count() or 1),
     )
-    context.progress(force=True, published=len(done))
+    context.progress(force=True, published=len(done), keys=sorted(done))
     if cells:
         try:
             sweep.run(Pack(name=pack.name, cells=cells, cpus=pack.cpus, gpus=pack.gpus), preset, context)
         except _PERMANENT as error:
             if not isinstance(error, UserError):
                 traceback.print_exc()
-            missing = [c for c in cells if c.key not in ledger.done([c.key])]
+            published = ledger.done(c.key for c in cells)
+            missing = [c for c in cells if c.key not in published]
             already = ledger.failures([c.key for c in missing])
             for cell in missing:
                 if cell.key not in already:

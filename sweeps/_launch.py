@@ -9,10 +9,13 @@ Exit codes: 0 when every planned cell is published, 2 for bad arguments, 1 other
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
+import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +29,9 @@ from sweeps._sweep import Cell, Pack, Sweep, UserError, apply_settings, nearest
 from sweeps._track import Tracker, default_uri, without_password
 from sweeps._where import Machine, RunSettings, connect, git_commit, normal_storage, prepare_process
 
-_WAIT_SECONDS = 2.0
+_WAIT_SECONDS = 2.0  # before the ledger is looked at again for the cells of other launches
+_WAIT_SHARE = 20  # ... and at least so many times what the last look took
+_INDEX_SECONDS = 30.0
 
 
 def parser(sweep: Sweep) -> argparse.ArgumentParser:
@@ -93,7 +98,7 @@ class _Launch:
             raise UserError("the plan has no cells; give every grid field at least one value")
         if not self.arguments.only:
             return cells
-        chosen = [c for c in cells if any(c.key.startswith(k) for k in self.arguments.only)]
+        chosen = _chosen(cells, self.arguments.only)
         if not chosen:
             raise UserError(f"--only {' '.join(self.arguments.only)} matches none of the {len(cells)} planned cells")
         return chosen
@@ -165,6 +170,7 @@ class _Launch:
         print(f"{self.sweep.name} --preset {self.arguments.preset} → {self.ledger.store.uri}")
         self._print_banner()
         fingerprints = {c.key: self.sweep.fingerprint(c, self.preset, self.run) for c in self.cells}
+        self.ledger.compact(self.done)
         self.ledger.verify({key: fingerprints[key] for key in self.done})
         missing = [c for c in self.cells if c.key not in self.done]
         if missing and (preflight := getattr(self.sweep, "preflight", None)):
@@ -201,6 +207,8 @@ class _Launch:
             board.already(len(self.done))
             board.close()
         tracker.want(sorted(self.done))
+        with contextlib.suppress(OSError):  # the index only saves reading
+            self.ledger.compact(self.done)
         lines = self._report() if self.done else []
         whole = len(self.done) == len(self.cells)
         synced = tracker.finish(
@@ -218,13 +226,16 @@ class _Launch:
         machine: Machine | None = None
         waiting_said = False
         while True:
+            looked = time.monotonic()
             self.done = self.ledger.done(self.by_key)
             tracker.want(sorted(self.done))
             self.failures = self.ledger.failures(set(self.by_key) - self.done)
             missing = [k for k in self.by_key if k not in self.done and k not in self.failures]
             if not missing:
                 return
+            self.ledger.compact((), missing)
             ours, others = claims.claim(missing)
+            looked = time.monotonic() - looked
             board.already(len(self.done))
             if ours:
                 if machine is None:
@@ -236,21 +247,35 @@ class _Launch:
             if not waiting_said:
                 board.say(f"{len(others)} cells are being computed by launch {next(iter(others.values()))}; waiting")
                 waiting_said = True
-            time.sleep(_WAIT_SECONDS)
+            time.sleep(max(_WAIT_SECONDS, _WAIT_SHARE * looked))
 
     def _run_round(
         self, packs: list[Pack], fingerprints: dict[str, str], claims: Claims, tracker: Tracker, board: Board
     ) -> None:
-        watch = _Watch(self.ledger, tracker, [c.key for p in packs for c in p.cells])
+        watch = _Watch(self.ledger)
+
+        def published(keys: list[str]) -> None:
+            tracker.want(keys)
+            watch.note(keys)
+
         try:
             errors = run_packs(
-                self.module, packs, self.preset, self.run, self.storage, fingerprints, claims.launch_id, board
+                self.module,
+                packs,
+                self.preset,
+                self.run,
+                self.storage,
+                fingerprints,
+                claims.launch_id,
+                board,
+                published,
             )
         finally:
             watch.stop()
         board.forget()
         done = self.ledger.done(c.key for p in packs for c in p.cells)
-        failed = self.ledger.failures(c.key for p in packs for c in p.cells)
+        failed = self.ledger.failures({c.key for p in packs for c in p.cells} - done)
+        claims.done_with(done)
         for pack in packs:
             for cell in pack.cells:
                 if cell.key not in done and cell.key not in failed:
@@ -280,19 +305,28 @@ class _Launch:
 
 
 class _Watch:
-    """Tells the tracker of cells as they are published, while Tune holds the main thread."""
+    """Writes the index of what is published while Tune holds the main thread, so that a crash loses little of it."""
 
-    def __init__(self, ledger: Ledger, tracker: Tracker, keys: list[str]) -> None:
-        import threading
-
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._keys: list[str] = []
+        self._lock = threading.Lock()
         self._stop = threading.Event()
-
-        def look() -> None:
-            while not self._stop.wait(_WAIT_SECONDS):
-                tracker.want(sorted(ledger.done(keys)))
-
-        self._thread = threading.Thread(target=look, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="index", daemon=True)
         self._thread.start()
+
+    def note(self, keys: list[str]) -> None:
+        """Cells that were published."""
+        with self._lock:
+            self._keys += keys
+
+    def _work(self) -> None:
+        while not self._stop.wait(_INDEX_SECONDS):
+            with self._lock:
+                keys, self._keys = self._keys, []
+            if keys:
+                with contextlib.suppress(OSError):  # the index only saves reading; the next launch makes up for it
+                    self._ledger.compact(keys)
 
     def stop(self) -> None:
         self._stop.set()
@@ -304,6 +338,19 @@ def _shutdown_ray() -> None:
         import ray
 
         ray.shutdown()
+
+
+def _chosen(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
+    """Cells whose key starts with one of the texts; raises UserError for a text that no key can start with."""
+    for text in only:
+        if not re.fullmatch(r"[0-9a-f]{1,16}", text):
+            raise UserError(
+                f"--only {text!r} is not the beginning of a key (up to 16 of 0-9 a-f); --plan prints the keys"
+            )
+    by_length: dict[int, set[str]] = {}
+    for text in only:
+        by_length.setdefault(len(text), set()).add(text)
+    return [c for c in cells if any(c.key[:length] in texts for length, texts in by_length.items())]
 
 
 def _fields(cells: Sequence[Cell]) -> tuple[list[str], str]:

@@ -2,25 +2,32 @@
 
 `cell.json` (identity, fingerprint, commit, package versions, hardware), `rows.parquet` (tidy rows) and the
 sweep's own files. A cell is done if and only if its folder is published. `_failed/` holds the last error of cells
-that failed, `_work/` the checkpoints of unfinished ones, `_claims/` the leases.
+that failed, `_work/` the checkpoints of unfinished ones, `_claims/` the leases, `_index/` what saves reading a file a
+cell (see `_index`).
 """
 
 from __future__ import annotations
 
 import io
 import json
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
+from sweeps._index import Index, Record, rows_table, work_of
 from sweeps._storage import MARKER, Store
 from sweeps._sweep import Cell, PublishedCell, Row, UserError
 
-_READERS = 16
+_READERS = 32
+_FEW = 64  # cells looked at one by one; more are found by one listing
+_HEADS = 1000  # markers looked at one by one after a listing of folders; more are found by listing every file
+_COMPACT = 5000  # cells read before a file of the index is written
+_T = TypeVar("_T")
 
 
 class Ledger:
@@ -29,22 +36,86 @@ class Ledger:
     def __init__(self, storage: str, sweep: str, version: str) -> None:
         self.sweep, self.version = sweep, version
         self.store = Store(f"{storage.rstrip('/')}/{sweep}/{version}")
+        self.index = Index(self.store)
+        self._stamps: dict[str, int] = {}  # of the cells that `done` saw
+        self._lock = threading.RLock()
 
     def done(self, keys: Iterable[str] | None = None) -> set[str]:
-        """Keys of published cells, or of the published ones among `keys`: one listing, never a call a cell."""
+        """Keys of published cells, or of the published ones among `keys`.
+
+        A look at each marker for a few keys, else one listing: on object stores of the folders alone, and a look at the
+        markers of those that the index does not hold.
+        """
+        wanted = None if keys is None else list(dict.fromkeys(keys))
+        with self._lock:
+            if wanted is None or len(wanted) > _FEW:
+                self._stamps = self._scan()
+            else:
+                for key, stamp in zip(wanted, self._each(self.store.stamp, wanted), strict=True):
+                    self._stamps.pop(key, None)
+                    if stamp is not None:
+                        self._stamps[key] = stamp
+            return set(self._stamps) if wanted is None else {k for k in wanted if k in self._stamps}
+
+    def _scan(self) -> dict[str, int]:
+        """{key: stamp} of all published cells."""
         if self.store.local:
-            root = Path(self.store.root)
-            found = {p.parent.name for p in root.glob(f"[!._]*/{MARKER}")} if root.is_dir() else set()
+            return self.store.markers()
+        # folders first, index second: a folder that is seen was made after any generation that leaves its key out
+        folders = [name for name in self.store.names() if name[0] not in "_."]
+        self.index.refresh()
+        known = self.index.entries.keys() & set(folders)
+        others = [name for name in folders if name not in known]
+        if len(others) <= _HEADS:
+            marked = [n for n, there in zip(others, self._each(self.store.published, others), strict=True) if there]
         else:
-            found = {
-                name.split("/", 1)[0] for name in self.store.files() if name.endswith(f"/{MARKER}") and name[0] != "_"
-            }
-        return found if keys is None else found & set(keys)
+            marked = [n.split("/", 1)[0] for n in self.store.files() if n.endswith(f"/{MARKER}") and n[0] not in "_."]
+        return dict.fromkeys([*known, *marked], 0)
+
+    def _each(self, call: Callable[[str], _T], keys: Iterable[str]) -> list[_T]:
+        with ThreadPoolExecutor(_READERS) as pool:
+            return list(pool.map(call, keys))
+
+    def compact(self, done: Iterable[str], missing: Iterable[str] = ()) -> None:
+        """Bring the index up to date, for the driver alone: published cells go in, `missing` ones go out.
+
+        A cell that was taken away must be among `missing` here before anybody computes it again.
+        """
+        with self._lock:
+            self.index.refresh()
+            gone = set(missing) & self.index.entries.keys()
+            while gone and not self.index.keep_only(k for k in self.index.entries if k not in gone):
+                gone &= self.index.entries.keys()
+            fresh = [key for key in done if not self._indexed(key)]
+            for i in range(0, len(fresh), _COMPACT):
+                records = self._each(self._record, fresh[i : i + _COMPACT])
+                if found := [r for r in records if r is not None]:
+                    self.index.add(found)
+
+    def _indexed(self, key: str) -> bool:
+        """Whether the index holds this very publication of the cell."""
+        entry = self.index.entries.get(key)
+        return entry is not None and self._stamps.get(key) == entry.stamp
+
+    def _record(self, key: str) -> Record | None:
+        try:
+            stamp = self.store.stamp(key)
+            meta = json.loads(self.store.read(f"{key}/cell.json"))
+            rows = self.store.read(f"{key}/rows.parquet")
+        except FileNotFoundError:
+            return None
+        return None if stamp is None else Record(key, meta, self._names(key, meta), rows_table(rows), stamp)
+
+    def _names(self, key: str, meta: Mapping[str, Any]) -> tuple[str, ...]:
+        if "files" in meta:
+            return tuple(sorted(["cell.json", *meta["files"]]))
+        return tuple(n for n in self.store.files(key) if n != MARKER)
 
     def publish(
         self, cell: Cell, rows: Sequence[Row], files: Mapping[str, bytes | Path], meta: Mapping[str, Any]
     ) -> bool:
         """Publish a finished cell; False when it was published before (the first result stays)."""
+        others: dict[str, bytes | Path] = {"rows.parquet": _rows_to_parquet(rows), **files}
         contents: dict[str, bytes | Path] = {
             "cell.json": json.dumps(
                 {
@@ -53,28 +124,46 @@ class Ledger:
                     "version": self.version,
                     "identity": cell.identity(),
                     "published_unix": time.time(),
+                    "files": {n: len(d) if isinstance(d, bytes) else d.stat().st_size for n, d in others.items()},
                     **meta,
                 },
                 indent=1,
             ).encode(),
-            "rows.parquet": _rows_to_parquet(rows),
-            **files,
+            **others,
         }
         fresh = self.store.publish_folder(cell.key, contents)
-        self.store.remove(f"_failed/{cell.key}.json")
+        self.store.remove_file(f"_failed/{cell.key}.json")
         return fresh
 
     def read(self, key: str) -> PublishedCell:
         """A published cell; raises FileNotFoundError."""
         meta = json.loads(self.store.read(f"{key}/cell.json"))
         rows = pd.read_parquet(io.BytesIO(self.store.read(f"{key}/rows.parquet")))
-        names = tuple(n for n in self.store.files(key) if n != MARKER)
-        return PublishedCell(key, meta["identity"], rows, names, f"{self.store.uri}/{key}", meta)
+        return PublishedCell(key, meta["identity"], rows, self._names(key, meta), f"{self.store.uri}/{key}", meta)
 
     def read_many(self, keys: Iterable[str]) -> list[PublishedCell]:
-        """Published cells in the order of `keys`, read by a pool of threads."""
-        with ThreadPoolExecutor(_READERS) as pool:
-            return list(pool.map(self.read, keys))
+        """Published cells in the order of `keys`: from the index, or by a pool of threads where it lacks them."""
+        wanted = list(keys)
+        found: dict[str, PublishedCell] = {}
+        if len(wanted) > _FEW:
+            self.done(wanted)
+            with self._lock:
+                self.index.refresh()
+                found = self.index.read(k for k in wanted if self._indexed(k))
+        missing = [k for k in wanted if k not in found]
+        found.update(zip(missing, self._each(self.read, missing), strict=True))
+        return [found[k] for k in wanted]
+
+    def work(self, keys: Iterable[str]) -> list[tuple[str, float, float]]:
+        """(pack attempt, seconds, share of a machine) of published cells, see `_index.Entry`."""
+        wanted = list(keys)
+        with self._lock:
+            self.index.refresh()
+            known = [self.index.entries[k] for k in wanted if self._indexed(k)]
+            others = [k for k in wanted if not self._indexed(k)]
+        metas = self._each(lambda k: self.store.read_json(f"{k}/cell.json") or {}, others)
+        found = [work_of(meta) for meta in metas]
+        return [(e.pack, e.seconds, e.share) for e in known] + [(w["pack"], w["seconds"], w["share"]) for w in found]
 
     def file(self, key: str, name: str) -> bytes:
         """Bytes of one file of a published cell."""
@@ -85,13 +174,17 @@ class Ledger:
 
         Raises UserError at the first cell that was computed from something else.
         """
-        with ThreadPoolExecutor(_READERS) as pool:
-            metas = pool.map(lambda k: self.store.read_json(f"{k}/cell.json"), cells)
-        for (key, expected), meta in zip(cells.items(), metas, strict=True):
-            recorded = (meta or {}).get("fingerprint")
+        with self._lock:
+            self.index.refresh()
+            known = {k: self.index.entries[k].fingerprint for k in cells if self._indexed(k)}
+        others = [k for k in cells if k not in known]
+        metas = self._each(lambda k: self.store.read_json(f"{k}/cell.json"), others)
+        known.update((k, str((meta or {}).get("fingerprint"))) for k, meta in zip(others, metas, strict=True))
+        for key, expected in cells.items():
+            recorded = known[key]
             if recorded != expected:
                 raise UserError(
-                    f"cell {key} in {self.store.uri} has fingerprint {str(recorded)[:12]} but this code and data give "
+                    f"cell {key} in {self.store.uri} has fingerprint {recorded[:12]} but this code and data give "
                     f"{expected[:12]}; its data, weights or code differ. Use another --storage, or move that "
                     "cell's folder away to recompute it"
                 )
@@ -100,7 +193,8 @@ class Ledger:
         """{key: record} of the cells among `keys` whose last attempt failed for good."""
         wanted = set(keys)
         names = [n for n in self.store.names("_failed") if n.removesuffix(".json") in wanted]
-        return {n.removesuffix(".json"): self.store.read_json(f"_failed/{n}") or {} for n in names}
+        records = self._each(lambda n: self.store.read_json(f"_failed/{n}") or {}, names)
+        return {n.removesuffix(".json"): record for n, record in zip(names, records, strict=True)}
 
     def record_failure(self, cell: Cell, error: str, attempts: int) -> None:
         """Note that a cell failed for good, with the line that says why."""
@@ -109,8 +203,7 @@ class Ledger:
 
     def forget_failures(self, keys: Iterable[str]) -> None:
         """Let failed cells run again."""
-        for key in keys:
-            self.store.remove(f"_failed/{key}.json")
+        self._each(lambda key: self.store.remove_file(f"_failed/{key}.json"), keys)
 
 
 def _rows_to_parquet(rows: Sequence[Row]) -> bytes:

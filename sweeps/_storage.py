@@ -113,13 +113,13 @@ class Store:
         if self.local:
             os.makedirs(os.path.dirname(target), exist_ok=True)
             aside = f"{target}.{uuid.uuid4().hex}.tmp"
-            Path(aside).write_bytes(data)
             try:
+                Path(aside).write_bytes(data)
                 os.link(aside, target)  # link, not O_EXCL: the name never shows an empty file
             except FileExistsError:
                 return False
             finally:
-                os.unlink(aside)
+                Path(aside).unlink(missing_ok=True)
             return True
         try:
             self.fs.pipe_file(target, data, mode="create")
@@ -133,6 +133,17 @@ class Store:
         self.fs.invalidate_cache()
         if self.fs.exists(self.path(name)):
             self.fs.rm(self.path(name), recursive=True)
+
+    @_retry
+    def remove_file(self, name: str) -> None:
+        """Remove one file; nothing happens where there is none. One request, where `remove` must look first."""
+        try:
+            if self.local:
+                os.unlink(self.path(name))
+            else:
+                self.fs.rm_file(self.path(name))
+        except FileNotFoundError:
+            return
 
     @_retry
     def names(self, folder: str = "") -> list[str]:
@@ -155,9 +166,41 @@ class Store:
             return []
         return sorted(p[len(base) :].lstrip("/") for p in found)
 
+    @_retry
+    def sizes(self, folder: str) -> dict[str, int]:
+        """{name: bytes} of all files below a folder, relative to it, in one listing."""
+        self.fs.invalidate_cache()
+        base = self.path(folder)
+        try:
+            found = self.fs.find(base, detail=True)
+        except FileNotFoundError:
+            return {}
+        return {p[len(base) :].lstrip("/"): int(info["size"]) for p, info in sorted(found.items())}
+
     def published(self, folder: str) -> bool:
         """Whether the folder was published."""
         return self.exists(f"{folder}/{MARKER}")
+
+    def stamp(self, folder: str) -> int | None:
+        """What tells a published folder from another one published in its place; None where it is not published.
+
+        The marker's time of change in ns on a local store, 0 on others.
+        """
+        if not self.local:
+            return 0 if self.published(folder) else None
+        try:
+            return os.stat(self.path(f"{folder}/{MARKER}")).st_mtime_ns
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def markers(self) -> dict[str, int]:
+        """{folder: stamp} of the published folders directly inside the root of a local store."""
+        try:
+            with os.scandir(self.root) as found:
+                names = [entry.name for entry in found if entry.name[0] not in "_."]
+        except FileNotFoundError:
+            return {}
+        return {name: stamp for name in names if (stamp := self.stamp(name)) is not None}
 
     @_retry
     def publish_folder(self, folder: str, contents: Mapping[str, bytes | Path]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -57,7 +58,7 @@ class Cell:
         """The fields as plain JSON values."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """Short name of the cell: 16 hex digits of the digest of (sweep, version, fields)."""
         return digest({"sweep": self.SWEEP, "version": self.VERSION, "fields": self.identity()})[:16]

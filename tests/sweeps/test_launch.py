@@ -201,7 +201,11 @@ def test_bad_arguments_are_one_line_and_start_nothing(tmp_path: Path, main: Main
         (("--set", "pack_size=many"), "--set pack_size='many' is not a <class 'int'>"),
         (("--set", "n=-1"), "n=-1 is negative; choose n >= 0"),
         (("--set", "on_corrupt=ignore"), "on_corrupt='ignore' is not known; choose raise or skip"),
-        (("--only", "zzzz"), "--only zzzz matches none of the 3 planned cells"),
+        (("--only", "0000"), "--only 0000 matches none of the 3 planned cells"),
+        (
+            ("--only", "../x"),
+            "--only '../x' is not the beginning of a key (up to 16 of 0-9 a-f); --plan prints the keys",
+        ),
         (("--report",), "none of the 3 cells is published"),
         (("--storage", "/proc/nowhere"), "is not writable"),
     ):

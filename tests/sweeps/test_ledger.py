@@ -196,14 +196,18 @@ for x in range(10_000):
 
 def test_kill_9_while_publishing_leaves_whole_cells_only(tmp_path: Path) -> None:
     code = PUBLISH_LOOP.format(root=str(ROOT), here=str(Path(__file__).parent))
-    for round_ in range(3):
+    for round_ in range(3):  # each goes on where the one before was killed
         run = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
         assert run.stdout is not None
         run.stdout.readline()
-        time.sleep(0.15 + 0.07 * round_)
+        ledger = Ledger(str(tmp_path), "points", "1")
+        before = len(ledger.done())
+        deadline = time.monotonic() + 60
+        while len(ledger.done()) == before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.07 * round_)
         run.send_signal(signal.SIGKILL)
         run.wait()
-        ledger = Ledger(str(tmp_path), "points", "1")
         done = ledger.done()
         assert done
         for key in done:
