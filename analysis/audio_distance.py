@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,21 @@ class Embeddings:
     @property
     def n_clips(self) -> int:
         return len(np.unique(self.clip_N))
+
+
+class Embedder(Protocol):
+    """Turns a mono wave at ``sample_rate`` Hz into x_ND, one vector a window of ``window_s`` that fits."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def sample_rate(self) -> int: ...
+
+    @property
+    def window_s(self) -> float: ...
+
+    def embed(self, wave_N: npt.ArrayLike) -> Floats: ...
 
 
 @dataclass(frozen=True)
@@ -81,7 +96,7 @@ class LogMelStatistics:
         return torch.cat([windows.mean(2), windows.std(2)]).T.numpy()
 
 
-def embed_set(waves: Iterable[npt.ArrayLike], embedder: LogMelStatistics, name: str) -> Embeddings:
+def embed_set(waves: Iterable[npt.ArrayLike], embedder: Embedder, name: str) -> Embeddings:
     """Embeddings of a set of mono clips at the embedder's sample rate; clips shorter than a window are left out."""
     parts = [embedder.embed(wave) for wave in waves]
     kept = [p for p in parts if len(p)]

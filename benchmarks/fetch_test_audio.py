@@ -2,8 +2,8 @@
 
     python benchmarks/fetch_test_audio.py OUT
 
-makes OUT/ljspeech (the telephone prompts of asterisk-core-sounds-en-wav: one speaker, 8 kHz, about 25 minutes) and
-OUT/fma (the pieces of singularity-music as 30 s MP3s). It needs apt-get and dpkg-deb, hence a Debian machine. The
+makes OUT/ljspeech (the telephone prompts of asterisk-core-sounds-en-wav: one speaker, 8 kHz, about 25 minutes; its
+files of silence are left out) and OUT/fma (the pieces of singularity-music as 30 s MP3s). It needs apt-get and dpkg-deb, hence a Debian machine. The
 prompts come without transcripts: the text of a clip is the words of its file's name, which for a prompt is close to
 what is said. Nothing here is committed: the licences are in the packages.
 """
@@ -42,6 +42,8 @@ def lay_out_speech(tree: Path, out: Path) -> int:
     for path in sorted(tree.rglob("*.wav")):
         parts = path.relative_to(tree).parts
         folders = parts[parts.index("sounds") + 2 :] if "sounds" in parts else (path.name,)
+        if folders[0] == "silence":
+            continue
         name = "_".join(folders).removesuffix(".wav")
         words = path.stem.replace("-", " ").replace("_", " ")
         shutil.copyfile(path, out / "wavs" / f"{name}.wav")

@@ -90,6 +90,22 @@ def riff_size(data: bytes) -> int:
     return size + 8 if data[:4] == b"RIFF" and size < 0xFFFFFFFF else 0
 
 
+def sample_rates(audio: AudioSet, n: int = 64) -> dict[int, int]:
+    """{sample rate in Hz: files}, the commonest first, from the headers of up to n recordings spread over the set.
+
+    Files that cannot be read are left out: `read_clips` lists them. Empty when none can be read.
+    """
+    places = np.unique(np.linspace(0, len(audio.recordings) - 1, min(n, len(audio.recordings))).astype(int))
+    found: Counter[int] = Counter()
+    for place in places:
+        try:
+            data = audio.files.read(audio.recordings[place].name)
+            found[soundfile.info(io.BytesIO(data)).samplerate] += 1
+        except (OSError, RuntimeError, ValueError, TypeError):
+            continue
+    return dict(found.most_common())
+
+
 def resample(wave_N: Wave, from_rate: int, to_rate: int) -> Wave:
     """Band-limited resampling (soxr, high quality) of a mono wave; rates in Hz."""
     if from_rate == to_rate:

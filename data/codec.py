@@ -180,6 +180,12 @@ class EncodecCodec(Codec):
         ((codes_BKT, _scale),) = self.model.encode(wave_BN[:, None].to(self.device))
         return codes_BKT
 
+    def latents(self, wave_N: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """latent_TD of one clip (float samples at the codec's rate): the encoder's output before quantisation."""
+        wave = torch.as_tensor(np.asarray(wave_N), dtype=torch.float32, device=self.device)
+        with torch.inference_mode():
+            return self.model.encoder(wave[None, None])[0].T.double().cpu().numpy()
+
     def _decode(self, codes_BKT: Tensor) -> Tensor:
         return self.model.decode([(codes_BKT.to(self.device), None)])[:, 0]
 

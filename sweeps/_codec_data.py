@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 from filelock import FileLock
 
-from data.split import side_of
+from data.split import identity_hash, side_of
 from sweeps._sweep import UserError, digest
 from sweeps._where import user_cache
 
@@ -20,10 +22,14 @@ if TYPE_CHECKING:
     from data.audio_io import AudioSet
     from data.codec import Codec, CodecSpec
     from data.codec_shards import Tokens
+    from data.melvq import MelVQSpec
     from data.synthetic_speech import SpeechSpec
     from sweeps.codec_lm import LMCell, Study
 
 SYNTHETIC = "synthetic_speech"
+ASTERISK = "asterisk"
+ASTERISK_RATE = 8_000
+_CODEC_SECONDS = 3600.0
 STAND_IN_AUDIO = (
     "the audio is SYNTHETIC: an invented language spoken by a formant synthesiser, made by this program; "
     "nothing here says anything about real speech or music"
@@ -37,6 +43,8 @@ class TokenSource:
 
     tokens: Tokens
     codec: Codec
+    source_rates: Mapping[int, int]
+    """{sample rate in Hz: files} of some of the corpus's recordings, as they were before any resampling."""
 
 
 def banner(study: Study) -> list[str]:
@@ -44,8 +52,11 @@ def banner(study: Study) -> list[str]:
     lines = [f"audio: {study.corpus}" + (f" at {study.audio_path}" if study.audio_path else "")]
     if study.corpus == SYNTHETIC:
         lines = [STAND_IN_AUDIO]
+    if study.corpus == ASTERISK:
+        lines = ["audio: REAL speech, the telephone prompts of one speaker (asterisk-core-sounds-en), 8 kHz"]
     if study.codec == "melvq":
-        lines.append(STAND_IN_CODEC)
+        trained = "" if study.codec_weights else ", trained here on the training side of the same audio"
+        lines.append(STAND_IN_CODEC + trained)
     elif study.codec_weights == "random":
         lines.append(f"{study.codec} has RANDOM weights: its tokens carry no audio, only the path is tried")
     if study.needs_gpu:
@@ -56,8 +67,7 @@ def banner(study: Study) -> list[str]:
 def check(study: Study) -> None:
     """Raise UserError when the audio or the codec's weights are out of reach."""
     if study.corpus != SYNTHETIC:
-        _audio(study)
-        _codec_facts(study.codec, study.codec_weights, study.corpus, study.audio_path)
+        _codec_origin(study)
 
 
 def fingerprint(cell: LMCell, study: Study) -> str:
@@ -70,17 +80,53 @@ def _origin(study: Study) -> list[str]:
         return [repr(_speech(study)), repr(study.melvq()), str(study.corpus_clips)]
     audio = _audio(study)
     listed = digest([[r.recording_id, r.name] for r in audio.recordings])
-    return [listed, _codec_facts(study.codec, study.codec_weights, study.corpus, study.audio_path)]
+    return [listed, _codec_origin(study)]
 
 
-def open_source(study: Study, device: str, say: Callable[[str], None]) -> TokenSource:
+def _codec_origin(study: Study) -> str:
+    """What decides the codec: its weights, or how they are trained."""
+    audio = _audio(study)
+    if _trains_own(study):
+        return f"{melvq_spec(study, audio)!r} holdout {study.holdout} chunk_s {study.chunk_s} min_s {study.min_s}"
+    return _codec_facts(study.codec, study.codec_weights)
+
+
+def _trains_own(study: Study) -> bool:
+    return study.codec == "melvq" and not study.codec_weights
+
+
+def melvq_spec(study: Study, audio: AudioSet) -> MelVQSpec:
+    """The preset's stand-in codec at the audio's own sample rate where that is lower, frames a second unchanged.
+
+    Audio is never raised to a higher rate: bands above its Nyquist frequency would hold nothing.
+    """
+    from data.audio_io import sample_rates
+
+    spec, rates = study.melvq(), sample_rates(audio)
+    native = next(iter(rates), spec.sample_rate)
+    if native >= spec.sample_rate:
+        return spec
+    return replace(spec, sample_rate=native, hop=max(1, round(spec.hop * native / spec.sample_rate)))
+
+
+def tokens_folder(study: Study) -> Path:
+    """Where the tokens of a study are kept on this machine."""
+    parts = [*_origin(study), study.holdout, study.chunk_s, study.min_s]
+    return user_cache() / "codec_tokens" / digest(parts)[:16]
+
+
+def open_source(
+    study: Study, device: str, say: Callable[[str], None], *, actors: int = 0, gpus_per_actor: float = 0
+) -> TokenSource:
     """The tokens of a study, made on first use in the user's cache; other processes of the machine wait for them.
 
+    actors: Ray Data actors that code shards at the same time, in the Ray that is initialised; 0: this process does.
     Raises UserError for audio or codec weights that are out of reach.
     """
+    from data.audio_io import sample_rates
     from data.codec_shards import tokenise
 
-    folder = user_cache() / "codec_tokens" / digest(_origin(study))[:16]
+    folder = tokens_folder(study)
     folder.mkdir(parents=True, exist_ok=True)
     say("waiting for the tokens")
     with FileLock(folder / ".lock"):
@@ -88,6 +134,8 @@ def open_source(study: Study, device: str, say: Callable[[str], None]) -> TokenS
             audio, spec = _synthetic(study, folder, say)
         else:
             audio, spec = _audio(study), _codec_spec(study.codec, study.codec_weights, device)
+            if _trains_own(study):
+                spec = _own_codec(study, audio, folder, say)
         say(f"coding {len(audio.recordings)} recordings with {study.codec}")
         try:
             tokens = tokenise(
@@ -96,11 +144,44 @@ def open_source(study: Study, device: str, say: Callable[[str], None]) -> TokenS
                 str(folder / "tokens"),
                 chunk_s=study.chunk_s,
                 min_s=study.min_s,
-                use_ray=False,
+                use_ray=actors > 0,
+                actors=max(1, actors),
+                gpus_per_actor=gpus_per_actor,
             )
-            return TokenSource(tokens, spec.load())
+            return TokenSource(tokens, spec.load(), sample_rates(audio))
         except (ValueError, RuntimeError) as error:
             raise UserError(str(error)) from error
+
+
+def _own_codec(study: Study, audio: AudioSet, folder: Path, say: Callable[[str], None]) -> CodecSpec:
+    """A melvq trained once on the training side of the user's own audio, on an hour of it where there is more."""
+    from data.audio_io import read_clips
+    from data.codec import CodecSpec
+    from data.melvq import train
+
+    weights = folder / "melvq.npz"
+    if not weights.is_file():
+        say("training the stand-in codec on the training side")
+        spec = melvq_spec(study, audio)
+        side = [r for r in audio.recordings if side_of(r.recording_id, holdout=study.holdout) == "train"]
+
+        def waves() -> Iterator[npt.NDArray[np.float32]]:
+            left = _CODEC_SECONDS
+            for recording in sorted(side, key=lambda r: identity_hash(r.recording_id, salt="melvq")):
+                clips, _ = read_clips(
+                    audio, recording, sample_rate=spec.sample_rate, chunk_s=study.chunk_s, min_s=study.min_s
+                )
+                yield from (clip.wave_N for clip in clips)
+                left -= sum(clip.duration_s for clip in clips)
+                if left <= 0:
+                    return
+
+        try:
+            codec, _ = train(waves(), spec, epochs=2)
+        except ValueError as error:
+            raise UserError(f"{study.corpus} at {study.audio_path} cannot train melvq: {error}") from error
+        codec.save(weights)
+    return CodecSpec(name="melvq", weights=str(weights))
 
 
 def _speech(study: Study) -> SpeechSpec:
@@ -137,20 +218,41 @@ def _audio(study: Study) -> AudioSet:
     from data.fma import open_fma
     from data.ljspeech import open_ljspeech
 
-    what = {"ljspeech": "LJ Speech (a folder or archive)", "fma": "FMA (fma_metadata and fma_large)"}[study.corpus]
-    if not study.audio_path:
+    path = study.audio_path
+    if study.corpus == ASTERISK:
+        path = path or str(user_cache() / "audio" / "ljspeech")
+        if not Path(path).exists():
+            home = Path(path).parent if Path(path).name == "ljspeech" else Path("DIR")
+            raise UserError(
+                f"no audio at {path}: this preset reads real speech, which is not part of the program; fetch it with "
+                f"`python benchmarks/fetch_test_audio.py {home} --only ljspeech` (a Debian machine, 19 MB), or point "
+                "--set audio_path=PATH at a folder laid out like LJ Speech"
+            )
+    what = {"fma": "FMA (fma_metadata and fma_large)"}.get(study.corpus, "LJ Speech (a folder or archive)")
+    if not path:
         raise UserError(f"this preset reads {what}; say where it is with --set audio_path=PATH")
-    return _listed(study.corpus, study.audio_path, open_ljspeech if study.corpus == "ljspeech" else open_fma)
+    readers: dict[str, Callable[[str], AudioSet]] = {
+        ASTERISK: functools.partial(open_ljspeech, nominal_rate=ASTERISK_RATE, name=ASTERISK),
+        "fma": open_fma,
+        "ljspeech": open_ljspeech,
+    }
+    return _listed(study.corpus, path, readers[study.corpus])
 
 
-@functools.cache
+_AUDIO: dict[tuple[str, str], AudioSet] = {}
+
+
 def _listed(corpus: str, path: str, reader: Callable[[str], AudioSet]) -> AudioSet:
+    """The audio set at a path, listed once a process."""
+    if (corpus, path) in _AUDIO:
+        return _AUDIO[corpus, path]
     try:
         audio = reader(path)
     except (OSError, ValueError) as error:
         raise UserError(f"audio_path={path}: {error}") from error
     if not audio.recordings:
         raise UserError(f"audio_path={path} lists no recording of {corpus}; point it at the data set's own layout")
+    _AUDIO[corpus, path] = audio
     return audio
 
 
@@ -161,7 +263,7 @@ def _codec_spec(codec: str, weights: str, device: str) -> CodecSpec:
 
 
 @functools.cache
-def _codec_facts(codec: str, weights: str, corpus: str, audio_path: str) -> str:
+def _codec_facts(codec: str, weights: str) -> str:
     """Identity of the codec's weights: the bytes of a file, else their hash after loading."""
     if weights not in ("", "random"):
         try:
@@ -177,8 +279,7 @@ def open_weights(codec: str, weights: str) -> Codec:
     try:
         return _codec_spec(codec, weights, "cpu").load()
     except (RuntimeError, ValueError) as error:
-        text = str(error).replace("--codec-weights ", "--set codec_weights=").replace("--codec ", "--set codec=")
-        raise UserError(text) from error
+        raise UserError(re.sub(r"--codec (\w)", r"--set codec=\1", str(error))) from error
 
 
 def unigram_nll(source: TokenSource, holdout: float) -> float:

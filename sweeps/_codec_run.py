@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import soundfile
 import torch
 
 from analysis.audio import CodebookScores
-from analysis.codec_report import spectrogram_png
 from data.pack import TokenClips, collate, epoch_batches, evaluation_batches
 from models.codebook_loss import codebook_loss
 from models.codec_lm import CodecLM, CodecLMConfig, build_codec_lm
 from models.delay import training_pair
 from models.lm_cost import lm_cost
-from models.sampling import Sampling, generate
+from sweeps._codec_audio import cell_audio
+from sweeps._codec_checkpoint import checkpoint_facts
 from sweeps._codec_data import TokenSource, open_source, unigram_nll
 from sweeps._context import PackContext
 from sweeps._memory_health import LAYER, clip_table, gate_numbers, gate_table
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from sweeps.codec_lm import LMCell, Study
 
 WEIGHTS = ("raw", "ema")
-_SAMPLING = Sampling(temperature=0.9, top_k=100)
 _EVAL_BATCH = 8
 
 
@@ -169,7 +167,7 @@ class _CellRun:
             models["start"] = build_codec_lm(self.config, device=context.device, seed=cell.seed)
             files["gates.parquet"] = gate_table(models, self.held_out, cell.eval_clips, cell.precision)
         if self.study.sample_s > 0:
-            files |= self._samples()
+            files |= cell_audio(self.trainer.ema, cell, self.study, self.source, self.held_out, self.stream.clips)
         files["tokens.json"] = json.dumps(self._tokens(), indent=1).encode()
         context.publish(cell, rows, files)
         context.work.drop(cell.key)
@@ -178,7 +176,9 @@ class _CellRun:
         scores = evaluate(model, self.held_out, min(self.cell.eval_clips, 64), self.cell.precision)
         value = scores.val_nll()
         self.context.progress(best=self.baseline - value)
+        interval = scores.val_nll_ci(n_resamples=1000)
         numbers = {"val_nll": value, "val_loss_smoothed": scores.val_loss_smoothed()}
+        numbers |= {"val_nll_lo": interval.lo, "val_nll_hi": interval.hi}
         return numbers | gate_numbers(model, self.held_out, min(self.cell.eval_clips, 64), self.cell.precision)
 
     def _tell(self, trainer: Trainer, stats: StepStats, rate: float) -> None:
@@ -233,38 +233,17 @@ class _CellRun:
             rows += [Row(f"codebook_{name}", record[name], "", place) for name in ("nll", "top1", "top5")]
         return rows
 
-    def _samples(self) -> dict[str, bytes]:
-        """One sample of the averaged weights from nothing, one held-out clip through the codec, both drawn."""
-        model, codec = self.trainer.ema.eval(), self.source.codec
-        most = self.config.context - self.config.n_codebooks + 1
-        frames = min(max(1, round(self.study.sample_s * codec.frame_rate_hz)), most)
-        with autocast(model.heads.device, self.cell.precision):
-            sample = generate(model, frames, sampling=_SAMPLING, seed=self.cell.seed)
-        longest = int(np.argmax(self.held_out.n_frames_C))
-        waves = {
-            "sample": codec.decode(sample.codes.cpu().numpy())[0],
-            "reference": codec.decode(self.held_out.codes(longest)[None, :, :frames])[0],
-        }
-        files = {}
-        for name, wave_N in waves.items():
-            sink = io.BytesIO()
-            soundfile.write(sink, np.clip(wave_N, -1, 1), codec.sample_rate, format="WAV", subtype="PCM_16")
-            files[f"{name}.wav"] = sink.getvalue()
-        titles = {
-            f"{self.cell.architecture}: a sample": waves["sample"],
-            f"held-out audio through {codec.name}": waves["reference"],
-        }
-        files["spectrogram.png"] = spectrogram_png(titles, codec.sample_rate)
-        return files
-
     def _checkpoint(self) -> bytes:
         sink = io.BytesIO()
         state = {w: m.state_dict() for w, m in zip(WEIGHTS, (self.trainer.model, self.trainer.ema), strict=True)}
-        torch.save({"config": json.dumps(asdict(self.config)), "key": self.cell.key, **state}, sink)
+        facts = checkpoint_facts(self.cell, self.source.codec)
+        torch.save({"config": json.dumps(asdict(self.config)), **facts, **state}, sink)
         return sink.getvalue()
 
     def _tokens(self) -> dict[str, object]:
         manifest = self.source.tokens.manifest
         wanted = ("dataset", "codec", "chunk_s", "min_s", "n_clips", "n_frames", "n_tokens", "audio_s", "odd")
         train_clips = len(self.stream.clips)
-        return {n: manifest[n] for n in wanted} | {"train_clips": train_clips, "held_out_clips": len(self.held_out)}
+        rates = {str(rate): files for rate, files in self.source.source_rates.items()}
+        counts = {"train_clips": train_clips, "held_out_clips": len(self.held_out), "source_rates": rates}
+        return {n: manifest[n] for n in wanted} | counts

@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sweeps._sweep import UserError
 
 if TYPE_CHECKING:
-    from models.codec_lm import CodecLM
+    from torch import Tensor
+
+    from data.codec import Codec
+
+_CHECKPOINT = "model.pt"
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line of sampling."""
     p = argparse.ArgumentParser(prog="python sweeps/codec_lm.py", description="WAV files from a published model")
-    p.add_argument("--sample", required=True, metavar="CELL", help="a cell's folder in the ledger (or its model.pt)")
-    p.add_argument("--seconds", type=float, default=6.0, help="length of each sample")
+    p.add_argument("--sample", required=True, metavar="CHECKPOINT", help="a cell's folder in the ledger, or a model.pt")
+    p.add_argument("--seconds", type=float, default=6.0, help="length of each sample, without the prompt")
     p.add_argument("--n", type=int, default=4, help="number of samples")
     p.add_argument("--out", type=Path, default=Path("samples"), help="folder for the WAV files")
+    p.add_argument("--prompt", type=Path, metavar="AUDIO", help="audio file to continue; resampled to the codec's rate")
     p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged or last weights")
-    p.add_argument("--temperature", type=float, default=0.9)
-    p.add_argument("--top-k", type=int, default=100)
+    p.add_argument("--temperature", type=float, default=0.9, help="0 takes the likeliest token")
+    p.add_argument("--top-k", type=int, default=100, help="draw from the k likeliest tokens; 0: from all")
+    p.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that reach probability p")
+    p.add_argument("--repetition-penalty", type=float, default=1.0, help="> 1 makes codes drawn before less likely")
+    p.add_argument("--best-of", type=int, default=1, help="samples drawn for each one kept, by likelihood")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--codec-weights", default="", metavar="FILE", help="of EnCodec or DAC; default: the package's own")
+    p.add_argument(
+        "--codec-weights", default="", metavar="FILE", help="of EnCodec or DAC, or random; default: as in training"
+    )
     return p
 
 
@@ -45,64 +53,77 @@ def main(argv: list[str]) -> int:
 
 def sample(arguments: argparse.Namespace) -> list[str]:
     """Write `n` WAV files into `out`; returns what to print. Raises UserError and ValueError (bad sampling values)."""
-    import numpy as np
-    import soundfile
     import torch
 
     from models.sampling import Sampling, generate
-    from sweeps._storage import Store
+    from sweeps._codec_audio import wav
+    from sweeps._codec_checkpoint import load_codec, load_model, read_checkpoint
 
     if not arguments.seconds > 0:
         raise UserError(f"seconds={arguments.seconds} gives no frame; choose seconds > 0")
-    store = Store(str(arguments.sample).removesuffix("model.pt").rstrip("/"))
-    meta, tokens = store.read_json("cell.json"), store.read_json("tokens.json")
-    if meta is None or tokens is None:
-        raise UserError(f"{store.uri} is no published cell of codec_lm; give LEDGER/codec_lm/VERSION/KEY")
-    state = torch.load(io.BytesIO(store.read("model.pt")), weights_only=True)
+    state = read_checkpoint(*_bytes_of(str(arguments.sample)))
     model = load_model(state, arguments.weights)
-    codec = _codec(meta["identity"], tokens["codec"], arguments.codec_weights)
-    frames = max(1, round(arguments.seconds * codec.frame_rate_hz))
-    sampling = Sampling(temperature=arguments.temperature, top_k=arguments.top_k)
-    made = generate(model, frames, batch=arguments.n, sampling=sampling, seed=arguments.seed)
+    codec = load_codec(state, arguments.codec_weights)
+    sampling = Sampling(
+        temperature=arguments.temperature,
+        top_k=arguments.top_k or None,
+        top_p=None if arguments.top_p == 1 else arguments.top_p,
+        repetition_penalty=arguments.repetition_penalty,
+    )
+    prompt, lines = None, [codec.caveat] if codec.caveat else []
+    if arguments.prompt is not None:
+        prompt, said = _prompt(arguments.prompt, codec)
+        prompt, lines = prompt.expand(arguments.n, -1, -1), lines + said
+    made = generate(
+        model,
+        max(1, round(arguments.seconds * codec.frame_rate_hz)),
+        prompt=prompt,
+        batch=arguments.n,
+        best_of=arguments.best_of,
+        sampling=sampling,
+        seed=arguments.seed,
+    )
     arguments.out.mkdir(parents=True, exist_ok=True)
-    lines = [codec.caveat] if codec.caveat else []
-    for i, wave_N in enumerate(codec.decode(made.codes.numpy())):
-        file = arguments.out / f"{meta['identity']['architecture']}-seed{arguments.seed}-{i:02d}.wav"
-        soundfile.write(file, np.clip(wave_N, -1, 1), codec.sample_rate, subtype="PCM_16")
+    architecture = json.loads(state["identity"])["architecture"]
+    with torch.inference_mode():
+        waves = codec.decode(made.codes.cpu().numpy())
+    for i, wave_N in enumerate(waves):
+        file = arguments.out / f"{architecture}-seed{arguments.seed}-{i:02d}.wav"
+        file.write_bytes(wav(wave_N, codec.sample_rate))
         lines.append(f"{file}  {len(wave_N) / codec.sample_rate:.2f} s, {made.log_probability[i]:.3f} nats a token")
     return lines
 
 
-def load_model(state: dict[str, Any], weights: str) -> CodecLM:
-    """The model of a `model.pt`, in eval mode. Raises UserError for weights that do not fit its configuration."""
-    from models.codec_lm import CodecLMConfig, build_codec_lm
-    from models.memory_cache import MemoryCacheConfig
+def _bytes_of(place: str) -> tuple[bytes, str]:
+    """(bytes of the checkpoint, its name): of a cell's folder on any storage, or of a bare file."""
+    from sweeps._storage import Store
 
-    fields = json.loads(state["config"])
-    if fields["memory_cache"] is not None:
-        fields["memory_cache"] = MemoryCacheConfig(**fields["memory_cache"])
+    path = Path(place)
+    if path.is_file():
+        return path.read_bytes(), place
+    store = Store(place.rstrip("/").removesuffix(f"/{_CHECKPOINT}"))
     try:
-        model = build_codec_lm(CodecLMConfig(**fields))
-        model.load_state_dict(state[weights])
-    except (TypeError, RuntimeError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"model.pt does not fit this code ({reason}); use the commit named in cell.json") from error
-    return model.eval()
-
-
-def _codec(identity: dict[str, Any], described: dict[str, Any], weights: str) -> Any:
-    from sweeps._codec_data import SYNTHETIC, open_source, open_weights
-    from sweeps.codec_lm import PRESETS
-
-    if identity["corpus"] == SYNTHETIC:
-        names = ("corpus", "corpus_clips", "codec", "chunk_s", "min_s", "holdout")
-        study = replace(PRESETS["local"], **{name: identity[name] for name in names})
-        codec = open_source(study, "cpu", lambda line: None).codec
-    else:
-        codec = open_weights(identity["codec"], weights)
-    if codec.weights_hash != described["weights_hash"]:
+        return store.read(_CHECKPOINT), f"{store.uri}/{_CHECKPOINT}"
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
-            f"the model was trained on tokens of {described['name']} with weights {described['weights_hash']}, here "
-            f"they are {codec.weights_hash}; give the right ones with --codec-weights FILE"
-        )
-    return codec
+            f"{place} is neither a checkpoint file nor a published cell of codec_lm; give LEDGER/codec_lm/VERSION/KEY "
+            f"or a {_CHECKPOINT}"
+        ) from error
+
+
+def _prompt(file: Path, codec: Codec) -> tuple[Tensor, list[str]]:
+    """(codes [1, K, T] of an audio file, lines on what was done to it)."""
+    import torch
+
+    from data.audio_io import decode, resample
+
+    try:
+        wave_NC, rate, _ = decode(file.read_bytes())
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"--prompt {file}: {error}") from error
+    lines = []
+    if rate != codec.sample_rate:
+        lines.append(f"prompt resampled from {rate} to {codec.sample_rate} Hz, the rate of {codec.name}")
+    wave_N = resample(wave_NC.mean(axis=1), rate, codec.sample_rate)
+    codes_BKT = codec.encode(wave_N[None], codec.sample_rate)
+    return torch.from_numpy(codes_BKT.astype("int64")), lines

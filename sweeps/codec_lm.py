@@ -1,13 +1,16 @@
 """Audio-token language models: do hybrids learn codec tokens better than a transformer or Mamba of the same size?
 
 python sweeps/codec_lm.py                         synthetic speech, a stand-in codec, small models: minutes
+python sweeps/codec_lm.py --preset asterisk       real speech (benchmarks/fetch_test_audio.py), the same small models
 python sweeps/codec_lm.py --preset speech_a100 --set audio_path=LJSpeech-1.1     the study's 21.9M models (GPU)
 python sweeps/codec_lm.py --preset music_a100 --set audio_path=FMA               the study's 294M models (GPU)
-python sweeps/codec_lm.py --sample runs/ledger/codec_lm/1/KEY --seconds 4 --n 4 --out DIR   WAVs of a finished model
+python sweeps/codec_lm.py --sample runs/ledger/codec_lm/2/KEY --seconds 4 --n 4 --out DIR   WAVs of a finished model
+python sweeps/codec_lm.py --tokenise --preset speech_a100 --set audio_path=LJSpeech-1.1 --actors 4   tokens beforehand
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
     from data.pack import TokenClips
 
 ARCHITECTURES = ("olmo_hybrid", "gdn", "transformer", "mamba", "mamba2", "hybrid_1_3", "la", "mc_la", "mc_mamba")
-CORPORA = ("synthetic_speech", "ljspeech", "fma")
+CORPORA = ("synthetic_speech", "asterisk", "ljspeech", "fma")
 CODECS = ("melvq", "encodec", "dac")
 _CPU_FLOPS = 16e9  # a core's rate on the local models, forward and backward
 _GPU_FLOPS = 30e12  # assumed of an A100 in bfloat16; never measured
@@ -36,7 +39,7 @@ class LMCell(Cell):
     """One trained and evaluated language model."""
 
     SWEEP: ClassVar[str] = "codec_lm"
-    VERSION: ClassVar[str] = "1"
+    VERSION: ClassVar[str] = "2"
 
     scale: str
     architecture: str
@@ -108,8 +111,17 @@ class Study:
     precision: str = "bfloat16"
     eval_every: int
     eval_clips: int
-    sample_s: float = 6.0
+    sample_s: float = 6.0  # of each generated clip; 0: none
+    sample_n: int = 32  # generated clips a model, for the distances to real audio
     needs_gpu: bool = True
+
+    def __post_init__(self) -> None:
+        if self.sample_s < 0 or self.sample_n < 2:
+            raise UserError(f"sample_s={self.sample_s} must be >= 0 and sample_n={self.sample_n} at least 2")
+        for name in ("audio_path", "codec_weights"):  # trials run in folders of their own
+            path = getattr(self, name)
+            if path and path != "random":
+                object.__setattr__(self, name, os.path.abspath(path))
 
     def melvq(self) -> MelVQSpec:
         """Shape of the stand-in codec where the preset trains its own."""
@@ -121,7 +133,7 @@ class Study:
 PRESETS: Mapping[str, Study] = {
     "local": Study(
         scale="local",
-        lr=(3e-3,),
+        lr=(2e-3, 6e-3),
         corpus="synthetic_speech",
         corpus_clips=200,
         codec="melvq",
@@ -136,6 +148,25 @@ PRESETS: Mapping[str, Study] = {
         precision="float32",
         eval_every=35,
         eval_clips=24,
+        sample_s=4.0,
+        needs_gpu=False,
+    ),
+    "asterisk": Study(
+        scale="local",
+        seeds=(0, 1),
+        lr=(2e-3, 4e-3, 8e-3),
+        corpus="asterisk",
+        codec="melvq",
+        min_s=1.0,
+        holdout=0.15,
+        steps=160,
+        batch_size=8,
+        warmup_steps=16,
+        lr_end=1e-4,
+        ema_decay=0.95,
+        precision="float32",
+        eval_every=40,
+        eval_clips=64,
         sample_s=4.0,
         needs_gpu=False,
     ),
@@ -189,10 +220,10 @@ class CodecLMSweep:
             raise UserError(
                 f"codec {preset.codec!r} is not known{nearest(preset.codec, CODECS)}; codecs: {', '.join(CODECS)}"
             )
-        if (preset.corpus == "synthetic_speech") != (preset.codec == "melvq" and not preset.codec_weights):
+        if preset.corpus == "synthetic_speech" and (preset.codec != "melvq" or preset.codec_weights):
             raise UserError(
-                f"corpus={preset.corpus} with codec={preset.codec}: synthetic_speech goes with its own melvq, and "
-                "melvq on other audio needs --set codec_weights=FILE"
+                f"corpus=synthetic_speech with codec={preset.codec}: synthetic_speech goes with its own melvq; choose "
+                "another corpus, or codec=melvq without codec_weights"
             )
         for architecture in preset.architectures:
             _config(preset.scale, architecture)

@@ -1,0 +1,222 @@
+"""Generated audio of a trained model and the real audio it is compared with, as embeddings and coherences.
+
+Both have been through the codec, so that a distance speaks of the language model and not of the codec. Real audio is
+cut to the length of a sample.
+
+Shapes: N samples or clips, K codebooks, T frames, D embedding.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import soundfile
+from filelock import FileLock
+
+from analysis.audio import coherence
+from analysis.audio_distance import Embedder, Embeddings, LogMelStatistics, embed_set
+from analysis.codec_plots import spectrogram_png
+from data.codec import RANDOM, Codec, EncodecCodec
+from data.pack import TokenClips, evaluation_batches
+from models.codec_lm import CodecLM
+from models.sampling import Sampling, generate
+from sweeps._codec_data import TokenSource
+from sweeps._sweep import digest
+from sweeps._train import autocast
+
+if TYPE_CHECKING:
+    from sweeps.codec_lm import LMCell, Study
+
+SAMPLING = Sampling(temperature=0.9, top_k=100)
+SETS = ("samples", "held_out", "training")
+_N_MELS = 16  # 32 numbers a window: a covariance that a few dozen clips can carry
+_REAL_CLIPS = 256
+_WAVS = 4
+_AT_ONCE = 32
+_COHERENCE_WINDOW_S = 4.0
+
+Waves = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class EncodecLatents:
+    """Mean over each second of EnCodec's encoder output (D = 128), with the package's or a file's weights."""
+
+    codec: EncodecCodec
+    window_s: float = 1.0
+
+    @property
+    def sample_rate(self) -> int:
+        return self.codec.sample_rate
+
+    @property
+    def name(self) -> str:
+        return f"EnCodec latents (mean over {self.window_s:g} s, weights {self.codec.weights_hash})"
+
+    def embed(self, wave_N: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        width = round(self.window_s * self.codec.frame_rate_hz)
+        latent_TD = self.codec.latents(wave_N)
+        whole = len(latent_TD) // width
+        return latent_TD[: whole * width].reshape(whole, width, -1).mean(1)
+
+
+def embedders(codec: Codec) -> list[Embedder]:
+    """Log-mel statistics at the codec's rate, and EnCodec's own latents where its real weights are at hand."""
+    found: list[Embedder] = [LogMelStatistics(codec.sample_rate, n_mels=_N_MELS)]
+    if isinstance(codec, EncodecCodec) and codec.weights != RANDOM:
+        found.append(EncodecLatents(codec))
+    return found
+
+
+def sample_frames(codec: Codec, model: CodecLM, seconds: float) -> int:
+    """Frames of a sample of `seconds`, at most what the context holds."""
+    return min(max(1, round(seconds * codec.frame_rate_hz)), model.config.context - model.config.n_codebooks + 1)
+
+
+def coherence_window_s(seconds: float) -> float:
+    """Window of the coherence: 4 s, or half a sample where samples are shorter than 8 s; the hop is half of it."""
+    return min(_COHERENCE_WINDOW_S, seconds / 2)
+
+
+def cell_audio(
+    model: CodecLM, cell: LMCell, study: Study, source: TokenSource, held_out: TokenClips, training: TokenClips
+) -> dict[str, bytes]:
+    """Files of a cell: WAVs, a spectrogram, the samples' codes, and audio.npz (see `AudioSets`).
+
+    The model's samples start from nothing; they are drawn with the cell's seed.
+    """
+    codec = source.codec
+    frames = sample_frames(codec, model, study.sample_s)
+    codes_NKT = draw(model, frames, study.sample_n, cell.seed, cell.precision)
+    waves = list(_decoded(codec, codes_NKT))
+    longest = int(np.argmax(held_out.n_frames_C))
+    reference_N = codec.decode(held_out.codes(longest)[None, :, :frames])[0]
+    files = {"sample.wav": wav(waves[0], codec.sample_rate), "reference.wav": wav(reference_N, codec.sample_rate)}
+    files |= {f"samples/{i:02d}.wav": wav(wave, codec.sample_rate) for i, wave in enumerate(waves[1:_WAVS], start=1)}
+    titles = {
+        f"{cell.architecture}: a sample": waves[0],
+        f"{cell.architecture}: another": waves[1],
+        f"held-out audio through {codec.name}": reference_N,
+    }
+    files["spectrogram.png"] = spectrogram_png(titles, codec.sample_rate)
+    files["samples.npz"] = _npz({"codes_NKT": codes_NKT})
+    arrays = dict(_real_arrays(source, study, held_out, training, frames))
+    arrays |= _embedded("samples", waves, embedders(codec))
+    arrays["coherence_samples"] = _coherences(codes_NKT, codec, frames)
+    files["audio.npz"] = _npz(arrays)
+    return files
+
+
+def draw(model: CodecLM, frames: int, n: int, seed: int, precision: str) -> npt.NDArray[np.uint16]:
+    """codes_NKT of `n` samples from nothing, some at a time; the first ones do not depend on n."""
+    model.eval()
+    parts = []
+    with autocast(model.heads.device, precision):
+        for block, start in enumerate(range(0, n, _AT_ONCE)):
+            made = generate(model, frames, batch=min(_AT_ONCE, n - start), sampling=SAMPLING, seed=seed + 7919 * block)
+            parts.append(made.codes.cpu().numpy().astype(np.uint16))
+    return np.concatenate(parts)
+
+
+def wav(wave_N: Waves, sample_rate: int) -> bytes:
+    """A 16-bit WAV file of a mono wave; samples outside [-1, 1] are clipped."""
+    sink = io.BytesIO()
+    soundfile.write(sink, np.clip(wave_N, -1, 1), sample_rate, format="WAV", subtype="PCM_16")
+    return sink.getvalue()
+
+
+def _decoded(codec: Codec, clips: Sequence[npt.NDArray[np.uint16]] | npt.NDArray[np.uint16]) -> Iterator[Waves]:
+    for codes_KT in clips:
+        yield codec.decode(codes_KT[None])[0]
+
+
+def _coherences(clips: Any, codec: Codec, frames: int) -> npt.NDArray[np.float64]:
+    window = coherence_window_s(frames / codec.frame_rate_hz)
+    values = [
+        coherence(c, codec.frame_rate_hz, codec.codebook_size, window_s=window, hop_s=window / 2)
+        for c in clips
+        if c.shape[1] >= frames
+    ]
+    return np.array(values, dtype=np.float64)
+
+
+def _embedded(kind: str, waves: Sequence[Waves], with_these: Sequence[Embedder]) -> dict[str, npt.NDArray[Any]]:
+    """Arrays `KIND_J_x` and `KIND_J_clip` of each embedder J that finds two clips long enough."""
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    for j, embedder in enumerate(with_these):
+        try:
+            e = embed_set(waves, embedder, kind)
+        except ValueError:
+            continue
+        arrays |= {f"{kind}_{j}_x": e.x_ND, f"{kind}_{j}_clip": e.clip_N}
+    return arrays
+
+
+def _real_arrays(
+    source: TokenSource, study: Study, held_out: TokenClips, training: TokenClips, frames: int
+) -> Mapping[str, npt.NDArray[Any]]:
+    """Embeddings of held-out and of as many training clips, and coherences of all long ones: made once a token set."""
+    codec, with_these = source.codec, embedders(source.codec)
+    n = min(_REAL_CLIPS, study.eval_clips, len(held_out), len(training))
+    facts = [study.holdout, n, frames, codec.weights_hash, [e.name for e in with_these], len(training)]
+    place = Path(source.tokens.folder).parent / f"real-{digest(facts)[:16]}.npz"
+    with FileLock(f"{place}.lock"):
+        if place.is_file():
+            with np.load(place, allow_pickle=False) as stored:
+                return dict(stored)
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "embedders": np.array([e.name for e in with_these]),
+            "sample_s": np.array(frames / codec.frame_rate_hz),
+        }
+        long: list[npt.NDArray[np.uint16]] = []
+        for kind, clips in (("held_out", held_out), ("training", training)):
+            chosen = [
+                codes_KT[:, : int(length)].numpy().astype(np.uint16)
+                for batch in evaluation_batches(clips, 1, max_frames=frames, n_clips=n)
+                for codes_KT, length in zip(batch.codes_BKT, batch.length_B, strict=True)
+            ]
+            arrays |= _embedded(kind, list(_decoded(codec, chosen)), with_these)
+            lengthy = [c for c in range(len(clips)) if clips.n_frames_C[c] >= frames][:_REAL_CLIPS]
+            long += [clips.codes(c)[:, :frames] for c in lengthy]
+        arrays["coherence_real"] = _coherences(long, codec, frames)
+        aside = place.with_suffix(".tmp")
+        aside.write_bytes(_npz(arrays))
+        aside.replace(place)
+    return arrays
+
+
+def _npz(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
+    sink = io.BytesIO()
+    np.savez_compressed(sink, **arrays)  # type: ignore[arg-type]
+    return sink.getvalue()
+
+
+@dataclass(frozen=True)
+class AudioSets:
+    """What audio.npz of a cell holds: by embedder's name, the embeddings of each of SETS; coherences of the samples and
+    of real clips at least as long; the length of a sample in seconds."""
+
+    embeddings: Mapping[str, Mapping[str, Embeddings]]
+    coherence_samples: npt.NDArray[np.float64]
+    coherence_real: npt.NDArray[np.float64]
+    sample_s: float
+
+    @classmethod
+    def read(cls, data: bytes) -> AudioSets:
+        """From the file's bytes; a set without two clips of a second is missing from its embedder's."""
+        with np.load(io.BytesIO(data), allow_pickle=False) as a:
+            found = {
+                str(name): {
+                    kind: Embeddings(kind, str(name), a[f"{kind}_{j}_x"], a[f"{kind}_{j}_clip"])
+                    for kind in SETS
+                    if f"{kind}_{j}_x" in a
+                }
+                for j, name in enumerate(a["embedders"])
+            }
+            return cls(found, a["coherence_samples"], a["coherence_real"], float(a["sample_s"]))
