@@ -28,13 +28,13 @@ def estimate(cells: Sequence[TopologyCell], preset: Audit, machine: Machine, run
         return Estimate(seconds=0.0, basis="nothing to do")
     probe = _Probe(preset) if run.probe else None
     busy = sum(probe.seconds(cell) if probe else _nominal(cell) for cell in cells)
+    measured = "CPU time of a short probe at small size, so without other load"
     abreast = max(1, min(machine.cpus, len(make_packs(cells, preset, machine, run))))
     return Estimate(
         shared=_shared(cells),
         memory_bytes=max(cell_bytes(cell, preset) for cell in cells),
         seconds=busy / abreast,
-        basis=f"{abreast} packs at once; "
-        + ("CPU time of a short probe at small size, so without other load" if probe else "nominal times of one core, not measured"),
+        basis=f"{abreast} packs at once; {measured if probe else 'nominal times of one core, not measured'}",
     )
 
 

@@ -7,6 +7,7 @@ import pytest
 from ripser import ripser
 from scipy.spatial.distance import cdist
 from sklearn.decomposition import PCA
+from sklearn.ensemble import ExtraTreesRegressor
 
 from analysis import utility
 
@@ -158,6 +159,62 @@ def test_splits_are_shared_so_an_empty_block_changes_nothing() -> None:
         assert result.delta_hi - result.delta_lo == pytest.approx(0.0, abs=1e-9)
 
 
+def test_grouped_folds_are_partitions_that_no_group_straddles() -> None:
+    rng = np.random.default_rng(0)
+    groups_N = np.array([f"g{g}" for g in rng.permutation(np.repeat(np.arange(40), rng.integers(1, 9, 40)))])
+    n = len(groups_N)
+    splits = utility.folds(n, groups_N)
+    assert len(splits) == utility.FOLDS * utility.REPEATS
+    for train, test in splits:
+        assert not set(groups_N[train]) & set(groups_N[test])
+        assert sorted([*train, *test]) == list(range(n))
+        assert len(test) == pytest.approx(n / utility.FOLDS, rel=0.15)
+    for repeat in range(utility.REPEATS):
+        tests = [test for _, test in splits[repeat * utility.FOLDS : (repeat + 1) * utility.FOLDS]]
+        assert sorted(np.concatenate(tests)) == list(range(n))
+    assert any(sorted(splits[0][1]) != sorted(test) for _, test in splits[utility.FOLDS : 2 * utility.FOLDS])
+
+
+def test_a_group_larger_than_a_fold_is_a_fold_alone() -> None:
+    groups_N = np.array([0] * 60 + list(range(1, 101)))
+    for train, test in utility.folds(160, groups_N):
+        assert len(test) in (25, 60)
+        assert len(train) + len(test) == 160
+
+
+def test_random_folds_are_the_published_ones() -> None:
+    from sklearn.model_selection import RepeatedKFold
+
+    published = RepeatedKFold(n_splits=5, n_repeats=3, random_state=0).split(np.zeros(37))
+    for ours, theirs in zip(utility.folds(37), published, strict=True):
+        np.testing.assert_array_equal(ours[1], theirs[1])
+
+
+def test_neighbours_in_training_by_hand() -> None:
+    patches_NP = np.array([[0, 1, 2], [1, 0, 2], [2, 0, 1], [3, 2, 1]])
+    splits = [(np.array([1, 3]), np.array([0, 2])), (np.array([0]), np.array([3]))]
+    assert utility.neighbours_in_training(patches_NP, splits) == pytest.approx((0.5 + 0.0) / 2)
+
+
+def test_copies_of_test_rows_in_training_are_what_grouped_folds_take_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row four times, topology tells the copies apart, the target is noise: only leaks can be learned."""
+
+    def forest(x: np.ndarray, y: np.ndarray, x_test: np.ndarray) -> np.ndarray:
+        return ExtraTreesRegressor(20, random_state=0).fit(x, y).predict(x_test)
+
+    monkeypatch.setattr(utility, "FAMILIES", {"forest": forest})
+    monkeypatch.setattr(utility, "REPEATS", 1)
+    rng = np.random.default_rng(0)
+    copy_N = np.repeat(np.arange(60), 4)
+    geometry = rng.normal(size=(240, 9))
+    topology = rng.normal(size=(60, 5))[copy_N]
+    target = rng.normal(size=(60, 3))[copy_N]
+    leaky = utility.compare(geometry, topology, target, family="forest")
+    honest = utility.compare(geometry, topology, target, family="forest", groups_N=copy_N)
+    assert min(r.r2_both for r in leaky) > 0.3
+    assert max(r.r2_both for r in honest) < 0.1
+
+
 def test_bad_input_is_a_one_line_error() -> None:
     _, distance_NN = _cloud(20)
     with pytest.raises(ValueError, match="k=20 neighbours for n=20 rows; choose 1 <= k <= n - 1"):
@@ -174,5 +231,9 @@ def test_bad_input_is_a_one_line_error() -> None:
         utility.compare(*blocks, family="boost")
     with pytest.raises(ValueError, match="20 geometry, 19 topology and 20 target rows"):
         utility.compare(blocks[0], blocks[1][:19], blocks[2])
+    with pytest.raises(ValueError, match="9 rows for 5 folds; give at least 10"):
+        utility.folds(9)
+    with pytest.raises(ValueError, match="20 group labels of 4 groups for 20 rows and 5 folds"):
+        utility.folds(20, np.arange(20) % 4)
     with pytest.raises(ValueError, match="block=5 cuts 20 rows into 4 runs; choose block <= 4"):
         utility.compare(*blocks, permutations=1, order_N=np.arange(20), block=5)

@@ -148,5 +148,5 @@ def test_sources_are_https_with_whole_checksums() -> None:
     for source in odor_sources.SOURCES.values():
         assert source.url.startswith("https://")
         assert len(bytes.fromhex(source.sha256)) == 32
-    with pytest.raises(KeyError, match="no public source 'other.csv'"):
+    with pytest.raises(KeyError, match=r"no public source 'other\.csv'"):
         odor_sources.fetch("other.csv")

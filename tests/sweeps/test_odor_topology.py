@@ -5,11 +5,14 @@ from __future__ import annotations
 import uuid
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from analysis import utility
 from data import molecules
+from sweeps import _topology_run
 from sweeps._context import PackContext
 from sweeps._ledger import Ledger
 from sweeps._sweep import UserError
@@ -23,8 +26,8 @@ SHAPES = Audit(study="audit", table="cloud:circle", clouds=("gaussian_blob",), d
 MACHINE = Machine(nodes=1, cpus=2, gpus=0, memory_bytes=8 * 2**30, hardware="test")
 
 
-def run(preset: Audit) -> Ledger:
-    ledger = Ledger(f"memory://{uuid.uuid4().hex}", "odor_topology", "1")
+def run(preset: Audit, ledger: Ledger | None = None) -> Ledger:
+    ledger = ledger or Ledger(f"memory://{uuid.uuid4().hex}", "odor_topology", "1")
     context = PackContext(ledger, RunSettings(), threads=1, device="cpu", fingerprint=lambda cell: "f")
     cells = SWEEP.plan(preset)
     while missing := [c for c in cells if c.key not in ledger.done()]:
@@ -95,12 +98,84 @@ def test_paper_preset_is_the_published_protocol() -> None:
     assert any(isinstance(c, MemberCell) for c in cells)
 
 
-def test_member_is_trained_once_and_used(tmp_path: Path) -> None:
-    preset = Audit(study="paper", representations=("pom_0",), metrics=("euclidean",), runs=1, pom_epochs=1)
-    ledger = run(preset)
+MEMBERS = Audit(study="paper", representations=("pom_0", "pom_1"), metrics=("euclidean",), runs=1, pom_epochs=1)
+
+
+def test_members_are_trials_of_their_own_and_their_diagrams_wait() -> None:
+    cells = SWEEP.plan(MEMBERS)
+    first = SWEEP.pack(cells, MEMBERS, MACHINE, RunSettings())
+    assert [[c.kind for c in p.cells] for p in first] == [["member"], ["member"]]  # type: ignore[attr-defined]
+    assert len({p.name for p in first}) == 2
+    trained = {p.cells[0].key for p in first}
+    second = SWEEP.pack([c for c in cells if c.key not in trained], MEMBERS, MACHINE, RunSettings())
+    assert {c.key for p in second for c in p.cells} == {c.key for c in cells} - trained
+    beside = replace(MEMBERS, representations=("pom_0", "bits_r4"), metrics=())
+    names = [p.name for p in SWEEP.pack(SWEEP.plan(beside), beside, MACHINE, RunSettings())]
+    assert names == ["embedded-pom_0-member", "embedded-bits_r4-00"]
+
+
+def test_a_member_is_trained_once_for_all_presets(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = []
+    real = _topology_run.train_member
+
+    def counted(smiles: list[str], labels_NL: np.ndarray, seed: int, **settings: Any) -> Any:
+        trained.append(seed)
+        return real(smiles, labels_NL, seed, **settings)
+
+    monkeypatch.setattr(_topology_run, "train_member", counted)
+    ledger = run(MEMBERS)
+    assert trained == [0, 1]
     members = [c for c in ledger.read_many(sorted(ledger.done())) if c.identity["kind"] == "member"]
-    assert len(members) == 1
-    assert "embedding.npy" in members[0].files
+    assert all("embedding.npy" in c.files for c in members)
+    later = replace(MEMBERS, study="ensemble", metrics=("cosine",), draws=2)
+    run(later, ledger)
+    assert trained == [0, 1]
+    assert {c.key for c in SWEEP.plan(later)} <= ledger.done()
+    alone = [c for c in SWEEP.plan(replace(MEMBERS, pom_epochs=2)) if isinstance(c, DiagramCell)][:1]
+    context = PackContext(ledger, RunSettings(), threads=1, device="cpu", fingerprint=lambda cell: "f")
+    run_pack(alone, replace(MEMBERS, pom_epochs=2), context)  # as with --only: its member is trained and published
+    assert trained == [0, 1, 0]
+
+
+def test_utility_reports_random_and_grouped_folds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(utility, "REPEATS", 1)
+    monkeypatch.setattr(utility, "FAMILIES", {"ridge": utility.FAMILIES["ridge"], "trees": utility.FAMILIES["ridge"]})
+    preset = Audit(study="utility", representations=("bits_r4",), neighbours=8, permutations=3)
+    ledger = run(preset)
+    published = ledger.read_many([c.key for c in SWEEP.plan(preset)])
+    assert [c.identity["split"] for c in published] == ["random", "grouped"]
+    near = [c.rows.set_index("metric").loc["utility_neighbours_in_training", "value"] for c in published]
+    assert near[0] == pytest.approx(0.8, abs=0.03)
+    assert near[1] < near[0] - 0.2
+    write(published, "utility", preset, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "| embedded | bits_r4 | jaccard | grouped |" in text
+    assert (tmp_path / "utility.png").stat().st_size > 500
+
+
+def test_plan_is_measured_and_says_what_is_shared() -> None:
+    preset = Audit(study="paper", representations=("bits_r4", "pom_0"), runs=2, rows=100, pom_epochs=5)
+    cells = SWEEP.plan(preset)
+    found = SWEEP.estimate(cells, preset, MACHINE, RunSettings())
+    assert found.shared == (
+        "2 representations, each computed once a process for all its cells",
+        "1 members of the odor model to train, each once, kept for every other preset",
+        "6 observed diagrams and 14 null draws",
+    )
+    assert (found.lm_passes, found.tokens) == (0, 0)
+    assert "CPU time of a short probe" in found.basis
+    longer = replace(preset, pom_epochs=50)
+    assert SWEEP.estimate(SWEEP.plan(longer), longer, MACHINE, RunSettings()).seconds > 2 * found.seconds > 0
+    guessed = SWEEP.estimate(cells, preset, MACHINE, RunSettings(probe=False))
+    assert "not measured" in guessed.basis
+    assert SWEEP.estimate([], preset, MACHINE, RunSettings()).seconds == 0
+
+
+def test_a_table_that_does_not_fit_is_refused_before_the_run() -> None:
+    preset = Audit(study="audit", representations=("bits_r4",), full_table=True)
+    small = replace(MACHINE, memory_bytes=2**30)
+    with pytest.raises(UserError, match=r"bits_r4: the distances and H1 of 432 rows need up to .* may be used; choose"):
+        SWEEP.pack(SWEEP.plan(preset), preset, small, RunSettings())
 
 
 def test_embedding_of_ones_own_is_audited_and_must_fit(tmp_path: Path) -> None:
@@ -135,6 +210,7 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
             "neighbours=5000 makes patches of 5001, more than a fifth of the table's 432 rows; choose neighbours <= 85",
         ),
         ({"null_stream": "slow"}, "null_stream='slow' is not known; choose fast or published"),
+        ({"study": "utility", "splits": ("odd",)}, "split='odd' is not known; choose from random, grouped"),
         ({"draws_per_cell": 0}, "draws_per_cell=0 cuts draws into nothing; choose 1 or more"),
     ):
         with pytest.raises(UserError) as caught:
