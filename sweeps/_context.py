@@ -10,26 +10,31 @@ from pathlib import Path
 from typing import Any
 
 from sweeps._ledger import Ledger
+from sweeps._stop import PackStopped, StopFlag, terminated
 from sweeps._storage import Store
 from sweeps._sweep import Cell, Row
 from sweeps._where import RunSettings, hardware, provenance
+from sweeps._world import World
 
 PROGRESS_SECONDS = 1.0
 
 
 class WorkStore:
-    """Checkpoints of unfinished work under `_work/` of the ledger, one pointer a name.
+    """Checkpoints of unfinished work under `_work/` of the ledger: for each name the latest and, if asked, the best.
 
-    A checkpoint is a torch file named by its step; the pointer (a small JSON, replaced last) names the file and its
-    digest. A crash at any moment leaves the old pointer and the old file. Loading is weights-only: no pickled
-    code is ever run.
+    A checkpoint is a torch file named by its kind and step; the pointer of its kind (a small JSON, replaced last) names
+    the file and its size. A crash or a full disk at any moment leaves the old pointer and the old file. Loading is
+    weights-only: no pickled code is ever run.
     """
 
     def __init__(self, store: Store) -> None:
         self.store = store
 
-    def save(self, name: str, step: int, state: Mapping[str, Any]) -> None:
-        """Keep `state` (tensors, numbers, texts, nested dicts and lists) as the newest checkpoint of `name`."""
+    def save(self, name: str, step: int, state: Mapping[str, Any], kind: str = "latest") -> None:
+        """Keep `state` (tensors, numbers, texts, nested dicts and lists) as the one checkpoint of its kind of `name`.
+
+        Raises OSError where it cannot be written; the checkpoint before it stays.
+        """
         import json
 
         import torch
@@ -37,11 +42,11 @@ class WorkStore:
         buffer = io.BytesIO()
         torch.save(dict(state), buffer)
         data = buffer.getvalue()
-        old = self.store.read_json(f"_work/{name}/latest.json")
-        file = f"{step:012d}.pt"
+        old = self.store.read_json(f"_work/{name}/{kind}.json")
+        file = f"{kind}-{step:012d}.pt"
         self.store.replace(f"_work/{name}/{file}", data)
         pointer = {"file": file, "step": step, "bytes": len(data)}
-        self.store.replace(f"_work/{name}/latest.json", json.dumps(pointer).encode())
+        self.store.replace(f"_work/{name}/{kind}.json", json.dumps(pointer).encode())
         if old and old["file"] != file:
             self.store.remove(f"_work/{name}/{old['file']}")
 
@@ -50,11 +55,11 @@ class WorkStore:
         pointer = self.store.read_json(f"_work/{name}/latest.json")
         return int(pointer["step"]) if pointer else 0
 
-    def load(self, name: str) -> dict[str, Any] | None:
-        """The newest whole checkpoint of `name`, or None; a short or missing file counts as none."""
+    def load(self, name: str, kind: str = "latest") -> dict[str, Any] | None:
+        """The whole checkpoint of a kind of `name`, or None; a short or missing file counts as none."""
         import torch
 
-        pointer = self.store.read_json(f"_work/{name}/latest.json")
+        pointer = self.store.read_json(f"_work/{name}/{kind}.json")
         if pointer is None:
             return None
         try:
@@ -73,8 +78,9 @@ class WorkStore:
 class PackContext:
     """Handed to `Sweep.run`: the ledger to publish to, the share of the machine to use, and the progress line.
 
-    threads: CPU threads this pack may use. device: "cuda" or "cpu". share: GPUs that the pack holds, or the part of the
-    machine's cores where it holds none; it is what the pack's seconds cost.
+    threads: CPU threads this process may use. device: "cuda" or "cpu". share: GPUs that the pack holds, or the part of
+    the machine's cores where it holds none; it is what the pack's seconds cost. world: the processes that share the
+    pack's work; the first of them publishes and reports.
     """
 
     def __init__(
@@ -93,9 +99,11 @@ class PackContext:
         self.ledger, self.run = ledger, run
         self.threads, self.device = threads, device
         self.work = WorkStore(ledger.store)
+        self.world = World()
         self._fingerprint = fingerprint
         self._report = report
         self._launch_id = launch_id
+        self._flag = StopFlag(ledger.store, [launch_id] if launch_id else [])
         self._state: dict[str, Any] = {"published": 0, "failed": 0}
         self._said = 0.0
         self._started = time.time()
@@ -103,6 +111,45 @@ class PackContext:
         self._meta |= {"threads": threads, "device": device}
         self._meta |= {"lm_path": run.lm_path, "stream_path": run.stream_path}
         self._meta |= {"pack": pack, "pack_share": share, "pack_started_unix": self._started}
+
+    def for_worker(self, world: World, threads: int, report: Callable[[dict[str, Any]], None]) -> PackContext:
+        """The same in another process, one of those that share the pack's work."""
+        there = PackContext(
+            self.ledger,
+            self.run,
+            threads=threads,
+            device=self.device,
+            fingerprint=self._fingerprint,
+            report=report if world.first else None,
+            launch_id=self._launch_id,
+        )
+        pack = {name: self._meta[name] for name in ("pack", "pack_share", "pack_started_unix")}
+        there.world, there._state, there._started = world, dict(self._state), self._started
+        there._meta |= {**pack, "processes": world.size}
+        there._flag = StopFlag(self.ledger.store, [self._launch_id, self.stop_name])
+        return there
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_report": None, "_flag": None}
+
+    @property
+    def stop_name(self) -> str:
+        """Name of the flag that stops this pack alone."""
+        return f"{self._launch_id}-{self._meta['pack']}"
+
+    def stopping(self) -> bool:
+        """Whether the work should save what it has and raise PackStopped at the next safe point."""
+        return terminated() or self._flag.raised()
+
+    def check_stop(self) -> None:
+        """A safe point where nothing needs saving: raises PackStopped if the work should stop."""
+        if self.stopping():
+            raise PackStopped("stopped between two cells")
+
+    def note(self, line: str) -> None:
+        """Print one line on the launch's screen."""
+        self._state["notes"] = [*self._state.get("notes", []), line]
+        self.progress(force=True)
 
     def publish(self, cell: Cell, rows: Sequence[Row], files: Mapping[str, bytes | Path] | None = None) -> bool:
         """Publish a finished cell; False when another launch was first (its result stays)."""
@@ -114,7 +161,7 @@ class PackContext:
         }
         fresh = self.ledger.publish(cell, rows, files or {}, meta)
         self._state["published"] += 1
-        self.progress(force=True, keys=[cell.key])
+        self.progress(force=True, keys=[*self._state.get("keys", []), cell.key])
         return fresh
 
     def fail(self, cell: Cell, error: str) -> None:
@@ -134,4 +181,5 @@ class PackContext:
             return
         self._said = now
         self._report(dict(self._state))
-        self._state.pop("keys", None)
+        for name in ("keys", "notes"):
+            self._state.pop(name, None)

@@ -9,11 +9,13 @@ import tempfile
 import traceback
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sweeps._board import Board
 from sweeps._context import PackContext
 from sweeps._ledger import Ledger
+from sweeps._stop import PackStopped, listen, terminated, working
 from sweeps._sweep import Pack, UserError
 from sweeps._where import RunSettings, prepare_process
 
@@ -51,6 +53,7 @@ def run_packs(
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "3600"  # the ledger, not Tune's snapshot, is what restarts read
     import ray
     from ray import tune
+    from ray.tune.trainable import wrap_function
 
     by_name = {pack.name: pack for pack in packs}
     if len(by_name) != len(packs):
@@ -70,14 +73,21 @@ def run_packs(
     def resources(config: dict[str, Any]) -> Any:
         return tune.PlacementGroupFactory([bundles[config["pack"]]])
 
-    trainable = tune.with_parameters(trial, parts=[ray.put(bucket) for bucket in buckets])
+    plain = tune.with_parameters(trial, parts=[ray.put(bucket) for bucket in buckets])
+
+    class Listening(wrap_function(plain)):  # type: ignore[misc]
+        def setup(self, config: dict[str, Any]) -> None:
+            listen()  # here, in the main thread; the trial's function runs in another
+            super().setup(config)
+
     folder = tempfile.mkdtemp(prefix="plumbline-tune-")
     try:
         tuner = tune.Tuner(
-            tune.with_resources(trainable, resources),
+            tune.with_resources(Listening, resources),
             param_space={"pack": tune.grid_search(list(by_name))},
             tune_config=tune.TuneConfig(
                 reuse_actors=True,  # a worker imports torch once, not once a pack
+                max_concurrent_trials=_at_once(packs, ray.cluster_resources()),
                 trial_name_creator=lambda t: t.config["pack"],
                 trial_dirname_creator=lambda t: t.trial_id,
             ),
@@ -104,7 +114,18 @@ def _bucket(name: str, buckets: int) -> int:
     return zlib.crc32(name.encode()) % buckets
 
 
+def _at_once(packs: Sequence[Pack], machine: Mapping[str, float]) -> int | None:
+    """How many packs may run together when their trials ask for nothing, as their workers do the asking."""
+    shares = [{"CPU": p.cpus, "GPU": p.gpus} for p in packs if p.workers]
+    if not shares:
+        return None
+    largest = {name: max(share[name] for share in shares) for name in ("CPU", "GPU")}
+    return max(1, min(int(machine.get(name, 0) / need) for name, need in largest.items() if need))
+
+
 def _bundle(pack: Pack) -> dict[str, float]:
+    if pack.workers:
+        return {"CPU": 0.01}
     bundle: dict[str, float] = {"CPU": max(0.01, pack.cpus * _HEADROOM)}
     return {**bundle, "GPU": pack.gpus} if pack.gpus else bundle
 
@@ -118,6 +139,8 @@ def _board_callback(board: Board, published: Callable[[list[str]], None]) -> Any
 
         def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
             state = dict(result.get("progress", {}))
+            for line in state.pop("notes", []):
+                board.say(f"{trial.config['pack']}: {line}")
             if keys := state.pop("keys", None):
                 published(keys)
             board.update(trial.config["pack"], state)
@@ -171,7 +194,12 @@ def run_one(
     context.progress(force=True, published=len(done), keys=sorted(done))
     if cells:
         try:
-            sweep.run(Pack(name=pack.name, cells=cells, cpus=pack.cpus, gpus=pack.gpus), preset, context)
+            with working():
+                context.check_stop()
+                sweep.run(replace(pack, cells=cells), preset, context)
+        except PackStopped as stop:
+            if terminated():  # this node is going away, the launch goes on: a retry finds another place
+                raise RuntimeError(f"SIGTERM: {stop}") from stop
         except _PERMANENT as error:
             if not isinstance(error, UserError):
                 traceback.print_exc()

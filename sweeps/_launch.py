@@ -19,12 +19,12 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from sweeps._board import Board, duration, quantity
 from sweeps._claims import Claims
 from sweeps._execute import one_line, run_packs
 from sweeps._ledger import Ledger
+from sweeps._stop import Stopper
 from sweeps._sweep import Cell, Pack, Sweep, UserError, apply_settings, nearest
 from sweeps._track import Tracker, default_uri, without_password
 from sweeps._where import Machine, RunSettings, connect, git_commit, normal_storage, prepare_process
@@ -60,9 +60,11 @@ def main(module: str, argv: Sequence[str] | None = None) -> int:
     prepare_process()
     sweep: Sweep = importlib.import_module(module).SWEEP
     arguments = parser(sweep).parse_args(argv)
-    signal.signal(signal.SIGTERM, _interrupt)
+    stopper = Stopper()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stopper)
     try:
-        return _Launch(module, sweep, arguments).go()
+        return _Launch(module, sweep, arguments, stopper).go()
     except UserError as error:
         print(f"{sweep.name}: {one_line(error)}", file=sys.stderr)
         return 2
@@ -71,18 +73,14 @@ def main(module: str, argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _interrupt(signum: int, frame: Any) -> None:
-    raise KeyboardInterrupt
-
-
 class _Launch:
     """One invocation: what was asked, what is planned, what the ledger already holds."""
 
-    def __init__(self, module: str, sweep: Sweep, arguments: argparse.Namespace) -> None:
+    def __init__(self, module: str, sweep: Sweep, arguments: argparse.Namespace, stopper: Stopper) -> None:
         if arguments.preset not in sweep.presets:
             hint = nearest(arguments.preset, sweep.presets)
             raise UserError(f"preset {arguments.preset!r} is not known{hint}; presets: {', '.join(sweep.presets)}")
-        self.module, self.sweep, self.arguments = module, sweep, arguments
+        self.module, self.sweep, self.arguments, self.stopper = module, sweep, arguments, stopper
         self.preset, self.run = apply_settings(arguments.set, sweep.presets[arguments.preset], RunSettings())
         self.storage = normal_storage(arguments.storage)
         self.ledger = Ledger(self.storage, sweep.name, sweep.version)
@@ -259,17 +257,18 @@ class _Launch:
             watch.note(keys)
 
         try:
-            errors = run_packs(
-                self.module,
-                packs,
-                self.preset,
-                self.run,
-                self.storage,
-                fingerprints,
-                claims.launch_id,
-                board,
-                published,
-            )
+            with self.stopper.asking(self.ledger.store, claims.launch_id, self.run.grace_seconds, board.say):
+                errors = run_packs(
+                    self.module,
+                    packs,
+                    self.preset,
+                    self.run,
+                    self.storage,
+                    fingerprints,
+                    claims.launch_id,
+                    board,
+                    published,
+                )
         finally:
             watch.stop()
         board.forget()

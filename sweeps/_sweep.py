@@ -79,13 +79,18 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Pack:
-    """Cells that run together as one Tune trial, with the share of the machine that the trial holds."""
+    """Cells that run together as one Tune trial, with the share of the machine that the trial holds.
+
+    workers: processes of Ray Train that do the pack's work and hold that share together, evenly; the trial itself
+    then holds nothing. 0: the trial does the work.
+    """
 
     name: str
     cells: tuple[Cell, ...]
     cpus: float = 1.0
     gpus: float = 0.0
     memory_bytes: int = 0
+    workers: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,10 @@
 
 A `Trainer` is everything that a step changes: model, optimizer, averaged weights, random state, step. `train` drives
 it to its last step, measuring and saving on the way. Batches are a function of the step, so a restart needs no
-iterator state and continues to the same bits (same number of threads and device).
+iterator state and continues to the same bits (same number of threads, device and processes).
+
+Several processes hold the same state. Each takes its share of the clips of a batch, and gradients are those of the
+mean over all real targets of the whole batch, so their number changes a trajectory by rounding alone.
 
 Shapes: B clips, K codebooks, T delayed steps.
 """
@@ -18,21 +21,25 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models.codec_lm import CodecLM
 from models.lm_cost import names_by_group
+from sweeps._stop import PackStopped
+from sweeps._world import World
 
 _RUNNING = 0.95  # decay of the running means that anomalies are judged by
 _NOT_DECAYED = ("A_log", "dt_bias", ".D")
+_SAVE_PAUSE = 20  # times the last checkpoint's own duration before the next: at most 5% of the time goes there
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """What decides a trajectory. Learning rate: linear warm-up, then cosine from `lr` to `lr_end` at `steps`.
 
-    micro_batch: clips of a batch whose activations are held at once (0: all); gradients add up to the batch's.
+    micro_batch: clips whose activations a process holds at once (0: all its share); gradients add up to the batch's.
     max_loss_jump: nats by which a loss after the warm-up may exceed its running mean. spike_factor: a gradient norm
     this many times its running mean is counted as a spike, and laid to the parameter group that grew most.
     """
@@ -86,6 +93,18 @@ class StepStats:
     loss: float
     grad_norm: float
     group_norms: dict[str, float]
+    stop: bool = False  # some process was asked to stop
+
+
+class _Loss(nn.Module):
+    """The loss as a module's forward, which is what DistributedDataParallel can watch."""
+
+    def __init__(self, model: CodecLM, label_smoothing: float) -> None:
+        super().__init__()
+        self.model, self.label_smoothing = model, label_smoothing
+
+    def forward(self, inputs_BKT: Tensor, targets_BKT: Tensor) -> Tensor:
+        return self.model.loss(inputs_BKT, targets_BKT, label_smoothing=self.label_smoothing).loss
 
 
 class AnomalyError(ValueError):
@@ -103,15 +122,22 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 
 @dataclass
 class Trainer:
-    """Model, optimizer and averaged weights at one step of a trajectory."""
+    """Model, optimizer and averaged weights at one step of a trajectory.
+
+    maker: name and version of what trains, kept in checkpoints and required of them.
+    best: step and value of the best measurement of the averaged weights so far.
+    """
 
     model: CodecLM
     config: TrainConfig
+    world: World = field(default_factory=World)
+    maker: str = ""
     step_count: int = 0
     real_tokens: int = 0
     running: dict[str, float] = field(default_factory=dict)
     spikes: dict[str, int] = field(default_factory=dict)
     curve: list[tuple[str, int, float]] = field(default_factory=list)  # metric, step, value
+    best: tuple[int, float] | None = None
 
     def __post_init__(self) -> None:
         named = dict(self.model.named_parameters())
@@ -132,6 +158,16 @@ class Trainer:
             fused=True,
         )
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.config.ema_decay))
+        self._loss: nn.Module = _Loss(self.model, self.config.label_smoothing)
+        if self.world.size > 1:
+            # unused parameters: memory caching has some in batches shorter than a segment. It also keeps the buckets
+            # as they are at the first step, so that sums have the same order after a restart.
+            self._loss = DistributedDataParallel(
+                self._loss,
+                device_ids=[self.device] if self.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                find_unused_parameters=True,
+            )
 
     @property
     def ema(self) -> CodecLM:
@@ -140,12 +176,15 @@ class Trainer:
         assert isinstance(module, CodecLM)
         return module
 
-    def step(self, batch: Batch) -> StepStats:
-        """One optimizer step. Raises AnomalyError, before any weight changes."""
+    def step(self, batch: Batch, *, stop: bool = False) -> StepStats:
+        """One optimizer step on a batch, the same in all processes, which each take their clips of it.
+
+        Raises AnomalyError in all processes alike, before any weight changes.
+        """
         c = self.config
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._accumulate(batch)
+        loss, stops = self.world.sum([self._accumulate(batch), float(stop)])
         self._check_loss(loss, batch)
         squares = {
             name: torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]) ** 2
@@ -163,23 +202,34 @@ class Trainer:
         self.average.update_parameters(self.model)
         self.step_count += 1
         self.real_tokens += batch.real_tokens
-        stats = StepStats(self.step_count, loss, norm, {n: float(s) ** 0.5 for n, s in squares.items()})
+        stats = StepStats(self.step_count, loss, norm, {n: float(s) ** 0.5 for n, s in squares.items()}, stops > 0)
         self._watch(stats)
         return stats
 
     def _accumulate(self, batch: Batch) -> float:
-        """Gradients of the mean loss over the batch's targets, a micro-batch at a time; returns that loss."""
-        size = self.config.micro_batch or len(batch.targets_BKT)
-        pad, loss = self.model.config.pad, torch.zeros((), device=self.device)
+        """Gradients of the mean loss over the whole batch's targets, a micro-batch at a time.
+
+        Returns this process's part of that loss. A process without a clip takes part with a clip of weight 0.
+        """
+        pad, world, loss = self.model.config.pad, self.world, torch.zeros((), device=self.device)
         total = (batch.targets_BKT != pad).sum()
-        parts = zip(batch.inputs_BKT.split(size), batch.targets_BKT.split(size), strict=True)
-        for inputs_BKT, targets_BKT in parts:
-            with autocast(self.device, self.config.precision):
-                result = self.model.loss(inputs_BKT, targets_BKT, label_smoothing=self.config.label_smoothing)
-            part = result.loss * ((targets_BKT != pad).sum() / total)
-            part.backward()
+        idle = world.rank >= len(batch.targets_BKT)
+        share = slice(0, 1) if idle else slice(world.rank, None, world.size)
+        inputs_BKT, targets_BKT = batch.inputs_BKT[share], batch.targets_BKT[share]
+        size = self.config.micro_batch or len(targets_BKT)
+        parts = list(zip(inputs_BKT.split(size), targets_BKT.split(size), strict=True))
+        for number, (inputs_bKT, targets_bKT) in enumerate(parts):
+            with self._apart(last=number == len(parts) - 1):
+                with autocast(self.device, self.config.precision):
+                    mean = self._loss(inputs_bKT, targets_bKT)
+                part = mean * (0 if idle else (targets_bKT != pad).sum() / total)
+                (part * world.size).backward()  # the processes' gradients are averaged
             loss += part.detach()
         return float(loss)
+
+    def _apart(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Keeps gradients in this process until the last micro-batch."""
+        return self._loss.no_sync() if isinstance(self._loss, DistributedDataParallel) and not last else nullcontext()
 
     def _anomaly(self, what: str, batch: Batch) -> AnomalyError:
         text = f"{what} at step {self.step_count + 1}; choose a lower lr (now {self.config.lr:g}) or a longer warm-up"
@@ -207,7 +257,10 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """All that a restart needs, as tensors, numbers and texts."""
         return {
-            "config": json.dumps(asdict(self.config)),
+            "maker": self.maker,
+            "architecture": json.dumps(asdict(self.model.config)),
+            "config": self._config_text(),
+            "processes": self.world.size,
             "step": self.step_count,
             "real_tokens": self.real_tokens,
             "model": self.model.state_dict(),
@@ -215,17 +268,30 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-            "watch": json.dumps({"running": self.running, "spikes": self.spikes, "curve": self.curve}),
+            "watch": json.dumps(
+                {"running": self.running, "spikes": self.spikes, "curve": self.curve, "best": self.best}
+            ),
         }
 
+    def _config_text(self) -> str:
+        """The training configuration without what changes no more than rounding."""
+        return json.dumps({name: value for name, value in asdict(self.config).items() if name != "micro_batch"})
+
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from `state`. Raises ValueError for the state of another configuration or architecture."""
-        if state["config"] != json.dumps(asdict(self.config)):
-            raise ValueError(f"the checkpoint is of another training configuration: {state['config']}")
-        try:
-            self.model.load_state_dict(state["model"])
-        except RuntimeError as error:
-            raise ValueError(f"the checkpoint is of another architecture: {str(error).splitlines()[-1]}") from error
+        """Continue from `state`, whatever number of processes wrote it.
+
+        Raises ValueError for the state of another program version, architecture or training configuration.
+        """
+        if state.get("maker") != self.maker:
+            raise ValueError(
+                f"the checkpoint is of {state.get('maker') or 'an unnamed version'}, this is {self.maker}; remove it "
+                "(_work/ of the ledger) to train anew"
+            )
+        for what, mine in (("architecture", json.dumps(asdict(self.model.config))), ("config", self._config_text())):
+            if state[what] != mine:
+                name = "training configuration" if what == "config" else what
+                raise ValueError(f"the checkpoint is of another {name}: {_difference(state[what], mine)}")
+        self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"].cpu())
@@ -234,7 +300,15 @@ class Trainer:
         watch = json.loads(state["watch"])
         self.running, self.spikes = watch["running"], watch["spikes"]
         self.curve = [(str(m), int(s), float(v)) for m, s, v in watch["curve"]]
+        self.best = (int(watch["best"][0]), float(watch["best"][1])) if watch["best"] else None
         self.step_count, self.real_tokens = int(state["step"]), int(state["real_tokens"])
+
+
+def _difference(theirs: str, mine: str) -> str:
+    """The first few fields in which two JSON objects differ, as `name=theirs (here mine)`."""
+    a, b = json.loads(theirs), json.loads(mine)
+    names = [name for name in (*a, *(n for n in b if n not in a)) if a.get(name) != b.get(name)]
+    return ", ".join(f"{name}={a.get(name)} (here {b.get(name)})" for name in names[:3])
 
 
 def train(
@@ -246,40 +320,74 @@ def train(
     save: Callable[[Trainer], None],
     save_seconds: float,
     tell: Callable[[Trainer, StepStats, float], None],
+    save_steps: int = 0,
+    keep_best: Callable[[Trainer], None] | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+    until: int | None = None,
 ) -> float:
-    """Train to the last step; returns real (unpadded) tokens a second of training, evaluations and saves left out.
+    """Train to step `until` (the last by default).
+
+    Returns real (unpadded) tokens a second of training, evaluations and saves left out; NaN without a step.
 
     Args:
         trainer: at step 0, or restored.
         batch_at: the batch of step s (from 0), on the model's device.
-        eval_every: steps between measurements; the last step is always measured.
-        evaluate: a model's numbers by metric name; called on the raw and on the averaged weights.
-        save: keeps the trainer's state; called at most every `save_seconds`, and never for the last step.
+        eval_every: steps between measurements; step `until` is always measured.
+        evaluate: a model's numbers by metric name; called on the raw and on the averaged weights, in all processes.
+        save: keeps the trainer's state; called in the first process alone: every `save_seconds` (or longer, where a
+            save takes more than a twentieth of that), every `save_steps` steps (0: never for that reason), at an
+            `until` before the last step, and where work stops. Never for the last step otherwise.
         tell: progress after each step, with the rate so far.
+        keep_best: called in the first process when the averaged weights' `val_nll` is the lowest so far.
+        stopping: whether this process was asked to stop.
     Raises:
         AnomalyError: from `Trainer.step`.
+        PackStopped: in all processes, after the state was saved, when one of them was asked to stop.
     """
-    busy, tokens, saved = 0.0, 0, time.monotonic()
-    c = trainer.config
-    stats: StepStats | None = None
-    while trainer.step_count < c.steps:
+    busy, tokens, saved, took = 0.0, 0, time.monotonic(), 0.0
+    last = trainer.config.steps
+    end = last if until is None else until
+
+    def keep() -> None:
+        nonlocal saved, took
+        began = time.monotonic()
+        if trainer.world.first:
+            save(trainer)
+        saved = time.monotonic()
+        took = saved - began
+
+    while trainer.step_count < end:
         batch = batch_at(trainer.step_count)
         began = time.monotonic()
-        stats = trainer.step(batch)
+        stats = trainer.step(batch, stop=stopping())
         busy += time.monotonic() - began
         tokens += batch.real_tokens
-        if trainer.step_count % eval_every == 0 or trainer.step_count == c.steps:
-            _measure(trainer, stats, evaluate)
+        if trainer.step_count % eval_every == 0 or trainer.step_count == end:
+            _measure(trainer, stats, evaluate, keep_best)
         tell(trainer, stats, tokens / max(busy, 1e-9))
-        if time.monotonic() - saved > save_seconds and trainer.step_count < c.steps:
-            save(trainer)
-            saved = time.monotonic()
+        if stats.stop:
+            keep()
+            raise PackStopped(f"stopped at step {trainer.step_count}; its checkpoint is kept")
+        due = time.monotonic() - saved > max(save_seconds, _SAVE_PAUSE * took)
+        due = due or (save_steps > 0 and trainer.step_count % save_steps == 0)
+        if trainer.step_count < last and (due or trainer.step_count == end):
+            keep()
     return tokens / busy if busy else math.nan
 
 
-def _measure(trainer: Trainer, stats: StepStats, evaluate: Callable[[CodecLM], dict[str, float]]) -> None:
+def _measure(
+    trainer: Trainer,
+    stats: StepStats,
+    evaluate: Callable[[CodecLM], dict[str, float]],
+    keep_best: Callable[[Trainer], None] | None,
+) -> None:
     points = {"train_loss": stats.loss, "grad_norm": stats.grad_norm}
     points |= {f"grad_norm/{group}": norm for group, norm in stats.group_norms.items()}
     for weights, model in (("raw", trainer.model), ("ema", trainer.ema)):
         points |= {f"{metric}/{weights}": value for metric, value in evaluate(model).items()}
     trainer.curve += [(metric, stats.step, value) for metric, value in points.items()]
+    value = points.get("val_nll/ema", math.nan)
+    if value < (trainer.best[1] if trainer.best else math.inf):
+        trainer.best = (stats.step, value)
+        if keep_best is not None and trainer.world.first:
+            keep_best(trainer)

@@ -40,6 +40,10 @@ class RunSettings:
     threads: int = 0  # CPU threads a pack; 0: the machine's cores divided among the packs that run at once
     max_retries: int = 2  # of a pack after a crash; bad input is never retried
     checkpoint_seconds: float = 30.0  # between checkpoints of unfinished work
+    checkpoint_steps: int = 0  # also a checkpoint every so many steps of a language model; 0: by time alone
+    workers: int = 1  # processes that train one language model together, each with its own GPU or share of the cores
+    min_workers: int = 0  # go on with as few, and with more when there is room again; 0: always `workers`
+    grace_seconds: float = 25.0  # that running packs get to save when the launch is stopped
     lm_path: str = ""  # local folder with the language model (Hugging Face format) instead of the hub
     stream_path: str = ""  # local folder with the token shards (same Parquet schema) instead of the hub
     on_corrupt: str = "raise"  # a corrupt shard: "raise" names it and stops, "skip" names it and goes on
@@ -51,9 +55,14 @@ class RunSettings:
     def __post_init__(self) -> None:
         if self.on_corrupt not in ("raise", "skip"):
             raise UserError(f"on_corrupt={self.on_corrupt!r} is not known; choose raise or skip")
-        for name in ("cells_per_pack", "threads", "max_retries"):
+        for name in ("cells_per_pack", "threads", "max_retries", "checkpoint_steps", "min_workers", "grace_seconds"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} is negative; choose 0 or more")
+        if self.workers < 1 or self.min_workers > self.workers:
+            raise UserError(
+                f"workers={self.workers} with min_workers={self.min_workers}; choose workers >= 1 and min_workers in "
+                "0..workers"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,148 @@
+"""How work hears that it should stop, so that it can save before it ends.
+
+A launch that is told to stop leaves a flag in the ledger's store; every process that works for it sees the flag,
+on whatever node. A process that gets SIGTERM itself (its node is about to be taken away) notes that. Both are obeyed
+at the next safe point, a step or a cell: checkpoint, then `PackStopped`. A second SIGTERM ends a process at once.
+"""
+
+from __future__ import annotations
+
+import _thread
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sweeps._storage import Store
+
+POLL_SECONDS = 1.0
+_terminated = threading.Event()
+_under_way: list[None] = []  # one entry for each `working` block that is open
+
+
+class PackStopped(Exception):
+    """The pack ended at a safe point, as it was asked to; what it had done is published or in its checkpoint."""
+
+
+class _Note:
+    """Signal handler that notes the first SIGTERM while work is under way, and leaves every other to `previous`."""
+
+    def __init__(self, previous: Any) -> None:
+        self.previous = previous
+
+    def __call__(self, signum: int, frame: Any) -> None:
+        if _terminated.is_set() or not _under_way:
+            signal.signal(signum, self.previous)
+            signal.raise_signal(signum)
+        _terminated.set()
+
+
+def listen() -> None:
+    """Note SIGTERM from now on; to be called in the main thread. Without work under way SIGTERM does what it did."""
+    previous = signal.getsignal(signal.SIGTERM)
+    if not isinstance(previous, _Note):
+        signal.signal(signal.SIGTERM, _Note(previous))
+
+
+def terminated() -> bool:
+    """Whether this process got SIGTERM while it worked."""
+    return _terminated.is_set()
+
+
+@contextmanager
+def working() -> Iterator[None]:
+    """Work that reaches safe points is under way: SIGTERM waits for the next one."""
+    _under_way.append(None)
+    try:
+        yield
+    finally:
+        _under_way.pop()
+
+
+class StopFlag:
+    """Whether one of some flags was raised in a store; a thread looks every second, starting with the first question.
+
+    A store that does not answer counts as no flag: the work goes on and meets the trouble itself.
+    """
+
+    def __init__(self, store: Store, names: Sequence[str]) -> None:
+        self.store, self.names = store, tuple(names)
+        self._seen = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def raised(self) -> bool:
+        if self._thread is None and self.names:
+            self._look()  # at once, so that work which starts after the flag does nothing
+            self._thread = threading.Thread(target=self._watch, name="stop-flag", daemon=True)
+            self._thread.start()
+        return self._seen.is_set()
+
+    def _watch(self) -> None:
+        while not self._seen.wait(POLL_SECONDS):
+            self._look()
+
+    def _look(self) -> None:
+        try:
+            if any(self.store.exists(flag_path(name)) for name in self.names):
+                self._seen.set()
+        except Exception:
+            return
+
+
+def flag_path(name: str) -> str:
+    """Where a flag lies in the store."""
+    return f"_stop/{name}"
+
+
+def raise_flag(store: Store, name: str) -> None:
+    """Ask all that work under `name` (a launch, a pack of it) to stop."""
+    store.replace(flag_path(name), b"")
+
+
+def lower_flag(store: Store, name: str) -> None:
+    """Remove a flag; nothing happens where there is none."""
+    store.remove(flag_path(name))
+
+
+class Stopper:
+    """Handler of a launch's SIGTERM and SIGINT: the packs that run get time to save, then the launch ends.
+
+    The first signal inside `asking` raises the launch's flag; when the packs have ended, or the grace is over,
+    KeyboardInterrupt is raised there. A second signal, or one outside `asking`, raises it at once.
+    """
+
+    def __init__(self) -> None:
+        self._ask: Callable[[], None] | None = None
+        self._asked = threading.Event()
+
+    def __call__(self, signum: int, frame: Any) -> None:
+        if self._ask is None or self._asked.is_set():
+            raise KeyboardInterrupt
+        self._asked.set()
+        threading.Thread(target=self._ask, name="stop", daemon=True).start()  # a handler must not wait for a store
+
+    @contextmanager
+    def asking(self, store: Store, launch: str, grace: float, say: Callable[[str], None]) -> Iterator[None]:
+        """Packs of `launch` run in this block, in the main thread."""
+        over = threading.Event()
+
+        def ask() -> None:
+            say(f"stopping: up to {grace:g} s for running packs to save; a second signal stops at once")
+            with suppress(OSError):
+                raise_flag(store, launch)
+            if not over.wait(grace):
+                _thread.interrupt_main()
+
+        self._ask = ask
+        try:
+            yield
+            if self._asked.is_set():
+                raise KeyboardInterrupt
+        finally:
+            over.set()
+            self._ask = None
+            if self._asked.is_set():
+                with suppress(OSError):
+                    lower_flag(store, launch)
