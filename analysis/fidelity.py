@@ -167,6 +167,7 @@ class SequenceSums:
         self._sums: list[torch.Tensor] = []
         self._sum_D = torch.zeros_like(self.mean_D)
         self._losses: dict[int, tuple[float, ...]] = {}
+        self._table: pd.DataFrame | None = None
 
     def update(
         self,
@@ -185,6 +186,7 @@ class SequenceSums:
                 Take L as the sum over tokens of nats, so that g does not depend on the batch size.
         """
         ids = torch.as_tensor(sequence_B, dtype=torch.int64)
+        self._table = None
         d = self.mean_D.numel()
         if a_BTD.ndim != 3 or a_BTD.shape[-1] != d or a_hat_BTD.shape != a_BTD.shape or len(ids) != len(a_BTD):
             raise ValueError(
@@ -230,6 +232,7 @@ class SequenceSums:
         columns = [_double(x).reshape(-1).tolist() for x in (loss_orig_B, loss_recon_B, loss_zero_B)]
         if any(len(column) != len(ids) for column in columns):
             raise ValueError(f"{[len(c) for c in columns]} losses for {len(ids)} sequences; give one loss a sequence")
+        self._table = None
         self._losses.update(zip(ids, zip(*columns, strict=True), strict=True))
 
     def table(self) -> pd.DataFrame:
@@ -238,6 +241,11 @@ class SequenceSums:
         Raises ValueError on an empty stream, on non-finite sums (named by sequence), and when `mean_D`
         is not the mean of the streamed tokens.
         """
+        if self._table is None:
+            self._table = self._summed()
+        return self._table.copy()
+
+    def _summed(self) -> pd.DataFrame:
         if not self._sums:
             raise ValueError("no batch was added; call update before table")
         frame = pd.DataFrame(torch.cat(self._sums).cpu().numpy(), columns=list(TOKEN_SUMS))

@@ -139,6 +139,7 @@ def ours(folder: Path, dtype: str) -> Any:
     """The sweep's evaluation of every SAE; leaves its CEs in ours-<dtype>.json."""
     from models.host_lm import load_host_lm
     from models.sae_io import load_saelens
+    from models.topk_sae import encoder
     from sweeps._sae_eval import Evaluation
     from sweeps.proxy_gap import SAECell
 
@@ -175,6 +176,8 @@ def ours(folder: Path, dtype: str) -> Any:
         )
         for layer, k in CELLS
     }
+
+    encoder(next(iter(saes.values())))(torch.zeros(1, 512))  # compiles or loads the kernels
 
     def work() -> None:
         found = {}

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from models.topk_engines import Backend, n_candidates
 from models.topk_model import SCORE_BYTES, SAEConfig
-from models.topk_numba import CHUNK_BYTES_PER_FEATURE, INT8_MARGIN
+from models.topk_screen import CHUNK_BYTES_PER_FEATURE, INT8_MARGIN
 
 
 def bank_bytes(configs: Iterable[SAEConfig], batch: int, *, backend: Backend = "numba", aux: bool = True) -> int:

@@ -172,6 +172,13 @@ class TopKSAE(nn.Module):
         """What the encoder sees: x − b_dec, or x itself without `apply_b_dec_to_input`."""
         return x_BD - self.b_dec if self.apply_b_dec_to_input else x_BD
 
+    def check_width(self, x_BD: torch.Tensor) -> None:
+        """Raise ValueError when the activations x [..., D] are not this SAE's."""
+        if x_BD.shape[-1] != self.d_in:
+            raise ValueError(
+                f"activations have width {x_BD.shape[-1]}, the SAE d_in={self.d_in}; check the hook's layer"
+            )
+
     @torch.no_grad()
     def encode(self, x_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [..., d_in] -> feature indices (int64) and activations, both [..., k], k in no particular order.
@@ -179,10 +186,7 @@ class TopKSAE(nn.Module):
         The activations are SAELens' (`h_j = relu(a_j n_j)`: the length of the feature's part in x̂). Rows are taken
         in chunks, so that no more than 32 MiB of scores exist at once. Raises ValueError on a wrong width.
         """
-        if x_BD.shape[-1] != self.d_in:
-            raise ValueError(
-                f"activations have width {x_BD.shape[-1]}, the SAE d_in={self.d_in}; check the hook's layer"
-            )
+        self.check_width(x_BD)
         shape = (*x_BD.shape[:-1], self.k)
         xc = self.centred(x_BD.reshape(-1, self.d_in).to(self.W_enc.dtype))
         norm = self.decoder_norms()

@@ -19,8 +19,9 @@ from models.topk_engines import PARAMETERS, Backend, DenseEngine, Engine, Scratc
 from models.topk_model import SAEConfig, TopKSAE
 from models.topk_numba import NumbaEngine
 from models.topk_probe import faster_backend
+from models.topk_screen import encoder
 
-__all__ = ["SAEBank", "SAEConfig", "SparseTrainer", "StepStats", "TopKSAE", "bank_bytes", "step_flops"]
+__all__ = ["SAEBank", "SAEConfig", "SparseTrainer", "StepStats", "TopKSAE", "bank_bytes", "encoder", "step_flops"]
 
 BackendChoice = Literal["auto", "numba", "torch", "dense"]
 

@@ -19,7 +19,7 @@ from analysis.fidelity import SequenceSums
 from analysis.geometry import CovarianceSums
 from data.pile import TokenStream
 from models.sae_io import save_saelens
-from models.topk_sae import TopKSAE
+from models.topk_sae import TopKSAE, encoder
 from sweeps._context import PackContext
 from sweeps._sweep import Row, UserError
 
@@ -88,9 +88,10 @@ class Evaluation:
         """Rows, files and CE_rec of one trained SAE."""
         sums = SequenceSums(self.mean_D[cell.layer])
         features = FeatureCounts(cell.d_sae)
+        encode = encoder(sae)
         for rows in self._chunks():
             a_BTD = self.a_STD[cell.layer][rows]
-            index_BTk, value_BTk = sae.encode(a_BTD)
+            index_BTk, value_BTk = encode(a_BTD)
             a_hat_BTD = sae.decode(index_BTk, value_BTk)
             sequence_B = torch.arange(rows.start, rows.start + len(a_BTD))
             sums.update(a_BTD, a_hat_BTD, sequence_B, self.g_STD[cell.layer][rows])

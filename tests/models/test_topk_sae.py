@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from models.topk_sae import SAEConfig, TopKSAE
+from models.topk_sae import SAEConfig, TopKSAE, encoder
+from models.topk_screen import ScreenedEncoder
 
 CONFIG = SAEConfig(d_in=24, d_sae=96, k=6, seed=3)
 
@@ -133,3 +136,46 @@ def test_branch_step_of_a_budget() -> None:
     assert wsd.branch_step(20) == 16
     with pytest.raises(ValueError, match="shorter than warmup_steps=5"):
         wsd.branch_step(8)
+
+
+def hostile(x: torch.Tensor) -> torch.Tensor:
+    """One enormous coordinate a token, which leaves nothing of the others in eight bits."""
+    x = x.clone()
+    x[..., 5] = 3000.0
+    return x
+
+
+@pytest.mark.parametrize("change", [{}, {"k": 96}, {"k": 1}, {"rescale_acts_by_decoder_norm": False}, {"d_in": 23}])
+@pytest.mark.parametrize("prepare", [torch.clone, hostile], ids=["plain", "hostile to int8"])
+def test_screened_encoder_has_the_support_of_the_full_product(change: dict, prepare: Callable) -> None:
+    config = SAEConfig(**{"d_in": 24, "d_sae": 96, "k": 6, "seed": 3, **change})
+    sae = random_sae(config)
+    x = prepare(torch.randn(2, 150, config.d_in, generator=torch.Generator().manual_seed(4)))
+    encode = ScreenedEncoder(sae, n_threads=1, rows=128)
+    for _ in range(2):  # the second time in the precision that the first one chose
+        idx, h = encode(x)
+        wanted_idx, wanted_h = sae.encode(x)
+        assert idx.shape == h.shape == (2, 150, config.k)
+        assert idx.dtype == wanted_idx.dtype
+        dense, wanted = (torch.zeros(2, 150, 96).scatter(-1, i, v) for i, v in ((idx, h), (wanted_idx, wanted_h)))
+        assert torch.equal(idx.sort().values, wanted_idx.sort().values)
+        torch.testing.assert_close(dense, wanted, rtol=1e-5, atol=1e-5 * float(wanted.max()))
+
+
+def test_the_encoder_chosen_here_is_exact() -> None:
+    sae = random_sae()
+    x = torch.randn(40, 24, generator=torch.Generator().manual_seed(1))
+    idx, h = encoder(sae)(x)
+    wanted_idx, wanted_h = sae.encode(x)
+    assert torch.equal(idx.sort().values, wanted_idx.sort().values)
+    torch.testing.assert_close(h.sort().values, wanted_h.sort().values)
+
+
+def test_screened_encoder_refuses_what_it_cannot_rank() -> None:
+    encode = ScreenedEncoder(random_sae(), n_threads=1)
+    with pytest.raises(ValueError, match="width 25, the SAE d_in=24"):
+        encode(torch.randn(2, 25))
+    x = torch.randn(3, 24)
+    x[1, 2] = torch.nan
+    with pytest.raises(ValueError, match="1 of 72 activations are NaN or inf"):
+        encode(x)

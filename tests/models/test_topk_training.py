@@ -332,7 +332,7 @@ def test_activations_that_int8_cannot_hold_turn_the_screen_to_bfloat16_and_back(
 ) -> None:
     """One enormous coordinate a token leaves nothing of the others in eight bits: the support stays exact, the engine
     screens in bfloat16 for a while, and a copy that resumes in between does the same."""
-    monkeypatch.setattr("models.topk_numba.HOLD_STEPS", 3)
+    monkeypatch.setattr("models.topk_screen.HOLD_STEPS", 3)
     config = config_of(d_in=64, d_sae=1024, k=4)
     trainer = SparseTrainer(config, backend="numba", n_threads=1)
     x = activations(128, 64, 5)
