@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from ripser import ripser
 from scipy import stats
 
 from analysis import audit, power, verdict
-from analysis.distances import euclidean
-from analysis.nulls import gaussian, permute_columns
+from analysis.distances import euclidean, jaccard
+from analysis.nulls import fixed_margin, gaussian, permute_columns
 from analysis.persistence import h1
 
 
@@ -25,6 +27,19 @@ def test_under_a_true_null_the_monte_carlo_p_is_uniform() -> None:
     jittered = p_values - rng.uniform(0, 1 / 20, p_values.size)
     assert stats.kstest(jittered, "uniform").pvalue > 0.01
     assert (p_values <= 0.05).mean() == pytest.approx(0.05, abs=3 * np.sqrt(0.05 * 0.95 / 240))
+
+
+@pytest.mark.parametrize("null", [fixed_margin, permute_columns])
+def test_p_is_uniform_through_the_whole_chain_when_the_null_made_the_data(null: Callable[..., np.ndarray]) -> None:
+    """Data drawn from the null itself and its null draws are exchangeable: 200 tests of distances, H1 and p."""
+    rng = np.random.default_rng(7)
+    p_values = []
+    for test in range(200):
+        x_ND = null(rng.random((24, 40)) < rng.beta(1, 3, 40), 10_000 + test)
+        top = [audit.top1(h1(jaccard(x))) for x in (x_ND, *(null(x_ND, 100 * test + b) for b in range(19)))]
+        p_values.append(audit.monte_carlo_p(top[0], np.array(top[1:])))
+    jittered = np.array(p_values) - rng.uniform(0, 1 / 20, 200)
+    assert stats.kstest(jittered, "uniform").pvalue > 0.01
 
 
 def test_the_calibration_check_notices_a_small_shift() -> None:
