@@ -36,6 +36,7 @@ class _Log:
     entries: dict[int, tuple[str, str, list[str]]] = field(default_factory=dict)  # number: (launch, nonce, keys)
     mine: dict[str, None] = field(default_factory=dict)
     number: int = -1  # of this launch's own entry
+    shared: bool = False  # another live launch claimed in this group since this one first did
 
 
 class Claims:
@@ -99,6 +100,8 @@ class Claims:
                     if held and launch not in alive:
                         alive[launch] = self.alive(launch)
                     holders.update(dict.fromkeys(held, launch))
+                    log.shared |= bool(held) and launch != self.launch_id and alive[launch]
+                log.shared |= 0 <= log.number != newest
                 others = {
                     k: holders[k]
                     for k in wanted
@@ -111,6 +114,11 @@ class Claims:
                 if all(holders.get(k) == self.launch_id for k in ours) or self._append(group, log, newest + 1):
                     self._tidy(group, log, alive)
                     return ours, others
+
+    def shared(self, group: str) -> bool:
+        """Whether another live launch held anything of the group since this launch's first claim in it."""
+        with self._lock:
+            return group in self._logs and self._logs[group].shared
 
     def done_with(self, keys: Iterable[str], group: str = "cells") -> None:
         """Let go of finished keys: the next entry of this launch leaves them out."""

@@ -13,7 +13,6 @@ import contextlib
 import importlib
 import os
 import re
-import signal
 import sys
 import threading
 import time
@@ -61,8 +60,7 @@ def main(module: str, argv: Sequence[str] | None = None) -> int:
     sweep: Sweep = importlib.import_module(module).SWEEP
     arguments = parser(sweep).parse_args(argv)
     stopper = Stopper()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stopper)
+    stopper.install()
     try:
         return _Launch(module, sweep, arguments, stopper).go()
     except UserError as error:
@@ -167,12 +165,12 @@ class _Launch:
         started = time.monotonic()
         print(f"{self.sweep.name} --preset {self.arguments.preset} → {self.ledger.store.uri}")
         self._print_banner()
-        fingerprints = {c.key: self.sweep.fingerprint(c, self.preset, self.run) for c in self.cells}
-        self.ledger.compact(self.done)
-        self.ledger.verify({key: fingerprints[key] for key in self.done})
         missing = [c for c in self.cells if c.key not in self.done]
         if missing and (preflight := getattr(self.sweep, "preflight", None)):
             preflight(missing, self.preset, self.run)
+        fingerprints = {c.key: self.sweep.fingerprint(c, self.preset, self.run) for c in self.cells}
+        self.ledger.compact(self.done)
+        self.ledger.verify({key: fingerprints[key] for key in self.done})
         if self.arguments.retry_failed:
             self.ledger.forget_failures(self.failures)
             self.failures = {}

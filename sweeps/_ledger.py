@@ -34,11 +34,17 @@ class Ledger:
     """Finished cells of one (sweep, version) on a storage URI."""
 
     def __init__(self, storage: str, sweep: str, version: str) -> None:
-        self.sweep, self.version = sweep, version
+        self.storage, self.sweep, self.version = storage, sweep, version
         self.store = Store(f"{storage.rstrip('/')}/{sweep}/{version}")
         self.index = Index(self.store)
         self._stamps: dict[str, int] = {}  # of the cells that `done` saw
         self._lock = threading.RLock()
+
+    def __reduce__(self) -> tuple[Any, ...]:  # in another process it looks for itself
+        return Ledger, (self.store.uri.removesuffix(f"/{self.sweep}/{self.version}"), self.sweep, self.version)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Ledger, (self.storage, self.sweep, self.version)
 
     def done(self, keys: Iterable[str] | None = None) -> set[str]:
         """Keys of published cells, or of the published ones among `keys`.
@@ -99,7 +105,7 @@ class Ledger:
 
     def _record(self, key: str) -> Record | None:
         try:
-            stamp = self.store.stamp(key)
+            stamp = self.store.stamp(key) if self.store.local else 0
             meta = json.loads(self.store.read(f"{key}/cell.json"))
             rows = self.store.read(f"{key}/rows.parquet")
         except FileNotFoundError:
@@ -115,7 +121,7 @@ class Ledger:
         self, cell: Cell, rows: Sequence[Row], files: Mapping[str, bytes | Path], meta: Mapping[str, Any]
     ) -> bool:
         """Publish a finished cell; False when it was published before (the first result stays)."""
-        others: dict[str, bytes | Path] = {"rows.parquet": _rows_to_parquet(rows), **files}
+        others: dict[str, bytes | Path] = {"rows.parquet": rows_to_parquet(rows), **files}
         contents: dict[str, bytes | Path] = {
             "cell.json": json.dumps(
                 {
@@ -206,7 +212,8 @@ class Ledger:
         self._each(lambda key: self.store.remove_file(f"_failed/{key}.json"), keys)
 
 
-def _rows_to_parquet(rows: Sequence[Row]) -> bytes:
+def rows_to_parquet(rows: Sequence[Row]) -> bytes:
+    """The tidy table as it is kept: metric, value, unit and one column a parameter."""
     names = sorted({name for row in rows for name in row.params})
     frame = pd.DataFrame(
         {

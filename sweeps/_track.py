@@ -8,6 +8,7 @@ follow from the published cell alone, so copying twice writes the same rows.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -16,8 +17,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import filelock
@@ -27,11 +29,18 @@ from sweeps._claims import Claims
 from sweeps._ledger import Ledger
 from sweeps._sweep import PublishedCell, digest
 
+if TYPE_CHECKING:
+    from mlflow.entities import Param
+
 _POLL_SECONDS = 0.5
 _FINISH_TRIES = 4  # of a store that answered before: SQLite may be locked by another launch
 _WAIT_SECONDS = 60.0  # for cells that another launch is copying
 _BATCH = 1000  # metrics a log_batch call may carry (MLflow REST limit)
+_CHUNK = 256  # cells claimed and copied at once
 _SINGLE_LOOKUPS = 20  # cells looked up one by one; more are found by one listing
+_WRITERS = 8  # threads that copy to a server; SQLite has one writer
+_SAY_SECONDS = 15.0
+_PAGE = 5000  # runs a search may return at once
 _COMPARE_RUNS = 100  # the compare page slows beyond this
 
 
@@ -58,7 +67,7 @@ class Tracker:
         self, uri: str, ledger: Ledger, claims: Claims, *, artifact_mb: float, say: Callable[[str], None]
     ) -> None:
         self.uri, self.ledger, self.claims, self.say = uri, ledger, claims, say
-        self._place = digest(without_password(uri))[:8]
+        self._group = f"track-{digest(without_password(uri))[:8]}"
         self._artifact_bytes = artifact_mb * 2**20
         self._wanted: dict[str, None] = {}
         self._lock = threading.Lock()
@@ -68,11 +77,15 @@ class Tracker:
         self._experiment = ""
         self._parent = ""
         self._down = False
+        self._many = False  # more cells than are looked up one by one
+        self._listed = False  # every run of this ledger's cells that was made before is in `run_ids` or `_begun`
+        self._begun: dict[str, str] = {}  # {key: id of a run that a launch left unfinished}
         self.run_ids: dict[str, str] = {}
 
     def start(self, parent_params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         """Open the launch's parent run in a thread that then copies whatever `want` names."""
         self._parent_params, self._parent_tags = dict(parent_params), dict(tags)
+        self._many = int(parent_params.get("cells", 0)) > _SINGLE_LOOKUPS
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
 
@@ -102,10 +115,17 @@ class Tracker:
     def _finish_once(self, status: str, metrics: Mapping[str, float], files: Sequence[Path]) -> None:
         self._open()
         end = time.monotonic() + _WAIT_SECONDS
-        self._drain()
-        while self._wanted and time.monotonic() < end:  # another live launch is copying these
-            time.sleep(_POLL_SECONDS)
-            self._drain()
+        said, total = time.monotonic(), len(self._wanted)
+        while self._wanted and time.monotonic() < end:
+            if self._drain():
+                end = time.monotonic() + _WAIT_SECONDS
+            else:  # another live launch is copying these
+                time.sleep(_POLL_SECONDS)
+            if time.monotonic() - said > _SAY_SECONDS:
+                said = time.monotonic()
+                self.say(
+                    f"MLflow: {total - len(self._wanted)} of {total} cells copied; if stopped, the next launch goes on"
+                )
         now = int(time.time() * 1000)
         self._log_points(self._parent, [(n, v, now, 0) for n, v in metrics.items()])
         for file in files:
@@ -117,7 +137,8 @@ class Tracker:
             stopping = self._stop.is_set()
             try:
                 self._open()
-                self._drain()
+                while self._drain() and not self._stop.is_set():
+                    pass
             except Exception as error:
                 self._unreachable(error)
                 self._stop.wait(10.0)
@@ -175,47 +196,58 @@ class Tracker:
             self.say(f"MLflow at {without_password(self.uri)} answers again")
             self._down = False
 
-    def _existing(self, keys: Sequence[str]) -> dict[str, str]:
-        """{cell address: run id} of the runs that exist for these cells; `?` before an id marks an unfinished one."""
-        kind = "tags.`plumbline.kind` = 'cell'"
-        if len(keys) <= _SINGLE_LOOKUPS:
-            filters = [f"{kind} and tags.`plumbline.cell_uri` = '{self.ledger.store.uri}/{key}'" for key in keys]
+    def _look_up(self, keys: Sequence[str] | None) -> None:
+        """Note the runs that exist for these cells, or all of this ledger's: those that are finished, and others."""
+        kind, here = "tags.`plumbline.kind` = 'cell'", f"{self.ledger.store.uri}/"
+        if keys is None:
+            filters = [f"{kind} and tags.`plumbline.cell_uri` LIKE '{here}%'"]
         else:
-            filters = [kind]
-        out: dict[str, str] = {}
+            filters = [f"{kind} and tags.`plumbline.cell_uri` = '{here}{key}'" for key in keys]
         for text in filters:
             token = None
             while True:
-                page = self._client.search_runs([self._experiment], text, max_results=5000, page_token=token)
+                page = self._client.search_runs([self._experiment], text, max_results=_PAGE, page_token=token)
                 for run in page:
-                    whole = run.info.status == "FINISHED"
-                    out[run.data.tags["plumbline.cell_uri"]] = run.info.run_id if whole else f"?{run.info.run_id}"
+                    uri = run.data.tags["plumbline.cell_uri"]
+                    if uri.startswith(here):  # LIKE knows neither case nor `_`
+                        found = self.run_ids if run.info.status == "FINISHED" else self._begun
+                        found[uri.removeprefix(here)] = run.info.run_id
                 token = page.token
                 if not token:
                     break
-        return out
 
-    def _drain(self) -> None:
-        """Copy every wanted cell that no other live launch is copying."""
+    def _drain(self) -> bool:
+        """Copy a chunk of the wanted cells; False where there are none that no other live launch is copying."""
         with self._lock:
-            wanted = list(self._wanted)
+            wanted = list(itertools.islice(self._wanted, _CHUNK))
         if not wanted:
-            return
+            return False
         # claimed first, looked up second: nobody else can make a run for these cells after the look-up
-        names = {f"track-{self._place}-{key}": key for key in wanted}
-        ours, others = self.claims.claim(names)
-        known = self._existing(wanted)
-        for name in [*ours, *others]:
-            key = names[name]
-            run_id = known.get(f"{self.ledger.store.uri}/{key}", "")
-            if run_id and not run_id.startswith("?"):
-                self.run_ids[key] = run_id
-            elif name not in others:
-                self.run_ids[key] = self._copy(key, run_id.removeprefix("?"))
-            else:
-                continue
+        ours, _ = self.claims.claim(wanted, self._group)
+        if self._many and not self._listed:
+            self._look_up(None)
+            self._listed = True
+        elif not self._listed or self.claims.shared(self._group):  # else nobody made a run since the listing
+            self._look_up(wanted)
+        try:
+            self._copy_all([key for key in ours if key not in self.run_ids])
+        finally:
+            finished = [key for key in wanted if key in self.run_ids]
+            self.claims.done_with(finished, self._group)
             with self._lock:
-                self._wanted.pop(key, None)
+                for key in wanted:
+                    self._wanted.pop(key, None)
+                self._wanted.update({key: None for key in wanted if key not in self.run_ids})
+        return bool(finished)
+
+    def _copy_all(self, keys: Sequence[str]) -> None:
+        pool = ThreadPoolExecutor(1 if self.uri.startswith("sqlite:") else _WRITERS)
+        try:
+            copies = {pool.submit(self._copy, key, self._begun.get(key, "")): key for key in keys}
+            for copy in as_completed(copies):
+                self.run_ids[copies[copy]] = copy.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _copy(self, key: str, unfinished: str) -> str:
         """Make the run of a cell, or fill the one that a launch left unfinished; returns its id."""
@@ -240,29 +272,32 @@ class Tracker:
         if not run_id:
             made = self._client.create_run(self._experiment, start_time=began, run_name=_name(cell), tags=tags)
             run_id = made.info.run_id
-        self._client.log_batch(
-            run_id,
-            params=[Param(k, str(v)) for k, v in cell.identity.items()],
-            tags=[RunTag(k, v) for k, v in tags.items()] if unfinished else [],
-        )
-        self._log_points(run_id, list(_points(cell, began, published)))
+        if unfinished:
+            self._client.log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+        params = [Param(k, str(v)) for k, v in cell.identity.items()]
+        self._log_points(run_id, list(_points(cell, began, published)), params)
         self._log_files(run_id, cell)
         self._client.set_terminated(run_id, "FINISHED", end_time=published)
         return run_id
 
-    def _log_points(self, run_id: str, points: Sequence[tuple[str, float, int, int]]) -> None:
+    def _log_points(
+        self, run_id: str, points: Sequence[tuple[str, float, int, int]], params: Sequence[Param] = ()
+    ) -> None:
         from mlflow.entities import Metric
 
-        for i in range(0, len(points), _BATCH):
-            metrics = [Metric(*point) for point in points[i : i + _BATCH]]
-            self._client.log_batch(run_id, metrics=metrics)
+        first = _BATCH - len(params)  # a call carries so many entries in all
+        rest = [points[i : i + _BATCH] for i in range(first, len(points), _BATCH)]
+        for i, part in enumerate([points[:first], *rest]):
+            metrics = [Metric(*point) for point in part]
+            self._client.log_batch(run_id, metrics=metrics, params=() if i else params)
 
     def _log_files(self, run_id: str, cell: PublishedCell) -> None:
         store = self.ledger.store
         left_out = []
         with tempfile.TemporaryDirectory() as folder:
+            sizes = cell.meta.get("files") or store.sizes(cell.key)
             for name in cell.files:
-                if store.fs.size(store.path(f"{cell.key}/{name}")) > self._artifact_bytes:
+                if sizes.get(name, 0) > self._artifact_bytes:
                     left_out.append(name)
                     continue
                 place = Path(folder, name)

@@ -7,6 +7,7 @@ python sweeps/proxy_gap.py --preset fast2     the study's grid on Pythia and the
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -90,6 +91,10 @@ class SAECell(Cell):
 
     def trajectory(self) -> tuple[Any, ...]:
         """What cells of nested budgets share: all but the budget."""
+        return self._trajectory
+
+    @functools.cached_property
+    def _trajectory(self) -> tuple[Any, ...]:
         return tuple(v for name, v in self.identity().items() if name != "tokens")
 
 
