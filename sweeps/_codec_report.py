@@ -2,85 +2,255 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
-from analysis.codec_report import write_report
+from analysis.audio_distance import Embeddings, frechet_distance, kernel_distance
+from analysis.bootstrap import bootstrap_ci
+from analysis.codec_contrasts import choose_lr
+from analysis.codec_report import REAL, Results, at, write_report
+from sweeps._codec_audio import SAMPLING, AudioSets, coherence_window_s
 from sweeps._codec_data import banner
 from sweeps._storage import Store
-from sweeps._sweep import PublishedCell
+from sweeps._sweep import PublishedCell, UserError
 
 if TYPE_CHECKING:
     from sweeps.codec_lm import Study
 
-_PLAIN = ("n_parameters", "flops_per_column", "tokens_per_second", "train_tokens", "unigram_nll", "corpus_audio")
+_PLAIN = ("n_parameters", "tokens_per_second", "train_tokens", "unigram_nll", "corpus_audio")
+_POINTS = ("train_loss", "val_nll", "val_nll_lo", "val_nll_hi", "val_loss_smoothed", "grad_norm")
+_TUNED = ("architecture", "lr", "seed")
+_NOTHING = (float("nan"),) * 3
 
 
-def labels(cells: Sequence[PublishedCell]) -> list[str]:
-    """What tells the cells apart: the architecture, and lr or seed where they differ."""
-    names = [n for n in ("lr", "seed") if len({c.identity[n] for c in cells}) > 1]
-    return [" ".join([c.identity["architecture"], *(f"{n}={c.identity[n]}" for n in names)]) for c in cells]
-
-
-def tables(cells: Sequence[PublishedCell]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """(models: one row a cell, curves: one row a point, codebooks: one row a cell, weights and codebook)."""
-    records: list[dict[str, Any]] = []
-    curves, codebooks = [], []
-    for cell, label in zip(cells, labels(cells), strict=True):
-        rows = cell.rows
-        record: dict[str, Any] = {"model": label, "cell_key": cell.key, **cell.identity}
+def results_of(cells: Sequence[PublishedCell]) -> Results:
+    """The tables of all published cells; the generated audio of each architecture's best learning rate."""
+    models, curves, codebooks, clips, spikes, gates = [], [], [], [], [], []
+    for cell in cells:
+        rows, who = cell.rows, {name: cell.identity[name] for name in _TUNED}
+        books = rows[rows["codebook"].notna()].assign(metric=lambda t: t["metric"].str.removeprefix("codebook_"))
+        wide = books.pivot_table(index=["weights", "codebook"], columns="metric", values="value").reset_index()
+        codebooks.append(wide.assign(**who))
+        record: dict[str, Any] = {**who, "cell_key": cell.key}
         plain = rows[rows["metric"].isin(_PLAIN)]
         record |= dict(zip(plain["metric"], plain["value"], strict=True))
-        record["grad_spikes"] = rows.loc[rows["metric"] == "grad_spikes", "value"].sum()
+        per_column = rows.loc[rows["metric"] == "flops_per_column", "value"].iloc[0]
+        record["flops_per_token"] = per_column / wide["codebook"].nunique()
         final = rows[rows["weights"].notna() & rows["step"].isna() & rows["codebook"].isna()]
         for row in final.to_dict("records"):
             record[f"{row['metric'].removeprefix('final_')}_{row['weights']}"] = row["value"]
-        records.append(record)
-        points = rows[rows["step"].notna() & rows["metric"].isin(["train_loss", "val_nll"])]
-        curves.append(points[["metric", "weights", "step", "value"]].assign(model=label))
-        books = rows[rows["codebook"].notna()]
-        books = books.assign(metric=books["metric"].str.removeprefix("codebook_"))
-        wide = books.pivot_table(index=["weights", "codebook"], columns="metric", values="value").reset_index()
-        codebooks.append(wide.assign(model=label))
-    return (
-        pd.DataFrame(records),
-        pd.concat(curves, ignore_index=True),
-        pd.concat(codebooks, ignore_index=True),
+        models.append(record)
+        points = rows[rows["step"].notna() & rows["metric"].isin(_POINTS)]
+        curves.append(points[["metric", "weights", "group", "step", "value"]].assign(**who))
+        jumps = rows[rows["metric"] == "grad_spikes"]
+        spikes.append(jumps[["group", "value"]].assign(**who))
+        clips.append(pd.read_parquet(io.BytesIO(Store(cell.uri).read("clips.parquet"))).assign(**who))
+        if "gates.parquet" in cell.files:
+            gates.append(pd.read_parquet(io.BytesIO(Store(cell.uri).read("gates.parquet"))).assign(**who))
+    frame = pd.DataFrame(models)
+    return Results(
+        models=frame,
+        curves=pd.concat(curves, ignore_index=True),
+        codebooks=pd.concat(codebooks, ignore_index=True),
+        clips=pd.concat(clips, ignore_index=True),
+        spikes=pd.concat(spikes, ignore_index=True),
+        gates=pd.concat(gates, ignore_index=True) if gates else pd.DataFrame(),
+        audio=_audio_table(_chosen(cells, frame)),
+        samples=(),
     )
 
 
+def _shown(cells: Sequence[PublishedCell]) -> Iterator[tuple[str, PublishedCell]]:
+    """(architecture, its cell of the first seed) of those with samples."""
+    first: dict[str, PublishedCell] = {}
+    for cell in sorted(cells, key=lambda c: c.identity["seed"]):
+        if "spectrogram.png" in cell.files:
+            first.setdefault(cell.identity["architecture"], cell)
+    yield from first.items()
+
+
+def _audio_table(cells: Sequence[PublishedCell]) -> pd.DataFrame:
+    """Distances and coherence of each architecture's samples (all seeds together), and of real audio; or no row."""
+    by_name: dict[str, list[AudioSets]] = {}
+    for cell in cells:
+        if "audio.npz" in cell.files:
+            sets = AudioSets.read(Store(cell.uri).read("audio.npz"))
+            by_name.setdefault(cell.identity["architecture"], []).append(sets)
+    if not by_name:
+        return pd.DataFrame()
+    first = next(iter(by_name.values()))[0]
+    records = []
+    for embedder in first.embeddings:
+        real = first.embeddings[embedder]
+        pairs = {REAL: real.get("training")}
+        pairs |= {
+            name: _joined([s.embeddings[embedder].get("samples") for s in sets]) for name, sets in by_name.items()
+        }
+        for name, generated in pairs.items():
+            values = first.coherence_real if name == REAL else np.concatenate(
+                [s.coherence_samples for s in by_name[name]]
+            )  # fmt: skip
+            record: dict[str, Any] = {"embedder": embedder, "architecture": name}
+            record |= _distances(real.get("held_out"), generated)
+            records.append(record | dict(zip(_ends("coherence"), _mean_with_ends(values), strict=True)))
+    return pd.DataFrame(records)
+
+
+def _ends(name: str) -> tuple[str, str, str]:
+    return name, f"{name}_lo", f"{name}_hi"
+
+
+def _mean_with_ends(values: np.ndarray) -> tuple[float, float, float]:
+    values = values[np.isfinite(values)]
+    if len(values) < 2:
+        return _NOTHING
+    return float(values.mean()), *bootstrap_ci(values)
+
+
+def _joined(parts: Sequence[Embeddings | None]) -> Embeddings | None:
+    """The samples of several seeds as one set, their clips kept apart; None where one has none."""
+    if any(p is None for p in parts):
+        return None
+    whole = [p for p in parts if p is not None]
+    offsets = np.cumsum([0, *(int(p.clip_N.max()) + 1 for p in whole[:-1])])
+    clips = np.concatenate([p.clip_N + offset for p, offset in zip(whole, offsets, strict=True)])
+    return Embeddings(whole[0].name, whole[0].embedder, np.concatenate([p.x_ND for p in whole]), clips)
+
+
+def _distances(reference: Embeddings | None, generated: Embeddings | None) -> dict[str, float]:
+    if reference is None or generated is None:
+        empty = dict(zip((*_ends("frechet"), *_ends("kernel")), _NOTHING * 2, strict=True))
+        return {"vectors": 0, "clips": 0, **empty, "frechet_limit": float("nan")}
+    frechet, kernel = frechet_distance(reference, generated), kernel_distance(reference, generated)
+    return {
+        "vectors": frechet.n_generated,
+        "clips": frechet.clips_generated,
+        "reference_vectors": frechet.n_reference,
+        "reference_clips": frechet.clips_reference,
+        **dict(zip(_ends("frechet"), (frechet.value, *frechet.interval), strict=True)),
+        "frechet_limit": float("nan") if frechet.extrapolated is None else frechet.extrapolated,
+        **dict(zip(_ends("kernel"), (kernel.value, *kernel.interval), strict=True)),
+    }
+
+
 def write(cells: Sequence[PublishedCell], preset_name: str, study: Study, out: Path) -> list[str]:
-    """Write the report folder; returns the headline lines for the screen."""
-    models, curves, codebooks = tables(cells)
+    """Write the report folder; returns the headline lines for the screen.
+
+    Raises UserError when the cells were trained on tokens of different codecs.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    samples = []
-    for cell, label in zip(cells, labels(cells), strict=True):
-        store, name = Store(cell.uri), label.replace(" ", "_")
-        samples.append(f"{name}.png")
+    tokens = [json.loads(Store(c.uri).read("tokens.json")) for c in cells]
+    hashes = sorted({str(t["codec"]["weights_hash"]) for t in tokens})
+    if len(hashes) > 1:
+        raise UserError(
+            f"the cells were trained on tokens of {len(hashes)} different codecs (weights {', '.join(hashes)}), "
+            "which no "
+            "table can compare; give one codec's file with --set codec_weights=FILE, or run them on one machine"
+        )
+    results, samples = results_of(cells), []
+    for name, cell in _shown(_chosen(cells, results.models)):
+        store = Store(cell.uri)
         (out / f"{name}.png").write_bytes(store.read("spectrogram.png"))
-        (out / f"{name}.wav").write_bytes(store.read("sample.wav"))
-    tokens = json.loads(Store(cells[0].uri).read("tokens.json"))
+        wavs = ["sample.wav", *sorted(f for f in cell.files if f.startswith("samples/"))]
+        for i, file in enumerate(wavs):
+            (out / f"{name}-{i}.wav").write_bytes(store.read(file))
+        (out / "reference.wav").write_bytes(store.read("reference.wav"))
+        samples.append((name, f"{name}.png"))
+    main = write_report(
+        replace(results, samples=samples),
+        out,
+        preset=preset_name,
+        facts=_facts(cells, tokens[0], study),
+        audio_facts=_audio_facts(cells, results, study),
+        published=_published(study),
+    )
+    lines = [
+        f"val_nll      {r['val_nll']:.4f} [{r['lo']:.4f}, {r['hi']:.4f}] {r['architecture']} (lr {r['lr']:g}"
+        + (f", the {r['edge']} tried)" if r["edge"] in ("lowest", "highest") else ")")
+        for r in main.to_dict("records")
+    ]
+    return [
+        *banner(study),
+        *lines,
+        f"unigram      {main['unigram_nll'].iloc[0]:.4f} nats a token: what a model must beat",
+    ]
+
+
+def _chosen(cells: Sequence[PublishedCell], models: pd.DataFrame) -> list[PublishedCell]:
+    """The cells of each architecture's best learning rate."""
+    picked = set(at(models, choose_lr(models))["cell_key"])
+    return [c for c in cells if c.key in picked]
+
+
+def _facts(cells: Sequence[PublishedCell], tokens: dict[str, Any], study: Study) -> list[str]:
+    """What the numbers stand on."""
     codec = tokens["codec"]
-    facts = [
+    rates = {int(rate): n for rate, n in tokens["source_rates"].items()}
+    shown = ", ".join(f"{rate:,} Hz ({n} files looked at)" for rate, n in rates.items())
+    odd = "; ".join(f"{n} {kind}" for kind, n in tokens["odd"].items()) or "none"
+    seeds = sorted({c.identity["seed"] for c in cells})
+    lines = [
         *banner(study),
         f"tokens: {tokens['n_tokens']:,} of {tokens['audio_s']:.0f} s, {codec['name']} at {codec['frame_rate_hz']:g} "
         f"Hz with {codec['n_codebooks']} codebooks; {tokens['train_clips']} training and {tokens['held_out_clips']} "
         "held-out clips, split by hash of the recording's id",
-        f"{study.steps} steps of {study.batch_size} clips, lr {', '.join(f'{x:g}' for x in study.lr)}, "
-        f"seeds {', '.join(map(str, study.seeds))}",
+        f"sample rate: {shown}; the codec works at {codec['sample_rate']:,} Hz"
+        + _resampled(rates, codec["sample_rate"]),
+        f"odd recordings: {odd}",
+        f"{study.steps} steps of {study.batch_size} clips, seeds {', '.join(map(str, seeds))}",
         f"hardware: {', '.join(sorted({str(c.meta.get('hardware')) for c in cells}))}",
         f"commit: {', '.join(sorted({str(c.meta.get('git_commit')) for c in cells}))}",
     ]
-    if len(study.seeds) < 3:
-        facts.append(f"{len(study.seeds)} seed: differences between architectures do not include training noise")
-    write_report(models, curves, codebooks, out, preset=preset_name, facts=facts, samples=samples)
-    best = models.sort_values("val_nll_ema").to_dict("records")
-    lines = [
-        f"val_nll      {r['val_nll_ema']:.4f} [{r['val_nll_lo_ema']:.4f}, {r['val_nll_hi_ema']:.4f}] {r['model']}"
-        for r in best
+    if len(seeds) < 3:
+        what = "1 seed: differences between architectures do not include training noise"
+        lines.append(what if len(seeds) == 1 else f"{len(seeds)} seeds: the noise of training is known roughly at best")
+    return lines
+
+
+def _resampled(rates: dict[int, int], rate: int) -> str:
+    lower = [r for r in rates if r < rate]
+    if lower:
+        return f", resampled; above {min(lower) / 2:,.0f} Hz it holds nothing where files are at {min(lower):,} Hz"
+    return ", no resampling" if set(rates) == {rate} else ", resampled"
+
+
+def _audio_facts(cells: Sequence[PublishedCell], results: Results, study: Study) -> list[str]:
+    if results.audio.empty:
+        return []
+    first = next(c for c in cells if "audio.npz" in c.files)
+    sets = AudioSets.read(Store(first.uri).read("audio.npz"))
+    real = results.audio[results.audio["architecture"] == REAL].iloc[0]
+    window = coherence_window_s(sets.sample_s)
+    return [
+        f"samples of {sets.sample_s:g} s from nothing, EMA weights, temperature {SAMPLING.temperature:g}, top-k "
+        f"{SAMPLING.top_k}, all seeds of the chosen learning rate; real clips are cut to the same length, and "
+        "both have "
+        "been through the codec",
+        f"reference set of the distances: {int(real.get('reference_clips', 0))} held-out clips "
+        f"({int(real.get('reference_vectors', 0))} vectors); `{REAL}` is as many training clips against the same "
+        "reference: what two sets of real audio differ by",
+        "intervals resample clips; the Fréchet distance at finite N is biased upwards, its limit at infinite N is a "
+        "linear extrapolation in 1/N; the kernel distance is unbiased and may be negative",
+        "log-mel statistics hear timbre and level, neither words nor voice",
+        f"coherence: cosine of code histograms in windows of {window:g} s, {window / 2:g} s apart, that share "
+        "no frame; "
+        f"real audio: {len(sets.coherence_real)} clips of both sides at least as long as a sample",
     ]
-    return [*banner(study), *lines, f"unigram      {best[0]['unigram_nll']:.4f} nats a token: what a model must beat"]
+
+
+def _published(study: Study) -> str:
+    """See `write_report`."""
+    if study.scale != "speech":
+        return ""
+    if (study.corpus, study.codec) != ("ljspeech", "encodec"):
+        return f"{study.corpus} coded by {study.codec} is not LJ Speech coded by EnCodec"
+    if study.codec_weights == "random":
+        return "EnCodec has random weights here"
+    return "same"
