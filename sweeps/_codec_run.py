@@ -26,13 +26,16 @@ from sweeps._codec_checkpoint import checkpoint_facts
 from sweeps._codec_data import TokenSource, open_source, unigram_nll
 from sweeps._context import PackContext
 from sweeps._memory_health import LAYER, clip_table, gate_numbers, gate_table
+from sweeps._stop import PackStopped
 from sweeps._sweep import Row, UserError
 from sweeps._train import AnomalyError, Batch, StepStats, TrainConfig, Trainer, autocast, train
+from sweeps._world import World
 
 if TYPE_CHECKING:
     from sweeps.codec_lm import LMCell, Study
 
 WEIGHTS = ("raw", "ema")
+ALONE = World()
 _EVAL_BATCH = 8
 
 
@@ -61,27 +64,37 @@ class TrainingStream:
         return Batch(inputs.to(self.device), targets.to(self.device), batch.real_tokens)
 
 
-def evaluate(model: CodecLM, clips: TokenClips, n_clips: int, precision: str) -> CodebookScores:
-    """Scores on held-out clips, kept by clip so that intervals can resample them."""
+def evaluate(model: CodecLM, clips: TokenClips, n_clips: int, precision: str, world: World = ALONE) -> CodebookScores:
+    """Scores on held-out clips, kept by clip so that intervals can resample them; the processes share the batches."""
     config, device = model.config, model.heads.device
-    scores = CodebookScores(config.n_codebooks)
+    found: dict[int, list[dict[str, npt.NDArray[np.float64]]]] = {}
     model.eval()
     with torch.inference_mode(), autocast(device, precision):
         frames = config.context - config.n_codebooks + 1
         for batch in evaluation_batches(clips, _EVAL_BATCH, max_frames=frames, n_clips=n_clips):
+            if batch.index % world.size != world.rank:
+                continue
             inputs, targets = training_pair(batch.codes_BKT, pad=config.pad, bos=config.bos)
             hidden = model.decode_embedded(model.embed(inputs.to(device)))
             for h_TD, target_KT in zip(hidden, targets.to(device), strict=True):
                 r = codebook_loss(h_TD[None], model.heads, target_KT[None], pad=config.pad, accuracy=True)
                 sums = {"nll": r.nll_K, "uniform": r.uniform_K, "count": r.count_K, "top1": r.top1_K, "top5": r.top5_K}
-                scores.add({name: values[None].cpu().numpy() for name, values in sums.items() if values is not None})
+                some = {name: values[None].cpu().numpy() for name, values in sums.items() if values is not None}
+                found.setdefault(batch.index, []).append(some)
+    whole: dict[int, list[dict[str, npt.NDArray[np.float64]]]] = {}
+    for part in world.gather(found):
+        whole |= part
+    scores = CodebookScores(config.n_codebooks)
+    for index in sorted(whole):
+        for some in whole[index]:
+            scores.add(some)
     return scores
 
 
 def run_pack(cells: Sequence[LMCell], study: Study, context: PackContext) -> None:
-    """Every cell of the pack, one after the other, on the same tokens.
+    """Every cell of the pack, one after the other, on the same tokens, in each of the processes that share the work.
 
-    Raises UserError where a GPU is needed and there is none.
+    Raises UserError where a GPU is needed and there is none, PackStopped when the work was asked to stop.
     """
     if study.needs_gpu and context.device == "cpu":
         raise UserError(
@@ -96,13 +109,22 @@ def run_pack(cells: Sequence[LMCell], study: Study, context: PackContext) -> Non
         raise UserError(f"{error}; choose another holdout or more audio") from error
     baseline = unigram_nll(source, study.holdout)
     for cell in cells:
+        if context.world.sum([float(context.stopping())])[0]:
+            raise PackStopped("stopped between two cells")
+        context.progress(force=True, cell=cell.key)
         try:
             _CellRun(cell, study, source, cell.training_clips(sides[0]), sides[1], context, baseline).go()
         except AnomalyError as error:
-            name = f"{cell.key}-anomaly"
-            batch = {"inputs": error.batch.inputs_BKT.cpu(), "targets": error.batch.targets_BKT.cpu()}
-            context.work.save(name, error.step, batch)
-            context.fail(cell, f"{error}; the batch is kept in _work/{name}")
+            if context.world.first:
+                _give_up(cell, error, context)
+
+
+def _give_up(cell: LMCell, error: AnomalyError, context: PackContext) -> None:
+    name = f"{cell.key}-anomaly"
+    batch = {"inputs": error.batch.inputs_BKT.cpu(), "targets": error.batch.targets_BKT.cpu()}
+    context.work.save(name, error.step, batch)
+    context.fail(cell, f"{error}; the batch is kept in _work/{name}")
+    context.work.drop(cell.key)
 
 
 class _CellRun:
@@ -137,31 +159,71 @@ class _CellRun:
                 precision=cell.precision,
                 micro_batch=study.micro_batch,
             ),
+            world=context.world,
+            maker=f"{cell.SWEEP} version {cell.VERSION}",
         )
         self.stream = TrainingStream(train_clips, cell, self.config, context.device)
 
     def go(self) -> None:
+        """Train to the last step and publish."""
+        rate = self.train_to(self.cell.steps)
+        self.publish(rate)
+
+    def train_to(self, step: int) -> float:
+        """Continue from the checkpoint, if there is one, to a step; returns real tokens a second."""
         cell, context = self.cell, self.context
         state = context.work.load(cell.key)
+        if len({int(s["step"]) if s else 0 for s in context.world.gather(state and {"step": state["step"]})}) > 1:
+            raise RuntimeError("the processes read checkpoints of different steps; an older group still wrote")
         if state is not None:
             self.trainer.restore(state)
-        rate = train(
+            if state["processes"] != context.world.size:
+                context.note(
+                    f"{cell.architecture}: step {state['step']} was reached with {state['processes']} processes, now "
+                    f"there are {context.world.size}; the trajectory changes by rounding"
+                )
+        return train(
             self.trainer,
             self.stream,
             eval_every=cell.eval_every,
             evaluate=self._numbers,
-            save=lambda t: context.work.save(cell.key, t.step_count, t.state()),
+            save=lambda t: self._keep("latest", t.step_count, t.state()),
             save_seconds=context.run.checkpoint_seconds,
+            save_steps=context.run.checkpoint_steps,
+            keep_best=lambda t: self._keep("best", t.step_count, {"step": t.step_count, "ema": t.ema.state_dict()}),
             tell=self._tell,
+            stopping=context.stopping,
+            until=step,
         )
+
+    def _keep(self, kind: str, step: int, state: dict[str, Any]) -> None:
+        """Save a checkpoint; where that fails the one before it stays and training goes on."""
+        try:
+            self.context.work.save(self.cell.key, step, state, kind)
+        except OSError as error:
+            old = self.context.work.step(self.cell.key, kind)
+            self.context.note(
+                f"{self.cell.architecture}: the {kind} checkpoint of step {step} could not be saved ({error}); that of "
+                f"step {old} stays and training goes on"
+            )
+
+    def publish(self, rate: float) -> None:
+        """Evaluate in all processes; sample and publish in the first."""
+        cell, context = self.cell, self.context
         context.progress(force=True, phase=f"{cell.architecture}: evaluating and sampling")
+        models = dict(zip(WEIGHTS, (self.trainer.model, self.trainer.ema), strict=True))
+        scores = {w: self._scores(model, cell.eval_clips) for w, model in models.items()}
+        best = self._best()
+        best_scores = None if best is None else self._scores(best, cell.eval_clips)
+        if not context.world.first:
+            return
         rows = [Row("unigram_nll", self.baseline, "nats a token"), Row("tokens_per_second", rate, "tokens/s")]
         rows += self._static_rows() + self._curve_rows()
-        files: dict[str, bytes] = {"model.pt": self._checkpoint()}
-        models = dict(zip(WEIGHTS, (self.trainer.model, self.trainer.ema), strict=True))
-        scores = {w: evaluate(model, self.held_out, cell.eval_clips, cell.precision) for w, model in models.items()}
         for weights, some in scores.items():
             rows += self._score_rows(some, weights)
+        if best_scores is not None:
+            rows += self._score_rows(best_scores, "best")
+        files: dict[str, bytes] = {"model.pt": self._checkpoint(best)}
         files["clips.parquet"] = clip_table(scores, self.held_out, cell.eval_clips)
         if self.config.memory_cache is not None:
             models["start"] = build_codec_lm(self.config, device=context.device, seed=cell.seed)
@@ -172,8 +234,22 @@ class _CellRun:
         context.publish(cell, rows, files)
         context.work.drop(cell.key)
 
+    def _best(self) -> CodecLM | None:
+        """Averaged weights of the best measurement; None where that is the last one, or was not saved."""
+        if self.trainer.best is None or self.trainer.best[0] == self.trainer.step_count:
+            return None
+        state = self.context.work.load(self.cell.key, "best")
+        if state is None or state["step"] != self.trainer.best[0]:
+            return None
+        model = build_codec_lm(self.config, device=self.context.device, seed=self.cell.seed)
+        model.load_state_dict(state["ema"])
+        return model
+
+    def _scores(self, model: CodecLM, n_clips: int) -> CodebookScores:
+        return evaluate(model, self.held_out, n_clips, self.cell.precision, self.context.world)
+
     def _numbers(self, model: CodecLM) -> dict[str, float]:
-        scores = evaluate(model, self.held_out, min(self.cell.eval_clips, 64), self.cell.precision)
+        scores = self._scores(model, min(self.cell.eval_clips, 64))
         value = scores.val_nll()
         self.context.progress(best=self.baseline - value)
         interval = scores.val_nll_ci(n_resamples=1000)
@@ -198,6 +274,7 @@ class _CellRun:
             Row("n_parameters", cost.parameters),
             Row("flops_per_column", cost.flops_per_token, "FLOP"),
             Row("train_tokens", self.trainer.real_tokens, "tokens"),
+            *([Row("best_step", self.trainer.best[0], "steps")] if self.trainer.best else []),
             Row("corpus_audio", tokens["audio_s"], "s"),
         ]
 
@@ -233,9 +310,15 @@ class _CellRun:
             rows += [Row(f"codebook_{name}", record[name], "", place) for name in ("nll", "top1", "top5")]
         return rows
 
-    def _checkpoint(self) -> bytes:
+    def _checkpoint(self, best: CodecLM | None) -> bytes:
+        """The published weights: raw and averaged ones of the last step, and averaged ones of the best measurement.
+
+        The latter are left out where the last measurement was the best.
+        """
         sink = io.BytesIO()
-        state = {w: m.state_dict() for w, m in zip(WEIGHTS, (self.trainer.model, self.trainer.ema), strict=True)}
+        state: dict[str, Any] = {"raw": self.trainer.model.state_dict(), "ema": self.trainer.ema.state_dict()}
+        if best is not None and self.trainer.best is not None:
+            state |= {"best": best.state_dict(), "best_step": self.trainer.best[0]}
         facts = checkpoint_facts(self.cell, self.source.codec)
         torch.save({"config": json.dumps(asdict(self.config)), **facts, **state}, sink)
         return sink.getvalue()

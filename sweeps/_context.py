@@ -50,9 +50,9 @@ class WorkStore:
         if old and old["file"] != file:
             self.store.remove(f"_work/{name}/{old['file']}")
 
-    def step(self, name: str) -> int:
-        """Step of the newest checkpoint, 0 where there is none."""
-        pointer = self.store.read_json(f"_work/{name}/latest.json")
+    def step(self, name: str, kind: str = "latest") -> int:
+        """Step of the checkpoint of a kind, 0 where there is none."""
+        pointer = self.store.read_json(f"_work/{name}/{kind}.json")
         return int(pointer["step"]) if pointer else 0
 
     def load(self, name: str, kind: str = "latest") -> dict[str, Any] | None:
@@ -131,6 +131,11 @@ class PackContext:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_report": None, "_flag": None}
+
+    @property
+    def published(self) -> int:
+        """Cells of the pack that are published."""
+        return int(self._state["published"])
 
     @property
     def stop_name(self) -> str:

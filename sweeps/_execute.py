@@ -19,9 +19,9 @@ from sweeps._stop import PackStopped, listen, terminated, working
 from sweeps._sweep import Pack, UserError
 from sweeps._where import RunSettings, prepare_process
 
-_PERMANENT = (UserError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError, ImportError)
+PERMANENT = (UserError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError, ImportError)
 _BUCKETS = 64  # objects that the packs of a launch travel in
-_HEADROOM = 0.9  # share of a CPU that a pack asks of Ray for each it uses; the rest feeds data tasks
+HEADROOM = 0.9  # share of a CPU that a pack asks of Ray for each it uses; the rest feeds data tasks
 
 
 def one_line(error: BaseException) -> str:
@@ -126,7 +126,7 @@ def _at_once(packs: Sequence[Pack], machine: Mapping[str, float]) -> int | None:
 def _bundle(pack: Pack) -> dict[str, float]:
     if pack.workers:
         return {"CPU": 0.01}
-    bundle: dict[str, float] = {"CPU": max(0.01, pack.cpus * _HEADROOM)}
+    bundle: dict[str, float] = {"CPU": max(0.01, pack.cpus * HEADROOM)}
     return {**bundle, "GPU": pack.gpus} if pack.gpus else bundle
 
 
@@ -200,7 +200,7 @@ def run_one(
         except PackStopped as stop:
             if terminated():  # this node is going away, the launch goes on: a retry finds another place
                 raise RuntimeError(f"SIGTERM: {stop}") from stop
-        except _PERMANENT as error:
+        except PERMANENT as error:
             if not isinstance(error, UserError):
                 traceback.print_exc()
             published = ledger.done(c.key for c in cells)

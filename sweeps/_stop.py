@@ -117,6 +117,11 @@ class Stopper:
         self._ask: Callable[[], None] | None = None
         self._asked = threading.Event()
 
+    def install(self) -> None:
+        """Handle SIGTERM and SIGINT from now on; to be called in the main thread."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self)
+
     def __call__(self, signum: int, frame: Any) -> None:
         if self._ask is None or self._asked.is_set():
             raise KeyboardInterrupt
@@ -135,6 +140,7 @@ class Stopper:
             if not over.wait(grace):
                 _thread.interrupt_main()
 
+        self.install()  # again: a Ray that starts puts its own handler of SIGTERM in place
         self._ask = ask
         try:
             yield

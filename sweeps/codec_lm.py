@@ -77,6 +77,15 @@ class LMCell(Cell):
         if not 0 < self.holdout < 1:
             raise UserError(f"holdout={self.holdout} must lie between 0 and 1; 0.05 holds out one recording in twenty")
 
+    @property
+    def weight(self) -> float:
+        """Rough work of the cell, for packs of equal length: recurrent blocks take about twice the time."""
+        return (
+            self.steps
+            * self.batch_size
+            * (2.0 if "mamba" in self.architecture or "hybrid" in self.architecture else 1.0)
+        )
+
     def lm_config(self) -> Any:
         """Configuration of the model to train. Raises UserError for a scale or architecture that is not known."""
         return _config(self.scale, self.architecture)
@@ -160,12 +169,12 @@ PRESETS: Mapping[str, Study] = {
         min_s=1.0,
         holdout=0.15,
         steps=160,
-        batch_size=8,
+        batch_size=4,
         warmup_steps=16,
         lr_end=1e-4,
         ema_decay=0.95,
         precision="float32",
-        eval_every=40,
+        eval_every=80,
         eval_clips=64,
         sample_s=4.0,
         needs_gpu=False,
@@ -252,22 +261,41 @@ class CodecLMSweep:
         ]
 
     def pack(self, cells: Sequence[Cell], preset: Study, machine: Machine, run: RunSettings) -> list[Pack]:
-        """One trial an architecture, with its own GPU where there is one, else with a share of the cores."""
-        groups: dict[str, list[LMCell]] = {}
+        """Packs of Ray Train, each with its own GPUs or a share of the cores.
+
+        Small models: as many packs as run at once, of equal work, as a pack takes seconds to start. Models sized for
+        GPUs: a pack an architecture and seed, so that a GPU that is free takes the next one.
+        """
+        units: dict[tuple[str, int], list[LMCell]] = {}
         for cell in cells:
             assert isinstance(cell, LMCell)
-            groups.setdefault(cell.architecture, []).append(cell)
-        gpus = 1.0 if preset.needs_gpu and machine.gpus else 0.0
-        at_once = max(1, min(len(groups), machine.gpus if gpus else machine.cpus))
-        cpus = run.threads or max(1, machine.cpus // at_once)
-        packs = [Pack(name=name, cells=tuple(some), cpus=cpus, gpus=gpus) for name, some in groups.items()]
-        slow_first = ("mamba" in p.name or "hybrid" in p.name for p in packs)
-        return [p for _, p in sorted(zip(slow_first, packs, strict=True), key=lambda pair: not pair[0])]
+            units.setdefault((cell.architecture, cell.seed), []).append(cell)
+        on_gpu = bool(preset.needs_gpu and machine.gpus)
+        slots = max(1, (machine.gpus if on_gpu else machine.cpus) // run.workers)
+        at_once = min(len(units), slots)
+        cpus = run.workers * run.threads or max(1, machine.cpus // at_once)
+        slow_first = sorted(units.values(), key=lambda unit: -len(unit) * unit[0].weight)
+        if preset.needs_gpu:
+            groups = slow_first
+        else:
+            groups = [[] for _ in range(at_once)]
+            for unit in slow_first:
+                min(groups, key=lambda group: sum(c.weight for c in group)).extend(unit)
+        return [
+            Pack(
+                name=f"{group[0].architecture}-{group[0].seed}" if preset.needs_gpu else f"pack{number + 1}",
+                cells=tuple(group),
+                cpus=cpus,
+                gpus=float(run.workers) if on_gpu else 0.0,
+                workers=run.workers,
+            )
+            for number, group in enumerate(groups)
+        ]
 
     def run(self, pack: Pack, preset: Study, context: Any) -> None:
-        from sweeps._codec_run import run_pack
+        from sweeps._train_ray import fit
 
-        run_pack([c for c in pack.cells if isinstance(c, LMCell)], preset, context)
+        fit("sweeps._codec_run:run_pack", pack, preset, context)
 
     def fingerprint(self, cell: Cell, preset: Study, run: RunSettings) -> str:
         from sweeps._codec_data import fingerprint

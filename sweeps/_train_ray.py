@@ -1,0 +1,253 @@
+"""A pack on the workers of Ray Train: one trainer a pack, built inside the pack's Tune trial.
+
+The worker processes hold the pack's CPUs and GPUs, the trial holds nothing and waits. Checkpoints are the ledger's own
+(`_context.WorkStore`), so that a restarted group, a retried trial and a later launch continue alike. Ray Train starts
+the group again when a worker dies; a cell that keeps killing its workers is given up alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import tempfile
+import threading
+import traceback
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import torch.distributed as dist
+from ray.experimental import internal_kv
+from ray.train.torch import TorchConfig
+from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2.torch.torch_trainer import TorchTrainer
+
+from sweeps._context import PackContext
+from sweeps._execute import HEADROOM, PERMANENT, one_line
+from sweeps._stop import PackStopped, listen, lower_flag, raise_flag, terminated, working
+from sweeps._sweep import Pack, UserError
+from sweeps._world import World
+
+_RELAY_SECONDS = 1.0
+_ENVIRONMENT = {
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+
+
+class WorkersFailed(ValueError):
+    """The workers ended more often than `max_retries` allows, before any cell was begun."""
+
+
+def fit(job: str, pack: Pack, preset: Any, context: PackContext) -> None:
+    """Run `job` (`module:function`, called with cells, preset and context) in the pack's workers.
+
+    Each worker's context says which of how many it is. Raises UserError for what a retry cannot change, PackStopped
+    when the work was stopped, WorkersFailed.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if len(ray.nodes()) == 1:  # a node that drains takes the launch with it
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    _require(pack, context)
+    cells = list(pack.cells)
+    while cells:
+        board = _Board(f"plumbline/{uuid.uuid4().hex}")
+        with _relay(board, context), tempfile.TemporaryDirectory(prefix="plumbline-train-") as folder:
+            try:
+                result = _trainer(job, pack, cells, preset, context, board, folder).fit()
+            except TrainingFailedError as error:
+                current = board.state().get("cell")
+                line = _reason(error)
+                begun = [cell for cell in cells if cell.key == current]
+                if not begun:
+                    raise WorkersFailed(line) from error
+                context.fail(begun[0], f"its workers ended {context.run.max_retries + 1} times, the last time: {line}")
+                missing = {c.key for c in cells} - context.ledger.done(c.key for c in cells)
+                cells = [c for c in cells if c.key in missing - {current}]
+                continue
+            if (text := board.error()) is not None:
+                raise UserError(text)
+            if result.return_value == _STOPPED:  # type: ignore[attr-defined]
+                raise PackStopped("its workers saved and ended")
+            return
+
+
+_STOPPED = "stopped"
+
+
+def _require(pack: Pack, context: PackContext) -> None:
+    """Raise UserError where the cluster can never hold the workers."""
+    least = context.run.min_workers or pack.workers
+    have = ray.cluster_resources()
+    for name, share in (("GPU", pack.gpus), ("CPU", pack.cpus * HEADROOM)):
+        need = share / pack.workers * least
+        if need > have.get(name, 0.0) + 1e-6:
+            raise UserError(
+                f"workers={least} need {need:g} {name} and the cluster has {have.get(name, 0.0):g}; choose fewer with "
+                "--set workers=N, or start at a smaller number with --set min_workers=N"
+            )
+
+
+class _Trainer(TorchTrainer):
+    def _create_default_callbacks(self) -> list[Any]:
+        # the cleaner asks the dashboard, which a local Ray lacks; Ray itself removes the group of a dead controller
+        kept = super()._create_default_callbacks()
+        return [c for c in kept if type(c).__name__ != "PlacementGroupCleanerCallback"]
+
+
+class _Config(TorchConfig):
+    @property
+    def backend_cls(self) -> Any:
+        class Backend(super().backend_cls):  # type: ignore[misc]
+            def on_start(self, worker_group: Any, backend_config: Any) -> None:
+                super().on_start(worker_group, backend_config)
+                worker_group.execute(listen)  # in each worker's main thread; the work runs in another
+
+        return Backend
+
+
+def _trainer(
+    job: str, pack: Pack, cells: list[Any], preset: Any, context: PackContext, board: _Board, folder: str
+) -> _Trainer:
+    workers, least = pack.workers, context.run.min_workers or pack.workers
+    resources = {"CPU": max(0.01, pack.cpus * HEADROOM / workers)}
+    if pack.gpus:
+        resources["GPU"] = pack.gpus / workers
+    return _Trainer(
+        _work,
+        train_loop_config={
+            "job": job,
+            "cells": cells,
+            "preset": preset,
+            "context": context,
+            "threads": max(1, int(pack.cpus / workers)),
+            "board": board.name,
+        },
+        torch_config=_Config(),
+        scaling_config=ScalingConfig(
+            num_workers=workers if least == workers else (least, workers),
+            use_gpu=bool(pack.gpus),
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            name=pack.name.replace("/", "-"),
+            storage_path=folder,  # Ray Train's own notes, needed by nobody later
+            failure_config=FailureConfig(max_failures=context.run.max_retries),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+
+
+def _work(config: dict[str, Any]) -> str:
+    """What each worker does: the whole job, in step with the others."""
+    module, _, name = config["job"].partition(":")
+    board = _Board(config["board"])
+    if board.error() is not None:
+        return "failed"
+    world = World.join()
+    context = config["context"].for_worker(world, config["threads"], board.put)
+    keys = [c.key for c in config["cells"]]
+    published = context.ledger.done(keys)
+    over = world.share(published | context.ledger.failures(keys).keys())  # before this group was started again
+    context.progress(published=context.published + len(published))
+    cells = [c for c in config["cells"] if c.key not in over]
+    try:
+        with working():
+            getattr(importlib.import_module(module), name)(cells, config["preset"], context)
+    except PackStopped as stop:
+        if world.sum([float(terminated())])[0]:
+            raise RuntimeError(f"a worker got SIGTERM: {stop}") from stop
+        return _STOPPED
+    except PERMANENT as error:
+        if not isinstance(error, UserError):
+            traceback.print_exc()
+        board.fail(one_line(error))
+        if world.size > 1:  # the others may wait for this one
+            dist.destroy_process_group()
+        return "failed"
+    return "done"
+
+
+class _Board:
+    """Progress and the fatal error of a trainer's first worker, where the trial can read them: Ray's key-value store.
+
+    Ray Train's own `report` would make every worker wait for the controller's next poll.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._lists: dict[str, list[Any]] = {"keys": [], "notes": []}
+
+    def put(self, state: Mapping[str, Any]) -> None:
+        """Replace the state; lists of news only grow, so that none is lost between two looks."""
+        for name, items in self._lists.items():
+            items += state.get(name, [])
+        self._write("state", dict(state) | self._lists)
+
+    def state(self) -> dict[str, Any]:
+        return self._read("state") or {}
+
+    def fail(self, text: str) -> None:
+        self._write("error", text)
+
+    def error(self) -> str | None:
+        return self._read("error")
+
+    def clear(self) -> None:
+        for name in ("state", "error"):
+            internal_kv._internal_kv_del(f"{self.name}/{name}")
+
+    def _write(self, name: str, value: Any) -> None:
+        internal_kv._internal_kv_put(f"{self.name}/{name}", json.dumps(value).encode())
+
+    def _read(self, name: str) -> Any:
+        data = internal_kv._internal_kv_get(f"{self.name}/{name}")
+        return None if data is None else json.loads(data)
+
+
+@contextmanager
+def _relay(board: _Board, context: PackContext) -> Iterator[None]:
+    """Pass the workers' progress on to the trial's, and the trial's SIGTERM on to the workers."""
+    over = threading.Event()
+    seen: dict[str, Any] = {}
+
+    def look() -> None:
+        state = board.state()
+        if not state or state == seen:
+            return
+        news = {name: state[name][len(seen.get(name, [])) :] for name in ("keys", "notes")}
+        seen.clear()
+        seen.update(state)
+        context.progress(force=True, **(state | news))
+
+    def watch() -> None:
+        told = False
+        while not over.wait(_RELAY_SECONDS):
+            look()
+            if terminated() and not told:
+                raise_flag(context.ledger.store, context.stop_name)
+                told = True
+
+    thread = threading.Thread(target=watch, name="relay", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        look()
+        board.clear()
+        if terminated():
+            lower_flag(context.ledger.store, context.stop_name)
+
+
+def _reason(error: BaseException) -> str:
+    """The first worker's error as one line."""
+    failures = getattr(error, "worker_failures", None)
+    first = next(iter(failures.values())) if failures else error
+    return one_line(getattr(first, "_base_exc", first))[:500]
