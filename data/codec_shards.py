@@ -15,13 +15,14 @@ import io
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import fsspec
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -155,11 +156,34 @@ def make_shard(audio: AudioSet, plan: ShardPlan, codec: Codec, facts: dict[str, 
                 }
                 for name, value in row.items():
                     columns[name].append(value)
-    stored = {**facts, "oddities": odd}
+    return _shard_bytes(columns, {**facts, "oddities": odd})
+
+
+def _shard_bytes(columns: dict[str, list[Any]], stored: dict[str, Any]) -> bytes:
     schema = _SCHEMA.with_metadata({_FACTS: json.dumps(stored, sort_keys=True).encode()})
     sink = io.BytesIO()
     pq.write_table(pa.table(columns, schema=schema), sink, compression="zstd")
     return sink.getvalue()
+
+
+def save_codes(dataset: str, codec: Codec, clips: Mapping[str, npt.NDArray[np.uint16]], out: str) -> Tokens:
+    """A token set of codes [K, T] that no audio was coded for, by clip id: one shard, replacing what `out` held."""
+    facts = {"dataset": dataset, "codec": codec.describe(), "chunk_s": 0.0, "min_s": 0.0}
+    columns: dict[str, list[Any]] = {
+        "clip_id": list(clips),
+        "recording_id": list(clips),
+        "chunk": [0] * len(clips),
+        "n_chunks": [1] * len(clips),
+        "text": [""] * len(clips),
+        "duration_s": [c.shape[1] / codec.frame_rate_hz for c in clips.values()],
+        "n_frames": [c.shape[1] for c in clips.values()],
+        "codes": [c.ravel() for c in clips.values()],
+    }
+    folder, file = Folder(out), "shards/00000.parquet"
+    folder.publish(file, _shard_bytes(columns, {**facts, "oddities": []}))
+    manifest = _sum_up(folder, facts, [file], [], len(clips))
+    folder.publish(MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
+    return Tokens(out, manifest, 1)
 
 
 class _ShardMaker:
@@ -263,27 +287,28 @@ def tokenise(
     else:
         for plan in missing:
             folder.publish(plan.file, make_shard(audio, plan, loaded, facts))
-    manifest = _sum_up(folder, audio, facts, plans)
+    manifest = _sum_up(folder, facts, [p.file for p in plans], list(audio.oddities), len(audio.recordings))
     if not manifest["n_clips"]:
         raise ValueError(f"no clip of {audio.name} could be coded; odd files: {manifest['odd']}")
     folder.publish(MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
     return Tokens(out, manifest, len(missing))
 
 
-def _sum_up(folder: Folder, audio: AudioSet, facts: dict[str, Any], plans: list[ShardPlan]) -> dict[str, Any]:
-    odd = list(audio.oddities)
+def _sum_up(
+    folder: Folder, facts: dict[str, Any], files: list[str], odd: list[Oddity], n_recordings: int
+) -> dict[str, Any]:
     shards: list[dict[str, Any]] = []
-    for plan in plans:
-        stored, table = read_facts(folder, plan.file)
+    for file in files:
+        stored, table = read_facts(folder, file)
         odd += [Oddity(*o) for o in stored["oddities"]]
         frames = np.asarray(table["n_frames"])
         seconds = float(np.asarray(table["duration_s"]).sum())
-        shards.append({"file": plan.file, "n_clips": len(table), "n_frames": int(frames.sum()), "audio_s": seconds})
+        shards.append({"file": file, "n_clips": len(table), "n_frames": int(frames.sum()), "audio_s": seconds})
     totals = {key: sum(s[key] for s in shards) for key in ("n_clips", "n_frames", "audio_s")}
     return {
         **facts,
         **totals,
-        "n_recordings": len(audio.recordings),
+        "n_recordings": n_recordings,
         "n_tokens": totals["n_frames"] * facts["codec"]["n_codebooks"],
         "shards": shards,
         "odd": counts(odd),

@@ -107,6 +107,41 @@ LOCAL = CodecLMConfig(
 )
 
 
+MC_LA_SMALL = CodecLMConfig(
+    d_model=48,
+    n_layers=3,
+    n_heads=4,
+    n_kv_heads=2,
+    d_ff=96,
+    n_codebooks=4,
+    codebook_size=256,
+    context=512,
+    mixer="linear_attention",
+    memory_cache=MemoryCacheConfig(segment=64, rank=8),
+)
+MC_LA_LARGE = replace(MC_LA_SMALL, d_model=80, n_layers=4, d_ff=160)
+MC_LA_RECALL = CodecLMConfig(
+    d_model=32,
+    n_layers=2,
+    n_heads=2,
+    n_kv_heads=2,
+    d_ff=64,
+    n_codebooks=2,
+    codebook_size=17,
+    context=64,
+    mixer="linear_attention",
+    memory_cache=MemoryCacheConfig(segment=8),
+)
+# sizes of the memory-caching study; the last three are for a laptop, not from any study
+MC_LA_SIZES: Mapping[str, CodecLMConfig] = {
+    "48m": MC_LA_48M,
+    "95m": MC_LA_95M,
+    "small": MC_LA_SMALL,
+    "large": MC_LA_LARGE,
+    "recall": MC_LA_RECALL,
+}
+
+
 @dataclass(frozen=True)
 class Scale:
     """Configurations whose parameter count is a contract (the first is what the others are matched to), and the

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,12 +27,16 @@ if TYPE_CHECKING:
     from sweeps.codec_lm import LMCell, Study
 
 SYNTHETIC = "synthetic_speech"
+RECALL = "recall"
 ASTERISK = "asterisk"
 ASTERISK_RATE = 8_000
 _CODEC_SECONDS = 3600.0
 STAND_IN_AUDIO = (
     "the audio is SYNTHETIC: an invented language spoken by a formant synthesiser, made by this program; "
     "nothing here says anything about real speech or music"
+)
+PLANTED = (
+    "recall is a PLANTED task of random symbols, made by this program to check the instrument; it says nothing of audio"
 )
 STAND_IN_CODEC = "the codec is melvq, a stand-in (log-mel residual k-means, Griffin-Lim), not EnCodec or DAC"
 
@@ -43,7 +47,7 @@ class TokenSource:
 
     tokens: Tokens
     codec: Codec
-    source_rates: Mapping[int, int]
+    source_rates: Mapping[int, int] = field(default_factory=dict)
     """{sample rate in Hz: files} of some of the corpus's recordings, as they were before any resampling."""
 
 
@@ -54,6 +58,8 @@ def banner(study: Study) -> list[str]:
         lines = [STAND_IN_AUDIO]
     if study.corpus == ASTERISK:
         lines = ["audio: REAL speech, the telephone prompts of one speaker (asterisk-core-sounds-en), 8 kHz"]
+    if study.corpus == RECALL:
+        lines = [PLANTED]
     if study.codec == "melvq":
         trained = "" if study.codec_weights else ", trained here on the training side of the same audio"
         lines.append(STAND_IN_CODEC + trained)
@@ -66,7 +72,7 @@ def banner(study: Study) -> list[str]:
 
 def check(study: Study) -> None:
     """Raise UserError when the audio or the codec's weights are out of reach."""
-    if study.corpus != SYNTHETIC:
+    if study.corpus not in (SYNTHETIC, RECALL):
         _codec_origin(study)
 
 
@@ -76,6 +82,10 @@ def fingerprint(cell: LMCell, study: Study) -> str:
 
 
 def _origin(study: Study) -> list[str]:
+    if study.corpus == RECALL:
+        from data.planted_recall import RecallSpec
+
+        return [RECALL, repr(RecallSpec()), str(study.corpus_clips)]
     if study.corpus == SYNTHETIC:
         return [repr(_speech(study)), repr(study.melvq()), str(study.corpus_clips)]
     audio = _audio(study)
@@ -130,6 +140,8 @@ def open_source(
     folder.mkdir(parents=True, exist_ok=True)
     say("waiting for the tokens")
     with FileLock(folder / ".lock"):
+        if study.corpus == RECALL:
+            return _recall(study, folder)
         if study.corpus == SYNTHETIC:
             audio, spec = _synthetic(study, folder, say)
         else:
@@ -182,6 +194,18 @@ def _own_codec(study: Study, audio: AudioSet, folder: Path, say: Callable[[str],
             raise UserError(f"{study.corpus} at {study.audio_path} cannot train melvq: {error}") from error
         codec.save(weights)
     return CodecSpec(name="melvq", weights=str(weights))
+
+
+def _recall(study: Study, folder: Path) -> TokenSource:
+    from data.codec_shards import open_tokens
+    from data.planted_recall import RecallSpec, Symbols, recall_tokens
+
+    spec, out = RecallSpec(), str(folder / "tokens")
+    try:
+        tokens = open_tokens(out)
+    except FileNotFoundError:
+        tokens = recall_tokens(spec, study.corpus_clips, out)
+    return TokenSource(tokens, Symbols(spec), {})
 
 
 def _speech(study: Study) -> SpeechSpec:
