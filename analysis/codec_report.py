@@ -97,7 +97,7 @@ def write_report(
         codec_plots.audio_figure(next(iter(by_embedder.values())), order, out / "audio.png")
         text += ["## Generated audio", "", *[f"- {fact}" for fact in audio_facts], ""]
         for embedder, some in by_embedder.items():
-            text += [f"Embedder: {embedder}.", "", _audio_table(some, order), ""]
+            text += [f"Embedder: {embedder!s}.", "", _audio_table(some, order), ""]
         text += ["![audio](audio.png)", ""]
     if codec_plots.gradient_figure(curves, order, out / "gradients.png"):
         text += ["## Gradients", "", _GRADIENT_NOTE, "", _spike_table(at(results.spikes, chosen), order), ""]

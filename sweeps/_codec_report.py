@@ -193,7 +193,7 @@ def _facts(cells: Sequence[PublishedCell], tokens: dict[str, Any], study: Study)
     """What the numbers stand on."""
     codec = tokens["codec"]
     rates = {int(rate): n for rate, n in tokens["source_rates"].items()}
-    shown = ", ".join(f"{rate:,} Hz ({n} files looked at)" for rate, n in rates.items())
+    shown = ", ".join(f"{rate:,} Hz ({n} files looked at)" for rate, n in rates.items()) or "no audio files"
     odd = "; ".join(f"{n} {kind}" for kind, n in tokens["odd"].items()) or "none"
     seeds = sorted({c.identity["seed"] for c in cells})
     lines = [
@@ -215,6 +215,8 @@ def _facts(cells: Sequence[PublishedCell], tokens: dict[str, Any], study: Study)
 
 
 def _resampled(rates: dict[int, int], rate: int) -> str:
+    if not rates:
+        return ""
     lower = [r for r in rates if r < rate]
     if lower:
         return f", resampled; above {min(lower) / 2:,.0f} Hz it holds nothing where files are at {min(lower):,} Hz"

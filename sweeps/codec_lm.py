@@ -182,7 +182,7 @@ PRESETS: Mapping[str, Study] = {
     "speech_a100": Study(
         scale="speech",
         architectures=(*ARCHITECTURES, "hybrid_1_7"),
-        lr=(3e-4,),
+        lr=(1.5e-4, 3e-4, 6e-4),  # the published rate and its neighbours
         corpus="ljspeech",
         codec="encodec",
         steps=12_000,
@@ -194,7 +194,7 @@ PRESETS: Mapping[str, Study] = {
     "music_a100": Study(
         scale="music",
         architectures=(*ARCHITECTURES, "gdn_hybrid", "hybrid_1_7"),
-        lr=(2e-4,),
+        lr=(1e-4, 2e-4, 4e-4),
         corpus="fma",
         codec="dac",
         chunk_s=24.0,  # 2,067 frames of DAC; each use is cropped to the context at a seeded place
@@ -326,6 +326,7 @@ class CodecLMSweep:
         on_gpu = preset.needs_gpu
         rate = _GPU_FLOPS * max(1, machine.gpus) if on_gpu else _CPU_FLOPS * machine.cpus
         basis = "an assumed 30 TFLOP/s a GPU; never measured" if on_gpu else "16 GFLOP/s a core, seen on one machine"
+        basis += "; all clips of full length, which is an upper bound"
         return Estimate(tokens=tokens, flops=flops, memory_bytes=memory, seconds=flops / rate, basis=basis)
 
     def report(self, cells: Sequence[PublishedCell], preset_name: str, preset: Study, out: Path) -> list[str]:
@@ -348,13 +349,29 @@ def _config(scale: str, architecture: str) -> Any:
         raise UserError(str(error)) from error
 
 
+def with_settings(arguments: Sequence[str]) -> list[str]:
+    """The command line with `--codec-weights X`, the codecs' own spelling, written as `--set codec_weights=X`."""
+    out, name = list(arguments), "--codec-weights"
+    for i in reversed(range(len(out))):
+        if out[i].startswith(f"{name}="):
+            out[i : i + 1] = ["--set", f"codec_weights={out[i].removeprefix(name)[1:]}"]
+        elif out[i] == name and i + 1 < len(out):
+            out[i : i + 2] = ["--set", f"codec_weights={out[i + 1]}"]
+    return out
+
+
 SWEEP = CodecLMSweep()
 
 if __name__ == "__main__":
-    if any(argument.split("=")[0] == "--sample" for argument in sys.argv[1:]):
+    names = {argument.split("=")[0] for argument in sys.argv[1:]}
+    if "--sample" in names:
         from sweeps._codec_sample import main as sample
 
         sys.exit(sample(sys.argv[1:]))
+    if "--tokenise" in names:
+        from sweeps._codec_tokenise import main as tokenise
+
+        sys.exit(tokenise(with_settings(sys.argv[1:])))
     from sweeps._launch import main
 
-    sys.exit(main("sweeps.codec_lm"))
+    sys.exit(main("sweeps.codec_lm", with_settings(sys.argv[1:])))
