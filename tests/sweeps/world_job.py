@@ -1,0 +1,112 @@
+"""One of several processes that train a tiny model together (see test_train_world): RANK SIZE MEETING OUT."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+import torch.distributed as dist
+
+from models.codec_lm import build_codec_lm
+from models.delay import training_pair
+from models.lm_presets import LOCAL
+from models.memory_cache import MemoryCacheConfig
+from sweeps._stop import PackStopped
+from sweeps._train import AnomalyError, Batch, TrainConfig, Trainer, train
+from sweeps._world import World
+
+STEPS = 20
+# batches shorter than a segment leave the memory's own parameters without a gradient
+CONFIG = replace(
+    LOCAL,
+    d_model=16,
+    n_layers=2,
+    n_heads=2,
+    d_ff=16,
+    n_codebooks=2,
+    codebook_size=11,
+    context=32,
+    mixer="linear_attention",
+    memory_cache=MemoryCacheConfig(segment=8),
+)
+
+
+def batch_at(step: int) -> Batch:
+    """Three clips of different lengths; every fifth batch is one clip, fewer than there are processes."""
+    generator = torch.Generator().manual_seed(step)
+    clips, frames = (1 if step % 5 == 4 else 3), (5 if step % 3 == 2 else 20)
+    codes = torch.randint(0, CONFIG.codebook_size, (clips, 2, frames), generator=generator)
+    codes[0, :, 4:] = CONFIG.pad
+    inputs, targets = training_pair(codes, pad=CONFIG.pad, bos=CONFIG.bos)
+    return Batch(inputs, targets, int((targets != CONFIG.pad).sum()))
+
+
+def trainer(world: World, **changes: Any) -> Trainer:
+    config = TrainConfig(steps=STEPS, lr=3e-3, lr_end=1e-3, warmup_steps=3, **changes)
+    return Trainer(build_codec_lm(CONFIG, seed=1), config, world=world, maker="test 1")
+
+
+def run(t: Trainer, steps: int = STEPS, stop_after: int = STEPS) -> list[float]:
+    """Losses of the steps up to `steps`; process 1 asks to stop after `stop_after`."""
+    losses: list[float] = []
+    train(
+        t,
+        batch_at,
+        eval_every=STEPS,
+        evaluate=lambda model: {},
+        save=lambda t: t.spikes.update(saved=t.step_count),
+        save_seconds=1e9,
+        tell=lambda t, stats, rate: losses.append(stats.loss),
+        stopping=lambda: t.world.rank == 1 and t.step_count == stop_after,
+        until=steps,
+    )
+    return losses
+
+
+def main(rank: int, size: int, meeting: str, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
+    world = World.join()
+    found: dict[str, Any] = {}
+
+    whole = trainer(world)
+    found["losses"] = run(whole)
+    found["model"] = whole.model.state_dict()
+    micro = trainer(world, micro_batch=1)
+    run(micro)
+    found["micro"] = micro.model.state_dict()
+
+    first = trainer(world)
+    try:
+        run(first, stop_after=6)
+    except PackStopped:
+        found["stopped"] = first.step_count
+    found["saved"] = first.spikes.pop("saved", None)
+    found["state"] = copy.deepcopy(first.state())  # the optimizer takes over the tensors that it is given
+    second = trainer(world)
+    second.restore(first.state())
+    run(second)
+    found["resumed"] = second.model.state_dict()
+
+    bad = trainer(world)
+    if rank == 1:
+        with torch.no_grad():
+            bad.model.heads.mul_(torch.nan)
+    try:
+        bad.step(batch_at(0))
+    except AnomalyError as error:
+        found["anomaly"] = str(error)
+    found["gathered"] = world.gather(rank)
+    found["shared"] = world.share(rank)
+    torch.save(found, out)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
