@@ -1,0 +1,281 @@
+"""The memory-caching study as cells: a base setting, one variable changed at a time, and a control for each of them.
+
+An arm is one setting with memory caching; its control is the same model without caches at the same size, data and
+learning rate, its MLP widened until the parameters agree with the base setting of that size. Arms that differ in
+nothing a model without caches has share a control.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from sweeps._sweep import UserError, nearest
+from sweeps.codec_lm import LMCell, Study
+
+if TYPE_CHECKING:
+    from data.melvq import MelVQSpec
+    from data.pack import TokenClips
+
+SHARED = ("scale", "train_clips", "lr")  # a model without caches has these too
+CACHE = ("segment", "start_layer", "gate_bias_init", "normalized_retrieval", "rank", "cumulative")
+VARIABLES = (*SHARED, *CACHE)
+BASE, TOGETHER = "base", "together"
+PLANTED_BASE, PLANTED_NORMALIZED = "recall", "recall, normalized_retrieval"
+CONTROL, CACHED = "la", "mc_la"
+RATE_HZ = {"melvq": 62.5, "encodec": 75.0, "dac": 44_100 / 512, "symbols": 1.0}
+_WIDE = 256  # from this width on, MLP widths stay multiples of 8
+
+_RECALL_FRAMES = 26
+_PLANTED: Mapping[str, Any] = {
+    "scale": "recall",
+    "train_clips": 0,
+    "lr": 3e-2,
+    "segment": 8,
+    "start_layer": 1,
+    "gate_bias_init": -2.0,
+    "normalized_retrieval": False,
+    "rank": 0,
+    "cumulative": True,
+    "corpus": "recall",
+    "corpus_clips": 5000,
+    "codec": "symbols",
+    "chunk_s": float(_RECALL_FRAMES),
+    "min_s": 1.0,
+    "holdout": 0.05,
+    "steps": 150,
+    "batch_size": 32,
+    "warmup_steps": 20,
+    "lr_end": 3e-3,
+    "ema_decay": 0.9,
+    "precision": "float32",
+    "eval_every": 50,
+    "eval_clips": 64,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheCell(LMCell):
+    """One model with memory caching, or its control (architecture la, the base setting's options)."""
+
+    SWEEP: ClassVar[str] = "memory_cache"
+    VERSION: ClassVar[str] = "1"
+
+    train_clips: int  # of the training side; 0: all
+    segment: int
+    start_layer: int
+    gate_bias_init: float
+    normalized_retrieval: bool
+    rank: int  # of W_u; 0: the full matrix
+    cumulative: bool
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        steps, config = self._columns(), self._cached_config()
+        if self.segment >= steps:
+            raise UserError(
+                f"segment={self.segment} is not shorter than the {steps} steps of a clip, so no token would see a "
+                f"cache; choose segment < {steps}"
+            )
+        if self.rank > config.d_model:
+            raise UserError(
+                f"rank={self.rank} exceeds d_model={config.d_model}; choose a rank up to that, or 0 for the full matrix"
+            )
+        if self.train_clips < 0:
+            raise UserError(f"train_clips={self.train_clips} must be >= 0; 0 takes all")
+
+    @property
+    def weight(self) -> float:
+        """Rough work: tokens, times two with caches."""
+        return self.steps * self.batch_size * self._columns() * (1.0 if self.architecture == CONTROL else 2.0)
+
+    def _columns(self) -> int:
+        config = _size(self.scale)
+        return min(int(self.chunk_s * RATE_HZ[self.codec]) + config.n_codebooks - 1, config.context)
+
+    def _cached_config(self) -> Any:
+        from models.memory_cache import MemoryCacheConfig
+
+        try:
+            cache = MemoryCacheConfig(
+                segment=self.segment,
+                start_layer=self.start_layer,
+                rank=self.rank or None,
+                gate_bias_init=self.gate_bias_init,
+                normalized_retrieval=self.normalized_retrieval,
+                cumulative=self.cumulative,
+            )
+            return replace(_size(self.scale), memory_cache=cache)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def lm_config(self) -> Any:
+        """With caches: the size's shape with this cell's options. Without: the same, its MLP widened to match."""
+        from models.lm_cost import lm_cost, match_parameters
+
+        cached = self._cached_config()
+        if self.architecture != CONTROL:
+            return cached
+        multiple = 8 if cached.d_model >= _WIDE else 1
+        return match_parameters(replace(cached, memory_cache=None), lm_cost(cached).parameters, multiple=multiple)
+
+    def training_clips(self, clips: TokenClips) -> TokenClips:
+        """The `train_clips` of smallest identity hash."""
+        if not self.train_clips:
+            return clips
+        try:
+            return clips.take(self.train_clips)
+        except ValueError as error:
+            raise UserError(f"train_clips={self.train_clips}: {error}, or 0 for all") from error
+
+
+def _size(scale: str) -> Any:
+    from models.lm_presets import MC_LA_SIZES
+
+    if scale not in MC_LA_SIZES:
+        raise UserError(f"scale={scale!r} is not known{nearest(scale, MC_LA_SIZES)}; sizes: {', '.join(MC_LA_SIZES)}")
+    return MC_LA_SIZES[scale]
+
+
+@dataclass(frozen=True)
+class _TokenStudy(Study):
+    codebooks: int = 8
+    codebook_size: int = 1024
+
+    def melvq(self) -> MelVQSpec:
+        from data.melvq import MelVQSpec
+
+        return MelVQSpec(n_codebooks=self.codebooks, codebook_size=self.codebook_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheStudy:
+    """A preset. Of each variable the first value is the base setting, and every other one an arm of its own.
+
+    variables: those that are varied, the others stay at their base. together: variables set to their last value all at
+    once in one more arm, as the source study changed them (none: no such arm). rank 0 is the full matrix, train_clips 0
+    all. planted: also train on the recall task, where memory is needed, to see that the instrument can tell.
+    """
+
+    variables: tuple[str, ...] = VARIABLES
+    together: tuple[str, ...] = ()
+    scale: tuple[str, ...]
+    train_clips: tuple[int, ...]
+    lr: tuple[float, ...]
+    segment: tuple[int, ...]
+    start_layer: tuple[int, ...]
+    gate_bias_init: tuple[float, ...]
+    normalized_retrieval: tuple[bool, ...] = (False, True)
+    rank: tuple[int, ...]
+    cumulative: tuple[bool, ...] = (True, False)
+    planted: bool = True
+    seeds: tuple[int, ...]
+    corpus: str
+    corpus_clips: int = 0
+    audio_path: str = ""
+    codec: str
+    codec_weights: str = ""
+    codebooks: int = 8  # of a melvq trained here
+    codebook_size: int = 1024
+    chunk_s: float
+    min_s: float
+    holdout: float
+    steps: int
+    batch_size: int
+    micro_batch: int = 0
+    warmup_steps: int
+    lr_end: float
+    ema_decay: float
+    precision: str
+    eval_every: int
+    eval_clips: int
+    needs_gpu: bool
+
+    def __post_init__(self) -> None:
+        for field in ("variables", "together"):
+            for name in getattr(self, field):
+                if name not in VARIABLES:
+                    raise UserError(
+                        f"{field}: {name!r} is no variable of this study{nearest(name, VARIABLES)}; "
+                        f"variables: {', '.join(VARIABLES)}"
+                    )
+        for name in (*VARIABLES, "seeds"):
+            if not getattr(self, name):
+                raise UserError(f"{name} is empty; give at least one value, the base setting's first")
+        paths = self.token_study(planted=False)
+        object.__setattr__(self, "audio_path", paths.audio_path)
+        object.__setattr__(self, "codec_weights", paths.codec_weights)
+
+    def token_study(self, *, planted: bool) -> Study:
+        """What `_codec_data` and `_codec_run` need to know of this study, or of its planted task."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        if planted:
+            own |= {name: value for name, value in _PLANTED.items() if name in own}
+            own |= {"audio_path": "", "codec_weights": "", "micro_batch": 0, "needs_gpu": False}
+            own["lr"] = (_PLANTED["lr"],)
+        names = {f.name for f in fields(_TokenStudy)} - {"scale", "architectures", "sample_s", "sample_n"}
+        chosen = {name: value for name, value in own.items() if name in names}
+        return _TokenStudy(scale="", sample_s=0.0, **chosen)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A setting with caches: its name, the variable it changes and to what, and its cells and controls by seed."""
+
+    name: str
+    variable: str
+    value: str
+    cells: tuple[CacheCell, ...]
+    controls: tuple[CacheCell, ...]
+
+    @property
+    def planted(self) -> bool:
+        return self.cells[0].corpus == "recall"
+
+
+def arms(study: CacheStudy) -> Iterator[Arm]:
+    """The base setting, its variants, everything together, and the planted task. Raises UserError for bad values."""
+    base = {name: getattr(study, name)[0] for name in VARIABLES}
+    base |= {name: getattr(study, name) for name in _PLANTED if name not in VARIABLES}
+    yield _arm(BASE, "", "", base, base, study.seeds)
+    for variable in study.variables:
+        for value in dict.fromkeys(getattr(study, variable)[1:]):
+            if value != base[variable]:
+                yield _arm(
+                    f"{variable}={spelled(variable, value)}",
+                    variable,
+                    spelled(variable, value),
+                    base | {variable: value},
+                    base,
+                    study.seeds,
+                )
+    if study.together:
+        last = {name: getattr(study, name)[-1] for name in study.together}
+        what = ", ".join(f"{name}={spelled(name, value)}" for name, value in last.items())
+        yield _arm(TOGETHER, TOGETHER, what, base | last, base, study.seeds)
+    if study.planted:
+        planted = dict(_PLANTED)
+        yield _arm(PLANTED_BASE, "", "", planted, planted, study.seeds)
+        changed = planted | {"normalized_retrieval": True}
+        yield _arm(PLANTED_NORMALIZED, "normalized_retrieval", "True", changed, planted, study.seeds)
+
+
+def spelled(variable: str, value: Any) -> str:
+    """A value as the report prints it."""
+    if value == 0 and variable in ("rank", "train_clips"):
+        return "full" if variable == "rank" else "all"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _arm(
+    name: str, variable: str, value: str, setting: Mapping[str, Any], base: Mapping[str, Any], seeds: tuple[int, ...]
+) -> Arm:
+    control = {**setting, **{option: base[option] for option in CACHE}}
+    return Arm(
+        name,
+        variable,
+        value,
+        tuple(CacheCell(architecture=CACHED, seed=seed, **setting) for seed in seeds),
+        tuple(CacheCell(architecture=CONTROL, seed=seed, **control) for seed in seeds),
+    )
