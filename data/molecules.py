@@ -33,6 +33,7 @@ PHYSCHEM = {  # the study's name: RDKit's name
     "HeavyAtomCount": "HeavyAtomCount",
     "FractionCSP3": "FractionCSP3",
 }
+_CPUS_PER_BATCH = 0.02  # what a pack leaves free beside itself, so that features never wait for other packs to end
 _EMBEDDED = Path(__file__).with_name("odorants.csv")
 
 
@@ -282,7 +283,8 @@ def featurise(smiles: Sequence[str], what: str, ray: bool = False, batch_size: i
 
     table = pd.DataFrame({"row": np.arange(len(smiles)), "smiles": list(smiles)})
     blocks = ray_data.from_pandas([table[i : i + batch_size] for i in range(0, len(table), batch_size)])
-    batches = list(blocks.map_batches(batch, batch_size=batch_size).iter_batches(batch_format="numpy"))
+    spread = blocks.map_batches(batch, batch_size=batch_size, num_cpus=_CPUS_PER_BATCH)
+    batches = list(spread.iter_batches(batch_format="numpy"))
     order = np.argsort(np.concatenate([b["row"] for b in batches]), kind="stable")
     return np.concatenate([b["x"] for b in batches])[order]
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from sweeps._sweep import Pack, UserError
-from sweeps._topology_sources import kind_of, member_of, metrics_of, n_rows, place_of, table_name
+from sweeps._sweep import Pack, UserError, nearest
+from sweeps._topology_sources import METRICS, kind_of, member_of, metrics_of, n_rows, place_of, table_name
 from sweeps._where import Machine, RunSettings
 from sweeps.odor_topology import NULLS, OBSERVED, Audit, DiagramCell, MemberCell, TopologyCell, UtilityCell
 
@@ -22,8 +22,13 @@ _USABLE = 0.75  # share of free memory that a pack may plan with
 
 def plan(preset: Audit) -> list[TopologyCell]:
     """All cells of a preset; raises UserError."""
-    if preset.draws_per_cell < 1:
-        raise UserError(f"draws_per_cell={preset.draws_per_cell} cuts draws into nothing; choose 1 or more")
+    for field in ("rows", "runs", "draws", "draws_per_cell"):
+        if getattr(preset, field) < 1:
+            raise UserError(f"{field}={getattr(preset, field)} leaves nothing to compute; choose 1 or more")
+    if unknown := [m for m in preset.metrics if m not in METRICS]:
+        raise UserError(
+            f"metric {unknown[0]!r} is not known{nearest(unknown[0], METRICS)}; choose from {', '.join(METRICS)}"
+        )
     name = table_name(preset.table)
     representations = list(preset.representations)
     if preset.embedding:
@@ -86,7 +91,7 @@ def _diagrams(preset: Audit, table: str, representation: str) -> list[TopologyCe
                 representation=representation,
                 metric=metric,
                 route=route,
-                landmarks=min(preset.landmarks, rows) if route == "landmark" else 0,
+                landmarks=preset.landmarks if route == "landmark" else 0,
             )
             if preset.full_table and route == "direct":
                 cells.append(cell(run=FULL_TABLE, rows=total))

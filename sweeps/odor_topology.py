@@ -55,12 +55,15 @@ class DiagramCell(TopologyCell):
     null_stream: str = "fast"
 
     def __post_init__(self) -> None:
-        if self.route == "landmark" and self.landmarks > self.rows:
-            raise UserError(f"landmarks={self.landmarks} exceeds rows={self.rows}; choose landmarks <= rows")
+        if self.route not in ("direct", "landmark"):
+            raise UserError(f"route={self.route!r} is not known; choose direct or landmark")
+        if self.route == "landmark" and not 1 <= self.landmarks <= self.rows:
+            raise UserError(
+                f"landmarks={self.landmarks} of {self.table}'s rows={self.rows} a run; choose 1 <= landmarks <= rows "
+                "(--set landmarks=N)"
+            )
         if self.null_stream not in ("fast", "published"):
             raise UserError(f"null_stream={self.null_stream!r} is not known; choose fast or published")
-        if self.draws < 1:
-            raise UserError(f"draws={self.draws} draws nothing; choose 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

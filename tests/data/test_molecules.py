@@ -175,15 +175,23 @@ def test_skeletons_keep_likes_together_and_others_apart() -> None:
 
 
 @pytest.mark.slow
-def test_ray_features_equal_the_local_ones() -> None:
+def test_ray_features_equal_the_local_ones_also_from_within_a_trial() -> None:
     import ray
+
+    smiles = molecules.embedded().smiles[:150]
+
+    @ray.remote(num_cpus=0.9)  # what a pack holds of its core
+    def trial(what: str) -> np.ndarray:
+        from sweeps import _topology_sources
+
+        _topology_sources.SPREAD_ROWS = 100
+        return _topology_sources._features(smiles, what)
 
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
     try:
-        smiles = molecules.embedded().smiles[:150]
         for what in ("bits_r4", "physchem"):
-            np.testing.assert_array_equal(
-                molecules.featurise(smiles, what, ray=True, batch_size=40), molecules.featurise(smiles, what)
-            )
+            local = molecules.featurise(smiles, what)
+            np.testing.assert_array_equal(molecules.featurise(smiles, what, ray=True, batch_size=40), local)
+            np.testing.assert_array_equal(ray.get(trial.remote(what), timeout=120), local)
     finally:
         ray.shutdown()

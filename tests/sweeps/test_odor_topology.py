@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import uuid
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 
 from analysis import utility
 from data import molecules
-from sweeps import _topology_run
+from sweeps import _topology_run, _topology_sources
 from sweeps._context import PackContext
 from sweeps._ledger import Ledger
 from sweeps._sweep import UserError
@@ -191,6 +193,19 @@ def test_embedding_of_ones_own_is_audited_and_must_fit(tmp_path: Path) -> None:
         run(replace(preset, embedding=str(bad)))
 
 
+def test_large_tables_are_featurised_by_ray_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(
+        molecules, "featurise", lambda smiles, what, ray=False: asked.append((len(smiles), ray)) or np.zeros(1)
+    )
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
+    for rows in (5_000, 50_000):
+        _topology_sources._features(["C"] * rows, "bits_r4")
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False))
+    _topology_sources._features(["C"] * 50_000, "bits_r4")
+    assert asked == [(5_000, False), (50_000, True), (50_000, False)]
+
+
 def test_table_is_named_by_content(tmp_path: Path) -> None:
     a, b = tmp_path / "a.csv", tmp_path / "elsewhere" / "a.csv"
     b.parent.mkdir()
@@ -211,7 +226,14 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
         ),
         ({"null_stream": "slow"}, "null_stream='slow' is not known; choose fast or published"),
         ({"study": "utility", "splits": ("odd",)}, "split='odd' is not known; choose from random, grouped"),
-        ({"draws_per_cell": 0}, "draws_per_cell=0 cuts draws into nothing; choose 1 or more"),
+        (
+            {"routes": ("landmark",), "landmarks": 346},
+            "landmarks=346 of embedded's rows=345 a run; choose 1 <= landmarks <= rows (--set landmarks=N)",
+        ),
+        ({"routes": ("landmarks",)}, "route='landmarks' is not known; choose direct or landmark"),
+        ({"metrics": ("cosin",)}, "metric 'cosin' is not known; did you mean cosine?"),
+        ({"runs": 0}, "runs=0 leaves nothing to compute; choose 1 or more"),
+        ({"draws_per_cell": 0}, "draws_per_cell=0 leaves nothing to compute; choose 1 or more"),
     ):
         with pytest.raises(UserError) as caught:
             SWEEP.plan(replace(PRESETS["audit"], **change))
