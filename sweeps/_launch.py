@@ -21,6 +21,7 @@ from pathlib import Path
 
 from sweeps._board import Board, duration, quantity
 from sweeps._claims import Claims
+from sweeps._cost import cost_lines
 from sweeps._execute import one_line, run_packs
 from sweeps._ledger import Ledger
 from sweeps._stop import Stopper
@@ -136,10 +137,8 @@ class _Launch:
             print(f"FLOPs        {quantity(estimate.flops)}")
         print(f"memory       {estimate.memory_bytes / 2**30:.2f} GiB in the largest pack")
         print(f"time         {duration(estimate.seconds)} h:m:s on this machine ({estimate.basis})")
-        if self.run.price_per_hour:
-            print(
-                f"cost         {estimate.seconds / 3600 * self.run.price_per_hour:.2f} at {self.run.price_per_hour}/h"
-            )
+        for line in cost_lines(estimate, machine, self.run, self.ledger.work(sorted(self.done))):
+            print(line)
         print("nothing was run")
 
     def _rounds(self, missing: list[Cell], machine: Machine) -> list[Pack]:

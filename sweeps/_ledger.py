@@ -34,7 +34,7 @@ class Ledger:
     """Finished cells of one (sweep, version) on a storage URI."""
 
     def __init__(self, storage: str, sweep: str, version: str) -> None:
-        self.storage, self.sweep, self.version = storage, sweep, version
+        self.sweep, self.version = sweep, version
         self.store = Store(f"{storage.rstrip('/')}/{sweep}/{version}")
         self.index = Index(self.store)
         self._stamps: dict[str, int] = {}  # of the cells that `done` saw
@@ -42,9 +42,6 @@ class Ledger:
 
     def __reduce__(self) -> tuple[Any, ...]:  # in another process it looks for itself
         return Ledger, (self.store.uri.removesuffix(f"/{self.sweep}/{self.version}"), self.sweep, self.version)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Ledger, (self.storage, self.sweep, self.version)
 
     def done(self, keys: Iterable[str] | None = None) -> set[str]:
         """Keys of published cells, or of the published ones among `keys`.

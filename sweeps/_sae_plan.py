@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _PROCESS_BYTES = 3 * 2**29  # an interpreter with torch, transformers and Ray loaded
 _USABLE = 0.75  # share of free memory that packs may plan with
 _LM_EFFICIENCY = 0.6  # of the matmul rate that a whole transformer block reaches
+_STEP_TOUCHES = 14  # a dense step reads and writes both matrices, their moments, and reads their gradients
 _NOMINAL_FLOPS = 5e10  # a CPU core, when nothing is measured
 
 
@@ -165,7 +166,7 @@ def estimate(cells: Sequence[SAECell], machine: Machine, run: RunSettings) -> Es
     if not cells:
         return Estimate(seconds=0.0, basis="nothing to do")
     packs = make_packs(cells, machine, run)
-    tokens, flops, busy = 0, 0.0, 0.0
+    tokens, flops, traffic, busy = 0, 0.0, 0.0, 0.0
     measured: dict[tuple[Any, ...], tuple[float, float]] = {}
     for pack in packs:
         part = [c for c in pack.cells if isinstance(c, SAECell)]
@@ -182,6 +183,9 @@ def estimate(cells: Sequence[SAECell], machine: Machine, run: RunSettings) -> Es
         train = sum(step_flops(sae_config(c, spec.d_model), c.batch_tokens) * c.steps for c in longest_of.values())
         tokens += longest
         flops += lm + train
+        weights = spec.n_parameters * (2 if first.lm_dtype == "bfloat16" else 4)
+        traffic += weights * (longest / (first.shuffle_sequences * first.context) + 4)
+        traffic += sum(_STEP_TOUCHES * 4 * spec.d_model * c.d_sae * c.steps for c in longest_of.values())
         kind = (first.model, first.d_sae, first.batch_tokens, pack.cpus)
         if kind not in measured:
             measured[kind] = _probe(first, spec.d_model, int(pack.cpus), run)
@@ -195,6 +199,7 @@ def estimate(cells: Sequence[SAECell], machine: Machine, run: RunSettings) -> Es
         lm_passes=len(packs),
         tokens=tokens,
         flops=flops,
+        bytes=traffic,
         memory_bytes=max(p.memory_bytes for p in packs),
         seconds=busy / abreast,
         basis=basis,

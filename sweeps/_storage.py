@@ -54,7 +54,9 @@ class Store:
         return Store, (self.uri,)
 
     def path(self, name: str) -> str:
-        """Full path of a file named relative to the root."""
+        """Full path of a file named relative to the root; raises ValueError for a name that leaves it."""
+        if name.startswith("/") or ".." in name.split("/"):
+            raise ValueError(f"file name {name!r} leads out of {self.uri}; choose a relative name without '..'")
         return f"{self.root}/{name}"
 
     def check_writable(self) -> None:
@@ -86,6 +88,14 @@ class Store:
         """Whether the file exists now (directory caches are bypassed)."""
         self.fs.invalidate_cache()
         return self.fs.exists(self.path(name))
+
+    @_retry
+    def modified(self, name: str) -> float:
+        """When the file was last written, in seconds by the storage's own clock; raises FileNotFoundError."""
+        if self.local:
+            return os.stat(self.path(name)).st_mtime
+        self.fs.invalidate_cache()
+        return self.fs.modified(self.path(name)).timestamp()
 
     @_retry
     def replace(self, name: str, data: bytes) -> None:
@@ -222,6 +232,7 @@ class Store:
         aside = f"{os.path.dirname(target)}/.tmp-{os.path.basename(target)}-{uuid.uuid4().hex}"
         try:
             for name, data in contents.items():
+                self.path(name)  # refuses a name that leaves the folder
                 place = Path(aside, name)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 if isinstance(data, Path):

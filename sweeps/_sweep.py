@@ -61,7 +61,7 @@ class Cell:
 
     def identity(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
-        return {name: getattr(self, name) for name in _field_names(type(self))}
+        return {name: getattr(self, name) for name in _field_names(type(self))}  # type: ignore[arg-type]
 
     @functools.cached_property
     def key(self) -> str:
@@ -102,6 +102,7 @@ class Pack:
 class Estimate:
     """What finishing some cells takes; the numbers behind `--plan`. Times are for the whole list.
 
+    `bytes` is the traffic to and from memory that the arithmetic cannot hide, 0 where the sweep does not know it.
     `shared` names work that several cells share and that is done once, a line each, where it is no LM pass.
     """
 
@@ -109,6 +110,7 @@ class Estimate:
     shared: tuple[str, ...] = ()
     tokens: int = 0
     flops: float = 0.0
+    bytes: float = 0.0
     memory_bytes: int = 0
     seconds: float = math.nan
     basis: str = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import re
@@ -48,7 +49,8 @@ class RunSettings:
     stream_path: str = ""  # local folder with the token shards (same Parquet schema) instead of the hub
     on_corrupt: str = "raise"  # a corrupt shard: "raise" names it and stops, "skip" names it and goes on
     gpu_memory_gb: float = 0.0  # of one GPU; 0: asked of this node's first GPU
-    price_per_hour: float = 0.0  # money per machine hour, for --plan
+    price_per_hour: float = 0.0  # for --plan: money per GPU hour where the machine has GPUs, else per machine hour
+    gpu: tuple[str, ...] = ()  # for --plan: GPU types to estimate for, with a price or without: h100-sxm:2.5,l4
     mlflow_artifact_mb: float = 64.0  # larger files stay in the ledger alone; MLflow gets their address
     probe: bool = True  # --plan measures a few steps to calibrate its estimate
 
@@ -63,6 +65,8 @@ class RunSettings:
                 f"workers={self.workers} with min_workers={self.min_workers}; choose workers >= 1 and min_workers in "
                 "0..workers"
             )
+        if not 0.0 <= self.price_per_hour < math.inf:
+            raise UserError(f"price_per_hour={self.price_per_hour} is no price; choose 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +153,7 @@ def prepare_process() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines a run otherwise
 
 
 def connect(address: str | None, storage: str) -> Machine:

@@ -1,0 +1,118 @@
+"""What finishing a plan costs, and what its published cells cost so far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sweeps._board import duration
+from sweeps._sweep import Estimate, UserError, nearest
+from sweeps._where import Machine, RunSettings
+
+FLOPS_SHARE = 0.3  # of the peak that a well-fed training loop of matrix products reaches; an assumption
+BYTES_SHARE = 0.6  # of the memory bandwidth that a streaming kernel reaches; an assumption
+
+
+@dataclass(frozen=True)
+class GPUType:
+    """A GPU as its vendor's datasheet has it. bf16_tflops: TFLOP/s without sparsity; memory_tb_s: TB/s."""
+
+    bf16_tflops: float
+    memory_tb_s: float
+    source: str
+
+
+# Datasheets that print the rate with 2:4 sparsity are halved.
+GPU_TYPES = {
+    "a10": GPUType(125, 0.600, "NVIDIA A10 datasheet"),
+    "a100-40gb": GPUType(312, 1.555, "NVIDIA A100 datasheet"),
+    "a100-80gb-pcie": GPUType(312, 1.935, "NVIDIA A100 80GB datasheet"),
+    "a100-80gb-sxm": GPUType(312, 2.039, "NVIDIA A100 80GB datasheet"),
+    "b200": GPUType(2250, 8.0, "NVIDIA DGX B200 datasheet, an eighth"),
+    "h100-pcie": GPUType(756, 2.0, "NVIDIA H100 datasheet"),
+    "h100-sxm": GPUType(989, 3.35, "NVIDIA H100 datasheet"),
+    "h200-sxm": GPUType(989, 4.8, "NVIDIA H200 datasheet"),
+    "l4": GPUType(121, 0.300, "NVIDIA L4 datasheet"),
+    "l40s": GPUType(362, 0.864, "NVIDIA L40S datasheet"),
+    "mi300x": GPUType(1307, 5.3, "AMD Instinct MI300X datasheet"),
+    "rtx3090": GPUType(71, 0.936, "NVIDIA GA102 whitepaper, FP32 accumulate"),
+    "rtx4090": GPUType(165, 1.008, "NVIDIA Ada whitepaper, FP32 accumulate"),
+    "rtx6000-ada": GPUType(364, 0.960, "NVIDIA RTX 6000 Ada datasheet"),
+}
+
+
+def gpu_hours(estimate: Estimate, kind: GPUType) -> float:
+    """GPU-hours of the work on one GPU of the type: the longer of its arithmetic and its memory traffic (roofline)."""
+    arithmetic = estimate.flops / (kind.bf16_tflops * 1e12 * FLOPS_SHARE)
+    traffic = estimate.bytes / (kind.memory_tb_s * 1e12 * BYTES_SHARE)
+    return max(arithmetic, traffic) / 3600
+
+
+def asked_types(texts: Iterable[str]) -> dict[str, float]:
+    """{GPU type: price an hour, 0 where none is given} of texts `type` or `type:price`; raises UserError."""
+    out = {}
+    for text in texts:
+        name, _, price = text.partition(":")
+        if name not in GPU_TYPES:
+            raise UserError(f"gpu={name!r} is not known{nearest(name, GPU_TYPES)}; types: {', '.join(GPU_TYPES)}")
+        try:
+            out[name] = float(price or 0.0)
+        except ValueError:
+            raise UserError(f"gpu={text!r} has no number after the colon; write {name}:2.5") from None
+        if not 0.0 <= out[name] < float("inf"):
+            raise UserError(f"gpu={text!r} has a price that is not 0 or more; write {name}:2.5")
+    return out
+
+
+def unit_of(machine: Machine) -> tuple[str, int]:
+    """What is rented by the hour, and how many of it: GPUs where there are any, else machines."""
+    return ("GPU", machine.gpus) if machine.gpus else ("machine", machine.nodes)
+
+
+def spent_hours(work: Iterable[tuple[str, float, float]]) -> tuple[float, int, int]:
+    """(hours, pack attempts, cells of unknown time) of published cells.
+
+    Each triple is a cell's (pack attempt, seconds from the attempt's start to its publication, GPUs held or part of
+    the machine). An attempt lasted until its last cell; it is paid once, however many cells it published. Attempts that
+    published nothing leave no record and are not in the sum.
+    """
+    attempts: dict[str, float] = {}
+    unknown = 0
+    for attempt, seconds, share in work:
+        if seconds != seconds or share != share:
+            unknown += 1
+            continue
+        attempts[attempt] = max(attempts.get(attempt, 0.0), seconds * share)
+    return sum(attempts.values()) / 3600, len(attempts), unknown
+
+
+def cost_lines(
+    estimate: Estimate, machine: Machine, run: RunSettings, work: Iterable[tuple[str, float, float]]
+) -> list[str]:
+    """Lines of `--plan`: what is left on this machine and on the GPU types asked for, and what was spent."""
+    unit, number = unit_of(machine)
+    price = run.price_per_hour
+
+    def money(hours: float, rate: float) -> str:
+        return f" = {hours * rate:.2f} at {rate:g} a {unit} hour" if rate else ""
+
+    left = estimate.seconds / 3600 * number
+    lines = []
+    if price:
+        lines.append(f"cost         {left:.2f} {unit} hours to finish{money(left, price)}")
+    spent, attempts, unknown = spent_hours(work)
+    if attempts or unknown:
+        text = f"spent        {spent:.2f} {unit} hours in {attempts} packs that published{money(spent, price)}"
+        if price:
+            text += f"; with what is left {(spent + left) * price:.2f}"
+        lines.append(text + (f"; {unknown} cells have no record of their time" if unknown else ""))
+    unit = "GPU"
+    for name, rate in asked_types(run.gpu).items():
+        kind = GPU_TYPES[name]
+        hours = gpu_hours(estimate, kind)
+        rates = f"{FLOPS_SHARE:.0%} of {kind.bf16_tflops:g} TFLOP/s and {BYTES_SHARE:.0%} of {kind.memory_tb_s:g} TB/s"
+        lines.append(
+            f"on {name:14} {hours:.2f} GPU hours ({duration(hours * 3600)} on one){money(hours, rate or price)}; "
+            f"assumed {rates} ({kind.source}), not measured"
+        )
+    return lines
