@@ -211,14 +211,15 @@ class Rig:
         """Process ids (as the machine numbers them) of the processes of that name."""
         return [int(pid) for pid in self.run(f"pgrep -x {name}", on).stdout.split()]
 
-    def cluster_yaml(self, workers: Sequence[str] | None = None, exports: Mapping[str, str] | None = None) -> Path:
+    def cluster_yaml(self, exports: Mapping[str, str], mounts: Mapping[str, str] | None = None) -> Path:
         """The repository's cluster.yaml with the edits that docs/cluster.md names, and nothing else."""
         config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
-        workers = self.names[1:] if workers is None else workers
-        config["provider"] |= {"head_ip": self.address["head"], "worker_ips": [self.address[w] for w in workers]}
+        workers = [self.address[name] for name in self.names[1:]]
+        config["provider"] |= {"head_ip": self.address["head"], "worker_ips": workers}
         config["auth"]["ssh_private_key"] = str(self.folder / "id")
-        values = {"PLUMBLINE_NODE": "--num-cpus=1 --object-store-memory=100000000", **(exports or {})}
+        values = {"PLUMBLINE_NODE": "--num-cpus=1 --object-store-memory=100000000", **exports}
         config["setup_commands"][0] = edit_exports(config["setup_commands"][0], values)
+        config["file_mounts"] |= mounts or {}
         place = self.folder / "cluster.yaml"
         place.write_text(yaml.safe_dump(config, sort_keys=False))
         return place
