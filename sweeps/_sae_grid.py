@@ -24,6 +24,7 @@ from models.topk_sae import SAEBank, SAEConfig, SparseTrainer
 from sweeps._context import PackContext
 from sweeps._sae_eval import Evaluation
 from sweeps._sae_sources import corrupt, open_lm, open_stream, trajectory_name
+from sweeps._stop import PackStopped
 from sweeps._storage import Store
 from sweeps._sweep import Row, UserError, digest
 from sweeps._where import hardware, user_cache
@@ -205,6 +206,9 @@ class _PackRun:
                 self._step(number, (block, index), {layer: a[row : row + self.batch] for layer, a in acts_ND.items()})
                 self._finish_due()
                 self._tell(number + 1)
+                if self.trajectories and self.context.stopping():
+                    self._checkpoint()
+                    raise PackStopped(f"stopped at step {number + 1}; its checkpoints are kept")
                 if time.monotonic() - self._saved > max(
                     self.context.run.checkpoint_seconds, _SAVE_PAUSE * self._save_took
                 ):

@@ -31,6 +31,7 @@ def run_pack(cells: Sequence[TopologyCell], preset: Audit, context: PackContext)
     began = time.monotonic()
     sources = _Sources(preset, context)
     for done, cell in enumerate(cells, start=1):
+        context.check_stop()
         context.progress(force=True, phase=f"{cell.table} {cell.representation}")
         try:
             if isinstance(cell, MemberCell):

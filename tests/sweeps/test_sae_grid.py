@@ -19,6 +19,7 @@ from models.topk_sae import SparseTrainer
 from sweeps import _sae_grid
 from sweeps._context import PackContext
 from sweeps._ledger import Ledger
+from sweeps._stop import PackStopped
 from sweeps._sweep import UserError
 from sweeps._where import RunSettings
 from sweeps.proxy_gap import SWEEP, Grid, SAECell
@@ -261,3 +262,15 @@ def test_paper_presets_plan_the_study(preset: str, cells: int) -> None:
     assert len(planned) == cells
     assert len({c.key for c in planned}) == cells
     assert all(c.d_sae == 32 * HOST_LMS[c.model].d_model for c in planned)
+
+
+def test_a_pack_that_is_told_to_stop_saves_first(packed: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = fresh()
+    asked = iter(range(100))
+    monkeypatch.setattr(PackContext, "stopping", lambda self: next(asked) == 6)
+    with pytest.raises(PackStopped, match="stopped at step 7"):
+        train(plan(), ledger, checkpoint_seconds=1e9)
+    assert len(ledger.store.names("_work")) == 4
+    missing = [c for c in plan() if c.key not in ledger.done()]
+    train(missing, ledger)
+    assert_same(packed, ledger, [c.key for c in plan()])

@@ -67,6 +67,7 @@ class ToySweep:
                 if not once.exists():
                     once.touch()
                     os.kill(os.getpid(), signal.SIGKILL)
+            context.check_stop()
             time.sleep(preset.seconds)
             rows = [Row("square", cell.n**2), Row("curve", 1.0, params={"step": 1})]
             context.publish(cell, rows, {"value.txt": str(cell.n**2).encode()})

@@ -1,0 +1,217 @@
+"""Codec LMs through the command line on Ray Train: two workers, killed workers, SIGTERM, fewer workers than wished."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+import torch
+
+from sweeps._codec_run import run_pack
+from sweeps._context import PackContext, WorkStore
+from sweeps._ledger import Ledger
+from sweeps._where import RunSettings
+from sweeps.codec_lm import PRESETS, SWEEP, LMCell
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = {
+    "architectures": ("transformer",),
+    "lr": (2e-3,),
+    "corpus_clips": 40,
+    "chunk_s": 1.5,
+    "min_s": 1.0,
+    "holdout": 0.3,
+    "steps": 60,
+    "batch_size": 3,
+    "warmup_steps": 2,
+    "eval_every": 20,
+    "eval_clips": 3,
+    "sample_s": 0.0,
+}
+STUDY = replace(PRESETS["local"], **SETTINGS)  # type: ignore[arg-type]
+(CELL,) = SWEEP.plan(STUDY)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Ledger:
+    """The cell trained in this process, undisturbed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PLUMBLINE_CACHE", str(cache))
+        ledger = Ledger(str(tmp_path_factory.mktemp("alone")), "codec_lm", LMCell.VERSION)
+        context = PackContext(ledger, RunSettings(), threads=1, device="cpu", fingerprint=lambda cell: "f")
+        run_pack([CELL], STUDY, context)
+    return ledger
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Ledger, str]:
+    """The cell trained by two workers, undisturbed, and what was printed."""
+    folder = tmp_path_factory.mktemp("two")
+    job = start(folder, cache, "--set", "workers=2")
+    out, _ = job.communicate(timeout=500)
+    assert job.returncode == 0, out
+    return ledger_in(folder), out
+
+
+def start(folder: Path, cache: Path, *arguments: str) -> subprocess.Popen[str]:
+    texts = {name: ",".join(map(str, v)) if isinstance(v, tuple) else str(v) for name, v in SETTINGS.items()}
+    settings = [part for name, value in texts.items() for part in ("--set", f"{name}={value}")]
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "sweeps" / "codec_lm.py"), *settings, "--set", "threads=1", *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"PLUMBLINE_CACHE": str(cache)},
+    )
+
+
+def ledger_in(folder: Path) -> Ledger:
+    return Ledger(str(folder / "runs/ledger"), "codec_lm", LMCell.VERSION)
+
+
+def wait_for(job: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300
+    while not reached():
+        assert job.poll() is None, job.communicate()[0]
+        assert time.monotonic() < deadline, "the work does not get there"
+        time.sleep(0.02)
+
+
+def workers_of(job: subprocess.Popen[str]) -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process(job.pid).children(recursive=True):
+        try:
+            if process.cmdline()[:1] and "RayTrainWorker" in process.cmdline()[0]:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def rows_of(ledger: Ledger) -> pd.DataFrame:
+    rows = ledger.read(CELL.key).rows
+    return rows[rows["metric"] != "tokens_per_second"].reset_index(drop=True)
+
+
+def weights_of(ledger: Ledger) -> dict[str, dict[str, torch.Tensor]]:
+    state = torch.load(io.BytesIO(ledger.file(CELL.key, "model.pt")), weights_only=True)
+    return {name: state[name] for name in ("raw", "ema")}
+
+
+def assert_same_bits(ledger: Ledger, other: Ledger) -> None:
+    pd.testing.assert_frame_equal(rows_of(ledger), rows_of(other), check_exact=True)
+    mine, theirs = weights_of(ledger), weights_of(other)
+    for kind, weights in mine.items():
+        for name, tensor in weights.items():
+            assert torch.equal(tensor, theirs[kind][name]), (kind, name)
+
+
+@pytest.mark.slow
+def test_two_workers_train_as_one_process_does(two: tuple[Ledger, str], alone: Ledger) -> None:
+    ledger, _ = two
+    assert ledger.read(CELL.key).meta["processes"] == 2
+    mine, theirs = rows_of(ledger), rows_of(alone)
+    assert list(mine["metric"]) == list(theirs["metric"])
+    for metric in ("final_val_nll", "train_loss"):
+        values = [rows.loc[rows["metric"] == metric, "value"].to_numpy() for rows in (mine, theirs)]
+        assert values[0] == pytest.approx(values[1], rel=1e-3)
+        assert (values[0] != values[1]).any()  # they did not both run in one process
+
+
+@pytest.mark.slow
+def test_kill_9_of_a_worker_continues_to_the_same_bits(two: tuple[Ledger, str], tmp_path: Path, cache: Path) -> None:
+    job = start(tmp_path, cache, "--set", "workers=2", "--set", "checkpoint_steps=4")
+    work = WorkStore(ledger_in(tmp_path).store)
+    wait_for(job, lambda: work.step(CELL.key) >= 8)
+    victims = workers_of(job)
+    assert len(victims) == 2
+    victims[1].kill()
+    out, _ = job.communicate(timeout=500)
+    assert job.returncode == 0, out
+    assert_same_bits(ledger_in(tmp_path), two[0])
+    assert work.step(CELL.key) == 0
+
+
+@pytest.mark.slow
+def test_sigterm_of_a_worker_saves_and_continues_to_the_same_bits(alone: Ledger, tmp_path: Path, cache: Path) -> None:
+    job = start(tmp_path, cache, "--set", "checkpoint_steps=4", "--set", "checkpoint_seconds=1000")
+    work = WorkStore(ledger_in(tmp_path).store)
+    wait_for(job, lambda: work.step(CELL.key) >= 8)
+    (worker,) = workers_of(job)
+    worker.terminate()
+    wait_for(
+        job, lambda: work.step(CELL.key) % 4 != 0 or not worker.is_running() or CELL.key in ledger_in(tmp_path).done()
+    )
+    out, _ = job.communicate(timeout=500)
+    assert job.returncode == 0, out
+    assert_same_bits(ledger_in(tmp_path), alone)
+
+
+@pytest.mark.slow
+def test_sigterm_of_the_launch_saves_and_the_same_command_continues(alone: Ledger, tmp_path: Path, cache: Path) -> None:
+    job = start(tmp_path, cache, "--set", "checkpoint_seconds=1000", "--set", "checkpoint_steps=8")
+    ledger = ledger_in(tmp_path)
+    work = WorkStore(ledger.store)
+    wait_for(job, lambda: work.step(CELL.key) == 8)
+    told = time.monotonic()
+    job.send_signal(signal.SIGTERM)
+    out, _ = job.communicate(timeout=120)
+    assert job.returncode == 1, out
+    assert time.monotonic() - told < 60
+    assert "run the same command to continue" in out
+    assert "Traceback" not in out
+    assert ledger.done() == set()
+    assert ledger.failures([CELL.key]) == {}
+    assert work.step(CELL.key) > 8  # it had 1000 s to the next checkpoint by time
+    assert ledger.store.names("_stop") == []
+    again = start(tmp_path, cache, "--set", "checkpoint_seconds=1000")
+    out, _ = again.communicate(timeout=500)
+    assert again.returncode == 0, out
+    assert_same_bits(ledger_in(tmp_path), alone)
+
+
+@pytest.mark.slow
+def test_fewer_workers_than_wished_and_a_changed_number(alone: Ledger, tmp_path: Path, cache: Path) -> None:
+    """Two workers of all cores each: one has room. Its checkpoint, of step 20, continues in two workers that share."""
+    cores = len(os.sched_getaffinity(0))
+    wish = ("--set", "workers=2", "--set", "min_workers=1", "--set", f"threads={cores}", "--set", "checkpoint_steps=4")
+    job = start(tmp_path, cache, *wish)
+    ledger = ledger_in(tmp_path)
+    work = WorkStore(ledger.store)
+    wait_for(job, lambda: work.step(CELL.key) >= 8)
+    assert len(workers_of(job)) == 1
+    job.send_signal(signal.SIGTERM)
+    job.communicate(timeout=120)
+    assert 8 <= work.step(CELL.key) < 60
+    again = start(tmp_path, cache, "--set", "workers=2")
+    out, _ = again.communicate(timeout=500)
+    assert again.returncode == 0, out
+    assert "was reached with 1 processes, now there are 2" in out
+    final = [rows.loc[rows["metric"] == "final_val_nll", "value"].to_numpy() for rows in map(rows_of, (ledger, alone))]
+    assert final[0] == pytest.approx(final[1], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_more_workers_than_the_machine_can_hold_are_refused(tmp_path: Path, cache: Path) -> None:
+    cores = len(os.sched_getaffinity(0))
+    job = start(tmp_path, cache, "--set", "workers=2", "--set", f"threads={cores}")
+    out, _ = job.communicate(timeout=300)
+    assert job.returncode == 1
+    assert "choose fewer with --set workers=N" in out
+    assert "Traceback" not in out
