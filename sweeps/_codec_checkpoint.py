@@ -1,7 +1,7 @@
 """The file `model.pt` of a published model: what it holds, and how it becomes a model and a codec again.
 
-It stands alone: configuration, raw and averaged weights, the codec's description, and the stand-in codec itself where
-that was trained here (EnCodec's and DAC's weights belong to their packages and are only named).
+It stands alone: configuration, raw, averaged and best averaged weights, the codec's description, and the stand-in
+codec itself where that was trained here (EnCodec's and DAC's weights belong to their packages and are only named).
 """
 
 from __future__ import annotations
@@ -63,7 +63,10 @@ def read_checkpoint(data: bytes, name: str) -> dict[str, Any]:
 
 
 def load_model(state: dict[str, Any], weights: str) -> CodecLM:
-    """The model of a `model.pt`, in eval mode. Raises UserError for weights that do not fit its configuration."""
+    """The model of a `model.pt`, in eval mode, with its `raw`, `ema` or `best` weights; the last `ema` may be the best.
+
+    Raises UserError for weights that do not fit their configuration.
+    """
     from models.codec_lm import CodecLMConfig, build_codec_lm
     from models.memory_cache import MemoryCacheConfig
 
@@ -75,7 +78,7 @@ def load_model(state: dict[str, Any], weights: str) -> CodecLM:
         if config["memory_cache"] is not None:
             config["memory_cache"] = MemoryCacheConfig(**config["memory_cache"])
         model = build_codec_lm(CodecLMConfig(**config))
-        model.load_state_dict(state[weights])
+        model.load_state_dict(state["ema" if weights == "best" and "best" not in state else weights])
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(

@@ -25,7 +25,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--n", type=int, default=4, help="number of samples")
     p.add_argument("--out", type=Path, default=Path("samples"), help="folder for the WAV files")
     p.add_argument("--prompt", type=Path, metavar="AUDIO", help="audio file to continue; resampled to the codec's rate")
-    p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged or last weights")
+    p.add_argument(
+        "--weights", choices=("ema", "raw", "best"), default="ema", help="averaged, last, or averaged at the best step"
+    )
     p.add_argument("--temperature", type=float, default=0.9, help="0 takes the likeliest token")
     p.add_argument("--top-k", type=int, default=100, help="draw from the k likeliest tokens; 0: from all")
     p.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that reach probability p")

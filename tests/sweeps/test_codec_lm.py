@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,11 +18,13 @@ from models.codec_lm import CodecLM, build_codec_lm
 from models.delay import training_pair
 from models.lm_presets import LOCAL
 from sweeps import _codec_data
+from sweeps._codec_checkpoint import load_model, read_checkpoint
 from sweeps._codec_report import write
-from sweeps._codec_run import run_pack
+from sweeps._codec_run import _CellRun, run_pack
 from sweeps._codec_sample import main as sample_main
 from sweeps._context import PackContext
 from sweeps._ledger import Ledger
+from sweeps._stop import PackStopped
 from sweeps._sweep import UserError
 from sweeps._train import AnomalyError, Batch, TrainConfig, Trainer, train
 from sweeps._where import Machine, RunSettings
@@ -272,8 +275,130 @@ def test_foreign_checkpoints_are_refused() -> None:
     state = trainer().state()
     with pytest.raises(ValueError, match="another training configuration"):
         trainer(lr=2e-2).restore(state)
-    with pytest.raises(ValueError, match="another architecture"):
+    with pytest.raises(ValueError, match=r"another architecture: d_ff=16 \(here 24\)"):
         trainer(build_codec_lm(replace(CONFIG, d_ff=24), seed=0)).restore(state)
+    with pytest.raises(ValueError, match="is of an unnamed version, this is codec_lm version 1; remove it"):
+        Trainer(build_codec_lm(CONFIG, seed=1), trainer().config, maker="codec_lm version 1").restore(state)
+    trainer(micro_batch=1).restore(state)  # changes no more than rounding
+
+
+def test_a_full_disk_keeps_the_old_checkpoint_and_training_goes_on(
+    finished: tuple[Ledger, list[LMCell]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger, cells = finished
+    context = context_on(f"memory://{uuid.uuid4().hex}", RunSettings(checkpoint_steps=2))
+    said: list[str] = []
+    monkeypatch.setattr(context, "note", said.append)
+    replace_file, full = context.work.store.replace, True
+
+    def limited(name: str, data: bytes) -> None:
+        if full and "latest-" in name and "latest-000000000002" not in name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace_file(name, data)
+
+    monkeypatch.setattr(context.work.store, "replace", limited)
+    steps = iter(range(1, 100))
+    monkeypatch.setattr(context, "stopping", lambda: next(steps) == 6)  # asked once before the first step
+    with pytest.raises(PackStopped, match="stopped at step 5"):
+        run_pack(cells[:1], TINY, context)
+    assert [line.split(" could not")[0].split("checkpoint of ")[1] for line in said] == ["step 4", "step 5"]
+    assert "No space left on device" in said[0]
+    assert "that of step 2 stays and training goes on" in said[0]
+    state = context.work.load(cells[0].key)
+    assert state is not None
+    assert state["step"] == 2
+    files = [n for n in context.work.store.names(f"_work/{cells[0].key}") if n.endswith(".pt")]
+    assert len(files) <= 2
+    full = False
+    run_pack(cells[:1], TINY, context)
+    whole, resumed = (place.read(cells[0].key).rows for place in (ledger, context.ledger))
+    same = [rows[rows["metric"] != "tokens_per_second"] for rows in (whole, resumed)]
+    pd.testing.assert_frame_equal(same[0], same[1], check_exact=True)
+
+
+def test_the_best_measurement_is_kept_published_and_sampled(
+    finished: tuple[Ledger, list[LMCell]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, cells = finished
+    context = context_on(f"memory://{uuid.uuid4().hex}")
+    values = iter((3.0, 3.0, 4.0, 4.0))  # raw and averaged weights at steps 3 and 6
+    monkeypatch.setattr(_CellRun, "_numbers", lambda self, model: {"val_nll": next(values)})
+    kept: dict[str, torch.Tensor] = {}
+    save = context.work.save
+
+    def watch(name: str, step: int, state: dict, kind: str = "latest") -> None:
+        assert (kind, step) == ("best", 3)
+        kept.update({n: t.clone() for n, t in state["ema"].items()})
+        save(name, step, state, kind)
+
+    monkeypatch.setattr(context.work, "save", watch)
+    run_pack(cells[:1], replace(TINY, sample_s=0.0), context)
+    cell = context.ledger.read(cells[0].key)
+    state = read_checkpoint(context.ledger.file(cells[0].key, "model.pt"), "model.pt")
+    assert state["best_step"] == 3
+    assert all(torch.equal(t, kept[n]) for n, t in state["best"].items())
+    assert any(not torch.equal(t, kept[n]) for n, t in state["ema"].items())
+    assert torch.equal(load_model(state, "best").heads, kept["heads"])
+    rows = cell.rows
+    assert rows.loc[rows["metric"] == "best_step", "value"].item() == 3
+    final = rows[rows["metric"] == "final_val_nll"].set_index("weights")["value"]
+    assert len({final["raw"], final["ema"], final["best"]}) == 3
+
+
+def test_without_a_better_earlier_measurement_the_last_weights_are_the_best(
+    finished: tuple[Ledger, list[LMCell]],
+) -> None:
+    ledger, cells = finished
+    state = read_checkpoint(ledger.file(cells[0].key, "model.pt"), "model.pt")
+    rows = ledger.read(cells[0].key).rows
+    assert rows.loc[rows["metric"] == "best_step", "value"].item() == TINY.steps
+    assert "best" not in state
+    assert torch.equal(load_model(state, "best").heads, load_model(state, "ema").heads)
+
+
+def test_the_optimizer_clips_and_decays_matrices_alone() -> None:
+    t = trainer(grad_clip=1e-3)
+    stats = t.step(random_batch(0))
+    assert stats.grad_norm > 0.1  # before clipping
+    clipped = torch.nn.utils.get_total_norm([p.grad for p in t.model.parameters() if p.grad is not None])
+    assert float(clipped) == pytest.approx(1e-3, rel=1e-3)
+    decayed, rest = ({id(p) for p in g["params"]} for g in t.optimizer.param_groups)
+    assert [g["weight_decay"] for g in t.optimizer.param_groups] == [t.config.weight_decay, 0.0]
+    names = {n for n, p in t.model.named_parameters() if id(p) in rest}
+    assert all(t.model.get_parameter(n).dim() == 1 or n.endswith(("A_log", "dt_bias", ".D")) for n in names)
+    assert id(t.model.heads) in decayed
+    assert all(g["fused"] for g in t.optimizer.param_groups)
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights() -> None:
+    losses = {p: trainer(precision=p).step(random_batch(0)).loss for p in ("float32", "bfloat16")}
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.01)
+    t = trainer(precision="bfloat16")
+    t.step(random_batch(0))
+    assert {p.dtype for p in t.model.parameters()} == {torch.float32}
+
+
+def test_checkpoints_by_time_by_steps_and_never_of_the_last() -> None:
+    batch = random_batch(0)
+
+    def saves(save_seconds: float, save_steps: int) -> list[int]:
+        found: list[int] = []
+        train(
+            trainer(steps=6),
+            lambda step: batch,
+            eval_every=6,
+            evaluate=lambda model: {},
+            save=lambda t: found.append(t.step_count),
+            save_seconds=save_seconds,
+            save_steps=save_steps,
+            tell=lambda t, stats, rate: None,
+        )
+        return found
+
+    assert saves(1e9, 0) == []
+    assert saves(1e9, 2) == [2, 4]
+    assert saves(0.0, 0)[-1] == 5
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))
