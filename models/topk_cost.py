@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from models.topk_engines import Backend, n_candidates
+from models.topk_intrinsics import BLOCK
 from models.topk_model import SCORE_BYTES, SAEConfig
 from models.topk_screen import CHUNK_BYTES_PER_FEATURE, INT8_MARGIN
 
@@ -39,12 +40,10 @@ def _scratch_bytes(config: SAEConfig, batch: int, backend: Backend, aux: bool) -
         # float32 screens keep no bfloat16 copy; int64 indices, their sort and two value arrays an entry
         screen = 4 * D * M + SCORE_BYTES
         return gradients + screen + batch * (4 * 6 * D + max(12 * n_candidates(k, M) + 56 * k for k in wanted))
-    per_token = 0
-    for k in wanted:
-        K = n_candidates(k, M, INT8_MARGIN)
-        per_token += 8 * K + 4 + 16 * k + 1 + 4 * D
-    aux_target = 4 * D if len(wanted) > 1 else 0
-    per_token += 4 * D + D + aux_target + 12
+    widths = [n_candidates(k, M, INT8_MARGIN) for k in wanted]
+    per_token = 12 * max(widths) + sum(8 * K + 5 + 20 * k for K, k in zip(widths, wanted, strict=True))
+    blocks = 4 * BLOCK * -(-D // BLOCK)
+    per_token += 5 * D + 8 + blocks * (1 + len(wanted) + (len(wanted) > 1))
     product = M * min(4 * batch, CHUNK_BYTES_PER_FEATURE)
     return gradients + batch * per_token + product + 30 * M
 

@@ -197,6 +197,25 @@ def dots(x_BD: torch.Tensor, W_MD: torch.Tensor, idx_Bk: torch.Tensor) -> torch.
     return out.view(rows, k)
 
 
+def grouped_topk(scores_RM: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and indices [R, k] of the k largest of each row, in no particular order.
+
+    `topk` visits every score several times. The k largest lie in the k groups with the largest maxima, so that it is
+    asked for groups first and for their members then, in all about 2·√(k·M) scores a row.
+    """
+    rows, features = scores_RM.shape
+    size = 2 ** max(0, round(math.log2(features / k) / 2))
+    if size == 1 or features % size:
+        values, indices = scores_RM.topk(k, dim=-1, sorted=False)
+        return values, indices
+    groups = features // size
+    members = scores_RM.view(rows, size, groups)
+    best_Rk = members.amax(1).topk(k, dim=-1, sorted=False).indices
+    inside = members.gather(2, best_Rk[:, None, :].expand(rows, size, k)).flatten(1)
+    values, at_Rk = inside.topk(k, dim=-1, sorted=False)
+    return values, best_Rk.gather(1, at_Rk % k) + at_Rk // k * groups
+
+
 def exact_topk(
     sae: TopKSAE, xc_BD: torch.Tensor, norm_M: torch.Tensor, k: int, live: torch.Tensor | None
 ) -> torch.Tensor:
@@ -248,8 +267,7 @@ class TorchEngine(Engine):
         mse = float(g.square().sum()) / rows
         residual = g.neg() if dead is not None else None
         g.mul_(2 / rows)
-        dh = dots(g, sae.W_dec, idx).mul_(h > 0)
-        self._scatter(idx, h, dh, g, xc, first=True)
+        self._scatter(idx, h, g, xc, relu=True)
         g_sum = g.sum(0)
         aux = 0.0
         if dead is not None and residual is not None:
@@ -261,7 +279,7 @@ class TorchEngine(Engine):
             g = F.embedding_bag(idx, sae.W_dec, mode="sum", per_sample_weights=a).sub_(residual)
             aux = weight * float(g.square().sum()) / rows
             g.mul_(2 * weight / rows)
-            self._scatter(idx, a, dots(g, sae.W_dec, idx), g, xc, first=False)
+            self._scatter(idx, a, g, xc, relu=False)
         grad_b_dec = self.grad("b_dec").copy_(g_sum)
         if self.config.apply_b_dec_to_input:
             grad_b_dec.sub_(self.grad("b_enc") @ sae.W_enc)
@@ -289,9 +307,9 @@ class TorchEngine(Engine):
             scores = self.scratch.take("screen.scores", chunk.stop - chunk.start, sae.d_sae, dtype=W.dtype)
             torch.addmm(bias, x[chunk], W.T, out=scores)
             for (cand, values), K, features in zip(found, sizes, (None, dead), strict=False):
-                top = (scores if features is None else scores[:, features]).topk(K, dim=-1, sorted=False)
-                cand[chunk] = top.indices if features is None else features[top.indices]
-                values[chunk] = top.values.float()
+                best, at = grouped_topk(scores if features is None else scores[:, features], K)
+                cand[chunk] = at if features is None else features[at]
+                values[chunk] = best.float()
         return found
 
     def _select(
@@ -322,32 +340,27 @@ class TorchEngine(Engine):
         return idx, a, len(close)
 
     def _scatter(
-        self,
-        idx_Bk: torch.Tensor,
-        h_Bk: torch.Tensor,
-        dh_Bk: torch.Tensor,
-        g_BD: torch.Tensor,
-        xc_BD: torch.Tensor,
-        *,
-        first: bool,
+        self, idx_Bk: torch.Tensor, h_Bk: torch.Tensor, g_BD: torch.Tensor, xc_BD: torch.Tensor, *, relu: bool
     ) -> None:
-        """Sum the entries into the gradients of W_dec, W_enc and b_enc (added to what is there unless `first`)."""
-        M, (rows, k) = self.sae.d_sae, idx_Bk.shape
-        flat = idx_Bk.flatten()
-        order = torch.sort(flat, stable=True).indices
-        starts = torch.zeros(M + 1, dtype=torch.int64, device=flat.device)
-        torch.cumsum(torch.bincount(flat, minlength=M), 0, out=starts[1:])
-        columns = order // k
-        for name, values, dense in (("W_dec", h_Bk, g_BD), ("W_enc", dh_Bk, xc_BD)):
-            entries = torch.sparse_csr_tensor(
-                starts, columns, values.flatten()[order], (M, rows), check_invariants=False
-            )
+        """Sum the entries into the gradients of W_dec, W_enc and b_enc: the main ones, with relu, come first, and the
+        auxiliary ones are added to them."""
+        W_dec, M, (rows, k) = self.sae.W_dec, self.sae.d_sae, idx_Bk.shape
+        feature, order = torch.sort(idx_Bk.flatten(), stable=True)
+        starts = torch.zeros(M + 1, dtype=torch.int64, device=feature.device)
+        torch.cumsum(torch.bincount(feature, minlength=M), 0, out=starts[1:])
+        token, h = order // k, h_Bk.flatten()[order]
+        # a bag a feature: the table that is read at random is g, smaller than W_dec by B / d_sae
+        dh = torch.ops.aten._embedding_bag_per_sample_weights_backward(W_dec, g_BD, token, starts[:-1], feature, 0)
+        if relu:
+            dh.mul_(h > 0)
+        for name, values, dense in (("W_dec", h, g_BD), ("W_enc", dh, xc_BD)):
+            entries = torch.sparse_csr_tensor(starts, token, values, (M, rows), check_invariants=False)
             grad = self.grad(name)
-            if first:
+            if relu:
                 torch.mm(entries, dense, out=grad)
             else:
                 torch.addmm(grad, entries, dense, out=grad)
         grad_b = self.grad("b_enc")
-        if first:
+        if relu:
             grad_b.zero_()
-        grad_b.index_add_(0, flat, dh_Bk.flatten())
+        grad_b.index_add_(0, feature, dh)

@@ -1,7 +1,7 @@
 """Numba kernels of the sparse TopK step on CPUs: everything but the screening product itself.
 
 Shape suffixes: B tokens, R rows of one screening chunk, D = d_in, M = d_sae, k active features, K candidates,
-E entries (token, active feature).
+E entries (token, active feature), Cb blocks of b = BLOCK columns (`CBb`: block c of all tokens is contiguous).
 
 Each kernel works on rows or features `start:stop` of numpy arrays, allocates a few rows at most, and releases the
 GIL, so that a thread pool runs several at once. Sums run over one token or one feature, never over a thread's
@@ -10,13 +10,11 @@ share: the number of threads changes no bit.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba.extending import overload
+
+from models.topk_intrinsics import BLOCK, add_weighted, bits_of_float, block_dots, float_of_bits, prefetch, weighted_sum
 
 # neither nnan nor ninf: minus infinity marks the features that may not be chosen
 _FAST = {"contract", "reassoc", "nsz", "arcp"}
@@ -30,59 +28,7 @@ _strict = njit(nogil=True, cache=True, error_model="numpy")
 
 _SIGN_SHIFT, _MAGNITUDE = np.int32(31), np.int32(0x7FFFFFFF)
 _ZERO, _ONE = np.float32(0), np.float32(1)
-
-
-def _float_of_bits_intrinsic(typingctx: Any, bits: Any) -> Any:
-    """float32 whose pattern is the low 32 bits of an integer."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        word = args[0]
-        if word.type.width != 32:
-            word = builder.trunc(word, ir.IntType(32))
-        return builder.bitcast(word, ir.FloatType())
-
-    return types.float32(bits), codegen
-
-
-_float_of_bits: Any = intrinsic(_float_of_bits_intrinsic)
-
-
-def _bits_of_float_intrinsic(typingctx: Any, x: Any) -> Any:
-    """Pattern of a float32 as int32."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.IntType(32))
-
-    return types.int32(types.float32), codegen
-
-
-_bits_of_float: Any = intrinsic(_bits_of_float_intrinsic)
-
-
-def _prefetch_intrinsic(typingctx: Any, array: Any, position: Any) -> Any:
-    """Start to load the cache line of element `position` of a contiguous array."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        address = builder.bitcast(builder.gep(data, [args[1]]), cgutils.voidptr_t)
-        flag = ir.IntType(32)
-        hint = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, flag, flag, flag])
-        function = cgutils.get_or_insert_function(builder.module, hint, "llvm.prefetch.p0")
-        builder.call(function, [address, flag(0), flag(3), flag(1)])
-        return context.get_dummy_value()
-
-    return types.void(array, types.int64), codegen
-
-
-_prefetch: Any = intrinsic(_prefetch_intrinsic)
-
-
-@_kernel
-def _fetch_row(W_MD, row):
-    # every fourth cache line: the hardware's own prefetcher completes the stream
-    width = W_MD.shape[1]
-    for d in range(0, width, 64):
-        _prefetch(W_MD, np.int64(row) * width + d)
+_AHEAD = 32  # features whose weights are asked for in advance
 
 
 # ------------------------------------------------------------------------------------ order statistics
@@ -92,13 +38,13 @@ def _fetch_row(W_MD, row):
 def _order_keys(values, n, keys):
     """keys[:n]: integers in the order of the floats values[:n]."""
     for i in range(n):
-        bits = _bits_of_float(values[i])
+        bits = bits_of_float(values[i])
         keys[i] = bits ^ ((bits >> _SIGN_SHIFT) & _MAGNITUDE)
 
 
 @_kernel
 def _float_of_key(key):
-    return _float_of_bits(key ^ ((key >> _SIGN_SHIFT) & _MAGNITUDE))
+    return float_of_bits(key ^ ((key >> _SIGN_SHIFT) & _MAGNITUDE))
 
 
 @_kernel
@@ -160,7 +106,7 @@ def _score_of_kind(value, row_scale, scale, bias):
 
         def score(value, row_scale, scale, bias):
             # a bfloat16 is the upper half of a float32
-            return _float_of_bits(np.int32(value) << np.int32(16)) + bias
+            return float_of_bits(np.int32(value) << np.int32(16)) + bias
     else:
 
         def score(value, row_scale, scale, bias):
@@ -252,42 +198,24 @@ def screen(product_RM, row_scale_R, scale_M, bias_M, group, cand_RK, screened_RK
 
 @_kernel
 def rescore(
-    xc_BD, W_enc, b_enc, norm_M, cand_BK, screened_BK, floor_B, certificate, relu, idx_Bk, h_Bk, close_B, start, stop
+    a_E, slot_BK, b_enc, norm_M, cand_BK, screened_BK, floor_B, certificate, relu, idx_Bk, h_Bk, close_B, start, stop
 ):
-    """Float32 scores of the candidates; the k largest a·n give idx and h = a (relu(a) with `relu`).
+    """The k largest a·n of the candidates give idx and h = a (relu(a) with `relu`).
 
-    close_B marks rows where the k-th score lies within `certificate` root-mean-square screening errors of the row
-    above floor_B, the bound on the features left out: there the screen may have missed one.
+    a_E[slot_BK]: float32 dot products of x − b_dec and the candidates' rows. close_B marks rows where the k-th score
+    lies within `certificate` root-mean-square screening errors of the row above floor_B, the bound on the features
+    left out: there the screen may have missed one.
     """
-    width, K, k = xc_BD.shape[1], cand_BK.shape[1], idx_Bk.shape[1]
+    K, k = cand_BK.shape[1], idx_Bk.shape[1]
     a = np.empty(K, np.float32)
     scores = np.empty(K, np.float32)
     keys = np.empty(K, np.int32)
     positions = np.empty(k, np.int32)
-    fours = K - K % 4
     for row in range(start, stop):
-        for q in range(0, fours, 4):
-            for z in range(q + 4, min(q + 8, K)):
-                _fetch_row(W_enc, cand_BK[row, z])
-            j0, j1, j2, j3 = cand_BK[row, q], cand_BK[row, q + 1], cand_BK[row, q + 2], cand_BK[row, q + 3]
-            d0 = d1 = d2 = d3 = _ZERO
-            for d in range(width):
-                x = xc_BD[row, d]
-                d0 += x * W_enc[j0, d]
-                d1 += x * W_enc[j1, d]
-                d2 += x * W_enc[j2, d]
-                d3 += x * W_enc[j3, d]
-            a[q], a[q + 1], a[q + 2], a[q + 3] = d0, d1, d2, d3
-        for q in range(fours, K):
-            j0 = cand_BK[row, q]
-            d0 = _ZERO
-            for d in range(width):
-                d0 += xc_BD[row, d] * W_enc[j0, d]
-            a[q] = d0
         error = _ZERO
         for q in range(K):
             j = cand_BK[row, q]
-            a[q] += b_enc[j]
+            a[q] = a_E[slot_BK[row, q]] + b_enc[j]
             scores[q] = a[q] * norm_M[j]
             miss = scores[q] - screened_BK[row, q]
             error += miss * miss
@@ -302,38 +230,42 @@ def rescore(
         close_B[row] = least - floor_B[row] < certificate * np.sqrt(error / np.float32(K))
 
 
-# ------------------------------------------------------------------------------------ gradients
+# ------------------------------------------------------------------------------------ entries, feature by feature
 
 
 @_kernel
-def residual(target_BD, base_D, W_dec, idx_Bk, h_Bk, scale, g_BD, error_B, start, stop):
-    """g = scale · (base + Σ_q h_q W_dec[idx_q] − target) and the unscaled squared error of each row."""
-    width, k = target_BD.shape[1], idx_Bk.shape[1]
-    fours = k - k % 4
-    for row in range(start, stop):
-        for d in range(width):
-            g_BD[row, d] = base_D[d] - target_BD[row, d]
-        for q in range(0, fours, 4):
-            for z in range(q + 4, min(q + 8, k)):
-                _fetch_row(W_dec, idx_Bk[row, z])
-            j0, j1, j2, j3 = idx_Bk[row, q], idx_Bk[row, q + 1], idx_Bk[row, q + 2], idx_Bk[row, q + 3]
-            h0, h1, h2, h3 = h_Bk[row, q], h_Bk[row, q + 1], h_Bk[row, q + 2], h_Bk[row, q + 3]
-            for d in range(width):
-                g_BD[row, d] += h0 * W_dec[j0, d] + h1 * W_dec[j1, d] + h2 * W_dec[j2, d] + h3 * W_dec[j3, d]
-        for q in range(fours, k):
-            j0, h0 = idx_Bk[row, q], h_Bk[row, q]
-            for d in range(width):
-                g_BD[row, d] += h0 * W_dec[j0, d]
-        error = _ZERO
-        for d in range(width):
-            error += g_BD[row, d] * g_BD[row, d]
-            g_BD[row, d] *= scale
-        error_B[row] = error
+def write_blocks(rows_ND, blocks_CNb, start, stop):
+    """Columns of rows start:stop in blocks: blocks[c, n, i] = rows[n, BLOCK·c + i], and zero beyond D."""
+    width = rows_ND.shape[1]
+    for n in range(start, stop):
+        for c in range(blocks_CNb.shape[0]):
+            _copy_columns(rows_ND, n, c, width, blocks_CNb[c, n])
 
 
 @_kernel
-def sort_entries(idx_Bk, h_Bk, starts_M1, token_E, value_E):
-    """Counting sort of the entries by feature: feature j owns starts[j]:starts[j + 1], its tokens ascending."""
+def _copy_columns(rows_ND, n, c, width, block_b):
+    first = c * BLOCK
+    if first + BLOCK <= width:
+        for i in range(BLOCK):
+            block_b[i] = rows_ND[n, first + i]
+    else:
+        for i in range(BLOCK):
+            block_b[i] = rows_ND[n, first + i] if first + i < width else _ZERO
+
+
+@_kernel
+def _fetch_columns(rows_MD, j, c):
+    first = j * rows_MD.shape[1] + c * BLOCK
+    prefetch(rows_MD, first)
+    prefetch(rows_MD, min(first + 16, rows_MD.size - 1))
+
+
+@_kernel
+def sort_entries(idx_Bk, starts_M1, token_E, slot_Bk):
+    """Counting sort of the entries by feature: feature j owns starts[j]:starts[j + 1], its tokens ascending.
+
+    slot_Bk says where each entry went.
+    """
     rows, k = idx_Bk.shape
     features = starts_M1.shape[0] - 1
     starts_M1[:] = 0
@@ -347,95 +279,131 @@ def sort_entries(idx_Bk, h_Bk, starts_M1, token_E, value_E):
         for q in range(k):
             j = idx_Bk[row, q]
             token_E[place[j]] = row
-            value_E[place[j]] = h_Bk[row, q]
+            slot_Bk[row, q] = place[j]
             place[j] += 1
 
 
-@_inlined
-def _add_feature(w_D, start, stop, token_E, value_E, relu, g_BD, xc_BD, dec_D, enc_D):
-    """Add the entries of one feature to its gradients: dec += Σ h g, enc += Σ dh xc; returns Σ dh.
-
-    dh = g · w, and zero where relu cut h off.
-    """
-    width = w_D.shape[0]
-    total = _ZERO
-    fours = stop - (stop - start) % 4
-    for e in range(start, fours, 4):
-        for z in range(e + 4, min(e + 8, stop)):
-            _fetch_row(g_BD, token_E[z])
-            _fetch_row(xc_BD, token_E[z])
-        t0, t1, t2, t3 = token_E[e], token_E[e + 1], token_E[e + 2], token_E[e + 3]
-        h0, h1, h2, h3 = value_E[e], value_E[e + 1], value_E[e + 2], value_E[e + 3]
-        d0 = d1 = d2 = d3 = _ZERO
-        for d in range(width):
-            w = w_D[d]
-            d0 += w * g_BD[t0, d]
-            d1 += w * g_BD[t1, d]
-            d2 += w * g_BD[t2, d]
-            d3 += w * g_BD[t3, d]
-        if relu:
-            d0 = d0 if h0 > _ZERO else _ZERO
-            d1 = d1 if h1 > _ZERO else _ZERO
-            d2 = d2 if h2 > _ZERO else _ZERO
-            d3 = d3 if h3 > _ZERO else _ZERO
-        total += (d0 + d1) + (d2 + d3)
-        for d in range(width):
-            dec_D[d] += h0 * g_BD[t0, d] + h1 * g_BD[t1, d] + h2 * g_BD[t2, d] + h3 * g_BD[t3, d]
-        for d in range(width):
-            enc_D[d] += d0 * xc_BD[t0, d] + d1 * xc_BD[t1, d] + d2 * xc_BD[t2, d] + d3 * xc_BD[t3, d]
-    for e in range(fours, stop):
-        t0, h0 = token_E[e], value_E[e]
-        d0 = _ZERO
-        for d in range(width):
-            d0 += w_D[d] * g_BD[t0, d]
-        if relu and not h0 > _ZERO:
-            d0 = _ZERO
-        total += d0
-        for d in range(width):
-            dec_D[d] += h0 * g_BD[t0, d]
-        for d in range(width):
-            enc_D[d] += d0 * xc_BD[t0, d]
-    return total
+@_kernel
+def sort_values(value_Bk, slot_Bk, value_E):
+    """value_E[slot] = value."""
+    rows, k = value_Bk.shape
+    for row in range(rows):
+        for q in range(k):
+            value_E[slot_Bk[row, q]] = value_Bk[row, q]
 
 
 @_kernel
-def feature_gradients(
-    W_dec, xc_BD, g_BD, starts_M1, token_E, value_E, g_aux_BD, aux_starts_M1, aux_token_E, aux_value_E,
-    grad_dec, grad_enc, grad_b, touched_M, fired_M, square_M, start, stop,
-):  # fmt: skip
-    """Gradients of W_dec, W_enc and b_enc for features start:stop, their squared length, and which fired.
+def feature_dots(rows_CBb, W_MD, starts_M1, token_E, dot_E, start, stop):
+    """dot_E[e] = W[j] · rows[token_E[e]] for the entries of features j in start:stop."""
+    blocks, rows, _ = rows_CBb.shape
+    features, width = W_MD.shape
+    w_b = np.empty(BLOCK, np.float32)
+    dot_E[starts_M1[start] : starts_M1[stop]] = _ZERO
+    for c in range(blocks):
+        for j in range(start, stop):
+            _fetch_columns(W_MD, min(j + _AHEAD, features - 1), c)
+            first, last = starts_M1[j], starts_M1[j + 1]
+            if last > first:
+                _copy_columns(W_MD, j, c, width, w_b)
+                block_dots(rows_CBb, c * rows * BLOCK, token_E, first, last, w_b, 0, dot_E)
 
-    The main entries come with relu, the auxiliary ones (none: empty starts) without. Features without entries are
-    marked untouched and their gradient rows are left as they are: Adam reads them as zero.
+
+@_kernel
+def decode(W_MD, starts_M1, token_E, value_E, out_CBb, start, stop):
+    """out[token] = Σ value · W[j] over the entries, ascending in j, for the blocks start:stop of columns."""
+    rows = out_CBb.shape[1]
+    features, width = W_MD.shape
+    w_b = np.empty(BLOCK, np.float32)
+    for c in range(start, stop):
+        out_CBb[c] = _ZERO
+        for j in range(features):
+            _fetch_columns(W_MD, min(j + _AHEAD, features - 1), c)
+            first, last = starts_M1[j], starts_M1[j + 1]
+            if last > first:
+                _copy_columns(W_MD, j, c, width, w_b)
+                add_weighted(out_CBb, c * rows * BLOCK, token_E, value_E, first, last, w_b)
+
+
+@_kernel
+def residual(target_CBb, base_CIb, scale, g_CBb, error_B, start, stop):
+    """g = scale · (base + g − target), where g holds what was decoded, and the unscaled squared error of each row."""
+    blocks = g_CBb.shape[0]
+    error_B[start:stop] = _ZERO
+    for c in range(blocks):
+        base_b = base_CIb[c, 0]
+        for row in range(start, stop):
+            error = _ZERO
+            for i in range(BLOCK):
+                miss = g_CBb[c, row, i] + (base_b[i] - target_CBb[c, row, i])
+                error += miss * miss
+                g_CBb[c, row, i] = miss * scale
+            error_B[row] += error
+
+
+@_kernel
+def feature_sums(
+    rows_CBb, starts_M1, token_E, value_E, aux_rows_CBb, aux_starts_M1, aux_token_E, aux_value_E,
+    sum_MD, square_M, start, stop,
+):  # fmt: skip
+    """sum[j] = Σ value · rows[token] over the entries and the auxiliary ones (none: empty starts) of features
+    start:stop; its squared length is added to square_M. Features without any entry are left as they are.
+    """
+    blocks, rows, _ = rows_CBb.shape
+    width = sum_MD.shape[1]
+    has_aux = aux_starts_M1.shape[0] > 0
+    total_b = np.empty(BLOCK, np.float32)
+    aux_b = np.zeros(BLOCK, np.float32)
+    for c in range(blocks):
+        first_column = c * BLOCK
+        columns = min(BLOCK, width - first_column)
+        for j in range(start, stop):
+            _fetch_columns(sum_MD, min(j + _AHEAD, stop - 1), c)
+            first, last = starts_M1[j], starts_M1[j + 1]
+            aux_first = aux_starts_M1[j] if has_aux else 0
+            aux_last = aux_starts_M1[j + 1] if has_aux else 0
+            if last == first and aux_last == aux_first:
+                continue
+            weighted_sum(rows_CBb, c * rows * BLOCK, token_E, value_E, first, last, total_b)
+            if aux_last > aux_first:
+                weighted_sum(aux_rows_CBb, c * rows * BLOCK, aux_token_E, aux_value_E, aux_first, aux_last, aux_b)
+                for i in range(BLOCK):
+                    total_b[i] += aux_b[i]
+            square = _ZERO
+            for i in range(BLOCK):
+                square += total_b[i] * total_b[i]
+            square_M[j] += square
+            for i in range(columns):
+                sum_MD[j, first_column + i] = total_b[i]
+
+
+@_kernel
+def settle_entries(
+    starts_M1, value_E, slope_E, aux_starts_M1, aux_slope_E, grad_b, touched_M, fired_M, square_M, start, stop
+):
+    """Relu's derivative into slope_E = ∂L/∂a, its sums into grad_b, and which features of start:stop fired.
+
+    The auxiliary entries (none: empty starts) have no relu. A feature without entries is marked untouched: Adam reads
+    its gradient, which nobody writes, as zero. square_M starts as grad_b².
     """
     has_aux = aux_starts_M1.shape[0] > 0
     for j in range(start, stop):
         first, last = starts_M1[j], starts_M1[j + 1]
         aux_first = aux_starts_M1[j] if has_aux else 0
         aux_last = aux_starts_M1[j + 1] if has_aux else 0
-        touched = last > first or aux_last > aux_first
-        touched_M[j] = touched
+        total = _ZERO
         fired = False
         for e in range(first, last):
-            fired = fired or value_E[e] > _ZERO
+            if value_E[e] > _ZERO:
+                fired = True
+            else:
+                slope_E[e] = _ZERO
+            total += slope_E[e]
+        for e in range(aux_first, aux_last):
+            total += aux_slope_E[e]
+        touched_M[j] = last > first or aux_last > aux_first
         fired_M[j] = fired
-        grad_b[j] = _ZERO
-        square_M[j] = 0.0
-        if not touched:
-            continue
-        dec, enc = grad_dec[j], grad_enc[j]
-        dec[:] = _ZERO
-        enc[:] = _ZERO
-        bias = _add_feature(W_dec[j], first, last, token_E, value_E, True, g_BD, xc_BD, dec, enc)
-        if aux_last > aux_first:
-            bias += _add_feature(
-                W_dec[j], aux_first, aux_last, aux_token_E, aux_value_E, False, g_aux_BD, xc_BD, dec, enc
-            )
-        grad_b[j] = bias
-        square = bias * bias
-        for d in range(dec.shape[0]):
-            square += dec[d] * dec[d] + enc[d] * enc[d]
-        square_M[j] = square
+        grad_b[j] = total
+        square_M[j] = total * total
 
 
 # ------------------------------------------------------------------------------------ Adam
@@ -500,7 +468,7 @@ def _lower(row, factor, low):
 @_strict
 def _to_bfloat16(row, factor, low):
     for d in range(row.shape[0]):
-        bits = _bits_of_float(row[d] * factor)
+        bits = bits_of_float(row[d] * factor)
         odd = (bits >> np.int32(16)) & np.int32(1)
         low[d] = np.int16((bits + np.int32(0x7FFF) + odd) >> np.int32(16))
     return _ONE
@@ -511,8 +479,8 @@ def _to_int8(row, factor, low):
     # magnitudes of floats are ordered like their patterns, and an integer maximum vectorises without fastmath
     largest = np.int32(0)
     for d in range(row.shape[0]):
-        largest = max(largest, np.int32(_bits_of_float(row[d]) & _MAGNITUDE))
-    top = _float_of_bits(largest)
+        largest = max(largest, np.int32(bits_of_float(row[d]) & _MAGNITUDE))
+    top = float_of_bits(largest)
     if top == _ZERO:
         low[:] = np.int8(0)
         return _ZERO

@@ -6,13 +6,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
 from models import topk_kernels as kernels
 from models.topk_engines import Backend, Engine, Losses, Scratch
 from models.topk_model import SAEConfig, TopKSAE
-from models.topk_screen import Screen, array, even_split, run_kernel
+from models.topk_screen import Screen, array, blocks_of, even_split, feature_split, run_kernel
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Active entries sorted by feature (`kernels.sort_entries`), and what the gradients need of them."""
+
+    g_CBb: torch.Tensor  # ∂L/∂x̂ in blocks of columns
+    starts_M1: torch.Tensor
+    token_E: torch.Tensor
+    value_E: torch.Tensor  # h
+    slope_E: torch.Tensor  # g · W_dec[j], before relu's derivative
 
 
 class NumbaEngine(Engine):
@@ -61,32 +74,39 @@ class NumbaEngine(Engine):
         if self.config.apply_b_dec_to_input:
             xc = torch.sub(x_BD, sae.b_dec, out=scratch.take("xc", rows, sae.d_in))
         k_aux, weight = (0, 0.0) if dead is None else self.aux_plan(dead)
-        screens = self._screen.candidates(xc, dead, k_aux)
-        idx, h, rescreened = self._screen.select(xc, screens[0], k, "main", None)
-        g, mse = self._residual("main", x_BD, sae.b_dec, idx, h, 2 / rows)
-        starts, token, value = self._sorted("main", idx, h)
-        g_sum = g.sum(0)
-        empty_f, empty_i = torch.empty(0), torch.empty(0, dtype=torch.int32)
-        aux, aux_parts = 0.0, (torch.empty(0, sae.d_in), empty_i, empty_i, empty_f)
+        xc_CBb = blocks_of(xc, scratch, "xc.blocks", self.n_threads)
+        found = self._screen.candidates(xc, dead, k_aux)
+        idx, h, rescreened = self._screen.select(xc, xc_CBb, found[0], k, "main", None)
+        base = torch.zeros(1, sae.d_in) if self.config.apply_b_dec_to_input else sae.b_dec[None]
+        main, mse = self._entries("main", xc_CBb, base, idx, h, 2 / rows)
+        none_i, none_f = torch.empty(0, dtype=torch.int32), torch.empty(0)
+        extra, aux = Entries(torch.empty(0, 0, 0), none_i, none_i, none_f, none_f), 0.0
+        load = main.starts_M1
         if dead is not None:
             live = torch.ones(M, dtype=torch.bool)
             live[dead] = False
-            aux_idx, aux_h, again = self._screen.select(xc, screens[1], k_aux, "aux", live.nonzero().flatten())
+            aux_idx, aux_h, again = self._screen.select(xc, xc_CBb, found[1], k_aux, "aux", live.nonzero().flatten())
             rescreened += again
-            target = torch.mul(g, -rows / 2, out=scratch.take("aux.target", rows, sae.d_in))
-            zero = torch.zeros(sae.d_in)
-            g_aux, aux = self._residual("aux", target, zero, aux_idx, aux_h, 2 * weight / rows)
+            target = torch.mul(main.g_CBb, -rows / 2, out=scratch.take("aux.target", *main.g_CBb.shape))
+            extra, aux = self._entries("aux", target, torch.zeros(1, sae.d_in), aux_idx, aux_h, 2 * weight / rows)
             aux *= weight
-            aux_parts = (g_aux, *self._sorted("aux", aux_idx, aux_h))
+            load = load + extra.starts_M1
         fired = torch.empty(M, dtype=torch.bool)
         square = scratch.take("square", M, dtype=torch.float64)
-        load = starts + aux_parts[1] if dead is not None else starts
-        bounds = np.searchsorted(load.numpy(), even_split(int(load[-1]), self.n_threads)).tolist()
-        bounds[0], bounds[-1] = 0, M
+        bounds = feature_split(load, self.n_threads)
         run_kernel(
-            kernels.feature_gradients, bounds, sae.W_dec, xc, g, starts, token, value, *aux_parts,
-            self.grad("W_dec"), self.grad("W_enc"), self.grad("b_enc"), self._touched, fired, square,
+            kernels.settle_entries, bounds, main.starts_M1, main.value_E, main.slope_E, extra.starts_M1,
+            extra.slope_E, self.grad("b_enc"), self._touched, fired, square,
         )  # fmt: skip
+        for name, rows_CBb, aux_CBb, values, aux_values in (
+            ("W_dec", main.g_CBb, extra.g_CBb, main.value_E, extra.value_E),
+            ("W_enc", xc_CBb, xc_CBb, main.slope_E, extra.slope_E),
+        ):
+            run_kernel(
+                kernels.feature_sums, bounds, rows_CBb, main.starts_M1, main.token_E, values,
+                aux_CBb, extra.starts_M1, extra.token_E, aux_values, self.grad(name), square,
+            )  # fmt: skip
+        g_sum = main.g_CBb.sum(1).flatten()[: sae.d_in]
         grad_b_dec = self.grad("b_dec").copy_(g_sum)
         if self.config.apply_b_dec_to_input:
             grad_b_dec.sub_(self.grad("b_enc") @ sae.W_enc)
@@ -98,34 +118,29 @@ class NumbaEngine(Engine):
         grad = self.grad(name)
         return grad.masked_fill(~self._touched[:, None], 0) if grad.ndim == 2 else grad
 
-    def _residual(
+    def _entries(
         self,
         name: str,
-        target_BD: torch.Tensor,
-        base_D: torch.Tensor,
+        target_CBb: torch.Tensor,
+        base_1D: torch.Tensor,
         idx_Bk: torch.Tensor,
         h_Bk: torch.Tensor,
         scale: float,
-    ) -> tuple[torch.Tensor, float]:
-        """scale · (base + decoded − target) [B, D], and the mean over tokens of the squared error."""
-        rows = len(target_BD)
-        g = self.scratch.take(f"{name}.g", *target_BD.shape)
-        error = self.scratch.take("error", rows)
-        run_kernel(
-            kernels.residual, even_split(rows, self.n_threads), target_BD, base_D, self.sae.W_dec, idx_Bk, h_Bk,
-            np.float32(scale), g, error,
-        )  # fmt: skip
-        return g, float(error.sum(dtype=torch.float64)) / rows
-
-    def _sorted(
-        self, name: str, idx_Bk: torch.Tensor, h_Bk: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Entries by feature: starts [M + 1], token [E], value [E]."""
-        starts = self.scratch.take(f"{name}.starts", self.sae.d_sae + 1, dtype=torch.int32)
-        token = self.scratch.take(f"{name}.token", idx_Bk.numel(), dtype=torch.int32)
-        value = self.scratch.take(f"{name}.value", idx_Bk.numel())
-        kernels.sort_entries(*(array(part) for part in (idx_Bk, h_Bk, starts, token, value)))
-        return starts, token, value
+    ) -> tuple[Entries, float]:
+        """The entries by feature with g = scale · (base + decoded − target), and the mean over tokens of the squared
+        error."""
+        scratch, W_dec = self.scratch, self.sae.W_dec
+        blocks, rows, _ = target_CBb.shape
+        starts, token, slot = self._screen.sort(idx_Bk, name)
+        value = scratch.take(f"{name}.value", h_Bk.numel())
+        kernels.sort_values(*(array(part) for part in (h_Bk, slot, value)))
+        g = scratch.take(f"{name}.g", *target_CBb.shape)
+        error = scratch.take("error", rows)
+        base = blocks_of(base_1D, scratch, "base")
+        run_kernel(kernels.decode, even_split(blocks, self.n_threads), W_dec, starts, token, value, g)
+        run_kernel(kernels.residual, even_split(rows, self.n_threads), target_CBb, base, np.float32(scale), g, error)
+        slope = self._screen.dots(g, W_dec, starts, token, f"{name}.slope")
+        return Entries(g, starts, token, value, slope), float(error.sum(dtype=torch.float64)) / rows
 
     def grad_norm(self) -> float:
         return self._square_norm**0.5

@@ -23,6 +23,7 @@ import torch
 
 from models import topk_kernels as kernels
 from models.topk_engines import CERTIFICATE, Scratch, dots, exact_topk, n_candidates
+from models.topk_intrinsics import BLOCK
 from models.topk_model import TopKSAE
 
 CHUNK_BYTES_PER_FEATURE = 1024  # of a block of screened scores: 256 rows of int32, 512 of bfloat16
@@ -54,6 +55,21 @@ def array(value: Any) -> Any:
 def even_split(size: int, parts: int) -> list[int]:
     """Bounds of `parts` consecutive ranges that cover `size`."""
     return [size * part // parts for part in range(parts + 1)]
+
+
+def feature_split(starts_M1: torch.Tensor, parts: int) -> list[int]:
+    """Bounds of `parts` consecutive ranges of features that own about as many sorted entries each."""
+    bounds = np.searchsorted(starts_M1.numpy(), even_split(int(starts_M1[-1]), parts)).tolist()
+    bounds[0], bounds[-1] = 0, len(starts_M1) - 1
+    return list(bounds)
+
+
+def blocks_of(rows_ND: torch.Tensor, scratch: Scratch, name: str, n_threads: int = 1) -> torch.Tensor:
+    """The rows in blocks of columns, [C, N, BLOCK] (see `kernels.write_blocks`), in the scratch buffer `name`."""
+    rows, width = rows_ND.shape
+    blocks = scratch.take(name, -(-width // BLOCK), rows, BLOCK)
+    run_kernel(kernels.write_blocks, even_split(rows, n_threads), rows_ND, blocks)
+    return blocks
 
 
 def run_kernel(kernel: Callable[..., None], bounds: Sequence[int], *arguments: Any) -> None:
@@ -162,26 +178,51 @@ class Screen:
                 part.floor_B.fill_(-torch.inf)
         return found
 
+    def sort(self, idx_Bk: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Entries by feature: starts [M + 1], token [E], and the slot of each entry [B, k]."""
+        starts = self.scratch.take(f"{name}.starts", self.sae.d_sae + 1, dtype=torch.int32)
+        token = self.scratch.take(f"{name}.token", idx_Bk.numel(), dtype=torch.int32)
+        slot = self.scratch.take("sort.slot", *idx_Bk.shape, dtype=torch.int32)
+        kernels.sort_entries(*(array(part) for part in (idx_Bk, starts, token, slot)))
+        return starts, token, slot
+
+    def dots(
+        self, rows_CBb: torch.Tensor, W_MD: torch.Tensor, starts_M1: torch.Tensor, token_E: torch.Tensor, name: str
+    ) -> torch.Tensor:
+        """W[j] · rows[token] of each sorted entry [E]."""
+        dot = self.scratch.take(name, len(token_E))
+        bounds = feature_split(starts_M1, self.n_threads)
+        run_kernel(kernels.feature_dots, bounds, rows_CBb, W_MD, starts_M1, token_E, dot)
+        return dot
+
     def select(
-        self, xc_BD: torch.Tensor, found: Candidates, k: int, name: str, live: torch.Tensor | None
+        self,
+        xc_BD: torch.Tensor,
+        xc_CBb: torch.Tensor,
+        found: Candidates,
+        k: int,
+        name: str,
+        live: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Support [B, k] (int32), a [B, k] (with relu unless the features `live` are left out), and how many rows
-        were scored in full."""
+        were scored in full. xc_CBb: `blocks_of` xc_BD."""
         sae, scratch, rows = self.sae, self.scratch, len(xc_BD)
         idx = scratch.take(f"{name}.idx", rows, k, dtype=torch.int32)
         h = scratch.take(f"{name}.h", rows, k)
         close = scratch.take(f"{name}.close", rows, dtype=torch.bool)
         relu = live is None
+        starts, token, slot = self.sort(found.index_BK, "sort")
+        a = self.dots(xc_CBb, sae.W_enc, starts, token, "sort.dot")
         run_kernel(
-            kernels.rescore, even_split(rows, self.n_threads), xc_BD, sae.W_enc, sae.b_enc, self.norm_M,
+            kernels.rescore, even_split(rows, self.n_threads), a, slot, sae.b_enc, self.norm_M,
             found.index_BK, found.screened_BK, found.floor_B, np.float32(CERTIFICATE), relu, idx, h, close,
         )  # fmt: skip
         again = close.nonzero().flatten()
         if len(again):
             exact = exact_topk(sae, xc_BD[again], self.norm_M, k, live)
-            a = dots(xc_BD[again], sae.W_enc, exact).add_(sae.b_enc[exact])
+            a_again = dots(xc_BD[again], sae.W_enc, exact).add_(sae.b_enc[exact])
             idx[again] = exact.to(torch.int32)
-            h[again] = a.relu_() if relu else a
+            h[again] = a_again.relu_() if relu else a_again
         return idx, h, len(again)
 
 
@@ -214,7 +255,8 @@ class ScreenedEncoder:
     def _encode(self, x_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         xc = self.sae.centred(x_BD).contiguous()
         (found,) = self._screen.candidates(xc, None, 0)
-        idx, a, again = self._screen.select(xc, found, self.sae.k, "main", None)
+        xc_CBb = blocks_of(xc, self._screen.scratch, "xc.blocks")
+        idx, a, again = self._screen.select(xc, xc_CBb, found, self.sae.k, "main", None)
         if again > HOLD_SHARE * len(xc) and self._screen.dtype == torch.int8:
             self._screen.judge(again / len(xc))
             self._screen.refresh_weights()

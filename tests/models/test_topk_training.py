@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.topk_engines import PARAMETERS
+from models.topk_engines import PARAMETERS, grouped_topk
 from models.topk_sae import SAEBank, SAEConfig, SparseTrainer, TopKSAE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,6 +72,7 @@ VARIANTS = {
     "norms out": {"rescale_acts_by_decoder_norm": False},
     "b_dec out": {"apply_b_dec_to_input": False},
     "odd sizes": {"d_in": 29, "d_sae": 331, "k": 7},
+    "several blocks, many dead": {"d_in": 70, "d_sae": 900, "k": 5, "dead_after_steps": 0, "aux_k": 9},
     "k near d_sae": {"d_sae": 64, "k": 61},
 }
 
@@ -359,10 +360,20 @@ def test_activations_that_int8_cannot_hold_turn_the_screen_to_bfloat16_and_back(
     assert_same_state(trainer, twin)
 
 
+@pytest.mark.parametrize(("features", "k"), [(512, 1), (512, 20), (512, 512), (331, 5), (96, 40)])
+def test_topk_by_groups_is_topk(features: int, k: int) -> None:
+    """Groups of several features, groups of one, and sizes that groups do not divide; with ties among the scores."""
+    scores = torch.randn(40, features, generator=torch.Generator().manual_seed(2)).bfloat16()
+    values, indices = grouped_topk(scores, k)
+    assert torch.equal(scores.gather(1, indices), values)
+    assert torch.equal(values.sort().values, scores.topk(k).values.sort().values)
+    assert all(len(row.unique()) == k for row in indices)
+
+
 def test_threads_change_no_bit_of_the_kernels() -> None:
-    one, two = (SparseTrainer(config_of(), backend="numba", n_threads=n) for n in (1, 2))
+    one, two = (SparseTrainer(config_of(d_in=70), backend="numba", n_threads=n) for n in (1, 2))
     for step in range(4):
-        batch = activations(256, 32, step)
+        batch = activations(250, 70, step)
         one.step(batch)
         two.step(batch)
     assert_same_state(one, two)
