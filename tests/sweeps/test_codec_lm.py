@@ -99,7 +99,7 @@ def test_end_to_end(finished: tuple[Ledger, list[LMCell]], tmp_path: Path) -> No
     assert "stand-in" in report
     table = pd.read_parquet(tmp_path / "cells.parquet")
     assert table["n_parameters"].max() / table["n_parameters"].min() < 1.02
-    for name in ("curves.png", "codebooks.png", "transformer.png", "transformer.wav"):
+    for name in ("curves.png", "codebooks.png", "transformer.png", "transformer-0.wav"):
         assert (tmp_path / name).stat().st_size > 2000
 
 
