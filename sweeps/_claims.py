@@ -23,6 +23,7 @@ import psutil
 from sweeps._storage import Store
 
 LEASE_SECONDS = 30.0
+_FRESH_SECONDS = 1.0
 
 
 def _boot_id() -> str:
@@ -42,7 +43,8 @@ class _Log:
 class Claims:
     """The lease of this launch and its claims; a daemon thread renews the lease until `release`.
 
-    A lease ends when its time is over, or at once when its process is gone from the same running machine.
+    A lease ends when it was not renewed for `lease_seconds` by the storage's clock (a machine's may be wrong), or at
+    once when its process is gone from the same running machine.
     """
 
     def __init__(self, store: Store, lease_seconds: float = LEASE_SECONDS) -> None:
@@ -51,18 +53,24 @@ class Claims:
         self._logs: dict[str, _Log] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        self._renewed, self._lapses = time.monotonic(), 0
         self._renew()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
         self._thread.start()
 
     def _renew(self) -> None:
         lease = {
-            "expires_unix": time.time() + self.lease_seconds,
+            "seconds": self.lease_seconds,
             "machine": _boot_id(),
             "pid": os.getpid(),
             "pid_start": psutil.Process().create_time(),
         }
-        self.store.replace(f"_claims/launches/{self.launch_id}.json", json.dumps(lease).encode())
+        self.store.replace(_lease(self.launch_id), json.dumps(lease).encode())
+        self._lapses, self._renewed = self.lapses(), time.monotonic()
+
+    def lapses(self) -> int:
+        """How often the lease may have ended although this launch lives: it was paused, or the storage was away."""
+        return self._lapses + (time.monotonic() - self._renewed > self.lease_seconds)
 
     def _keep(self) -> None:
         while not self._stop.wait(self.lease_seconds / 4):
@@ -73,8 +81,16 @@ class Claims:
 
     def alive(self, launch_id: str) -> bool:
         """Whether that launch still holds its lease."""
-        lease = self.store.read_json(f"_claims/launches/{launch_id}.json")
-        if lease is None or lease["expires_unix"] < time.time():
+        lease = self.store.read_json(_lease(launch_id))
+        if lease is None:
+            return False
+        if time.monotonic() - self._renewed > _FRESH_SECONDS:
+            self._renew()  # its stamp is what time it is
+        try:
+            age = self.store.modified(_lease(self.launch_id)) - self.store.modified(_lease(launch_id))
+        except FileNotFoundError:  # released in the meantime
+            return False
+        if age > lease.get("seconds", LEASE_SECONDS):
             return False
         if lease["machine"] != _boot_id():
             return True
@@ -170,11 +186,15 @@ class Claims:
         self._stop.set()
         self._thread.join()
         with contextlib.suppress(OSError):  # storage is away: the lease runs out by itself
-            self.store.remove_file(f"_claims/launches/{self.launch_id}.json")
+            self.store.remove_file(_lease(self.launch_id))
             for group, log in self._logs.items():
                 if log.number >= 0:
                     ended = {"launch": self.launch_id, "nonce": "", "keys": []}
                     self.store.replace(_entry(group, log.number), json.dumps(ended).encode())
+
+
+def _lease(launch_id: str) -> str:
+    return f"_claims/launches/{launch_id}.json"
 
 
 def _entry(group: str, number: int) -> str:

@@ -98,6 +98,14 @@ class Store:
         return self.fs.modified(self.path(name)).timestamp()
 
     @_retry
+    def modified(self, name: str) -> float:
+        """When the file was last written, in seconds by the storage's own clock; raises FileNotFoundError."""
+        if self.local:
+            return os.stat(self.path(name)).st_mtime
+        self.fs.invalidate_cache()
+        return self.fs.modified(self.path(name)).timestamp()
+
+    @_retry
     def replace(self, name: str, data: bytes) -> None:
         """Write a whole file; readers see the old bytes or the new ones, never a part."""
         target = self.path(name)

@@ -12,7 +12,6 @@ import itertools
 import json
 import logging
 import os
-import re
 import tempfile
 import threading
 import time
@@ -20,13 +19,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote
 
 import filelock
 import tenacity
 
 from sweeps._claims import Claims
 from sweeps._ledger import Ledger
+from sweeps._secrets import http_login, remember, with_login, without_password
 from sweeps._sweep import PublishedCell, digest
 
 if TYPE_CHECKING:
@@ -49,14 +49,6 @@ def default_uri() -> str:
     return f"sqlite:///{Path('runs').resolve()}/mlflow.db"
 
 
-def without_password(uri: str) -> str:
-    """The URI without user name and password, fit for print and record."""
-    parts = urlsplit(uri)
-    if "@" not in parts.netloc:
-        return uri
-    return urlunsplit(parts._replace(netloc=parts.netloc.rsplit("@", 1)[1]))
-
-
 class Tracker:
     """Copies the cells of one ledger into one MLflow experiment; `say` prints a line for the user.
 
@@ -66,8 +58,8 @@ class Tracker:
     def __init__(
         self, uri: str, ledger: Ledger, claims: Claims, *, artifact_mb: float, say: Callable[[str], None]
     ) -> None:
-        self.uri, self.ledger, self.claims, self.say = uri, ledger, claims, say
-        self._group = f"track-{digest(without_password(uri))[:8]}"
+        self.uri, self.ledger, self.claims, self.say = remember(uri), ledger, claims, say
+        self._group = f"track-{digest(self.uri)[:8]}"
         self._artifact_bytes = artifact_mb * 2**20
         self._wanted: dict[str, None] = {}
         self._lock = threading.Lock()
@@ -147,10 +139,10 @@ class Tracker:
 
     def _unreachable(self, error: Exception) -> None:
         if not self._down:
-            text = re.sub(r"//[^/@\s]+@", "//", str(error))  # libraries repeat the address with its password
+            text = without_password(str(error))  # libraries repeat the address with its password
             reason = text.splitlines()[0][:160] if text else type(error).__name__
             self.say(
-                f"MLflow at {without_password(self.uri)} does not answer ({reason}); results are safe in the ledger "
+                f"MLflow at {self.uri} does not answer ({reason}); results are safe in the ledger "
                 "and the next launch copies them"
             )
         self._down = True
@@ -164,6 +156,10 @@ class Tracker:
             logging.getLogger(name).setLevel(logging.ERROR)
         from mlflow.tracking import MlflowClient
 
+        address = with_login(self.uri)
+        if login := http_login(self.uri):  # MLflow takes them from here, and no address in an error holds them
+            os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"] = login
+            address = self.uri
         artifacts = None
         if self.uri.startswith("sqlite:///"):
             folder = Path(self.uri.removeprefix("sqlite:///")).parent
@@ -174,7 +170,7 @@ class Tracker:
             one_at_a_time = contextlib.nullcontext()
         name = f"plumbline/{self.ledger.sweep}"
         with one_at_a_time:  # the first call makes SQLite's tables; two launches doing so at once break them
-            self._client = MlflowClient(self.uri)
+            self._client = MlflowClient(address)
             found = self._client.get_experiment_by_name(name)
         if found is None:
             try:
@@ -193,7 +189,7 @@ class Tracker:
         )
         self._parent = parent.info.run_id
         if self._down:
-            self.say(f"MLflow at {without_password(self.uri)} answers again")
+            self.say(f"MLflow at {self.uri} answers again")
             self._down = False
 
     def _look_up(self, keys: Sequence[str] | None) -> None:
@@ -223,6 +219,7 @@ class Tracker:
         if not wanted:
             return False
         # claimed first, looked up second: nobody else can make a run for these cells after the look-up
+        lapses = self.claims.lapses()
         ours, _ = self.claims.claim(wanted, self._group)
         if self._many and not self._listed:
             self._look_up(None)
@@ -230,7 +227,10 @@ class Tracker:
         elif not self._listed or self.claims.shared(self._group):  # else nobody made a run since the listing
             self._look_up(wanted)
         try:
-            self._copy_all([key for key in ours if key not in self.run_ids])
+            self._copy_all([key for key in ours if key not in self.run_ids], lapses)
+        except BaseException:
+            self._listed = False  # a run may have been made whose id was not heard
+            raise
         finally:
             finished = [key for key in wanted if key in self.run_ids]
             self.claims.done_with(finished, self._group)
@@ -240,17 +240,23 @@ class Tracker:
                 self._wanted.update({key: None for key in wanted if key not in self.run_ids})
         return bool(finished)
 
-    def _copy_all(self, keys: Sequence[str]) -> None:
+    def _copy_all(self, keys: Sequence[str], lapses: int) -> None:
         pool = ThreadPoolExecutor(1 if self.uri.startswith("sqlite:") else _WRITERS)
         try:
-            copies = {pool.submit(self._copy, key, self._begun.get(key, "")): key for key in keys}
+            copies = {pool.submit(self._copy, key, self._begun.get(key, ""), lapses): key for key in keys}
             for copy in as_completed(copies):
-                self.run_ids[copies[copy]] = copy.result()
+                if run_id := copy.result():
+                    self.run_ids[copies[copy]] = run_id
+                else:
+                    self._listed = False
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _copy(self, key: str, unfinished: str) -> str:
-        """Make the run of a cell, or fill the one that a launch left unfinished; returns its id."""
+    def _copy(self, key: str, unfinished: str, lapses: int) -> str:
+        """Make the run of a cell, or fill the one that a launch left unfinished; returns its id.
+
+        An empty text where this launch was away so long (more `lapses` than when it claimed) that another took over.
+        """
         from mlflow.entities import Param, RunTag
 
         cell = self.ledger.read(key)
@@ -272,6 +278,9 @@ class Tracker:
         if not run_id:
             made = self._client.create_run(self._experiment, start_time=began, run_name=_name(cell), tags=tags)
             run_id = made.info.run_id
+            if self.claims.lapses() != lapses and self._taken_over(key, run_id):
+                self._client.delete_run(run_id)
+                return ""
         if unfinished:
             self._client.log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()])
         params = [Param(k, str(v)) for k, v in cell.identity.items()]
@@ -279,6 +288,13 @@ class Tracker:
         self._log_files(run_id, cell)
         self._client.set_terminated(run_id, "FINISHED", end_time=published)
         return run_id
+
+    def _taken_over(self, key: str, run_id: str) -> bool:
+        """Whether another launch copies the cell, or has made a run of it besides this one."""
+        if not self.claims.claim([key], self._group)[0]:
+            return True
+        place = f"tags.`plumbline.cell_uri` = '{self.ledger.store.uri}/{key}'"
+        return any(run.info.run_id != run_id for run in self._client.search_runs([self._experiment], place))
 
     def _log_points(
         self, run_id: str, points: Sequence[tuple[str, float, int, int]], params: Sequence[Param] = ()
@@ -310,7 +326,7 @@ class Tracker:
 
     def compare_link(self, keys: Sequence[str]) -> str:
         """Address of MLflow's compare page for the runs of these cells (the first hundred)."""
-        base = without_password(self.uri) if self.uri.startswith("http") else "http://127.0.0.1:5000"
+        base = self.uri if self.uri.startswith("http") else "http://127.0.0.1:5000"
         runs = [self.run_ids[k] for k in keys if k in self.run_ids][:_COMPARE_RUNS]
         experiments = quote(json.dumps([self._experiment]))
         return f"{base.rstrip('/')}/#/compare-runs?runs={quote(json.dumps(runs))}&experiments={experiments}"
