@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import shutil
 import tempfile
 import traceback
@@ -20,6 +21,7 @@ from sweeps._sweep import Pack, UserError
 from sweeps._where import RunSettings, prepare_process
 
 PERMANENT = (UserError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError, ImportError)
+SYSTEM_ERROR = re.compile(r"\[Errno \d+\]")  # how Python writes what the storage or the machine refused
 _BUCKETS = 64  # objects that the packs of a launch travel in
 HEADROOM = 0.9  # share of a CPU that a pack asks of Ray for each it uses; the rest feeds data tasks
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from sweeps._board import Board, duration, quantity
 from sweeps._claims import Claims
 from sweeps._cost import cost_lines
-from sweeps._execute import one_line, run_packs
+from sweeps._execute import SYSTEM_ERROR, one_line, run_packs
 from sweeps._ledger import Ledger
 from sweeps._stop import Stopper
 from sweeps._sweep import Cell, Pack, Sweep, UserError, apply_settings, nearest
@@ -67,6 +67,9 @@ def main(module: str, argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"{sweep.name}: {one_line(error)}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"{sweep.name}: {one_line(error)}; what is published stays: run the same command again", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nstopped; run the same command to continue where it was", file=sys.stderr)
         return 1
@@ -190,11 +193,14 @@ class _Launch:
         )
         tracker.want(sorted(self.done))
         interrupted = False
+        trouble: OSError | None = None
         try:
             self._work(fingerprints, claims, tracker, board)
         except KeyboardInterrupt:
             interrupted = True
             board.say("stopping: finished cells and checkpoints are kept")
+        except OSError as error:
+            trouble = error
         finally:
             _shutdown_ray()
             self.done = self.ledger.done(self.by_key)
@@ -214,6 +220,8 @@ class _Launch:
         self._close(lines, tracker, synced, uri, started)
         if interrupted:
             raise KeyboardInterrupt
+        if trouble is not None:
+            raise trouble
         return 0 if whole else 1
 
     def _work(self, fingerprints: dict[str, str], claims: Claims, tracker: Tracker, board: Board) -> None:
@@ -272,11 +280,17 @@ class _Launch:
         done = self.ledger.done(c.key for p in packs for c in p.cells)
         failed = self.ledger.failures({c.key for p in packs for c in p.cells} - done)
         claims.done_with(done)
+        trouble = ""
         for pack in packs:
             for cell in pack.cells:
                 if cell.key not in done and cell.key not in failed:
                     reason = errors.get(pack.name, "its pack ended without publishing it")
-                    self.ledger.record_failure(cell, reason, attempts=self.run.max_retries + 1)
+                    if SYSTEM_ERROR.search(reason):  # the storage's or the machine's fault, not the cell's
+                        trouble = reason
+                    else:
+                        self.ledger.record_failure(cell, reason, attempts=self.run.max_retries + 1)
+        if trouble:
+            raise OSError(trouble.removeprefix("OSError: "))
 
     def _report(self) -> list[str]:
         self.out.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from sweeps._context import PackContext
-from sweeps._execute import HEADROOM, PERMANENT, one_line
+from sweeps._execute import HEADROOM, PERMANENT, SYSTEM_ERROR, one_line
 from sweeps._stop import PackStopped, listen, lower_flag, raise_flag, terminated, working
 from sweeps._sweep import Pack, UserError
 from sweeps._world import World
@@ -63,6 +63,8 @@ def fit(job: str, pack: Pack, preset: Any, context: PackContext) -> None:
             except TrainingFailedError as error:
                 current = board.state().get("cell")
                 line = _reason(error)
+                if SYSTEM_ERROR.search(line):  # no fault of the cell's: a later launch tries again
+                    raise OSError(line) from error
                 begun = [cell for cell in cells if cell.key == current]
                 if not begun:
                     raise WorkersFailed(line) from error
