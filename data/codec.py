@@ -10,6 +10,7 @@ Shape suffixes: B clips, N samples, K codebooks, T frames.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -306,7 +307,7 @@ def _load_dac(spec: CodecSpec) -> Codec:
             return DACCodec(DAC(), weights=RANDOM, device=spec.device)
     if spec.weights is not None:
         try:
-            return DACCodec(DAC.load(spec.weights), weights="file", device=spec.device)
+            return DACCodec(_read_dac(spec.weights), weights="file", device=spec.device)
         except Exception as error:
             raise ValueError(f"{spec.weights} does not hold the weights of a DAC: {error}") from error
     from dac.utils import download
@@ -315,7 +316,23 @@ def _load_dac(spec: CodecSpec) -> Codec:
         path = download(model_type="44khz", model_bitrate="8kbps")
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; a refused download is a ValueError
         raise MissingCodecWeights("dac", f"the package's download failed: {error}") from error
-    return DACCodec(DAC.load(path), weights="package", device=spec.device)
+    return DACCodec(_read_dac(path), weights="package", device=spec.device)
+
+
+def _read_dac(path: str | Path) -> Any:
+    """A DAC from its published file of weights and settings, never from a pickled module.
+
+    `DAC.load` tries the file as a torch package first, which unpickles whatever is in it.
+    """
+    from dac.model import DAC
+
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    known = inspect.signature(DAC).parameters
+    model = DAC(**{k: v for k, v in state["metadata"]["kwargs"].items() if k in known})
+    missing, _ = model.load_state_dict(state["state_dict"], strict=False)
+    if missing:
+        raise ValueError(f"it lacks {len(missing)} of the model's tensors, {missing[0]} among them")
+    return model
 
 
 def _load_melvq(spec: CodecSpec) -> Codec:

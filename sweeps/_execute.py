@@ -16,6 +16,7 @@ from typing import Any
 from sweeps._board import Board
 from sweeps._context import PackContext
 from sweeps._ledger import Ledger
+from sweeps._secrets import VARIABLE as LOGINS
 from sweeps._stop import PackStopped, listen, terminated, working
 from sweeps._sweep import Pack, UserError
 from sweeps._where import RunSettings, prepare_process
@@ -67,7 +68,9 @@ def run_packs(
         buckets[_bucket(pack.name, len(buckets))][pack.name] = work
     bundles = {pack.name: _bundle(pack) for pack in packs}
 
-    def trial(config: dict[str, Any], parts: list[Any]) -> None:
+    def trial(config: dict[str, Any], parts: list[Any], known: str) -> None:
+        if known:
+            os.environ[LOGINS] = known
         name = config["pack"]
         pack, own = ray.get(parts[_bucket(name, len(parts))])[name]
         run_one(module, pack, preset, run, storage, own, launch_id, tune.report)
@@ -75,7 +78,9 @@ def run_packs(
     def resources(config: dict[str, Any]) -> Any:
         return tune.PlacementGroupFactory([bundles[config["pack"]]])
 
-    plain = tune.with_parameters(trial, parts=[ray.put(bucket) for bucket in buckets])
+    # parameters travel through memory; what the trial's function holds is written to Tune's folder
+    secret = os.environ.get(LOGINS, "")
+    plain = tune.with_parameters(trial, parts=[ray.put(bucket) for bucket in buckets], known=secret)
 
     class Listening(wrap_function(plain)):  # type: ignore[misc]
         def setup(self, config: dict[str, Any]) -> None:

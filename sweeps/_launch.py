@@ -24,9 +24,10 @@ from sweeps._claims import Claims
 from sweeps._cost import cost_lines
 from sweeps._execute import SYSTEM_ERROR, one_line, run_packs
 from sweeps._ledger import Ledger
+from sweeps._secrets import clean_arguments, hide_arguments, remember
 from sweeps._stop import Stopper
 from sweeps._sweep import Cell, Pack, Sweep, UserError, apply_settings, nearest
-from sweeps._track import Tracker, default_uri, without_password
+from sweeps._track import Tracker, default_uri
 from sweeps._where import Machine, RunSettings, connect, git_commit, normal_storage, prepare_process
 
 _WAIT_SECONDS = 2.0  # before the ledger is looked at again for the cells of other launches
@@ -57,9 +58,11 @@ def parser(sweep: Sweep) -> argparse.ArgumentParser:
 
 def main(module: str, argv: Sequence[str] | None = None) -> int:
     """Run the sweep that `module` names as SWEEP; returns the exit code."""
+    if argv is None:
+        hide_arguments()
     prepare_process()
     sweep: Sweep = importlib.import_module(module).SWEEP
-    arguments = parser(sweep).parse_args(argv)
+    arguments = parser(sweep).parse_args(clean_arguments(sys.argv[1:] if argv is None else argv))
     stopper = Stopper()
     stopper.install()
     try:
@@ -185,10 +188,10 @@ class _Launch:
             claims.release()
 
     def _execute_with(self, claims: Claims, fingerprints: dict[str, str], board: Board, started: float) -> int:
-        uri = self.arguments.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri()
+        uri = remember(self.arguments.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri())
         tracker = Tracker(uri, self.ledger, claims, artifact_mb=self.run.mlflow_artifact_mb, say=board.say)
         tracker.start(
-            {"preset": self.arguments.preset, "cells": len(self.cells), "storage": without_password(self.storage)},
+            {"preset": self.arguments.preset, "cells": len(self.cells), "storage": self.storage},
             {"plumbline.preset": self.arguments.preset, "plumbline.git_commit": git_commit()},
         )
         tracker.want(sorted(self.done))
@@ -302,7 +305,7 @@ class _Launch:
         for line in lines:
             print(line)
         if synced:
-            print(f"MLflow       {without_password(uri)}" + ("" if uri.startswith("http") else "   (make ui opens it)"))
+            print(f"MLflow       {uri}" + ("" if uri.startswith("http") else "   (make ui opens it)"))
             if self.done:
                 print(f"compare      {tracker.compare_link([k for k in self.by_key if k in self.done])}")
         varying, _ = _fields(self.cells)

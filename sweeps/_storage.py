@@ -19,6 +19,7 @@ import fsspec
 import tenacity
 from fsspec.implementations.local import LocalFileSystem
 
+from sweeps._secrets import remember, with_login, without_password
 from sweeps._sweep import UserError
 
 MARKER = "_PUBLISHED"
@@ -45,10 +46,12 @@ class Store:
     """
 
     def __init__(self, uri: str) -> None:
-        self.fs, root = fsspec.url_to_fs(uri)
+        uri = remember(uri)
+        address = with_login(uri)
+        self.fs, root = fsspec.url_to_fs(address)
         self.local = isinstance(self.fs, LocalFileSystem)
         self.root = str(Path(root).resolve()) if self.local else root.rstrip("/")
-        self.uri = self.root if self.local else self.fs.unstrip_protocol(self.root)
+        self.uri = self.root if self.local else uri if address != uri else self.fs.unstrip_protocol(self.root)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Store, (self.uri,)
@@ -67,7 +70,7 @@ class Store:
             self.fs.rm_file(self.path(name))
         except Exception as error:
             raise UserError(
-                f"storage {self.uri} is not writable ({type(error).__name__}: {error}); "
+                f"storage {self.uri} is not writable ({type(error).__name__}: {without_password(str(error))}); "
                 "choose another place with --storage"
             ) from error
 
@@ -88,14 +91,6 @@ class Store:
         """Whether the file exists now (directory caches are bypassed)."""
         self.fs.invalidate_cache()
         return self.fs.exists(self.path(name))
-
-    @_retry
-    def modified(self, name: str) -> float:
-        """When the file was last written, in seconds by the storage's own clock; raises FileNotFoundError."""
-        if self.local:
-            return os.stat(self.path(name)).st_mtime
-        self.fs.invalidate_cache()
-        return self.fs.modified(self.path(name)).timestamp()
 
     @_retry
     def modified(self, name: str) -> float:

@@ -30,12 +30,15 @@ class UserError(ValueError):
     """Bad input: one line that states the value, the rule and the remedy. Never retried."""
 
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+
+
 def canonical_json(value: Any) -> str:
     """JSON with one spelling per value: sorted keys, no blanks, tuples as lists, no NaN.
 
     Raises ValueError for a float that JSON cannot spell.
     """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+    return _CANONICAL.encode(value)
 
 
 def digest(value: Any) -> str:

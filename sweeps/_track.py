@@ -12,7 +12,6 @@ import itertools
 import json
 import logging
 import os
-import re
 import tempfile
 import threading
 import time
@@ -20,13 +19,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote
 
 import filelock
 import tenacity
 
 from sweeps._claims import Claims
 from sweeps._ledger import Ledger
+from sweeps._secrets import http_login, remember, with_login, without_password
 from sweeps._sweep import PublishedCell, digest
 
 if TYPE_CHECKING:
@@ -49,14 +49,6 @@ def default_uri() -> str:
     return f"sqlite:///{Path('runs').resolve()}/mlflow.db"
 
 
-def without_password(uri: str) -> str:
-    """The URI without user name and password, fit for print and record."""
-    parts = urlsplit(uri)
-    if "@" not in parts.netloc:
-        return uri
-    return urlunsplit(parts._replace(netloc=parts.netloc.rsplit("@", 1)[1]))
-
-
 class Tracker:
     """Copies the cells of one ledger into one MLflow experiment; `say` prints a line for the user.
 
@@ -66,8 +58,8 @@ class Tracker:
     def __init__(
         self, uri: str, ledger: Ledger, claims: Claims, *, artifact_mb: float, say: Callable[[str], None]
     ) -> None:
-        self.uri, self.ledger, self.claims, self.say = uri, ledger, claims, say
-        self._group = f"track-{digest(without_password(uri))[:8]}"
+        self.uri, self.ledger, self.claims, self.say = remember(uri), ledger, claims, say
+        self._group = f"track-{digest(self.uri)[:8]}"
         self._artifact_bytes = artifact_mb * 2**20
         self._wanted: dict[str, None] = {}
         self._lock = threading.Lock()
@@ -147,10 +139,10 @@ class Tracker:
 
     def _unreachable(self, error: Exception) -> None:
         if not self._down:
-            text = re.sub(r"//[^/@\s]+@", "//", str(error))  # libraries repeat the address with its password
+            text = without_password(str(error))  # libraries repeat the address with its password
             reason = text.splitlines()[0][:160] if text else type(error).__name__
             self.say(
-                f"MLflow at {without_password(self.uri)} does not answer ({reason}); results are safe in the ledger "
+                f"MLflow at {self.uri} does not answer ({reason}); results are safe in the ledger "
                 "and the next launch copies them"
             )
         self._down = True
@@ -164,6 +156,10 @@ class Tracker:
             logging.getLogger(name).setLevel(logging.ERROR)
         from mlflow.tracking import MlflowClient
 
+        address = with_login(self.uri)
+        if login := http_login(self.uri):  # MLflow takes them from here, and no address in an error holds them
+            os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"] = login
+            address = self.uri
         artifacts = None
         if self.uri.startswith("sqlite:///"):
             folder = Path(self.uri.removeprefix("sqlite:///")).parent
@@ -174,7 +170,7 @@ class Tracker:
             one_at_a_time = contextlib.nullcontext()
         name = f"plumbline/{self.ledger.sweep}"
         with one_at_a_time:  # the first call makes SQLite's tables; two launches doing so at once break them
-            self._client = MlflowClient(self.uri)
+            self._client = MlflowClient(address)
             found = self._client.get_experiment_by_name(name)
         if found is None:
             try:
@@ -193,7 +189,7 @@ class Tracker:
         )
         self._parent = parent.info.run_id
         if self._down:
-            self.say(f"MLflow at {without_password(self.uri)} answers again")
+            self.say(f"MLflow at {self.uri} answers again")
             self._down = False
 
     def _look_up(self, keys: Sequence[str] | None) -> None:
@@ -330,7 +326,7 @@ class Tracker:
 
     def compare_link(self, keys: Sequence[str]) -> str:
         """Address of MLflow's compare page for the runs of these cells (the first hundred)."""
-        base = without_password(self.uri) if self.uri.startswith("http") else "http://127.0.0.1:5000"
+        base = self.uri if self.uri.startswith("http") else "http://127.0.0.1:5000"
         runs = [self.run_ids[k] for k in keys if k in self.run_ids][:_COMPARE_RUNS]
         experiments = quote(json.dumps([self._experiment]))
         return f"{base.rstrip('/')}/#/compare-runs?runs={quote(json.dumps(runs))}&experiments={experiments}"
