@@ -114,7 +114,7 @@ def cell_audio(
 
 
 def draw(model: CodecLM, frames: int, n: int, seed: int, precision: str) -> npt.NDArray[np.uint16]:
-    """codes_NKT of `n` samples from nothing, some at a time; the first ones do not depend on n."""
+    """codes_NKT of `n` samples from nothing, in blocks of 32; whole blocks do not depend on n."""
     model.eval()
     parts = []
     with autocast(model.heads.device, precision):

@@ -16,8 +16,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line of tokenising."""
     p = argparse.ArgumentParser(
         prog="python sweeps/codec_lm.py",
-        description="Code a preset's audio with Ray Data actors. A stopped run continues at the shard where it was; the "
-        "sweep finds the tokens by itself ($PLUMBLINE_CACHE, a folder that all nodes share on a cluster).",
+        description="Code a preset's audio with Ray Data actors. A stopped run continues at the shard where it was; "
+        "the sweep finds the tokens by itself ($PLUMBLINE_CACHE, a folder that all nodes share on a cluster).",
     )
     p.add_argument("--tokenise", action="store_true", required=True)
     p.add_argument("--preset", default="speech_a100", metavar="P")
