@@ -9,7 +9,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from models.lm_cost import lm_cost
 from sweeps._codec_audio import cell_audio
 from sweeps._codec_checkpoint import checkpoint_facts
 from sweeps._codec_data import TokenSource, open_source, unigram_nll
+from sweeps._codec_halving import compete
 from sweeps._context import PackContext
 from sweeps._memory_health import LAYER, clip_table, gate_numbers, gate_table
 from sweeps._stop import PackStopped
@@ -32,7 +33,7 @@ from sweeps._train import AnomalyError, Batch, StepStats, TrainConfig, Trainer, 
 from sweeps._world import World
 
 if TYPE_CHECKING:
-    from sweeps.codec_lm import LMCell, Study
+    from sweeps.codec_lm import HalvedCell, LMCell, Study
 
 WEIGHTS = ("raw", "ema")
 ALONE = World()
@@ -108,15 +109,25 @@ def run_pack(cells: Sequence[LMCell], study: Study, context: PackContext) -> Non
     except ValueError as error:
         raise UserError(f"{error}; choose another holdout or more audio") from error
     baseline = unigram_nll(source, study.holdout)
+
+    def open_run(cell: LMCell) -> _CellRun:
+        return _CellRun(cell, study, source, cell.training_clips(sides[0]), sides[1], context, baseline)
+
+    halved: dict[str, list[HalvedCell]] = {}
     for cell in cells:
+        if cell.rival_seeds:
+            halved.setdefault(cell.architecture, []).append(cast("HalvedCell", cell))
+            continue
         if context.world.sum([float(context.stopping())])[0]:
             raise PackStopped("stopped between two cells")
         context.progress(force=True, cell=cell.key)
         try:
-            _CellRun(cell, study, source, cell.training_clips(sides[0]), sides[1], context, baseline).go()
+            open_run(cell).go()
         except AnomalyError as error:
             if context.world.first:
                 _give_up(cell, error, context)
+    for rivals in halved.values():
+        compete(rivals, open_run, lambda cell, error: _give_up(cell, error, context), context)
 
 
 def _give_up(cell: LMCell, error: AnomalyError, context: PackContext) -> None:
@@ -217,7 +228,11 @@ class _CellRun:
         best_scores = None if best is None else self._scores(best, cell.eval_clips)
         if not context.world.first:
             return
-        rows = [Row("unigram_nll", self.baseline, "nats a token"), Row("tokens_per_second", rate, "tokens/s")]
+        rows = [Row("unigram_nll", self.baseline, "nats a token")]
+        if rate == rate:
+            rows.append(Row("tokens_per_second", rate, "tokens/s"))
+        if self.trainer.step_count < cell.steps:
+            rows.append(Row("stopped_at", self.trainer.step_count, "steps"))
         rows += self._static_rows() + self._curve_rows()
         for weights, some in scores.items():
             rows += self._score_rows(some, weights)

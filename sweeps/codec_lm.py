@@ -86,6 +86,11 @@ class LMCell(Cell):
             * (2.0 if "mamba" in self.architecture or "hybrid" in self.architecture else 1.0)
         )
 
+    @property
+    def rival_seeds(self) -> tuple[int, ...]:
+        """Seeds that decide together which learning rates go on; empty without halving."""
+        return ()
+
     def lm_config(self) -> Any:
         """Configuration of the model to train. Raises UserError for a scale or architecture that is not known."""
         return _config(self.scale, self.architecture)
@@ -96,6 +101,20 @@ class LMCell(Cell):
 
 
 @dataclass(frozen=True, kw_only=True)
+class HalvedCell(LMCell):
+    """A model whose learning rate competes with others and may be stopped early, at one of the rungs (in steps)."""
+
+    rungs: tuple[int, ...]
+    eta: int
+    rivals: tuple[float, ...]
+    seeds: tuple[int, ...]
+
+    @property
+    def rival_seeds(self) -> tuple[int, ...]:
+        return self.seeds
+
+
+@dataclass(frozen=True, kw_only=True)
 class Study:
     """A preset. Every field can be changed with `--set field=value` (lists with commas)."""
 
@@ -103,6 +122,9 @@ class Study:
     architectures: tuple[str, ...] = ARCHITECTURES
     seeds: tuple[int, ...] = (42,)
     lr: tuple[float, ...]
+    lr_of: tuple[str, ...] = ()  # architecture:rate, ...: own grids instead of `lr`
+    rungs: tuple[int, ...] = ()  # steps at which only the best 1/eta learning rates go on; none: all go to the end
+    eta: int = 2
     corpus: str
     corpus_clips: int = 0
     audio_path: str = ""  # folder or archive of the corpus
@@ -127,10 +149,27 @@ class Study:
     def __post_init__(self) -> None:
         if self.sample_s < 0 or self.sample_n < 2:
             raise UserError(f"sample_s={self.sample_s} must be >= 0 and sample_n={self.sample_n} at least 2")
+        if self.rungs and (self.eta < 2 or list(self.rungs) != sorted({r for r in self.rungs if 0 < r < self.steps})):
+            raise UserError(
+                f"rungs={','.join(map(str, self.rungs))} with eta={self.eta}: rungs must rise and lie in "
+                f"1..{self.steps - 1} (steps), and eta be at least 2"
+            )
+        for entry in self.lr_of:
+            name, _, rate = entry.partition(":")
+            if name not in self.architectures or not _is_number(rate):
+                raise UserError(
+                    f"lr_of={entry!r} is not ARCHITECTURE:RATE of a planned architecture; write for example "
+                    f"--set lr_of={self.architectures[0]}:1e-3,{self.architectures[0]}:3e-3"
+                )
         for name in ("audio_path", "codec_weights"):  # trials run in folders of their own
             path = getattr(self, name)
             if path and path != "random":
                 object.__setattr__(self, name, os.path.abspath(path))
+
+    def rates(self, architecture: str) -> tuple[float, ...]:
+        """Learning rates of an architecture, each once."""
+        own = [float(rate) for name, _, rate in (e.partition(":") for e in self.lr_of) if name == architecture]
+        return tuple(dict.fromkeys(own or self.lr))
 
     def melvq(self) -> MelVQSpec:
         """Shape of the stand-in codec where the preset trains its own."""
@@ -236,7 +275,7 @@ class CodecLMSweep:
             )
         for architecture in preset.architectures:
             _config(preset.scale, architecture)
-        return [
+        cells = [
             LMCell(
                 scale=preset.scale,
                 architecture=architecture,
@@ -257,19 +296,33 @@ class CodecLMSweep:
                 eval_every=preset.eval_every,
                 eval_clips=preset.eval_clips,
             )
-            for architecture, lr, seed in product(preset.architectures, preset.lr, preset.seeds)
+            for architecture in preset.architectures
+            for lr, seed in product(preset.rates(architecture), preset.seeds)
+        ]
+        if not preset.rungs:
+            return cells
+        return [
+            HalvedCell(
+                **cell.identity(),
+                rungs=preset.rungs,
+                eta=preset.eta,
+                rivals=preset.rates(cell.architecture),
+                seeds=preset.seeds,
+            )
+            for cell in cells
         ]
 
     def pack(self, cells: Sequence[Cell], preset: Study, machine: Machine, run: RunSettings) -> list[Pack]:
         """Packs of Ray Train, each with its own GPUs or a share of the cores.
 
         Small models: as many packs as run at once, of equal work, as a pack takes seconds to start. Models sized for
-        GPUs: a pack an architecture and seed, so that a GPU that is free takes the next one.
+        GPUs: a pack an architecture and seed, so that a GPU that is free takes the next one. Learning rates that
+        compete stay together.
         """
         units: dict[tuple[str, int], list[LMCell]] = {}
         for cell in cells:
             assert isinstance(cell, LMCell)
-            units.setdefault((cell.architecture, cell.seed), []).append(cell)
+            units.setdefault((cell.architecture, -1 if cell.rival_seeds else cell.seed), []).append(cell)
         on_gpu = bool(preset.needs_gpu and machine.gpus)
         slots = max(1, (machine.gpus if on_gpu else machine.cpus) // run.workers)
         at_once = min(len(units), slots)
@@ -332,12 +385,25 @@ class CodecLMSweep:
     def report(self, cells: Sequence[PublishedCell], preset_name: str, preset: Study, out: Path) -> list[str]:
         from sweeps._codec_report import write
 
-        return write(cells, preset_name, preset, out)
+        whole = [c for c in cells if not (c.rows["metric"] == "stopped_at").any()]
+        if not whole:
+            raise UserError("every published cell was stopped early; run the command again to finish the others")
+        lines = write(whole, preset_name, preset, out)
+        stopped = len(cells) - len(whole)
+        return lines + ([f"halving      {stopped} cells were stopped early and are left out"] if stopped else [])
 
     def banner(self, preset_name: str, preset: Study) -> list[str]:
         from sweeps._codec_data import banner
 
         return banner(preset)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _config(scale: str, architecture: str) -> Any:
