@@ -397,7 +397,7 @@ def trial_of(driver: int) -> psutil.Process | None:
     """The worker process that runs the driver's pack."""
     for process in psutil.Process(driver).children(recursive=True):
         try:
-            if " ".join(process.cmdline()).startswith("ray::ImplicitFunc.train"):
+            if " ".join(process.cmdline()).startswith("ray::ResourceTrainable"):
                 return process
         except psutil.Error:
             continue
