@@ -79,6 +79,9 @@ def _t_effect(mean: float, variance: float, df: float) -> Effect:
 def likelihood_differences(cached: pd.DataFrame, control: pd.DataFrame) -> npt.NDArray[np.float64]:
     """d_SC whose mean is the difference of val_nll (nats a token), cached less control, averaged over seeds.
 
+    val_nll is a ratio of sums over clips, so each clip enters by its linearised influence on that ratio (Cochran 1977,
+    sec. 6): long clips weigh more, and a difference that is the same for every token varies with no clip.
+
     Both tables: a row a seed and held-out clip, columns seed, clip_id, nll (sum over tokens), tokens.
     Raises ValueError when the two do not share seeds, clips and tokens.
     """
@@ -86,8 +89,10 @@ def likelihood_differences(cached: pd.DataFrame, control: pd.DataFrame) -> npt.N
     same = nll[0].index.equals(nll[1].index) and nll[0].columns.equals(nll[1].columns)
     if not same or not (tokens[0].to_numpy() == tokens[1].to_numpy()).all():
         raise ValueError("the model and its control have other seeds, clips or tokens; run both again")
-    tokens_SC = tokens[0].to_numpy(float)
-    return (nll[0].to_numpy(float) - nll[1].to_numpy(float)) * tokens_SC.shape[1] / tokens_SC.sum(1, keepdims=True)
+    tokens_SC, sums_SC = tokens[0].to_numpy(float), nll[0].to_numpy(float) - nll[1].to_numpy(float)
+    total_S1 = tokens_SC.sum(1, keepdims=True)
+    value_S1 = sums_SC.sum(1, keepdims=True) / total_S1
+    return value_S1 + (sums_SC - value_S1 * tokens_SC) * tokens_SC.shape[1] / total_S1
 
 
 _SUMS = ("nll", "tokens")
