@@ -1,0 +1,87 @@
+"""The fault harness: $PLUMBLINE_FAULT_SEED chooses the schedules, $PLUMBLINE_FAULT_RECORD keeps what was survived."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).with_name("site"))]
+
+import objectstore  # noqa: E402
+from fault_rig import ROOT, SEED, Launches, Survived  # noqa: E402
+from fault_sweeps import SWEEPS  # noqa: E402
+from fault_warm import Bench, MakeBench, References, Warm  # noqa: E402
+
+_SURVIVED = Survived()
+objectstore.register()
+
+
+@pytest.fixture(scope="session")
+def survived() -> Survived:
+    return _SURVIVED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not _SURVIVED.injections:
+        return
+    terminalreporter.section(f"faults survived, seed {SEED}")
+    for line in _SURVIVED.table():
+        terminalreporter.line(line)
+
+
+@pytest.fixture
+def launches(tmp_path: Path, cache: Path) -> Iterator[Launches]:
+    """Launches in a folder of this test; none of their processes survives it."""
+    these = Launches(tmp_path, PLUMBLINE_CACHE=str(cache))
+    yield these
+    these.close()
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is made once on a machine; compiled kernels stay in the user's own cache."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights and random text for proxy_gap."""
+    return tmp_path_factory.mktemp("sources")
+
+
+@pytest.fixture(scope="session")
+def warm(cache: Path) -> Iterator[Warm]:
+    """The process that launches without a start are forked from."""
+    process = Warm(ROOT, cache)
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database with its tables and nothing in them, which takes many seconds to make."""
+    from mlflow.tracking import MlflowClient
+
+    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file
+
+
+@pytest.fixture
+def bench(warm: Warm, launches: Launches, sources: Path, database: Path) -> MakeBench:
+    """Makes the folder in which one sweep is launched again and again."""
+
+    def make(sweep: str, objects: bool = False, **changes: object) -> Bench:
+        tiny = SWEEPS[sweep](sources, **changes)
+        return Bench(warm, launches, tiny, sources=sources, database=database, objects=objects)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reference(warm: Warm, sources: Path, database: Path, tmp_path_factory: pytest.TempPathFactory) -> References:
+    """Results of undisturbed launches by the name of their sweep; the tests on Ray are held to the same bits."""
+    return References(warm, tmp_path_factory.mktemp("reference"), sources, database)

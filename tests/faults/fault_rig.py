@@ -1,0 +1,216 @@
+"""Launches that a test may kill: their processes, the faults armed in them, and what was survived."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).with_name("site")))
+
+import faultpoints
+from faultpoints import Fault
+
+ROOT = Path(__file__).resolve().parents[2]
+SITE = Path(__file__).with_name("site")
+MARK = "PLUMBLINE_FAULT_MARK"
+SEED = int(os.environ.get("PLUMBLINE_FAULT_SEED", "0"))
+PATIENCE = 600.0  # seconds: machines that run tests are busy
+_T = TypeVar("_T")
+
+
+def schedule(case: str) -> random.Random:
+    """The generator that every choice of a case is drawn from."""
+    return random.Random(f"{SEED} {case}")
+
+
+def wait_for(what: Callable[[], _T], seconds: float = PATIENCE, pause: float = 0.02) -> _T:
+    """The first true value of `what()`."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := what():
+            return found
+        time.sleep(pause)
+    raise AssertionError(f"waited {seconds:.0f} s in vain")
+
+
+@dataclass(frozen=True)
+class Injection:
+    """One fault that was survived. seconds: until the work went on, NaN where that is not defined."""
+
+    fault: str
+    how: str
+    sweep: str
+    seconds: float = float("nan")
+
+
+@dataclass
+class Survived:
+    """What was injected and seen survived; each injection is also appended to the file $PLUMBLINE_FAULT_RECORD."""
+
+    injections: list[Injection] = field(default_factory=list)
+
+    def add(self, fault: str, how: str, sweep: str, *, n: int = 1, seconds: float = float("nan")) -> None:
+        """Note `n` injections of one kind, once all that must hold after them was checked."""
+        new = [Injection(fault, how, sweep, seconds)] * n
+        self.injections += new
+        if file := os.environ.get("PLUMBLINE_FAULT_RECORD"):
+            with open(file, "a") as f:
+                f.writelines(json.dumps({**vars(i), "seed": SEED}) + "\n" for i in new)
+
+    def table(self) -> list[str]:
+        """Markdown: a line for each (fault, how)."""
+        groups: dict[tuple[str, str], list[Injection]] = {}
+        for i in self.injections:
+            groups.setdefault((i.fault, i.how), []).append(i)
+        lines = [
+            "| fault | how it is injected | sweeps | injections survived | work goes on after |",
+            "|---|---|---|---|---|",
+        ]
+        for (fault, how), some in sorted(groups.items()):
+            sweeps = ", ".join(sorted({i.sweep for i in some}))
+            times = sorted({i.seconds for i in some if i.seconds == i.seconds})
+            after = f"{times[0]:.0f} to {times[-1]:.0f} s" if len(times) > 1 else f"{times[0]:.0f} s" if times else ""
+            lines.append(f"| {fault} | {how} | {sweeps} | {len(some)} | {after} |")
+        return [*lines, f"| all | | | {len(self.injections)} | |"]
+
+
+def main() -> None:
+    """Print the table of a record: `python tests/faults/fault_rig.py RECORD`."""
+    records = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
+    for record in records:
+        del record["seed"]
+    print("\n".join(Survived([Injection(**record) for record in records]).table()))
+
+
+class Launches:
+    """Command lines of one test in one folder; every process below them carries the test's mark."""
+
+    def __init__(self, folder: Path, **env: str) -> None:
+        self.folder = folder
+        self.mark = uuid.uuid4().hex
+        self.plan = folder / "faults-0.json"
+        self._plans = 0
+        kept = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "PYTHONPATH")}
+        self.env = kept | {
+            "NO_PROXY": "127.0.0.1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(SITE),
+            MARK: self.mark,
+            **env,
+        }
+        self.started: list[subprocess.Popen[str]] = []
+
+    def arm(self, *faults: Fault, clock: float = 0.0, roots: Sequence[Path] = ()) -> None:
+        """Faults of the processes started from now on; none: a healthy machine."""
+        self._plans += 1
+        self.plan = self.folder / f"faults-{self._plans}.json"
+        faultpoints.save(self.plan, roots=roots or [self.folder / "runs" / "ledger"], faults=faults, clock=clock)
+
+    def hits(self) -> list[str]:
+        """Operations hit by the faults armed last."""
+        return faultpoints.hits(self.plan)
+
+    def start(self, script: str, *arguments: str, **env: str) -> subprocess.Popen[str]:
+        """Start the command; its output goes to a file."""
+        with open(self.folder / f"out-{len(self.started)}.txt", "w") as out:
+            launch = subprocess.Popen(
+                [sys.executable, str(ROOT / "sweeps" / script), *arguments],
+                cwd=self.folder,
+                env=self.env | {"PLUMBLINE_FAULTS": str(self.plan)} | env,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+        self.started.append(launch)
+        return launch
+
+    def run(self, script: str, *arguments: str, code: int = 0) -> str:
+        """Run the command to its end; returns its output."""
+        launch = self.start(script, *arguments)
+        got = launch.wait(2 * PATIENCE)
+        assert got == code, f"exit code {got}, not {code}\n{self.output()}"
+        return self.output()
+
+    def output(self, number: int = -1) -> str:
+        """What a command printed."""
+        return (self.folder / f"out-{number % len(self.started)}.txt").read_text()
+
+    def processes(self, name: str = "") -> list[psutil.Process]:
+        """All living processes of this test, or those whose command line holds `name`."""
+        return list(marked(self.mark, name))
+
+    def worker(self) -> psutil.Process | None:
+        """A process of Ray that does a pack's work."""
+        found = self.processes("ray::RayTrainWorker") or self.processes("ray::ResourceTrainable.train")
+        return found[0] if found else None
+
+    def gone(self, seconds: float = PATIENCE) -> float:
+        """Wait until no process of this test is left; returns how long that took."""
+        began = time.monotonic()
+        wait_for(lambda: not self.processes(), seconds, pause=0.25)
+        return time.monotonic() - began
+
+    def close(self) -> list[str]:
+        """End every process of this test; returns what had to be ended."""
+        left = self.processes()
+        names = [command_of(p) for p in left]
+        for process in left:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        for launch in self.started:
+            launch.wait()
+        return names
+
+
+def marked(mark: str, name: str = "") -> Iterator[psutil.Process]:
+    """Living processes that carry the mark in their environment."""
+    for process in psutil.process_iter():
+        try:
+            if process.status() == psutil.STATUS_ZOMBIE or process.environ().get(MARK) != mark:
+                continue
+            if name in command_of(process):
+                yield process
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+
+
+def command_of(process: psutil.Process) -> str:
+    """Command line of a process, or an empty text."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def kill(process: psutil.Process | subprocess.Popen[str]) -> None:
+    """kill -9."""
+    os.kill(process.pid, signal.SIGKILL)
+
+
+def settings(values: Mapping[str, Any]) -> list[str]:
+    """`--set` arguments."""
+    return [part for name, value in values.items() for part in ("--set", f"{name}={value}")]
+
+
+def said(seed_case: str, events: Sequence[object]) -> str:
+    """What to print of a case that fails: its seed and its schedule."""
+    return f"seed {SEED}, case {seed_case}: {json.dumps([str(e) for e in events])}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""The three sweeps at tiny size, their undisturbed results, and what must hold after any fault."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from fault_rig import settings
+
+from models.registry import HOST_LMS
+from sweeps._ledger import Ledger
+
+_CLOCKS = {"tokens_per_second"}  # metrics that measure the machine, not the model
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A sweep at tiny size, by the arguments of its command line."""
+
+    name: str
+    arguments: tuple[str, ...]
+
+    @property
+    def script(self) -> str:
+        return f"{self.name}.py"
+
+    @property
+    def module(self) -> str:
+        return f"sweeps.{self.name}"
+
+    def ledger(self, folder: Path) -> Ledger:
+        """The ledger of launches in `folder`."""
+        return Ledger(str(folder / "runs" / "ledger"), self.name, "1")
+
+
+def proxy_gap(sources: Path, **changes: object) -> Tiny:
+    """Two SAEs with two nested budgets on random weights and random bytes, a checkpoint every few steps."""
+    model = "standin-small"
+    if not (sources / model).exists():
+        _save_lm(sources, model)
+        _save_shards(sources / "shards")
+    grid: dict[str, object] = {
+        "models": model,
+        "lm_path": sources,
+        "stream": "pile",
+        "stream_path": sources / "shards",
+        "depths": "mid",
+        "k": "4,8",
+        "seeds": 0,
+        "tokens": "16384,32768",
+        "context": 64,
+        "expansion": 1,
+        "batch_tokens": 256,
+        "shuffle_sequences": 16,
+        "warmup_steps": 10,
+        "eval_sequences": 4,
+        "threads": 1,
+        "checkpoint_seconds": 0,
+        "max_retries": 9,
+    }
+    return Tiny("proxy_gap", ("--preset", "local", *settings(grid | changes)))
+
+
+def odor_topology(sources: Path, **changes: object) -> Tiny:
+    """Diagrams of small point clouds, a few null draws."""
+    grid: dict[str, object] = {
+        "table": "cloud:circle",
+        "clouds": "gaussian_blob",
+        "rows": 40,
+        "runs": 1,
+        "draws": 4,
+        "draws_per_cell": 2,
+        "threads": 1,
+        "max_retries": 9,
+    }
+    return Tiny("odor_topology", ("--preset", "audit", *settings(grid | changes)))
+
+
+def codec_lm(sources: Path, **changes: object) -> Tiny:
+    """Two architectures, six steps each, on synthetic speech."""
+    grid: dict[str, object] = {
+        "architectures": "transformer,la",
+        "corpus_clips": 40,
+        "chunk_s": 1.5,
+        "min_s": 1.0,
+        "holdout": 0.3,
+        "steps": 6,
+        "batch_size": 2,
+        "warmup_steps": 2,
+        "eval_every": 3,
+        "eval_clips": 3,
+        "sample_s": 0.5,
+        "threads": 1,
+        "checkpoint_seconds": 0,
+        "max_retries": 9,
+    }
+    return Tiny("codec_lm", ("--preset", "local", *settings(grid | changes)))
+
+
+SWEEPS: dict[str, Callable[..., Tiny]] = {
+    "proxy_gap": proxy_gap,
+    "odor_topology": odor_topology,
+    "codec_lm": codec_lm,
+}
+
+
+def _save_lm(folder: Path, name: str) -> None:
+    """Random weights of a model's architecture, in Hugging Face format, under `folder`/`name`."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    spec = HOST_LMS[name]
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        hidden_size=spec.d_model,
+        num_hidden_layers=spec.n_layers,
+        num_attention_heads=spec.n_heads,
+        intermediate_size=spec.d_mlp,
+        vocab_size=spec.d_vocab,
+        max_position_embeddings=2048,
+        rotary_pct=0.25,
+    )
+    GPTNeoXForCausalLM(config).save_pretrained(folder / name)
+
+
+def _save_shards(folder: Path, shards: int = 2, rows: int = 400, length: int = 64, vocab: int = 257) -> None:
+    """Parquet shards of the hub data set's schema, with random tokens."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(shards):
+        tokens = list(rng.integers(0, vocab, (rows, length), dtype=np.int32))
+        table = pa.table({"tokens": pa.array(tokens, pa.list_(pa.int32()))})
+        pq.write_table(table, folder / f"train-{i:05d}-of-{shards:05d}.parquet", row_group_size=100)
+
+
+Results = dict[str, dict[str, Any]]
+
+
+def results(ledger: Ledger) -> Results:
+    """{key: {file: content}} of all published cells: bytes, and for the rows a table without the machine's speed."""
+    out: Results = {}
+    for key in ledger.done():
+        cell = ledger.read(key)
+        assert cell.identity
+        files: dict[str, Any] = {name: ledger.file(key, name) for name in cell.files if name != "cell.json"}
+        rows = pd.read_parquet(io.BytesIO(files["rows.parquet"]))
+        files["rows.parquet"] = rows[~rows["metric"].isin(_CLOCKS)].reset_index(drop=True)
+        out[key] = files
+    return out
+
+
+def assert_same(found: Results, expected: Results) -> None:
+    """Every cell of the undisturbed run is there once, with the same bits."""
+    assert found.keys() == expected.keys()
+    for key, files in expected.items():
+        assert found[key].keys() == files.keys()
+        for name, content in files.items():
+            if isinstance(content, pd.DataFrame):
+                pd.testing.assert_frame_equal(found[key][name], content, check_exact=True)
+            else:
+                assert found[key][name] == content, f"{name} of {key} differs"
+
+
+def assert_tidy(ledger: Ledger) -> None:
+    """Nothing partial is visible: published folders hold what their cell.json names, and no failure is on record."""
+    for key in ledger.done():
+        sizes = json.loads(ledger.file(key, "cell.json"))["files"]
+        found = ledger.store.sizes(key)
+        del found["cell.json"], found["_PUBLISHED"]
+        assert found == sizes
+    for name in ledger.store.names():
+        assert name[0] in "_." or name in ledger.done(), f"{name} is visible and no published cell"
+    assert ledger.failures(ledger.done()) == {}
+
+
+def litter(ledger: Ledger) -> list[str]:
+    """Hidden temporary files and folders that killed processes left."""
+    root = Path(ledger.store.root)
+    return sorted(str(p.relative_to(root)) for p in root.rglob("*") if re.search(r"\.tmp(-|$)", p.name))
+
+
+def assert_tracked(tiny: Tiny, uri: str, place: str, expected: Results, launches: int) -> None:
+    """MLflow holds exactly one finished run a cell with the ledger's numbers, and at most one run a launch."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name(f"plumbline/{tiny.name}")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    cells = [r for r in runs if r.data.tags["plumbline.kind"] == "cell"]
+    assert sorted(r.data.tags["plumbline.cell_uri"] for r in cells) == sorted(f"{place}/{key}" for key in expected)
+    assert {r.info.status for r in cells} == {"FINISHED"}
+    for run in cells:
+        rows = expected[run.data.tags["plumbline.cell_key"]]["rows.parquet"]
+        plain = rows[rows[[c for c in rows.columns if c not in ("metric", "value", "unit")]].isna().all(axis=1)]
+        for metric, value in zip(plain["metric"], plain["value"], strict=True):
+            if value == value:
+                assert run.data.metrics[metric] == value, metric
+    parents = [r.data.tags["plumbline.launch"] for r in runs if r.data.tags["plumbline.kind"] == "launch"]
+    assert len(parents) == len(set(parents)), "a launch has two runs"
+    assert 1 <= len(parents) <= launches
