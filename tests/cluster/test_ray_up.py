@@ -251,11 +251,11 @@ def test_down_leaves_nothing_on_any_node_and_may_be_repeated(rig: Rig, cluster: 
 def test_symmetric_run_needs_no_ssh_between_nodes(rig: Rig, cluster: Path) -> None:
     if rig.processes("head", "gcs_server"):
         assert make(rig, "cluster-down", cluster).returncode == 0
+    sweep = f"python toy_sweep.py --storage file+shared://{SHARED}/symmetric --set n=1,2,3,4,5,6 --set pack_size=1"
     command = (
         ". ~/.plumbline.sh && export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=120 && cd ~/plumbline && "
         f"unset MLFLOW_TRACKING_URI && ray symmetric-run --address {rig.address['head']}:6379 --min-nodes 3 "
-        "--num-cpus=1 --object-store-memory=100000000 -- python toy_sweep.py --storage file+shared:///mnt/shared/symmetric --set n=1,2,3,4,5,6 --set pack_size=1 "
-        "--set seconds=2"
+        f"--num-cpus=1 --object-store-memory=100000000 -- {sweep} --set seconds=2"
     )
     popens = [
         rig.start(command, on=node, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for node in NODES
