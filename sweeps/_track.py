@@ -182,18 +182,17 @@ class Tracker:
                 self._experiment = again.experiment_id
         else:
             self._experiment = found.experiment_id
-        settings = {f"setting.{k}": str(v)[:5000] for k, v in self._parent_params.items()}
         ledger = self.ledger.store.uri
+        open_runs = f"tags.`plumbline.ledger` = '{ledger}' and attributes.status = 'RUNNING'"
+        for run in self._client.search_runs([self._experiment], open_runs):
+            if not self.claims.alive(run.data.tags["plumbline.launch"]):
+                self._client.set_terminated(run.info.run_id, "KILLED")
+        settings = {f"setting.{k}": str(v)[:5000] for k, v in self._parent_params.items()}
         kind = {"plumbline.kind": "launch", "plumbline.launch": self.claims.launch_id, "plumbline.ledger": ledger}
         parent = self._client.create_run(
             self._experiment, run_name=f"launch {self.claims.launch_id}", tags={**kind, **self._parent_tags, **settings}
         )
         self._parent = parent.info.run_id
-        open_runs = f"tags.`plumbline.ledger` = '{ledger}' and attributes.status = 'RUNNING'"
-        for run in self._client.search_runs([self._experiment], open_runs):
-            launch = run.data.tags["plumbline.launch"]
-            if launch != self.claims.launch_id and not self.claims.alive(launch):
-                self._client.set_terminated(run.info.run_id, "KILLED")
         if self._down:
             self.say(f"MLflow at {self.uri} answers again")
             self._down = False
