@@ -27,6 +27,7 @@ _inlined = njit(nogil=True, cache=True, error_model="numpy", fastmath=_FAST, inl
 _strict = njit(nogil=True, cache=True, error_model="numpy")
 
 _SIGN_SHIFT, _MAGNITUDE = np.int32(31), np.int32(0x7FFFFFFF)
+SPAN_LIMIT, SPAN = 12, 8  # entries a feature; blocks
 _ZERO, _ONE = np.float32(0), np.float32(1)
 _AHEAD = 32  # features whose weights are asked for in advance
 
@@ -233,6 +234,15 @@ def rescore(
 # ------------------------------------------------------------------------------------ entries, feature by feature
 
 
+def block_span(entries: int, features: int) -> int:
+    """Blocks of columns that a kernel takes at once, without any effect on the result.
+
+    With many entries a feature, one: its rows stay in the second-level cache. With few, the weights are the larger
+    traffic, and they are read in longer pieces.
+    """
+    return 1 if entries >= SPAN_LIMIT * features else SPAN
+
+
 @_kernel
 def write_blocks(rows_ND, blocks_CNb, start, stop):
     """Columns of rows start:stop in blocks: blocks[c, n, i] = rows[n, BLOCK·c + i], and zero beyond D."""
@@ -293,35 +303,37 @@ def sort_values(value_Bk, slot_Bk, value_E):
 
 
 @_kernel
-def feature_dots(rows_CBb, W_MD, starts_M1, token_E, dot_E, start, stop):
-    """dot_E[e] = W[j] · rows[token_E[e]] for the entries of features j in start:stop."""
+def feature_dots(rows_CBb, W_MD, starts_M1, token_E, dot_E, span, start, stop):
+    """dot_E[e] = W[j] · rows[token_E[e]] for the entries of features j in start:stop (`span`: see `block_span`)."""
     blocks, rows, _ = rows_CBb.shape
     features, width = W_MD.shape
     w_b = np.empty(BLOCK, np.float32)
     dot_E[starts_M1[start] : starts_M1[stop]] = _ZERO
-    for c in range(blocks):
+    for left in range(0, blocks, span):
         for j in range(start, stop):
-            _fetch_columns(W_MD, min(j + _AHEAD, features - 1), c)
             first, last = starts_M1[j], starts_M1[j + 1]
-            if last > first:
-                _copy_columns(W_MD, j, c, width, w_b)
-                block_dots(rows_CBb, c * rows * BLOCK, token_E, first, last, w_b, 0, dot_E)
+            for c in range(left, min(left + span, blocks)):
+                _fetch_columns(W_MD, min(j + _AHEAD, features - 1), c)
+                if last > first:
+                    _copy_columns(W_MD, j, c, width, w_b)
+                    block_dots(rows_CBb, c * rows * BLOCK, token_E, first, last, w_b, 0, dot_E)
 
 
 @_kernel
-def decode(W_MD, starts_M1, token_E, value_E, out_CBb, start, stop):
+def decode(W_MD, starts_M1, token_E, value_E, out_CBb, span, start, stop):
     """out[token] = Σ value · W[j] over the entries, ascending in j, for the blocks start:stop of columns."""
     rows = out_CBb.shape[1]
     features, width = W_MD.shape
     w_b = np.empty(BLOCK, np.float32)
-    for c in range(start, stop):
-        out_CBb[c] = _ZERO
+    out_CBb[start:stop] = _ZERO
+    for left in range(start, stop, span):
         for j in range(features):
-            _fetch_columns(W_MD, min(j + _AHEAD, features - 1), c)
             first, last = starts_M1[j], starts_M1[j + 1]
-            if last > first:
-                _copy_columns(W_MD, j, c, width, w_b)
-                add_weighted(out_CBb, c * rows * BLOCK, token_E, value_E, first, last, w_b)
+            for c in range(left, min(left + span, stop)):
+                _fetch_columns(W_MD, min(j + _AHEAD, features - 1), c)
+                if last > first:
+                    _copy_columns(W_MD, j, c, width, w_b)
+                    add_weighted(out_CBb, c * rows * BLOCK, token_E, value_E, first, last, w_b)
 
 
 @_kernel
@@ -343,7 +355,7 @@ def residual(target_CBb, base_CIb, scale, g_CBb, error_B, start, stop):
 @_kernel
 def feature_sums(
     rows_CBb, starts_M1, token_E, value_E, aux_rows_CBb, aux_starts_M1, aux_token_E, aux_value_E,
-    sum_MD, square_M, start, stop,
+    sum_MD, square_M, span, start, stop,
 ):  # fmt: skip
     """sum[j] = Σ value · rows[token] over the entries and the auxiliary ones (none: empty starts) of features
     start:stop; its squared length is added to square_M. Features without any entry are left as they are.
@@ -353,27 +365,26 @@ def feature_sums(
     has_aux = aux_starts_M1.shape[0] > 0
     total_b = np.empty(BLOCK, np.float32)
     aux_b = np.zeros(BLOCK, np.float32)
-    for c in range(blocks):
-        first_column = c * BLOCK
-        columns = min(BLOCK, width - first_column)
+    for left in range(0, blocks, span):
         for j in range(start, stop):
-            _fetch_columns(sum_MD, min(j + _AHEAD, stop - 1), c)
             first, last = starts_M1[j], starts_M1[j + 1]
             aux_first = aux_starts_M1[j] if has_aux else 0
             aux_last = aux_starts_M1[j + 1] if has_aux else 0
-            if last == first and aux_last == aux_first:
-                continue
-            weighted_sum(rows_CBb, c * rows * BLOCK, token_E, value_E, first, last, total_b)
-            if aux_last > aux_first:
-                weighted_sum(aux_rows_CBb, c * rows * BLOCK, aux_token_E, aux_value_E, aux_first, aux_last, aux_b)
+            for c in range(left, min(left + span, blocks)):
+                _fetch_columns(sum_MD, min(j + _AHEAD, stop - 1), c)
+                if last == first and aux_last == aux_first:
+                    continue
+                weighted_sum(rows_CBb, c * rows * BLOCK, token_E, value_E, first, last, total_b)
+                if aux_last > aux_first:
+                    weighted_sum(aux_rows_CBb, c * rows * BLOCK, aux_token_E, aux_value_E, aux_first, aux_last, aux_b)
+                    for i in range(BLOCK):
+                        total_b[i] += aux_b[i]
+                square = _ZERO
                 for i in range(BLOCK):
-                    total_b[i] += aux_b[i]
-            square = _ZERO
-            for i in range(BLOCK):
-                square += total_b[i] * total_b[i]
-            square_M[j] += square
-            for i in range(columns):
-                sum_MD[j, first_column + i] = total_b[i]
+                    square += total_b[i] * total_b[i]
+                square_M[j] += square
+                for i in range(min(BLOCK, width - c * BLOCK)):
+                    sum_MD[j, c * BLOCK + i] = total_b[i]
 
 
 @_kernel

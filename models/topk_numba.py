@@ -98,13 +98,14 @@ class NumbaEngine(Engine):
             kernels.settle_entries, bounds, main.starts_M1, main.value_E, main.slope_E, extra.starts_M1,
             extra.slope_E, self.grad("b_enc"), self._touched, fired, square,
         )  # fmt: skip
+        span = kernels.block_span(int(load[-1]), M)
         for name, rows_CBb, aux_CBb, values, aux_values in (
             ("W_dec", main.g_CBb, extra.g_CBb, main.value_E, extra.value_E),
             ("W_enc", xc_CBb, xc_CBb, main.slope_E, extra.slope_E),
         ):
             run_kernel(
                 kernels.feature_sums, bounds, rows_CBb, main.starts_M1, main.token_E, values,
-                aux_CBb, extra.starts_M1, extra.token_E, aux_values, self.grad(name), square,
+                aux_CBb, extra.starts_M1, extra.token_E, aux_values, self.grad(name), square, span,
             )  # fmt: skip
         g_sum = main.g_CBb.sum(1).flatten()[: sae.d_in]
         grad_b_dec = self.grad("b_dec").copy_(g_sum)
@@ -137,7 +138,8 @@ class NumbaEngine(Engine):
         g = scratch.take(f"{name}.g", *target_CBb.shape)
         error = scratch.take("error", rows)
         base = blocks_of(base_1D, scratch, "base")
-        run_kernel(kernels.decode, even_split(blocks, self.n_threads), W_dec, starts, token, value, g)
+        span = kernels.block_span(len(token), self.sae.d_sae)
+        run_kernel(kernels.decode, even_split(blocks, self.n_threads), W_dec, starts, token, value, g, span)
         run_kernel(kernels.residual, even_split(rows, self.n_threads), target_CBb, base, np.float32(scale), g, error)
         slope = self._screen.dots(g, W_dec, starts, token, f"{name}.slope")
         return Entries(g, starts, token, value, slope), float(error.sum(dtype=torch.float64)) / rows

@@ -192,7 +192,8 @@ class Screen:
         """W[j] · rows[token] of each sorted entry [E]."""
         dot = self.scratch.take(name, len(token_E))
         bounds = feature_split(starts_M1, self.n_threads)
-        run_kernel(kernels.feature_dots, bounds, rows_CBb, W_MD, starts_M1, token_E, dot)
+        span = kernels.block_span(len(token_E), self.sae.d_sae)
+        run_kernel(kernels.feature_dots, bounds, rows_CBb, W_MD, starts_M1, token_E, dot, span)
         return dot
 
     def select(
