@@ -122,6 +122,8 @@ def git_commit() -> str:
     """Commit of the code, `-dirty` when tracked files differ; on a pod what `make cluster-up` noted; or `unknown`."""
     if noted := os.environ.get("PLUMBLINE_GIT_COMMIT"):  # the driver's, on the workers of a cluster
         return noted
+    if (note := ROOT / ".commit").is_file():
+        return note.read_text().strip()
     try:
         run = subprocess.run(
             ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
@@ -131,8 +133,7 @@ def git_commit() -> str:
             check=True,
         )
     except (OSError, subprocess.SubprocessError):
-        note = ROOT / ".commit"
-        return note.read_text().strip() if note.is_file() else "unknown"
+        return "unknown"
     return run.stdout.strip()
 
 

@@ -1,0 +1,104 @@
+"""cluster.yaml and its reader, and what a node's environment tells a launch; no cluster is needed."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sweeps import _cluster, _launch, _where
+from sweeps._cluster import Cluster
+from sweeps._sweep import UserError
+from sweeps.proxy_gap import SWEEP
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> dict[str, Any]:
+    key = tmp_path / "key"
+    key.touch()
+    made = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    made["auth"]["ssh_private_key"] = str(key)
+    return made
+
+
+def read(folder: Path, config: dict[str, Any]) -> Cluster:
+    place = folder / "cluster.yaml"
+    place.write_text(yaml.safe_dump(config))
+    return Cluster.read(place)
+
+
+def test_every_package_is_mounted_and_nothing_that_grows() -> None:
+    mounts = yaml.safe_load((ROOT / "cluster.yaml").read_text())["file_mounts"]
+    local = set(mounts.values())
+    assert {"Makefile", "requirements.lock", "sweeps", "models", "data", "analysis"} == local
+    assert all((ROOT / name).exists() and target == f"~/plumbline/{name}" for target, name in mounts.items())
+
+
+def test_environment_of_a_node_is_written_for_every_kind_of_shell(tmp_path: Path) -> None:
+    first, second, _ = yaml.safe_load((ROOT / "cluster.yaml").read_text())["setup_commands"]
+    (tmp_path / ".bashrc").write_text("case $- in *i*) ;; *) return;; esac\n")
+    shell = ["env", "-i", f"HOME={tmp_path}", "PATH=/usr/bin:/bin", "bash", "--norc", "-c"]
+    for _ in range(2):  # as Ray wraps it, and twice, as a second `ray up` does
+        for command in (first, second):
+            subprocess.run([*shell, f"true && ({command})"], check=True)
+    names = "$PLUMBLINE_STORAGE $RAY_ADDRESS $RAY_worker_niceness $PATH $PYTHONPATH"
+    out = subprocess.run([*shell, f". ~/.bashrc; echo {names}"], capture_output=True, text=True, check=True).stdout
+    storage, address, niceness, path, pythonpath = out.split()
+    assert (storage, address, niceness) == ("s3://bucket/ledger", "auto", "0")
+    assert path.startswith(f"{tmp_path}/plumbline/.venv/bin:")
+    assert pythonpath == f"{tmp_path}/plumbline"
+    assert (tmp_path / ".bashrc").read_text().count(".plumbline.sh") == 1
+
+
+def test_errors_name_value_rule_and_remedy(tmp_path: Path, config: dict[str, Any]) -> None:
+    assert read(tmp_path, config).nodes == ("10.0.0.11", "10.0.0.12", "10.0.0.13")
+    broken: list[tuple[dict[str, Any], str]] = [
+        ({"provider": config["provider"] | {"type": "aws"}}, "provider.type='aws'.*only local is known"),
+        ({"provider": config["provider"] | {"worker_ips": ["10.0.0.11"]}}, "10.0.0.11 stands in .* more than once"),
+        ({"provider": {"type": "local", "head_ip": "h"}}, "needs provider.head_ip, provider.worker_ips"),
+        ({"auth": {"ssh_user": "u", "ssh_private_key": "/no/key"}}, "ssh_private_key=/no/key .* is no file"),
+    ]
+    for change, message in broken:
+        with pytest.raises(UserError, match=message):
+            read(tmp_path, config | change)
+    assert _cluster.main(["up", "--config", str(tmp_path / "absent.yaml")]) == 2
+
+
+def test_ssh_commands_survive_quotes_and_go_through_the_head(tmp_path: Path, config: dict[str, Any]) -> None:
+    config["provider"]["external_head_ip"] = "head.example"
+    cluster = read(tmp_path, config)
+    assert cluster.door == "head.example"
+    line = cluster.ssh("10.0.0.12", "echo 'a  b' \"$HOME\"", through_head=True)
+    proxy = next(word for word in line if word.startswith("ProxyCommand="))
+    assert shlex.split(proxy)[-3:] == ["-W", "%h:%p", "root@head.example"]
+    home = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    out = subprocess.run(["sh", "-c", line[-1]], capture_output=True, text=True, check=True, env=home).stdout
+    assert out == f"a  b {tmp_path}\n"
+
+
+def test_storage_and_commit_come_from_the_nodes_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLUMBLINE_STORAGE", "s3://bucket/ledger")
+    assert _launch.parser(SWEEP).parse_args([]).storage == "s3://bucket/ledger"
+    assert _launch.parser(SWEEP).parse_args(["--storage", "x"]).storage == "x"
+    monkeypatch.setattr(_where, "ROOT", tmp_path)
+    (tmp_path / ".commit").write_text("abc-dirty\n")
+    assert _where.git_commit() == "abc-dirty"
+    monkeypatch.setenv("PLUMBLINE_GIT_COMMIT", "def")
+    assert _where.git_commit() == "def"
+
+
+def test_a_script_that_was_copied_home_finds_the_checkout(tmp_path: Path) -> None:
+    """`ray submit` copies the sweep's file to ~ and runs it there; PYTHONPATH leads to the checkout."""
+    (tmp_path / "proxy_gap.py").write_text((ROOT / "sweeps" / "proxy_gap.py").read_text())
+    command = [sys.executable, str(tmp_path / "proxy_gap.py"), "--help"]
+    env = {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "--storage URI" in run.stdout
