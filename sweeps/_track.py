@@ -168,15 +168,15 @@ class Tracker:
             one_at_a_time: Any = filelock.FileLock(folder / "mlflow.db.lock")
         else:
             one_at_a_time = contextlib.nullcontext()
-        name = f"plumbline/{self.ledger.sweep}"
+        experiment = f"plumbline/{self.ledger.sweep}"
         with one_at_a_time:  # the first call makes SQLite's tables; two launches doing so at once break them
             self._client = MlflowClient(address)
-            found = self._client.get_experiment_by_name(name)
+            found = self._client.get_experiment_by_name(experiment)
         if found is None:
             try:
-                self._experiment = self._client.create_experiment(name, artifact_location=artifacts)
+                self._experiment = self._client.create_experiment(experiment, artifact_location=artifacts)
             except Exception:  # another launch made it in between
-                again = self._client.get_experiment_by_name(name)
+                again = self._client.get_experiment_by_name(experiment)
                 if again is None:
                     raise
                 self._experiment = again.experiment_id
@@ -184,15 +184,18 @@ class Tracker:
             self._experiment = found.experiment_id
         ledger = self.ledger.store.uri
         open_runs = f"tags.`plumbline.ledger` = '{ledger}' and attributes.status = 'RUNNING'"
+        own = ""
         for run in self._client.search_runs([self._experiment], open_runs):
-            if not self.claims.alive(run.data.tags["plumbline.launch"]):
+            launch = run.data.tags["plumbline.launch"]
+            if launch == self.claims.launch_id:
+                own = run.info.run_id  # made by a call whose answer was lost
+            elif not self.claims.alive(launch):
                 self._client.set_terminated(run.info.run_id, "KILLED")
         settings = {f"setting.{k}": str(v)[:5000] for k, v in self._parent_params.items()}
         kind = {"plumbline.kind": "launch", "plumbline.launch": self.claims.launch_id, "plumbline.ledger": ledger}
-        parent = self._client.create_run(
-            self._experiment, run_name=f"launch {self.claims.launch_id}", tags={**kind, **self._parent_tags, **settings}
-        )
-        self._parent = parent.info.run_id
+        tags = {**kind, **self._parent_tags, **settings}
+        name = f"launch {self.claims.launch_id}"
+        self._parent = own or self._client.create_run(self._experiment, run_name=name, tags=tags).info.run_id
         if self._down:
             self.say(f"MLflow at {self.uri} answers again")
             self._down = False
