@@ -165,5 +165,5 @@ def utility(frame: pd.DataFrame, path: Path) -> None:
             axis.set_title(f"{target}\n{split} folds", fontsize=9)
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper right", ncols=len(labels))
-        figure.supxlabel("ΔR² of geometry + topology over geometry (95% interval)")
+        figure.supxlabel("ΔR² of geometry + topology over geometry (95% interval)", fontsize=10)
         plots.save(figure, path)
