@@ -26,6 +26,10 @@ NO_EVIDENCE = "no evidence"
 GATE_WORDS = ("closes", "opens")
 OWN_WORDS = ("shut", "opened")
 WORTH_WORDS = ("helps", "hurts")  # a difference of negative log-likelihoods: below 0 is better
+MORE_WORDS = ("worth more", "worth less")
+
+
+_FAMILIES = (("worth", WORTH_WORDS), ("moved", OWN_WORDS), ("gate", GATE_WORDS), ("more", MORE_WORDS))
 
 
 @dataclass(frozen=True)
@@ -151,10 +155,10 @@ def effects(arms: Sequence[ArmData], base: str = "base") -> pd.DataFrame:
 
     worth: val_nll(MC) - val_nll(control). more: worth less the base setting's. moved: change of openness in training,
     averaged over the layers. gate: moved less the base setting's, over the layers that both cache. Each with _lo, _hi,
-    _p; worth, moved and gate with _holm and _verdict, adjusted over the arms of the audio and over those of the planted
-    task apart. openness, cache_mass, entropy_share, read_ratio, contribution: means over seeds and layers after
-    training, and _start before it. contribution is openness times read_ratio: the size of what the caches add to the
-    layer's read, relative to that read.
+    _p, _holm and _verdict, adjusted over the arms of the audio and over those of the planted task apart.
+    by_layer: openness of each layer after training, as text. openness, cache_mass, entropy_share, read_ratio,
+    contribution: means over seeds and layers after training, and _start before it. contribution is openness times
+    read_ratio: the size of what the caches add to the layer's read, relative to that read.
     """
     reference = next(arm for arm in arms if arm.name == base)
     base_worth, base_moved = _worth(reference), openness_movement(reference.gates)
@@ -182,7 +186,7 @@ def effects(arms: Sequence[ArmData], base: str = "base") -> pd.DataFrame:
     table = pd.DataFrame(records)
     for planted in (False, True):
         rows = table["planted"] == planted
-        for name, words in (("worth", WORTH_WORDS), ("moved", OWN_WORDS), ("gate", GATE_WORDS)):
+        for name, words in _FAMILIES:
             chosen = table.index[rows & table[name].notna()] if name in table else table.index[:0]
             adjusted, said = verdicts(table.loc[chosen, f"{name}_p"], table.loc[chosen, name], words)
             table.loc[chosen, f"{name}_holm"] = adjusted
@@ -198,10 +202,12 @@ def _columns(name: str, effect: Effect) -> dict[str, float]:
     return {name: effect.value, f"{name}_lo": effect.lo, f"{name}_hi": effect.hi, f"{name}_p": effect.p}
 
 
-def _states(gates: pd.DataFrame) -> dict[str, float]:
+def _states(gates: pd.DataFrame) -> dict[str, object]:
     means = layer_means(gates)
     means["contribution"] = means["openness"] * means["read_ratio"]
     names = ("openness", "cache_mass", "entropy_share", "read_ratio", "contribution")
     by_weights = means.groupby("weights")[list(names)].mean()
     ends = {"ema": "", "start": "_start"}
-    return {f"{name}{end}": float(by_weights[name][w]) for name in names for w, end in ends.items()}
+    states: dict[str, object] = {f"{n}{end}": float(by_weights[n][w]) for n in names for w, end in ends.items()}
+    after = means[means["weights"] == "ema"].groupby("layer")["openness"].mean()
+    return states | {"by_layer": ", ".join(f"{layer}: {x:.3f}" for layer, x in after.items())}

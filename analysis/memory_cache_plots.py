@@ -104,6 +104,7 @@ def step_figure(curves: pd.DataFrame, arms: pd.DataFrame, metric: str, title: st
             axis.set_visible(False)
         for axis, (name, members) in zip(axes.ravel(), panels, strict=False):
             _lines(axis, chosen, members)
+            axis.margins(y=0.35)  # room for the legend
             axis.set_title(name)
             axis.legend(fontsize=7.5, loc="best")
         plots.outer_labels(axes, "step", title)

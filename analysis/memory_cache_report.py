@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from analysis import memory_cache_plots as figures
+from analysis.memory_cache_effects import GATE_WORDS, MORE_WORDS, NO_EVIDENCE, WORTH_WORDS
 
 _GATE_NOTE = (
     "Openness is sigmoid(b), averaged over the layers with caches and, after training, of the averaged weights. "
@@ -21,7 +22,7 @@ _WORTH_NOTE = (
     "val_nll(MC) - val_nll(control), nats a token, averaged weights: below 0 the caches help. The control has the same "
     "size, data, learning rate, seed, batches and held-out clips, no caches, and an MLP widened until its parameters "
     "match the base setting of that size. 95% intervals for crossed seeds and clips (Satterthwaite's t). `against "
-    "base`: what the change adds to the worth of caching."
+    "base`: what the change adds to the difference; below 0, caching is worth more than in the base setting."
 )
 _USE_NOTE = (
     "Held-out clips, tokens that see at least one cache, mean over layers, seeds and clips. mass: share of the softmax "
@@ -93,8 +94,11 @@ def headline(effects: pd.DataFrame) -> list[str]:
     """What the verdicts say, in sentences made by rule."""
     audio, planted = effects[~effects["planted"]], effects[effects["planted"]]
     variants = audio[audio["arm"] != "base"]
-    lines = [_listing("gate ", variants, "gate", ("opens", "closes"))]
-    lines.append(_listing("worth", audio, "worth", ("helps", "hurts")))
+    lines = [
+        _listing("the gate, against base", variants, "gate", GATE_WORDS[::-1]),
+        _listing("caching, against the control", audio, "worth", WORTH_WORDS),
+        _listing("caching, against base", variants, "more", MORE_WORDS),
+    ]
     base = audio[audio["arm"] == "base"].iloc[0]
     lines.append(
         f"base: openness {base['openness_start']:.3f} -> {base['openness']:.3f} ({base['moved_verdict']}; Adam could "
@@ -115,7 +119,7 @@ def _listing(title: str, table: pd.DataFrame, name: str, words: tuple[str, str])
     for word in words:
         names = table.loc[table[f"{name}_verdict"] == word, "arm"].tolist()
         parts.append(f"{word}: {', '.join(names) or 'none'}")
-    unknown = int((table[f"{name}_verdict"] == "no evidence").sum())
+    unknown = int((table[f"{name}_verdict"] == NO_EVIDENCE).sum())
     return f"{title}: {'; '.join(parts)}; no evidence for {unknown} of {len(table)}"
 
 
@@ -149,14 +153,15 @@ def _gate_table(effects: pd.DataFrame) -> str:
                 _name(r),
                 f"{r['openness_start']:.3f} → {r['openness']:.3f}",
                 f"{r['reach']:.3f}",
+                str(r["by_layer"]),
                 _interval(r, "moved", 4),
                 f"{r['moved_verdict']} ({_p(r, 'moved')})",
                 _interval(r, "gate", 4),
                 "" if pd.isna(verdict) else f"**{verdict}** ({_p(r, 'gate')})",
             ]
         )
-    head = ["setting", "openness", "reach", "moved [95% CI]", "by itself (p)", "against base [95% CI]", "verdict (p)"]
-    return _table(head, rows)
+    head = ["setting", "openness", "reach", "openness by layer", "moved [95% CI]", "by itself (p)"]
+    return _table([*head, "against base [95% CI]", "verdict (p)"], rows)
 
 
 def _worth_table(effects: pd.DataFrame) -> str:
@@ -169,11 +174,12 @@ def _worth_table(effects: pd.DataFrame) -> str:
             _interval(r, "worth", 4),
             f"**{r['worth_verdict']}** ({_p(r, 'worth')})",
             _interval(r, "more", 4),
+            "" if pd.isna(r.get("more_verdict")) else f"**{r['more_verdict']}** ({_p(r, 'more')})",
         ]
         for r in effects.to_dict("records")
     ]
     head = ["setting", "parameters MC / control", "val_nll MC", "control", "MC - control [95% CI]", "verdict (p)"]
-    return _table([*head, "against base [95% CI]"], rows)
+    return _table([*head, "against base [95% CI]", "verdict (p)"], rows)
 
 
 def _use_table(effects: pd.DataFrame) -> str:

@@ -153,6 +153,8 @@ def test_verdicts_find_the_planted_effects() -> None:
     assert table.loc["recall", "moved_verdict"] == "opened"
     assert table.loc["lr=0.01", "gate"] == pytest.approx(0.13, abs=0.005)
     assert table.loc["lr=0.01", "more"] == pytest.approx(-0.2, abs=0.02)
+    assert table["more_verdict"].drop(["base", "recall"]).tolist() == ["worth more", "worth less", "no evidence"]
+    assert table.loc["start_layer=2", "by_layer"].startswith("2: 0.1")
     assert pd.isna(table.loc["base", "gate"])
     assert table.loc["base", "contribution"] == pytest.approx(0.12 * 40.75, rel=0.03)
 
@@ -183,6 +185,7 @@ def test_report_says_what_the_verdicts_say(tmp_path: Path) -> None:
     text = (tmp_path / "report.md").read_text()
     assert "opens: lr=0.01; closes: segment=8; no evidence for 1 of 3" in lines[0]
     assert "helps: lr=0.01; hurts: segment=8; no evidence for 2 of 4" in lines[1]
+    assert "worth more: lr=0.01; worth less: segment=8; no evidence for 1 of 3" in lines[2]
     assert all(line in text for line in lines)
     assert "cannot be trusted" not in text
     for name in ("effects.png", "layers.png", "openness.png", "cache_mass.png", "curves.png"):
