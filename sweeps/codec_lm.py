@@ -10,6 +10,7 @@ python sweeps/codec_lm.py --tokenise --preset speech_a100 --set audio_path=LJSpe
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -81,10 +82,15 @@ class LMCell(Cell):
     def weight(self) -> float:
         """Rough work of the cell, for packs of equal length: recurrent blocks take about twice the time."""
         return (
-            self.steps
+            self.mean_steps
             * self.batch_size
             * (2.0 if "mamba" in self.architecture or "hybrid" in self.architecture else 1.0)
         )
+
+    @property
+    def mean_steps(self) -> float:
+        """Steps that the cell trains; with halving the mean over its rivals, as nobody knows who goes on."""
+        return self.steps
 
     @property
     def rival_seeds(self) -> tuple[int, ...]:
@@ -112,6 +118,14 @@ class HalvedCell(LMCell):
     @property
     def rival_seeds(self) -> tuple[int, ...]:
         return self.seeds
+
+    @property
+    def mean_steps(self) -> float:
+        alive, reached, total = len(self.rivals), 0, 0
+        for rung in (*self.rungs, self.steps):
+            total += alive * (rung - reached)
+            alive, reached = math.ceil(alive / self.eta), rung
+        return total / len(self.rivals)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,7 +385,7 @@ class CodecLMSweep:
             config = cell.lm_config()
             steps = min(int(cell.chunk_s * rate_hz) + config.n_codebooks - 1, config.context)
             cost = lm_cost(config, steps)
-            columns = cell.steps * cell.batch_size * steps
+            columns = int(cell.mean_steps * cell.batch_size * steps)
             tokens += columns * config.n_codebooks
             flops += 3 * columns * cost.flops_per_token
             activations = 40 * (preset.micro_batch or cell.batch_size) * steps * config.d_model * config.n_layers * 4

@@ -132,6 +132,14 @@ def test_a_cell_that_competes_is_another_cell_and_its_rivals_share_a_pack() -> N
     assert all(len({c.identity()["architecture"] for c in p.cells}) == 1 and len(p.cells) == 8 for p in packs)
 
 
+def test_the_estimate_counts_what_halving_saves() -> None:
+    assert {c.mean_steps for c in CELLS} == {(4 * 2 + 2 * 2 + 1 * 2) / 4}
+    machine = Machine(nodes=1, cpus=4, gpus=0, memory_bytes=2**33, hardware="test")
+    plain = replace(STUDY, rungs=())
+    full, halved = (SWEEP.estimate(list(SWEEP.plan(s)), s, machine, RunSettings()).flops for s in (plain, STUDY))
+    assert halved / full == pytest.approx(3.5 / 6, rel=1e-3)
+
+
 def test_own_grids_of_learning_rates() -> None:
     study = replace(PRESETS["local"], architectures=("transformer", "la"), lr=(1e-3,), lr_of=("la:1e-4", "la:2e-4"))
     found = {(c.architecture, c.lr) for c in SWEEP.plan(study)}

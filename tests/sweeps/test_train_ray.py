@@ -62,7 +62,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Ledger:
 def two(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Ledger, str]:
     """The cell trained by two workers, undisturbed, and what was printed."""
     folder = tmp_path_factory.mktemp("two")
-    job = start(folder, cache, "--set", "workers=2")
+    job = start(folder, cache, "--set", "workers=2", "--set", "micro_batch=1")
     out, _ = job.communicate(timeout=500)
     assert job.returncode == 0, out
     return ledger_in(folder), out
@@ -93,11 +93,11 @@ def wait_for(job: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def workers_of(job: subprocess.Popen[str]) -> list[psutil.Process]:
+def workers_of(job: subprocess.Popen[str], name: str = "RayTrainWorker") -> list[psutil.Process]:
     found = []
     for process in psutil.Process(job.pid).children(recursive=True):
         try:
-            if process.cmdline()[:1] and "RayTrainWorker" in process.cmdline()[0]:
+            if process.cmdline()[:1] and name in process.cmdline()[0]:
                 found.append(process)
         except psutil.Error:
             continue
@@ -136,7 +136,7 @@ def test_two_workers_train_as_one_process_does(two: tuple[Ledger, str], alone: L
 
 @pytest.mark.slow
 def test_kill_9_of_a_worker_continues_to_the_same_bits(two: tuple[Ledger, str], tmp_path: Path, cache: Path) -> None:
-    job = start(tmp_path, cache, "--set", "workers=2", "--set", "checkpoint_steps=4")
+    job = start(tmp_path, cache, "--set", "workers=2", "--set", "micro_batch=1", "--set", "checkpoint_steps=4")
     work = WorkStore(ledger_in(tmp_path).store)
     wait_for(job, lambda: work.step(CELL.key) >= 8)
     victims = workers_of(job)
@@ -187,6 +187,25 @@ def test_sigterm_of_the_launch_saves_and_the_same_command_continues(alone: Ledge
 
 
 @pytest.mark.slow
+def test_kill_9_of_the_trial_frees_what_its_workers_held(alone: Ledger, tmp_path: Path, cache: Path) -> None:
+    """The workers hold all cores: a retry has room only if Ray takes back what the dead controller had reserved."""
+    cores = len(os.sched_getaffinity(0))
+    job = start(tmp_path, cache, "--set", f"threads={cores}", "--set", "checkpoint_steps=4")
+    work = WorkStore(ledger_in(tmp_path).store)
+    wait_for(job, lambda: work.step(CELL.key) >= 8)
+    (trial,) = workers_of(job, "ray::ResourceTrainable")
+    trial.kill()
+    out, _ = job.communicate(timeout=500)
+    assert job.returncode == 0, out
+    assert "crashed (attempt 1)" in out
+    final = [
+        rows.loc[rows["metric"] == "final_val_nll", "value"].to_numpy()
+        for rows in (rows_of(ledger_in(tmp_path)), rows_of(alone))
+    ]
+    assert final[0] == pytest.approx(final[1], rel=1e-3)
+
+
+@pytest.mark.slow
 def test_fewer_workers_than_wished_and_a_changed_number(alone: Ledger, tmp_path: Path, cache: Path) -> None:
     """Two workers of all cores each: one has room. Its checkpoint, of step 20, continues in two workers that share."""
     cores = len(os.sched_getaffinity(0))
@@ -215,3 +234,44 @@ def test_more_workers_than_the_machine_can_hold_are_refused(tmp_path: Path, cach
     assert job.returncode == 1
     assert "choose fewer with --set workers=N" in out
     assert "Traceback" not in out
+
+
+@pytest.mark.slow
+def test_bad_input_is_not_retried_and_a_deadly_cell_is_given_up_alone(tmp_path: Path) -> None:
+    toy = Path(__file__).with_name("toy_sweep.py")
+    settings = ("n=1,2,3,4", "deadly=2", "bad=4", "pack_size=4", "max_retries=1", "on_workers=true")
+    arguments = [part for setting in (*settings, f"scratch={tmp_path}") for part in ("--set", setting)]
+    job = subprocess.run(
+        [sys.executable, str(toy), *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=500
+    )
+    assert job.returncode == 1
+    ledger = Ledger(str(tmp_path / "runs/ledger"), "toy", "1")
+    assert sorted(ledger.read(key).identity["n"] for key in ledger.done()) == [1, 3]
+    failed = {line.split(" n=")[1].split(":")[0]: line for line in job.stderr.splitlines() if line.startswith("failed")}
+    assert "its workers ended 2 times" in failed["2"]
+    assert "n=4 is on the list of bad numbers; choose another" in failed["4"]
+    tries = {int(p.stem): len(p.read_text()) for p in tmp_path.glob("*.tries")}
+    assert tries == {1: 1, 2: 2, 3: 1, 4: 1}
+
+
+@pytest.mark.slow
+def test_sigterm_of_a_trial_ends_it_at_a_safe_point_and_a_retry_goes_on(tmp_path: Path) -> None:
+    toy = Path(__file__).with_name("toy_sweep.py")
+    settings = ("n=1,2,3,4,5", "pack_size=5", "seconds=1", f"scratch={tmp_path}")
+    job = subprocess.Popen(
+        [sys.executable, str(toy), *(part for setting in settings for part in ("--set", setting))],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    ledger = Ledger(str(tmp_path / "runs/ledger"), "toy", "1")
+    wait_for(job, lambda: len(ledger.done()) >= 1)
+    (trial,) = workers_of(job, "ray::ResourceTrainable")
+    trial.terminate()
+    out, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, out
+    assert "SIGTERM: stopped between two cells" in out
+    tries = {int(p.stem): len(p.read_text()) for p in tmp_path.glob("*.tries")}
+    assert tries.keys() == {1, 2, 3, 4, 5}
+    assert sum(tries.values()) == 6  # the cell that was about to start was begun again, none was lost half-way

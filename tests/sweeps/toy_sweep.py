@@ -32,7 +32,9 @@ class Toy:
     pack_size: int = 2
     seconds: float = 0.0
     bad: tuple[int, ...] = ()
-    crash: tuple[int, ...] = ()
+    crash: tuple[int, ...] = ()  # once
+    deadly: tuple[int, ...] = ()  # always
+    on_workers: bool = False
     salt: str = ""
     scratch: str = ""
 
@@ -52,26 +54,17 @@ class ToySweep:
 
     def pack(self, cells: Sequence[Cell], preset: Toy, machine: Machine, run: RunSettings) -> list[Pack]:
         size = preset.pack_size
-        return [Pack(name=f"pack{i}", cells=tuple(cells[i : i + size])) for i in range(0, len(cells), size)]
+        workers = run.workers if preset.on_workers else 0
+        starts = range(0, len(cells), size)
+        return [Pack(name=f"pack{i}", cells=tuple(cells[i : i + size]), workers=workers) for i in starts]
 
     def run(self, pack: Pack, preset: Toy, context: PackContext) -> None:
-        for done, cell in enumerate(pack.cells):
-            assert isinstance(cell, Square)
-            if preset.scratch:
-                with open(Path(preset.scratch, f"{cell.n}.tries"), "a") as f:
-                    f.write("x")
-            if cell.n in preset.bad:
-                raise UserError(f"n={cell.n} is on the list of bad numbers; choose another")
-            if cell.n in preset.crash:
-                once = Path(preset.scratch, f"{cell.n}.crashed")
-                if not once.exists():
-                    once.touch()
-                    os.kill(os.getpid(), signal.SIGKILL)
-            context.check_stop()
-            time.sleep(preset.seconds)
-            rows = [Row("square", cell.n**2), Row("curve", 1.0, params={"step": 1})]
-            context.publish(cell, rows, {"value.txt": str(cell.n**2).encode()})
-            context.progress(done=done + 1, total=len(pack.cells), best=float(cell.n**2))
+        if pack.workers:
+            from sweeps._train_ray import fit
+
+            fit("toy_sweep:work", pack, preset, context)
+        else:
+            work(pack.cells, preset, context)
 
     def fingerprint(self, cell: Cell, preset: Toy, run: RunSettings) -> str:
         return digest([cell.key, preset.salt])
@@ -85,6 +78,29 @@ class ToySweep:
 
     def banner(self, preset_name: str, preset: Any) -> list[str]:
         return ["a toy for the machinery's tests"]
+
+
+def work(cells: Sequence[Cell], preset: Toy, context: PackContext) -> None:
+    for done, cell in enumerate(cells):
+        assert isinstance(cell, Square)
+        if preset.scratch:
+            with open(Path(preset.scratch, f"{cell.n}.tries"), "a") as f:
+                f.write("x")
+        context.progress(force=True, cell=cell.key)
+        if cell.n in preset.deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if cell.n in preset.bad:
+            raise UserError(f"n={cell.n} is on the list of bad numbers; choose another")
+        if cell.n in preset.crash:
+            once = Path(preset.scratch, f"{cell.n}.crashed")
+            if not once.exists():
+                once.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        context.check_stop()
+        time.sleep(preset.seconds)
+        rows = [Row("square", cell.n**2), Row("curve", 1.0, params={"step": 1})]
+        context.publish(cell, rows, {"value.txt": str(cell.n**2).encode()})
+        context.progress(done=done + 1, total=len(cells), best=float(cell.n**2))
 
 
 SWEEP = ToySweep()
