@@ -38,7 +38,7 @@ def test_gpu_types_are_ordered_as_the_hardware_is() -> None:
     for slow, fast in (
         ("l4", "a10"),
         ("a100-40gb", "a100-80gb-sxm"),
-        ("a100-80gb-sxm", "h100-pcie"),
+        ("a100-80gb-sxm", "h100-sxm"),
         ("h100-sxm", "b200"),
     ):
         assert GPU_TYPES[slow].bf16_tflops <= GPU_TYPES[fast].bf16_tflops
