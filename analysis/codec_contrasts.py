@@ -9,6 +9,7 @@ Shape suffixes: R resamples, C clips, S seeds, A architectures, M models (archit
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -21,26 +22,29 @@ from analysis.bootstrap import Floats, count_blocks, percentile_interval
 _N_RESAMPLES = 10_000
 
 
-def choose_lr(models: pd.DataFrame, column: str = "val_nll_ema") -> pd.DataFrame:
+def choose_lr(
+    models: pd.DataFrame, column: str = "val_nll_ema", tried: Mapping[str, Sequence[float]] | None = None
+) -> pd.DataFrame:
     """One row an architecture: architecture, lr (its best), lr_tried (tuple), edge, n_seeds, and the mean `column`.
 
     The best learning rate is the one of lowest mean over seeds, among those that the most seeds finished with. `edge`
     is "" inside the grid, "lowest" or "highest" at its edge (a better one may lie outside), "only one" without a
     choice. Every architecture is judged on the clips it was chosen on, so each mean is a little too low, and more so
-    for larger grids. Input columns: architecture, lr, seed and `column`.
+    for larger grids. Input columns: architecture, lr, seed and `column`. `tried` gives the rates of each architecture
+    where some left no row (stopped early, or failed).
     """
     records = []
     for architecture, some in models.groupby("architecture", sort=False):
         by_lr = some.groupby("lr")[column].agg(["mean", "size"]).sort_index()
         whole = by_lr[by_lr["size"] == by_lr["size"].max()]
-        best, tried = float(whole["mean"].idxmin()), tuple(float(x) for x in by_lr.index)
-        place = tried.index(best)
-        edge = "only one" if len(tried) == 1 else {0: "lowest", len(tried) - 1: "highest"}.get(place, "")
+        best = float(whole["mean"].idxmin())
+        grid = tuple(sorted({*(float(x) for x in by_lr.index), *(tried or {}).get(str(architecture), ())}))
+        edge = "only one" if len(grid) == 1 else {0: "lowest", len(grid) - 1: "highest"}.get(grid.index(best), "")
         records.append(
             {
                 "architecture": architecture,
                 "lr": best,
-                "lr_tried": tried,
+                "lr_tried": grid,
                 "edge": edge,
                 "n_seeds": int(whole["size"].iloc[0]),
                 column: float(whole["mean"].min()),

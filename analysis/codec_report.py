@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,15 +49,15 @@ def at(frame: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
     return frame.merge(chosen[["architecture", "lr"]], on=["architecture", "lr"])
 
 
-def contrasts(results: Results, weights: str = "ema") -> tuple[pd.DataFrame, ArmResamples]:
-    """(the choice of learning rates, bootstrap of the chosen models)."""
-    chosen = choose_lr(results.models, f"val_nll_{weights}")
-    clips = results.clips[results.clips["weights"] == weights]
-    return chosen, arm_resamples(at(clips, chosen))
-
-
 def write_report(
-    results: Results, out: Path, *, preset: str, facts: Sequence[str], audio_facts: Sequence[str], published: str = ""
+    results: Results,
+    out: Path,
+    *,
+    preset: str,
+    facts: Sequence[str],
+    audio_facts: Sequence[str],
+    published: str = "",
+    tried: Mapping[str, Sequence[float]] | None = None,
 ) -> pd.DataFrame:
     """Write report.md, its figures and the tables as Parquet and CSV into `out`; returns the main table.
 
@@ -65,10 +65,11 @@ def write_report(
         facts: lines on what the numbers stand on. audio_facts: the same for distances and coherence.
         published: "" leaves the published numbers out, "same" prints them as comparable, other text as the reason
             why they are not.
+        tried: learning rates planned for each architecture, where some of them left no cell.
     """
     out.mkdir(parents=True, exist_ok=True)
-    chosen, arms = contrasts(results)
-    raw = arm_resamples(at(results.clips[results.clips["weights"] == "raw"], chosen))
+    chosen = choose_lr(results.models, tried=tried)
+    arms, raw = (arm_resamples(at(results.clips[results.clips["weights"] == w], chosen)) for w in ("ema", "raw"))
     main = _main_frame(results, chosen, arms, raw)
     order = [str(name) for name in main["architecture"]]
     pairs = arms.differences()
@@ -187,16 +188,21 @@ def _main_table(main: pd.DataFrame) -> str:
 
 def _lr_section(chosen: pd.DataFrame) -> list[str]:
     edges = chosen[chosen["edge"].isin(["lowest", "highest"])]
-    tried = ", ".join(f"{x:g}" for x in sorted({x for some in chosen["lr_tried"] for x in some}))
-    lines = [
-        "## Learning rates",
-        "",
-        f"Tried for every architecture: {tried}. Each is shown at the one of lowest held-out NLL over its "
-        "seeds, chosen "
-        "on the clips of the table: all numbers are a little too low, the same way for all.",
+    grids: dict[tuple[float, ...], list[str]] = {}
+    for name, grid in zip(chosen["architecture"], chosen["lr_tried"], strict=True):
+        grids.setdefault(grid, []).append(str(name))
+    lines = ["## Learning rates", ""]
+    for grid, names in grids.items():
+        whom = "every architecture" if len(grids) == 1 else ", ".join(names)
+        lines.append(f"Tried for {whom}: {', '.join(f'{x:g}' for x in grid)}.")
+    lines += [
+        "Each architecture is shown at the rate of lowest held-out NLL over its seeds, chosen on the clips of "
+        "the table: "
+        "all numbers are a little too low, the same way for all.",
     ]
-    if (chosen["edge"] == "only one").any():
-        lines += ["", "**One learning rate only: no architecture is tuned, and some may be handicapped by it.**"]
+    single = chosen.loc[chosen["edge"] == "only one", "architecture"].tolist()
+    if single:
+        lines += ["", f"**One learning rate only, not tuned and perhaps handicapped by it: {', '.join(single)}.**"]
     if len(edges):
         named = ", ".join(f"{name} ({edge})" for name, edge in zip(edges["architecture"], edges["edge"], strict=True))
         lines += [

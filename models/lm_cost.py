@@ -79,7 +79,8 @@ def names_by_group(model: nn.Module) -> Iterator[tuple[str, str]]:
             yield name, "memory_cache"
         elif ".mixer." in name:
             owner = owners[name.split(".mixer.")[0] + ".mixer"]
-            yield name, f"mixer.{type(getattr(owner, 'inner', owner)).__name__}"
+            inner = getattr(owner, "inner", None)  # of a mixer with memory caching; a width in the Mambas
+            yield name, f"mixer.{type(inner if isinstance(inner, nn.Module) else owner).__name__}"
         elif ".mlp." in name:
             yield name, "mlp"
         else:

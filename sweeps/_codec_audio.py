@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 SAMPLING = Sampling(temperature=0.9, top_k=100)
 SETS = ("samples", "held_out", "training")
+_LENGTHS = ("sample_s", "coherence_window_s")
 _N_MELS = 16  # 32 numbers a window: a covariance that a few dozen clips can carry
 _REAL_CLIPS = 256
 _WAVS = 4
@@ -79,9 +80,10 @@ def sample_frames(codec: Codec, model: CodecLM, seconds: float) -> int:
     return min(max(1, round(seconds * codec.frame_rate_hz)), model.config.context - model.config.n_codebooks + 1)
 
 
-def coherence_window_s(seconds: float) -> float:
-    """Window of the coherence: 4 s, or half a sample where samples are shorter than 8 s; the hop is half of it."""
-    return min(_COHERENCE_WINDOW_S, seconds / 2)
+def coherence_window(frames: int, frame_rate_hz: float) -> dict[str, float]:
+    """window_s and hop_s of the coherence: 4 s and 2 s, or what lets two windows fit a sample shorter than 8 s."""
+    hop = max(1, min(round(_COHERENCE_WINDOW_S / 2 * frame_rate_hz), frames // 4))
+    return {"window_s": 2 * hop / frame_rate_hz, "hop_s": hop / frame_rate_hz}
 
 
 def cell_audio(
@@ -137,12 +139,8 @@ def _decoded(codec: Codec, clips: Sequence[npt.NDArray[np.uint16]] | npt.NDArray
 
 
 def _coherences(clips: Any, codec: Codec, frames: int) -> npt.NDArray[np.float64]:
-    window = coherence_window_s(frames / codec.frame_rate_hz)
-    values = [
-        coherence(c, codec.frame_rate_hz, codec.codebook_size, window_s=window, hop_s=window / 2)
-        for c in clips
-        if c.shape[1] >= frames
-    ]
+    window = coherence_window(frames, codec.frame_rate_hz)
+    values = [coherence(c, codec.frame_rate_hz, codec.codebook_size, **window) for c in clips if c.shape[1] >= frames]
     return np.array(values, dtype=np.float64)
 
 
@@ -164,7 +162,16 @@ def _real_arrays(
     """Embeddings of held-out and of as many training clips, and coherences of all long ones: made once a token set."""
     codec, with_these = source.codec, embedders(source.codec)
     n = min(_REAL_CLIPS, study.eval_clips, len(held_out), len(training))
-    facts = [study.holdout, n, frames, codec.weights_hash, [e.name for e in with_these], len(training)]
+    window = coherence_window(frames, codec.frame_rate_hz)
+    facts = [
+        study.holdout,
+        n,
+        frames,
+        *window.values(),
+        codec.weights_hash,
+        [e.name for e in with_these],
+        len(training),
+    ]
     place = Path(source.tokens.folder).parent / f"real-{digest(facts)[:16]}.npz"
     with FileLock(f"{place}.lock"):
         if place.is_file():
@@ -173,6 +180,7 @@ def _real_arrays(
         arrays: dict[str, npt.NDArray[Any]] = {
             "embedders": np.array([e.name for e in with_these]),
             "sample_s": np.array(frames / codec.frame_rate_hz),
+            "coherence_window_s": np.array(window["window_s"]),
         }
         long: list[npt.NDArray[np.uint16]] = []
         for kind, clips in (("held_out", held_out), ("training", training)):
@@ -200,12 +208,13 @@ def _npz(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
 @dataclass(frozen=True)
 class AudioSets:
     """What audio.npz of a cell holds: by embedder's name, the embeddings of each of SETS; coherences of the samples and
-    of real clips at least as long; the length of a sample in seconds."""
+    of real clips at least as long; the length of a sample and the coherence's window in seconds."""
 
     embeddings: Mapping[str, Mapping[str, Embeddings]]
     coherence_samples: npt.NDArray[np.float64]
     coherence_real: npt.NDArray[np.float64]
     sample_s: float
+    coherence_window_s: float
 
     @classmethod
     def read(cls, data: bytes) -> AudioSets:
@@ -219,4 +228,4 @@ class AudioSets:
                 }
                 for j, name in enumerate(a["embedders"])
             }
-            return cls(found, a["coherence_samples"], a["coherence_real"], float(a["sample_s"]))
+            return cls(found, a["coherence_samples"], a["coherence_real"], *(float(a[n]) for n in _LENGTHS))

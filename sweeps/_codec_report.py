@@ -16,7 +16,7 @@ from analysis.audio_distance import Embeddings, frechet_distance, kernel_distanc
 from analysis.bootstrap import bootstrap_ci
 from analysis.codec_contrasts import choose_lr
 from analysis.codec_report import REAL, Results, at, write_report
-from sweeps._codec_audio import SAMPLING, AudioSets, coherence_window_s
+from sweeps._codec_audio import SAMPLING, AudioSets
 from sweeps._codec_data import banner
 from sweeps._storage import Store
 from sweeps._sweep import PublishedCell, UserError
@@ -128,7 +128,7 @@ def _distances(reference: Embeddings | None, generated: Embeddings | None) -> di
     if reference is None or generated is None:
         empty = dict(zip((*_ends("frechet"), *_ends("kernel")), _NOTHING * 2, strict=True))
         return {"vectors": 0, "clips": 0, **empty, "frechet_limit": float("nan")}
-    frechet, kernel = frechet_distance(reference, generated), kernel_distance(reference, generated)
+    frechet, kernel = frechet_distance(reference, generated), kernel_distance(reference, generated, kernel="rbf")
     return {
         "vectors": frechet.n_generated,
         "clips": frechet.clips_generated,
@@ -154,6 +154,7 @@ def write(cells: Sequence[PublishedCell], preset_name: str, study: Study, out: P
             "which no "
             "table can compare; give one codec's file with --set codec_weights=FILE, or run them on one machine"
         )
+    tried = {c.identity["architecture"]: study.rates(c.identity["architecture"]) for c in cells}
     results, samples = results_of(cells), []
     for name, cell in _shown(_chosen(cells, results.models)):
         store = Store(cell.uri)
@@ -170,6 +171,7 @@ def write(cells: Sequence[PublishedCell], preset_name: str, study: Study, out: P
         facts=_facts(cells, tokens[0], study),
         audio_facts=_audio_facts(cells, results, study),
         published=_published(study),
+        tried=tried,
     )
     lines = [
         f"val_nll      {r['val_nll']:.4f} [{r['lo']:.4f}, {r['hi']:.4f}] {r['architecture']} (lr {r['lr']:g}"
@@ -229,7 +231,7 @@ def _audio_facts(cells: Sequence[PublishedCell], results: Results, study: Study)
     first = next(c for c in cells if "audio.npz" in c.files)
     sets = AudioSets.read(Store(first.uri).read("audio.npz"))
     real = results.audio[results.audio["architecture"] == REAL].iloc[0]
-    window = coherence_window_s(sets.sample_s)
+    window = sets.coherence_window_s
     return [
         f"samples of {sets.sample_s:g} s from nothing, EMA weights, temperature {SAMPLING.temperature:g}, top-k "
         f"{SAMPLING.top_k}, all seeds of the chosen learning rate; real clips are cut to the same length, and "
@@ -239,7 +241,8 @@ def _audio_facts(cells: Sequence[PublishedCell], results: Results, study: Study)
         f"({int(real.get('reference_vectors', 0))} vectors); `{REAL}` is as many training clips against the same "
         "reference: what two sets of real audio differ by",
         "intervals resample clips; the Fréchet distance at finite N is biased upwards, its limit at infinite N is a "
-        "linear extrapolation in 1/N; the kernel distance is unbiased and may be negative",
+        "linear extrapolation in 1/N; the kernel distance (squared MMD, Gaussian kernel) is unbiased, and may be below "
+        "0",
         "log-mel statistics hear timbre and level, neither words nor voice",
         f"coherence: cosine of code histograms in windows of {window:g} s, {window / 2:g} s apart, that share "
         "no frame; "

@@ -111,7 +111,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     results = replace(results, gates=nothing, audio=nothing, curves=curves)
     write_report(results, tmp_path, preset="p", facts=[], audio_facts=[], published="another codec")
     text = (tmp_path / "report.md").read_text()
-    assert "One learning rate only: no architecture is tuned" in text
+    assert "One learning rate only, not tuned and perhaps handicapped by it: olmo_hybrid, transformer, mc_la" in text
     assert "grid's edge" not in text
     assert "the noise of training is in none of these intervals" in text
     assert "Not comparable: another codec" in text
@@ -119,6 +119,17 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
         assert f"## {section}" not in text
     write_report(results, tmp_path, preset="p", facts=[], audio_facts=[])
     assert "3.8207" not in (tmp_path / "report.md").read_text()
+
+
+def test_rates_that_left_no_cell_still_bound_the_grid(tmp_path: Path) -> None:
+    results = made_up(seeds=(0,), rates=(2e-3,))
+    tried = {"olmo_hybrid": (1e-3, 2e-3, 4e-3), "transformer": (1e-3, 2e-3), "mc_la": (2e-3, 4e-3)}
+    main = write_report(results, tmp_path, preset="p", facts=[], audio_facts=[], tried=tried)
+    edges = dict(zip(main["architecture"], main["edge"], strict=True))
+    assert edges == {"olmo_hybrid": "", "transformer": "highest", "mc_la": "lowest"}
+    text = (tmp_path / "report.md").read_text()
+    assert "Tried for transformer: 0.001, 0.002." in text
+    assert "One learning rate only" not in text
 
 
 def test_one_architecture_alone_has_no_differences(tmp_path: Path) -> None:
