@@ -9,7 +9,6 @@ what one forward and backward pass adds to a fresh process.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import _sequence_baselines as published
+from benchmarks._memory import added_peak_mib, in_fresh_process
 from benchmarks._paired import machine, markdown_table, paired, timed, write_report
 from models.ops import (
     elu_feature_map,
@@ -198,28 +198,15 @@ def check_agreement(benchmark: Benchmark) -> None:
                 raise AssertionError(f"{benchmark.name}: {name} differs from ours by {error:.1e} of the largest value")
 
 
-def _resident(field: str) -> float:
-    """VmRSS or VmHWM of this process in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) / 1024
-
-
 def measure_peak(benchmark: Benchmark, arm: str) -> float:
     """MiB that one forward and backward pass adds to this process at its peak."""
     inputs = benchmark.inputs()
     small = [x[:, :128] if x.dim() > 2 else x for x in inputs]
-    forward_and_backward(benchmark.arms[arm], [x.detach().clone() for x in small])
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    forward_and_backward(benchmark.arms[arm], inputs)
-    return _resident("VmHWM") - before
-
-
-def peak_in_fresh_process(benchmark: Benchmark, arm: str) -> float:
-    """`measure_peak` in a process of its own, so that no allocator keeps what another arm freed."""
-    command = [sys.executable, __file__, "--peak", benchmark.name, arm]
-    answer = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(answer.stdout.split()[-1])
+    operator = benchmark.arms[arm]
+    return added_peak_mib(
+        lambda: forward_and_backward(operator, [x.detach().clone() for x in small]),
+        lambda: forward_and_backward(operator, inputs),
+    )
 
 
 def result_mib(benchmark: Benchmark) -> float:
@@ -232,7 +219,7 @@ def result_mib(benchmark: Benchmark) -> float:
 def memory_rows(benchmark: Benchmark) -> Iterator[str]:
     """Rows of the memory table."""
     results = result_mib(benchmark)
-    peaks = {arm: peak_in_fresh_process(benchmark, arm) for arm in benchmark.arms}
+    peaks = {arm: in_fresh_process([__file__, "--peak", benchmark.name, arm]) for arm in benchmark.arms}
     for arm, peak in peaks.items():
         total, working = peak / peaks[OURS], (peak - results) / (peaks[OURS] - results)
         target = benchmark.least_memory_ratio.get(arm)
