@@ -26,7 +26,7 @@ MACHINE = Machine(nodes=1, cpus=2, gpus=0, memory_bytes=8 * 2**30, hardware="tes
 LOCAL = PRESETS["local"]
 TINY = replace(
     LOCAL,
-    variables=("normalized_retrieval", "train_clips"),
+    variables=("train_clips", "normalized_retrieval"),
     together=(),
     train_clips=(9, 0),
     segment=(16,),
@@ -143,13 +143,6 @@ def test_bad_settings_are_one_line(changes: dict[str, Any], message: str) -> Non
     assert "\n" not in str(caught.value)
 
 
-def test_more_training_clips_than_there_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PLUMBLINE_CACHE", str(tmp_path))
-    cells = [c for c in SWEEP.plan(replace(TINY, planted=False, train_clips=(999,)))]
-    with pytest.raises(UserError, match=r"train_clips=999: 999 clips asked for, but this side has \d+.*or 0 for all"):
-        run_pack(cells[:1], replace(TINY, planted=False), context_on(f"memory://{uuid.uuid4().hex}"))
-
-
 def test_reach_is_the_sum_of_the_learning_rates() -> None:
     cell = replace(next(arms(LOCAL)).cells[0], steps=100, warmup_steps=0, lr=0.04, lr_end=0.0, gate_bias_init=-2.0)
     assert np.log(reach(cell) / (1 - reach(cell))) == pytest.approx(-2 + 0.5 * 100 * 0.04, abs=0.03)
@@ -187,6 +180,9 @@ def test_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert any(
         "left out: normalized_retrieval=True" in line for line in write(partial, "local", TINY, tmp_path / "part")
     )
+    greedy = replace(TINY, planted=False, train_clips=(999,))
+    with pytest.raises(UserError, match=r"train_clips=999: 999 clips asked for, but this side has \d+.*or 0 for all"):
+        run_pack(SWEEP.plan(greedy)[:1], greedy, context)
     with pytest.raises(UserError, match="base setting and its control are not finished"):
         write(published[:1], "local", TINY, tmp_path / "none")
 
