@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
+from datetime import UTC, datetime
 from typing import Any, ClassVar
 
 import fsspec
@@ -22,6 +23,7 @@ class ModelStore(AbstractFileSystem):
     protocol = "model"
     cachable = False
     objects: ClassVar[dict[str, bytes]] = {}
+    written: ClassVar[dict[str, datetime]] = {}
     requests: ClassVar[Counter[str]] = Counter()
     _order: ClassVar[list[str]] = []
     _dirty: ClassVar[bool] = False
@@ -30,6 +32,7 @@ class ModelStore(AbstractFileSystem):
     def clear(cls) -> None:
         """Empty the store and the counts."""
         cls.objects.clear()
+        cls.written.clear()
         cls.requests.clear()
         cls._dirty = True
 
@@ -77,6 +80,11 @@ class ModelStore(AbstractFileSystem):
             return self._info(path, True)
         raise FileNotFoundError(path)
 
+    def modified(self, path: str) -> datetime:
+        """When the object was written; one HEAD."""
+        self.info(path)
+        return self.written[self._strip_protocol(path)]
+
     def exists(self, path: str, **kwargs: Any) -> bool:
         try:
             self.info(path)
@@ -98,6 +106,7 @@ class ModelStore(AbstractFileSystem):
             raise FileExistsError(path)
         ModelStore._dirty |= path not in self.objects
         self.objects[path] = bytes(value)
+        self.written[path] = datetime.now(UTC)
 
     def rm_file(self, path: str) -> None:
         self.requests["DELETE"] += 1
