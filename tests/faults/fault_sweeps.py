@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import re
@@ -38,13 +39,13 @@ class Tiny:
     def module(self) -> str:
         return f"sweeps.{self.name}"
 
-    def ledger(self, folder: Path) -> Ledger:
-        """The ledger of launches in `folder`."""
-        return Ledger(str(folder / "runs" / "ledger"), self.name, "1")
+    def ledger(self, storage: str) -> Ledger:
+        """The ledger of launches on `storage`."""
+        return Ledger(storage, self.name, importlib.import_module(self.module).SWEEP.version)
 
 
 def proxy_gap(sources: Path, **changes: object) -> Tiny:
-    """Two SAEs with two nested budgets on random weights and random bytes, a checkpoint every few steps."""
+    """An SAE with two nested budgets on random weights and random bytes."""
     model = "standin-small"
     if not (sources / model).exists():
         _save_lm(sources, model)
@@ -55,9 +56,9 @@ def proxy_gap(sources: Path, **changes: object) -> Tiny:
         "stream": "pile",
         "stream_path": sources / "shards",
         "depths": "mid",
-        "k": "4,8",
+        "k": 8,
         "seeds": 0,
-        "tokens": "16384,32768",
+        "tokens": "8192,16384",
         "context": 64,
         "expansion": 1,
         "batch_tokens": 256,
@@ -90,6 +91,7 @@ def codec_lm(sources: Path, **changes: object) -> Tiny:
     """Two architectures, six steps each, on synthetic speech."""
     grid: dict[str, object] = {
         "architectures": "transformer,la",
+        "lr": 3e-3,
         "corpus_clips": 40,
         "chunk_s": 1.5,
         "min_s": 1.0,
@@ -99,7 +101,7 @@ def codec_lm(sources: Path, **changes: object) -> Tiny:
         "warmup_steps": 2,
         "eval_every": 3,
         "eval_clips": 3,
-        "sample_s": 0.5,
+        "sample_s": 0,
         "threads": 1,
         "checkpoint_seconds": 0,
         "max_retries": 9,
@@ -148,6 +150,7 @@ Results = dict[str, dict[str, Any]]
 def results(ledger: Ledger) -> Results:
     """{key: {file: content}} of all published cells: bytes, and for the rows a table without the machine's speed."""
     out: Results = {}
+    assert ledger.done(), f"nothing is published in {ledger.store.uri}"
     for key in ledger.done():
         cell = ledger.read(key)
         assert cell.identity
@@ -205,6 +208,7 @@ def assert_tracked(tiny: Tiny, uri: str, place: str, expected: Results, launches
         for metric, value in zip(plain["metric"], plain["value"], strict=True):
             if value == value:
                 assert run.data.metrics[metric] == value, metric
+    assert "RUNNING" not in {r.info.status for r in runs}
     parents = [r.data.tags["plumbline.launch"] for r in runs if r.data.tags["plumbline.kind"] == "launch"]
     assert len(parents) == len(set(parents)), "a launch has two runs"
     assert 1 <= len(parents) <= launches

@@ -83,7 +83,7 @@ class Bench:
     @property
     def ledger(self) -> Ledger:
         """The ledger of the launches."""
-        return Ledger(self.storage, self.tiny.name, "1")
+        return self.tiny.ledger(self.storage)
 
     def start(self, *faults: Fault, clock: float = 0.0, uri: str = "", lease: float = 0.0) -> int:
         """Start a launch with these faults armed; returns its process id."""

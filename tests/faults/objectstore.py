@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,11 @@ class ObjectStore(AbstractFileSystem):
                 raise FileNotFoundError(path)
             return {"name": path, "size": 0, "type": "directory"}
         return {"name": path, "size": place.stat().st_size, "type": "file"}
+
+    def modified(self, path: str) -> datetime:
+        path = self._strip_protocol(path)
+        self._request("head", path)
+        return datetime.fromtimestamp(os.stat(path).st_mtime, tz=UTC)
 
     def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
         path = self._strip_protocol(path)
