@@ -87,7 +87,10 @@ class CodecLMConfig:
             )
         cache = self.memory_cache
         if cache is not None and cache.start_layer > self.n_layers:
-            raise ValueError(f"start_layer={cache.start_layer} exceeds n_layers={self.n_layers}; no layer would cache")
+            raise ValueError(
+                f"start_layer={cache.start_layer} exceeds n_layers={self.n_layers}, so no layer would cache; "
+                f"choose start_layer <= {self.n_layers}"
+            )
 
     @property
     def mixers(self) -> tuple[MixerName, ...]:

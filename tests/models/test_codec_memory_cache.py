@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models.cache_health import gate_sums
+from models.cache_health import GateSums, gate_sums
 from models.linear_attention import LinearAttention
 from models.mamba import Mamba
 from models.memory_cache import CachedLinearAttention, CachedOutput, MemoryCacheConfig
@@ -184,6 +184,14 @@ def test_health_by_clip_leaves_padding_out_and_looks_at_no_later_token():
     assert both.cache_mass == pytest.approx(
         sum(n * h.cache_mass for n, h in zip(steps, together, strict=True)) / sum(steps)
     )
+
+
+def test_batches_pool_to_the_numbers_of_all_clips():
+    layer, x = _gated(), _input()
+    parts = [gate_sums(2, layer, x[b : b + 1]) for b in range(2)]
+    assert vars(GateSums.pool(parts).health()) == pytest.approx(vars(gate_sums(2, layer, x).health()))
+    with pytest.raises(ValueError, match=r"layers \[2, 3\] do not pool"):
+        GateSums.pool([parts[0], gate_sums(3, layer, x)])
 
 
 def test_health_of_a_model_lists_its_cached_layers(tiny_codec_lm, codec_tokens):

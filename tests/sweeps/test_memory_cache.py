@@ -163,7 +163,7 @@ def test_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "PLANTED" in text
     table = pd.read_csv(tmp_path / "report" / "effects.csv").set_index("arm")
     assert list(table.index) == [BASE, "train_clips=all", "normalized_retrieval=True", "recall", PLANTED_NORMALIZED]
-    numbers = pd.read_parquet(tmp_path / "report" / "cells.parquet").set_index(["arm", "role", "seed"])
+    numbers = pd.read_parquet(tmp_path / "report" / "cells.parquet").set_index(["arm", "role", "seed"]).sort_index()
     column = numbers["final_val_nll_ema"]
     for arm in table.index:
         expected = (column[arm, "mc"] - column[arm, "control"]).mean()
