@@ -64,7 +64,7 @@ class EncodecLatents:
         width = round(self.window_s * self.codec.frame_rate_hz)
         latent_TD = self.codec.latents(wave_N)
         whole = len(latent_TD) // width
-        return latent_TD[: whole * width].reshape(whole, width, -1).mean(1)
+        return latent_TD[: whole * width].reshape(whole, width, latent_TD.shape[1]).mean(1)
 
 
 def embedders(codec: Codec) -> list[Embedder]:

@@ -154,7 +154,8 @@ def write(cells: Sequence[PublishedCell], preset_name: str, study: Study, out: P
             "which no "
             "table can compare; give one codec's file with --set codec_weights=FILE, or run them on one machine"
         )
-    tried = {c.identity["architecture"]: study.rates(c.identity["architecture"]) for c in cells}
+    names = {c.identity["architecture"] for c in cells}
+    tried = {name: study.rates(name) for name in names} if study.rungs else None
     results, samples = results_of(cells), []
     for name, cell in _shown(_chosen(cells, results.models)):
         store = Store(cell.uri)
@@ -210,10 +211,22 @@ def _facts(cells: Sequence[PublishedCell], tokens: dict[str, Any], study: Study)
         f"hardware: {', '.join(sorted({str(c.meta.get('hardware')) for c in cells}))}",
         f"commit: {', '.join(sorted({str(c.meta.get('git_commit')) for c in cells}))}",
     ]
+    missing = _missing(cells, study)
+    if missing:
+        lines.append(f"INCOMPLETE: no cell yet of {', '.join(missing)}; run the same command to continue")
     if len(seeds) < 3:
         what = "1 seed: differences between architectures do not include training noise"
         lines.append(what if len(seeds) == 1 else f"{len(seeds)} seeds: the noise of training is known roughly at best")
     return lines
+
+
+def _missing(cells: Sequence[PublishedCell], study: Study) -> list[str]:
+    """Planned models without a published cell, by architecture and learning rate; with halving none is missed."""
+    if study.rungs:
+        return []
+    found = {tuple(c.identity[name] for name in _TUNED) for c in cells}
+    grid = [(name, lr) for name in study.architectures for lr in study.rates(name)]
+    return [f"{name} at lr {lr:g}" for name, lr in grid if any((name, lr, s) not in found for s in study.seeds)]
 
 
 def _resampled(rates: dict[int, int], rate: int) -> str:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import soundfile
 
@@ -16,8 +17,8 @@ from data.ljspeech import open_ljspeech
 from data.melvq import MelVQSpec
 from data.split import side_of
 from sweeps import _codec_data, _codec_tokenise
-from sweeps._codec_report import _published, _resampled
-from sweeps._sweep import UserError
+from sweeps._codec_report import _missing, _published, _resampled
+from sweeps._sweep import PublishedCell, UserError
 from sweeps._where import RunSettings
 from sweeps.codec_lm import PRESETS, SWEEP, Study, with_settings
 
@@ -162,3 +163,15 @@ def test_tokenising_refuses_in_one_line(arguments: list[str], message: str, caps
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_an_incomplete_grid_is_said() -> None:
+    study = replace(PRESETS["asterisk"], architectures=("la", "gdn"), lr=(1e-3, 2e-3), seeds=(0, 1))
+    identities = [c.identity() for c in SWEEP.plan(study)]
+    cells = [PublishedCell(str(i), identity, pd.DataFrame(), (), "", {}) for i, identity in enumerate(identities)]
+    assert _missing(cells, study) == []
+    assert _missing([c for c in cells if (c.identity["lr"], c.identity["seed"]) != (2e-3, 1)], study) == [
+        "la at lr 0.002",
+        "gdn at lr 0.002",
+    ]
+    assert _missing([], replace(study, rungs=(20,))) == []
