@@ -25,6 +25,12 @@ from ray.train.torch import TorchConfig
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
+from ray.util.placement_group import (
+    PlacementGroup,
+    PlacementGroupID,
+    get_current_placement_group,
+    remove_placement_group,
+)
 
 from sweeps._context import PackContext
 from sweeps._execute import HEADROOM, PERMANENT, SYSTEM_ERROR, one_line
@@ -54,6 +60,8 @@ def fit(job: str, pack: Pack, preset: Any, context: PackContext) -> None:
     if len(ray.nodes()) == 1:  # a node that drains takes the launch with it
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     _require(pack, context)
+    reserved = _Reserved(context.stop_name)
+    reserved.free()
     cells = list(pack.cells)
     while cells:
         board = _Board(f"plumbline/{uuid.uuid4().hex}")
@@ -74,6 +82,7 @@ def fit(job: str, pack: Pack, preset: Any, context: PackContext) -> None:
                 continue
             if (text := board.error()) is not None:
                 raise UserError(text)
+            reserved.free()
             if result.return_value == _STOPPED:  # type: ignore[attr-defined]
                 raise PackStopped("its workers saved and ended")
             return
@@ -95,9 +104,31 @@ def _require(pack: Pack, context: PackContext) -> None:
             )
 
 
+class _Reserved:
+    """The placement group of a pack's workers, so that a retry of a killed trial frees what that one had reserved.
+
+    Ray removes the group of a dead actor only with its whole job, and Ray Train's own cleaner needs a dashboard.
+    """
+
+    def __init__(self, pack: str) -> None:
+        self.key = f"plumbline/placement/{pack}"
+
+    def note(self) -> None:
+        """Note the group that this worker runs in."""
+        if (group := get_current_placement_group()) is not None:
+            internal_kv._internal_kv_put(self.key, group.id.hex().encode())
+
+    def free(self) -> None:
+        """Remove the group that was noted, with whatever still runs in it."""
+        noted = internal_kv._internal_kv_get(self.key)
+        if noted is not None:
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(noted.decode()))))
+            internal_kv._internal_kv_del(self.key)
+
+
 class _Trainer(TorchTrainer):
     def _create_default_callbacks(self) -> list[Any]:
-        # the cleaner asks the dashboard, which a local Ray lacks; Ray itself removes the group of a dead controller
+        # it asks the dashboard, which a local Ray lacks; see _Reserved
         kept = super()._create_default_callbacks()
         return [c for c in kept if type(c).__name__ != "PlacementGroupCleanerCallback"]
 
@@ -152,6 +183,8 @@ def _work(config: dict[str, Any]) -> str:
     if board.error() is not None:
         return "failed"
     world = World.join()
+    if world.first:
+        _Reserved(config["context"].stop_name).note()
     context = config["context"].for_worker(world, config["threads"], board.put)
     keys = [c.key for c in config["cells"]]
     published = context.ledger.done(keys)
