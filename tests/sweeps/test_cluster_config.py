@@ -54,6 +54,10 @@ def test_environment_of_a_node_is_written_for_every_kind_of_shell(tmp_path: Path
     assert (storage, address, niceness) == ("s3://bucket/ledger", "auto", "0")
     assert path.startswith(f"{tmp_path}/plumbline/.venv/bin:")
     assert pythonpath == f"{tmp_path}/plumbline"
+    # a worker's shell reads it after Ray has put the launch's code first; it must stay first
+    run = [*shell, "PYTHONPATH=/launch; . ~/.bashrc; echo $PYTHONPATH"]
+    launched = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+    assert launched.strip() == f"/launch:{tmp_path}/plumbline"
     assert (tmp_path / ".bashrc").read_text().count(".plumbline.sh") == 1
 
 
