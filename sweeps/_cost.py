@@ -22,7 +22,8 @@ class GPUType:
     source: str
 
 
-# Datasheets that print the rate with 2:4 sparsity are halved.
+# Datasheets that print the rate with 2:4 sparsity are halved. Written down from memory: look a value up before money
+# depends on it.
 GPU_TYPES = {
     "a10": GPUType(125, 0.600, "NVIDIA A10 datasheet"),
     "a100-40gb": GPUType(312, 1.555, "NVIDIA A100 datasheet"),
