@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 PY := .venv/bin/python
 READY := .venv/.ready
-BENCHMARKS := sae_step sae_grid evaluation bootstrap topology odor_model sequence_ops
+BENCHMARKS := sae_step sae_grid evaluation bootstrap topology odor_model sequence_ops codec_lm
 
 .PHONY: venv proxy-gap test test-fast lint bench ui cluster-up cluster-down clean
 
