@@ -30,9 +30,7 @@ def published(here: Bench, plans: list) -> list[str]:
     return sorted(hit.split()[-1] for plan in plans for hit in hits(plan))
 
 
-@pytest.mark.parametrize(
-    ("sweep", "n"), [("odor_topology", 2), ("odor_topology", 3), ("codec_lm", 2), ("proxy_gap", 2)]
-)
+@pytest.mark.parametrize(("sweep", "n"), [("odor_topology", 3), ("codec_lm", 2), ("proxy_gap", 2)])
 def test_launches_at_once(bench: MakeBench, reference: References, survived: Survived, sweep: str, n: int) -> None:
     here = bench(sweep)
     draw = schedule(f"at once {sweep} {n}")
@@ -50,7 +48,7 @@ def test_launches_at_once(bench: MakeBench, reference: References, survived: Sur
 
 @pytest.mark.parametrize(
     ("sweep", "ahead"),
-    [("odor_topology", HOUR), ("odor_topology", -HOUR), ("codec_lm", HOUR), ("codec_lm", -HOUR)],
+    [("odor_topology", HOUR), ("odor_topology", -HOUR), ("codec_lm", HOUR)],
 )
 def test_clock_an_hour_wrong(
     bench: MakeBench, reference: References, survived: Survived, sweep: str, ahead: float

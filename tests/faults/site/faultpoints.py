@@ -134,7 +134,8 @@ class _Point:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "torn":
                 with contextlib.suppress(OSError):
-                    Path(path).write_bytes(b"\x93torn" * 100)
+                    if operation.startswith("write "):
+                        Path(path).write_bytes(b"\x93torn" * 100)
                 os.kill(os.getpid(), signal.SIGKILL)
             case "stop":
                 os.kill(os.getpid(), signal.SIGSTOP)
