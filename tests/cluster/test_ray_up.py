@@ -186,7 +186,7 @@ class Disturbed:
 
     def victim(self) -> str:
         """A worker on which a cell is computed."""
-        busy = [n for n in NODES[1:] if self.rig.run("pgrep -f 'ray::ImplicitFunc|ray::trial'", n).returncode == 0]
+        busy = [n for n in NODES[1:] if self.rig.run("pgrep -f 'ray::[A-Za-z]*[.]train'", n).returncode == 0]
         return busy[0] if busy else ""
 
     def seconds_to_work_again(self) -> float:
@@ -245,7 +245,7 @@ def test_down_leaves_nothing_on_any_node_and_may_be_repeated(rig: Rig, cluster: 
         assert run.returncode == 0, run.stdout
         for node in NODES:
             assert f"{rig.address[node]}: stopped" in run.stdout
-            assert rig.run("pgrep -f 'raylet|gcs_server|mlflow|ray::'", on=node).stdout == ""
+            assert rig.run("pgrep -f '[r]aylet|[g]cs_server|[m]lflow|ray:[:]'", on=node).stdout == ""
 
 
 def test_symmetric_run_needs_no_ssh_between_nodes(rig: Rig, cluster: Path) -> None:
