@@ -53,11 +53,11 @@ def test_seeds_add_the_variance_of_their_mean(seeds: int) -> None:
 def test_null_pairs_are_found_different_at_the_nominal_rate() -> None:
     rng = np.random.default_rng(3)
     tokens, found = np.full(60, 10), 0
-    for trial in range(200):
+    for trial in range(120):
         common = rng.normal(6, 1, 60)
         nll = {(name, 0): common + rng.normal(0, 0.2, 60) for name in "xy"}
         found += arm_resamples(clip_table(nll, tokens), n_resamples=800, seed=trial).differences().loc[0, "p"] < 0.05
-    assert 2 <= found <= 22
+    assert 1 <= found <= 14
 
 
 def test_holm_covers_all_pairs() -> None:
