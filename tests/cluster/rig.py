@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,7 @@ class Rig:
     def cluster_yaml(self, exports: Mapping[str, str], mounts: Mapping[str, str] | None = None) -> Path:
         """The repository's cluster.yaml with the edits that docs/cluster.md names, and nothing else."""
         config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+        config["cluster_name"] = f"rig-{uuid.uuid4().hex[:8]}"  # Ray keeps ssh connections under /tmp by this name
         workers = [self.address[name] for name in self.names[1:]]
         config["provider"] |= {"head_ip": self.address["head"], "worker_ips": workers}
         config["auth"]["ssh_private_key"] = str(self.folder / "id")
