@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models._decoding import decoding_weights
 from models.codebook_loss import check_tokens
 from models.codec_lm import CodecLM
 from models.delay import delay, undelay
@@ -80,7 +81,6 @@ class Generation:
     log_probability: Tensor
 
 
-@torch.inference_mode()
 def generate(
     model: CodecLM,
     n_frames: int,
@@ -131,7 +131,8 @@ def generate(
         )
     prompt = prompt.to(device).long().repeat_interleave(best_of, 0)
     decoder = _Decoder(model, prompt, n_frames, sampling, stop_at_eos, seed)
-    codes, lengths, score = decoder.run()
+    with decoding_weights(model), torch.inference_mode():
+        codes, lengths, score = decoder.run()
     if best_of > 1:
         score = score.unflatten(0, (-1, best_of))
         best = score.argmax(1)

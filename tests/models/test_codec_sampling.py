@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from models._decoding import decoding_weights
 from models.codec_lm import CodecLM
 from models.delay import training_pair
 from models.sampling import Sampling, filtered_logits, generate
@@ -150,3 +151,19 @@ def test_bad_requests_are_named(tiny_codec_lm):
     ):
         with pytest.raises(ValueError, match=message):
             Sampling(**options)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_weights_are_laid_out_for_a_sample_and_put_back(codec_architecture, tiny_codec_lm, bf16):
+    model: CodecLM = tiny_codec_lm(codec_architecture).eval()
+    before = {name: (p.data_ptr(), p.stride(), p.detach().clone()) for name, p in model.named_parameters()}
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16), pytest.raises(RuntimeError, match="stop"):
+        with decoding_weights(model):
+            heads = model.heads.detach()
+            assert heads.stride(-1) != 1
+            assert torch.equal(heads, before["heads"][2].to(torch.bfloat16 if bf16 else torch.float32))
+            raise RuntimeError("stop")
+    for name, p in model.named_parameters():
+        pointer, stride, values = before[name]
+        assert (p.data_ptr(), p.stride()) == (pointer, stride)
+        assert torch.equal(p, values)
