@@ -1,0 +1,86 @@
+"""MLflow that is down for a whole launch and back for the next, or dies in between."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from fault_rig import PATIENCE, Survived, wait_for
+from fault_sweeps import assert_tracked
+from fault_warm import MakeBench, References
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@contextmanager
+def server(folder: Path, database: Path, port: int) -> Iterator[None]:
+    """An MLflow server on the loopback interface."""
+    (folder / "server").mkdir(exist_ok=True)
+    store = folder / "server" / "mlflow.db"
+    if not store.exists():
+        store.write_bytes(database.read_bytes())
+    with open(folder / "server.txt", "a") as out:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{store}"),
+                *("--artifacts-destination", str(folder / "server" / "artifacts")),
+                *("--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+            ],
+            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+    try:
+        wait_for(lambda: process.poll() is None and answers(port), pause=0.2)
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as s:
+        s.settimeout(1)
+        return s.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.parametrize("sweep", ["odor_topology", "codec_lm"])
+def test_down_for_a_whole_launch(bench: MakeBench, reference: References, survived: Survived, sweep: str) -> None:
+    here = bench(sweep)
+    assert here.launch(uri=f"http://127.0.0.1:{free_port()}") == 0, here.output()
+    assert "does not answer" in here.output()
+    assert here.launch() == 0, here.output()
+    here.check(reference(sweep))
+    survived.add("MLflow down", "nothing listens for a whole launch", sweep)
+
+
+def test_server_comes_back_and_dies_again(
+    bench: MakeBench, reference: References, survived: Survived, database: Path
+) -> None:
+    here = bench("odor_topology")
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    assert here.launch(uri=uri) == 0, here.output()
+    expected = reference("odor_topology")
+    with server(here.folder, database, port):
+        running = here.start(uri=uri)
+        wait_for(lambda: (here.folder / "server" / "artifacts").is_dir(), PATIENCE)  # the first cell is being copied
+    assert here.wait(running, 2 * PATIENCE) == 0, here.output()
+    with server(here.folder, database, port):
+        assert here.launch(uri=uri) == 0, here.output()
+        assert_tracked(here.tiny, uri, here.ledger.store.uri, expected, here.count)
+    survived.add("MLflow down", "server away, back, killed while cells are copied, back", "odor_topology", n=2)
