@@ -125,6 +125,17 @@ def test_pooled_ratio_uses_every_loop_of_the_null() -> None:
         audit.pooled_ratio([1.0], {"n": [np.empty((0, 2))]})
 
 
+def test_pooled_resampling_equals_concatenating_the_drawn_diagrams() -> None:
+    rng = np.random.default_rng(0)
+    for sizes in ([3, 0, 5], [200, 1, 50, 90], [0, 1], rng.integers(0, 30, 40)):
+        lives = [np.round(rng.exponential(size=n), 1) for n in sizes]  # rounded: ties
+        fast = audit._pooled_quantiles(lives, 60, np.random.default_rng(1))
+        draw = np.random.default_rng(1)
+        for value in fast:
+            picked = np.concatenate([lives[i] for i in draw.integers(len(lives), size=len(lives))])
+            assert value == pytest.approx(np.quantile(picked, audit.QUANTILE) if picked.size else 0.0, rel=1e-12)
+
+
 def test_bad_values_are_one_line_errors() -> None:
     with pytest.raises(ValueError, match="give finite values"):
         audit.monte_carlo_p(1.0, np.array([]))
