@@ -50,7 +50,7 @@ def commits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[st
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    _be_the_hub(monkeypatch, f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     _forget()
     yield known
@@ -58,6 +58,13 @@ def commits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[st
     server.server_close()
     thread.join()
     _forget()
+
+
+def _be_the_hub(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    """As if $HF_ENDPOINT had been set before the hub's client was imported."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 def _forget() -> None:
@@ -85,7 +92,7 @@ def test_commits_on_the_hub_are_part_of_fingerprint_and_checkpoint_name(commits:
 
 def test_unknown_commit_is_one_line_with_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    _be_the_hub(monkeypatch, "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=r"commit of EleutherAI/pythia-70m.* --set lm_path=DIR"):
         of()
