@@ -229,7 +229,7 @@ def test_work_goes_on_within_90_s_of_a_killed_raylet(
 def test_work_goes_on_within_90_s_of_a_partition_and_the_cell_is_there_once(
     rig: Rig, cluster: Path, record_property: pytest.RecordProperty
 ) -> None:
-    sweep = Disturbed(rig, cluster, "partition", seconds=60)
+    sweep = Disturbed(rig, cluster, "partition", seconds=75)
     rig.link(sweep.node, up=False)
     # the parted node cannot know that it was given up: it computes to the end and publishes on the shared folder
     seconds = sweep.seconds_to_work_again()
