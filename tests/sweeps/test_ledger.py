@@ -267,3 +267,32 @@ def test_claim_of_another_machine_ends_with_its_lease(tmp_path: Path, monkeypatc
         assert near.claim(["a"])[0] == ["a"]
     finally:
         near.release()
+
+
+def test_a_lease_is_judged_by_the_clock_of_the_storage(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, true_time = Store(storage), time.time
+    monkeypatch.setattr("sweeps._claims._boot_id", lambda: "elsewhere@1")
+    far = Claims(store)
+    far.claim(["a"])
+    monkeypatch.undo()
+    for hours in (1, -1):
+        monkeypatch.setattr(time, "time", lambda hours=hours: true_time() + 3600 * hours)
+        near = Claims(store)
+        assert near.claim(["a"]) == ([], {"a": far.launch_id})
+        near.release()
+    far.release()
+
+
+def test_a_launch_knows_that_its_lease_may_have_ended(tmp_path: Path) -> None:
+    claims = Claims(Store(str(tmp_path)), lease_seconds=0.2)
+    try:
+        claims._stop.set()  # as if the process were paused: nothing renews
+        claims._thread.join()
+        claims._renew()
+        before = claims.lapses()
+        time.sleep(0.3)
+        assert claims.lapses() == before + 1
+        claims._renew()
+        assert claims.lapses() == before + 1
+    finally:
+        claims.release()
