@@ -14,10 +14,14 @@ from models.topk_sae import SAEBank, SAEConfig, SparseTrainer, bank_bytes, step_
 ROOT = Path(__file__).resolve().parents[2]
 
 MEASURE = """
-import sys, psutil, torch
+import ctypes, sys, psutil, torch
 torch.set_num_threads(1)
 from models.topk_sae import SAEBank, SAEConfig, bank_bytes
 backend = sys.argv[1]
+
+def resident():
+    ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps of freed memory differs from run to run
+    return psutil.Process().memory_info().rss
 
 def train(configs, batch):
     bank = SAEBank({i: (0, c) for i, c in enumerate(configs)}, backend=backend, n_threads=1)
@@ -27,20 +31,21 @@ def train(configs, batch):
     return bank
 
 tiny = train([SAEConfig(d_in=32, d_sae=64, k=4, seed=0, dead_after_steps=0)], 64)
-before = psutil.Process().memory_info().rss
+before = resident()
 configs = [SAEConfig(d_in=256, d_sae=8192, k=k, seed=0, dead_after_steps=0) for k in (8, 32, 64)]
 bank = train(configs, 2048)
-print(psutil.Process().memory_info().rss - before, bank_bytes(configs, 2048, backend=backend))
+print(resident() - before, bank_bytes(configs, 2048, backend=backend))
 """
 
 
 @pytest.mark.parametrize("backend", ["numba", "torch"])
 def test_predicted_memory_is_what_the_process_grows_by(backend: str) -> None:
-    """Three cells of 8,192 features with dead features in play: resident growth within 15% of the prediction."""
+    """Three cells of 8,192 features with dead features in play: what stays resident after a step is
+    80% to 105% of the prediction, which counts a step's passing blocks too."""
     command = [sys.executable, "-c", MEASURE, backend]
     out = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True, timeout=300).stdout
     measured, predicted = map(int, out.split())
-    assert measured == pytest.approx(predicted, rel=0.15)
+    assert 0.8 * predicted <= measured <= 1.05 * predicted
 
 
 def test_shared_scratch_is_counted_once() -> None:
