@@ -178,7 +178,16 @@ def _line(x: list[int], y: list[float]) -> tuple[float, float]:
 
 
 def sampling(repeats: int, frames: int) -> str:
-    """Table of CPU-seconds a sequence."""
+    """Tables of CPU-seconds a sequence, in float32 and as the study computes, in bfloat16."""
+    parts = []
+    for precision in ("float32", "bfloat16"):
+        with autocast(torch.device("cpu"), precision):
+            parts.append(_sampling(repeats, frames, precision))
+    note = f"Of the {frames + 7} prefixes every {EVERY}th is timed and a line drawn through their times."
+    return "\n\n".join([*parts, note])
+
+
+def _sampling(repeats: int, frames: int, precision: str) -> str:
     kept = gated_delta_layers.gated_delta
     model = build_lm(PRESET).eval()
 
@@ -193,7 +202,7 @@ def sampling(repeats: int, frames: int) -> str:
         with torch.inference_mode():
             return timed(partial(generate, model, frames, batch=batch))() / batch
 
-    case = f"sampling {frames} frames, float32, CPU-seconds a sequence"
+    case = f"sampling {frames} frames, {precision}, CPU-seconds a sequence"
     arms: dict[str, Arm] = {
         "prefix read again, B = 1": theirs,
         "ours, B = 1": partial(own, 1),
@@ -201,8 +210,7 @@ def sampling(repeats: int, frames: int) -> str:
     }
     result = paired(arms, baseline="prefix read again, B = 1", repeats=repeats, warmup=0)
     targets = {(case, "ours, B = 1"): 45.0, (case, "ours, B = 8"): 250.0}
-    table = markdown_table({case: result}, baseline="prefix read again, B = 1", targets=targets)
-    return f"{table}\n\nOf the {frames + 7} prefixes every {EVERY}th is timed and a line drawn through their times."
+    return markdown_table({case: result}, baseline="prefix read again, B = 1", targets=targets)
 
 
 def main() -> None:

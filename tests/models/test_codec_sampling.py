@@ -157,12 +157,17 @@ def test_bad_requests_are_named(tiny_codec_lm):
 def test_weights_are_laid_out_for_a_sample_and_put_back(codec_architecture, tiny_codec_lm, bf16):
     model: CodecLM = tiny_codec_lm(codec_architecture).eval()
     before = {name: (p.data_ptr(), p.stride(), p.detach().clone()) for name, p in model.named_parameters()}
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16), pytest.raises(RuntimeError, match="stop"):
-        with decoding_weights(model):
-            heads = model.heads.detach()
-            assert heads.stride(-1) != 1
-            assert torch.equal(heads, before["heads"][2].to(torch.bfloat16 if bf16 else torch.float32))
+    seen = []
+
+    def look_and_fail() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16), decoding_weights(model):
+            seen.append(model.heads.detach())
             raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        look_and_fail()
+    assert seen[0].stride(-1) != 1
+    assert torch.equal(seen[0], before["heads"][2].to(torch.bfloat16 if bf16 else torch.float32))
     for name, p in model.named_parameters():
         pointer, stride, values = before[name]
         assert (p.data_ptr(), p.stride()) == (pointer, stride)
