@@ -106,6 +106,7 @@ class Launches:
         self.env = kept | {
             "NO_PROXY": "127.0.0.1",
             "OMP_NUM_THREADS": "1",
+            "RAY_AUTH_MODE": "disabled",  # a head that finds a token in the user's home would ask for it
             "PYTHONPATH": str(SITE),
             MARK: self.mark,
             **env,
