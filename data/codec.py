@@ -13,7 +13,8 @@ import hashlib
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,19 @@ class CodecSpec:
         return CODECS[self.name](self)
 
 
+@contextmanager
+def _drawing(seed: int) -> Iterator[None]:
+    """Random weights that are the same bits in every process: from the seed, whatever the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _load_encodec(spec: CodecSpec) -> Codec:
     from encodec import EncodecModel
 
@@ -272,8 +286,7 @@ def _load_encodec(spec: CodecSpec) -> Codec:
             return EncodecCodec(EncodecModel.encodec_model_24khz(), weights="package", device=spec.device)
         except OSError as error:  # URLError is one
             raise MissingCodecWeights("encodec", f"the package's download failed: {error}") from error
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(spec.seed)
+    with _drawing(spec.seed):
         model = EncodecModel.encodec_model_24khz(pretrained=False)
         if spec.weights == RANDOM:
             _draw_encodec_codebooks(model)
@@ -302,8 +315,7 @@ def _load_dac(spec: CodecSpec) -> Codec:
     from dac.model import DAC
 
     if spec.weights == RANDOM:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(spec.seed)
+        with _drawing(spec.seed):
             return DACCodec(DAC(), weights=RANDOM, device=spec.device)
     if spec.weights is not None:
         try:

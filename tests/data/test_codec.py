@@ -149,3 +149,15 @@ def test_hash_sees_names_types_shapes_and_values() -> None:
         {"w": a["w"].double(), "b": a["b"]},
     ]
     assert len({hash_tensors(c) for c in [a, *changed]}) == 5
+
+
+def test_random_weights_do_not_depend_on_the_number_of_threads() -> None:
+    threads = torch.get_num_threads()
+    seen = set()
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            seen.add(str(CodecSpec(name="encodec", weights="random").load().describe()))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(seen) == 1
