@@ -3,7 +3,8 @@
     python benchmarks/fetch_test_audio.py OUT
 
 makes OUT/ljspeech (the telephone prompts of asterisk-core-sounds-en-wav: one speaker, 8 kHz, about 25 minutes; its
-files of silence are left out) and OUT/fma (the pieces of singularity-music as 30 s MP3s). It needs apt-get and dpkg-deb, hence a Debian machine. The
+files of silence are left out) and OUT/fma (the pieces of singularity-music as 30 s MP3s). It needs apt-get and dpkg-
+deb, hence a Debian machine. The
 prompts come without transcripts: the text of a clip is the words of its file's name, which for a prompt is close to
 what is said. Nothing here is committed: the licences are in the packages.
 """
