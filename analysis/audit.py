@@ -7,13 +7,15 @@ Shapes: R runs (subsamples), B null draws a run (`observed_R`, `null_RB`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from scipy import stats
 
 QUANTILE = 0.95
+_K = TypeVar("_K", bound=Hashable)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +110,8 @@ def beats_nulls(observed_R: Sequence[float] | np.ndarray, nulls: Mapping[str, np
     )
 
 
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Adjusted p-values that control the family-wise error of all tests together (Holm 1979), by name."""
+def holm(p_values: Mapping[_K, float]) -> dict[_K, float]:
+    """Adjusted p-values that control the family-wise error of all tests together (Holm 1979), by the tests' names."""
     names = sorted(p_values, key=lambda name: p_values[name])
     adjusted, running = {}, 0.0
     for rank, name in enumerate(names):

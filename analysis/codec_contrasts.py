@@ -100,8 +100,7 @@ class ArmResamples:
                 }
             )
         table = pd.DataFrame(records, columns=["a", "b", "difference", "lo", "hi", "p"])
-        adjusted = holm({str(i): p for i, p in enumerate(table["p"])})
-        table["p_holm"] = [adjusted[str(i)] for i in range(len(table))]
+        table["p_holm"] = list(holm(dict(enumerate(table["p"]))).values())
         return table
 
 

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
 from analysis import plots
 
@@ -97,12 +96,9 @@ def lr_figure(models: pd.DataFrame, chosen: pd.DataFrame, order: Sequence[str], 
     models: columns architecture, lr, seed, val_nll_ema. chosen: architecture, lr.
     """
     best = dict(zip(chosen["architecture"], chosen["lr"], strict=True))
-    columns = min(5, len(order))
     rates = sorted(models["lr"].unique())
     with plots.style():
-        figure, axes = plots.panels(-(-len(order) // columns), columns, width=2.0, height=1.9)
-        for axis in axes.flat[len(order) :]:
-            axis.set_visible(False)
+        figure, axes = plots.panel_each(len(order), 5, width=2.0, height=1.9)
         for axis, name in zip(axes.flat, order, strict=False):
             some = models[models["architecture"] == name]
             lrs, means = _mean_line(some, "lr", "val_nll_ema")
@@ -110,18 +106,11 @@ def lr_figure(models: pd.DataFrame, chosen: pd.DataFrame, order: Sequence[str], 
             axis.plot(some["lr"], some["val_nll_ema"], color=plots.PALETTE[0], linestyle="none", marker="o")
             axis.plot([best[name]], means[lrs == best[name]], "o", ms=12, mfc="none", mec=plots.PALETTE[1], mew=1.6)
             axis.set_title(name)
-            _rate_axis(axis, rates)
+            plots.log_ticks(axis, rates)
+            axis.set_xlim(min(rates) / 1.5, max(rates) * 1.5)
             axis.xaxis.set_tick_params(labelbottom=True)
         plots.outer_labels(axes, "learning rate", "held-out NLL")
         plots.save(figure, path)
-
-
-def _rate_axis(axis: Axes, rates: Sequence[float]) -> None:
-    axis.set_xscale("log")
-    axis.xaxis.set_major_locator(FixedLocator(list(rates)))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_xlim(min(rates) / 1.5, max(rates) * 1.5)
 
 
 def difference_figure(differences: pd.DataFrame, reference: str, path: Path) -> None:
@@ -192,11 +181,8 @@ def gradient_figure(curves: pd.DataFrame, order: Sequence[str], path: Path) -> b
     if rows.empty:
         return False
     groups = sorted(rows["group"].unique())
-    columns = min(3, len(order))
     with plots.style():
-        figure, axes = plots.panels(-(-len(order) // columns), columns, width=3.2, height=2.2)
-        for axis in axes.flat[len(order) :]:
-            axis.set_visible(False)
+        figure, axes = plots.panel_each(len(order), 3, width=3.2, height=2.2)
         handles: dict[str, Any] = {}
         for axis, name in zip(axes.flat, order, strict=False):
             for i, group in enumerate(groups):

@@ -126,10 +126,9 @@ def verdicts(p: Sequence[float], value: Sequence[float], words: tuple[str, str])
 
     A p that is NaN (nothing was repeated) counts as 1.
     """
-    adjusted = holm({str(i): 1.0 if math.isnan(x) else x for i, x in enumerate(p)})
-    ordered = [adjusted[str(i)] for i in range(len(p))]
-    chosen = [words[int(v > 0)] if a < ALPHA else NO_EVIDENCE for a, v in zip(ordered, value, strict=True)]
-    return ordered, chosen
+    adjusted = list(holm(dict(enumerate(1.0 if math.isnan(x) else x for x in p))).values())
+    chosen = [words[int(v > 0)] if a < ALPHA else NO_EVIDENCE for a, v in zip(adjusted, value, strict=True)]
+    return adjusted, chosen
 
 
 @dataclass(frozen=True)

@@ -96,12 +96,8 @@ def step_figure(curves: pd.DataFrame, arms: pd.DataFrame, metric: str, title: st
     ]
     if arms["planted"].any():
         panels.append(("planted recall task", arms.loc[arms["planted"], "arm"].tolist()))
-    columns = min(4, len(panels))
-    rows = -(-len(panels) // columns)
     with plots.style():
-        figure, axes = plots.panels(rows, columns, width=2.7, height=2.3, sharex=False, sharey=False)
-        for axis in axes.ravel()[len(panels) :]:
-            axis.set_visible(False)
+        figure, axes = plots.panel_each(len(panels), 4, width=2.7, height=2.3, sharex=False, sharey=False)
         for axis, (name, members) in zip(axes.ravel(), panels, strict=False):
             _lines(axis, chosen, members)
             axis.margins(y=0.35)  # room for the legend
@@ -118,12 +114,8 @@ def likelihood_figure(curves: pd.DataFrame, arms: pd.DataFrame, path: Path) -> N
     """
     chosen = curves[curves["metric"] == "val_nll"].groupby(["arm", "role", "step"])["value"].mean().reset_index()
     groups = list(arms.groupby("control", sort=False)["arm"].apply(list))
-    columns = min(3, len(groups))
-    rows = -(-len(groups) // columns)
     with plots.style():
-        figure, axes = plots.panels(rows, columns, width=3.4, height=2.8, sharex=False, sharey=False)
-        for axis in axes.ravel()[len(groups) :]:
-            axis.set_visible(False)
+        figure, axes = plots.panel_each(len(groups), 3, width=3.4, height=2.8, sharex=False, sharey=False)
         for axis, members in zip(axes.ravel(), groups, strict=False):
             _lines(axis, chosen[chosen["role"] == "mc"], members)
             own = chosen[(chosen["role"] == "control") & (chosen["arm"] == members[0])].sort_values("step")

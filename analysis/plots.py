@@ -65,6 +65,15 @@ def panels(
     return figure, axes
 
 
+def panel_each(count: int, columns: int, **options: Any) -> tuple[Figure, np.ndarray]:
+    """`panels` for `count` items in rows of at most `columns`; the axes that are left over are hidden."""
+    columns = min(columns, count)
+    figure, axes = panels(-(-count // columns), columns, **options)
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    return figure, axes
+
+
 def outer_labels(axes: np.ndarray, x: str, y: str | Sequence[str]) -> None:
     """Label the bottom row's x axes, and each row's first y axis with one text or one a row."""
     for axis in axes[-1]:
@@ -84,12 +93,17 @@ def legend_below(figure: Figure, handles: Sequence[Artist]) -> None:
 
 def log2_ticks(axis: Axes, values: Sequence[float]) -> None:
     """A base-2 logarithmic x axis with exactly the given ticks, printed as plain numbers."""
-    axis.set_xscale("log", base=2)
+    log_ticks(axis, values, base=2)
+    if len(values) == 1:
+        axis.set_xlim(values[0] / 2, values[0] * 2)
+
+
+def log_ticks(axis: Axes, values: Sequence[float], base: float = 10) -> None:
+    """A logarithmic x axis with exactly the given ticks, printed as plain numbers."""
+    axis.set_xscale("log", base=base)
     axis.xaxis.set_major_locator(FixedLocator(list(values)))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    if len(values) == 1:
-        axis.set_xlim(values[0] / 2, values[0] * 2)
 
 
 def dodge(values: Sequence[float], position: int, count: int) -> float:

@@ -32,12 +32,9 @@ def _label(place: Sequence[str]) -> str:
 def _panels(units: Sequence[Unit]) -> tuple[Figure, list[tuple[Axes, Unit]]]:
     """One panel for each of the first _MAX_PANELS units, titled with its place."""
     shown = list(units)[:_MAX_PANELS]
-    columns = min(3, len(shown))
-    figure, axes = plots.panels(-(-len(shown) // columns), columns, height=2.3, sharex=False, sharey=False)
+    figure, axes = plots.panel_each(len(shown), 3, height=2.3, sharex=False, sharey=False)
     for axis, unit in zip(axes.flat, shown, strict=False):
         axis.set_title(_label(unit.place).replace(" · ", "\n", 1), fontsize=9)
-    for axis in list(axes.flat)[len(shown) :]:
-        axis.set_visible(False)
     return figure, list(zip(axes.flat, shown, strict=False))
 
 

@@ -96,7 +96,7 @@ def audit(units: Sequence[Unit]) -> Audit:
         first.setdefault(unit.place[:2], unit)
     for table in dict.fromkeys(place[0] for place in p_of):
         family = [u.place for (name, _), u in first.items() if name == table and u.place in p_of]
-        adjusted |= _holm({place: p_of[place] for place in family})
+        adjusted |= holm({place: p_of[place] for place in family})
     rows += [_row(place, "p_holm", value=p, p=p) for place, p in adjusted.items()]
     cells = pd.DataFrame(rows, columns=list(COLUMNS))
     tests = {table: sum(place[0] == table for place in adjusted) for table in {place[0] for place in adjusted}}
@@ -112,11 +112,6 @@ def _draws(unit: Unit) -> int:
 
 def _ratio(unit: Unit) -> Ratio:
     return top1_ratio(unit.top1(unit.runs), unit.null_RB(unit.tested_runs()))
-
-
-def _holm(p_of: Mapping[Place, float]) -> dict[Place, float]:
-    by_name = {"|".join(place): place for place in p_of}
-    return {by_name[name]: p for name, p in holm({n: p_of[place] for n, place in by_name.items()}).items()}
 
 
 def _row(place: Place, statistic: str, **values: object) -> dict[str, object]:
