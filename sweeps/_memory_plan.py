@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from sweeps._lm_plan import TokenStudy, columns
 from sweeps._sweep import UserError, nearest
 from sweeps.codec_lm import LMCell, Study
 
@@ -24,7 +25,6 @@ VARIABLES = (*SHARED, *CACHE)
 BASE, TOGETHER = "base", "together"
 PLANTED_BASE, PLANTED_NORMALIZED = "recall", "recall, normalized_retrieval"
 CONTROL, CACHED = "la", "mc_la"
-RATE_HZ = {"melvq": 62.5, "encodec": 75.0, "dac": 44_100 / 512, "symbols": 1.0}
 _WIDE = 256  # from this width on, MLP widths stay multiples of 8
 
 _RECALL_FRAMES = 26
@@ -91,8 +91,7 @@ class CacheCell(LMCell):
         return self.steps * self.batch_size * self._columns() * (1.0 if self.architecture == CONTROL else 2.0)
 
     def _columns(self) -> int:
-        config = _size(self.scale)
-        return min(int(self.chunk_s * RATE_HZ[self.codec]) + config.n_codebooks - 1, config.context)
+        return columns(_size(self.scale), self.chunk_s, self.codec)
 
     def _cached_config(self) -> Any:
         from models.memory_cache import MemoryCacheConfig
@@ -139,7 +138,7 @@ def _size(scale: str) -> Any:
 
 
 @dataclass(frozen=True)
-class _TokenStudy(Study):
+class _Study(Study):
     codebooks: int = 8
     codebook_size: int = 1024
 
@@ -150,7 +149,7 @@ class _TokenStudy(Study):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheStudy:
+class CacheStudy(TokenStudy):
     """A preset. Of each variable the first value is the base setting, and every other one an arm of its own.
 
     variables: those that are varied, the others stay at their base. together: variables set to their last value all at
@@ -171,28 +170,11 @@ class CacheStudy:
     cumulative: tuple[bool, ...] = (True, False)
     planted: bool = True
     seeds: tuple[int, ...]
-    corpus: str
-    corpus_clips: int = 0
-    audio_path: str = ""
-    codec: str
-    codec_weights: str = ""
     codebooks: int = 8  # of a melvq trained here
     codebook_size: int = 1024
-    chunk_s: float
-    min_s: float
-    holdout: float
-    steps: int
-    batch_size: int
-    micro_batch: int = 0
-    warmup_steps: int
-    lr_end: float
-    ema_decay: float
-    precision: str
-    eval_every: int
-    eval_clips: int
-    needs_gpu: bool
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for field in ("variables", "together"):
             for name in getattr(self, field):
                 if name not in VARIABLES:
@@ -203,9 +185,6 @@ class CacheStudy:
         for name in (*VARIABLES, "seeds"):
             if not getattr(self, name):
                 raise UserError(f"{name} is empty; give at least one value, the base setting's first")
-        paths = self.token_study(planted=False)
-        object.__setattr__(self, "audio_path", paths.audio_path)
-        object.__setattr__(self, "codec_weights", paths.codec_weights)
 
     def token_study(self, *, planted: bool) -> Study:
         """What `_codec_data` and `_codec_run` need to know of this study, or of its planted task."""
@@ -214,9 +193,9 @@ class CacheStudy:
             own |= {name: value for name, value in _PLANTED.items() if name in own}
             own |= {"audio_path": "", "codec_weights": "", "micro_batch": 0, "needs_gpu": False}
             own["lr"] = (_PLANTED["lr"],)
-        names = {f.name for f in fields(_TokenStudy)} - {"scale", "architectures", "sample_s", "sample_n"}
+        names = {f.name for f in fields(_Study)} - {"scale", "architectures", "sample_s", "sample_n"}
         chosen = {name: value for name, value in own.items() if name in names}
-        return _TokenStudy(scale="", sample_s=0.0, **chosen)
+        return _Study(scale="", sample_s=0.0, **chosen)
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,17 @@ python sweeps/codec_lm.py --tokenise --preset speech_a100 --set audio_path=LJSpe
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sweeps._sweep import Cell, Estimate, Pack, PublishedCell, UserError, nearest
+from sweeps._lm_plan import CPU_FLOPS, GPU_BASIS, TokenStudy, packs, work
+from sweeps._sweep import Cell, Estimate, Pack, PublishedCell, UserError
 from sweeps._where import Machine, RunSettings
 
 if TYPE_CHECKING:
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 
 ARCHITECTURES = ("olmo_hybrid", "gdn", "transformer", "mamba", "mamba2", "hybrid_1_3", "la", "mc_la", "mc_mamba")
 CORPORA = ("synthetic_speech", "asterisk", "ljspeech", "fma")
-CODECS = ("melvq", "encodec", "dac")
-_CPU_FLOPS = 16e9  # a core's rate on the local models, forward and backward
-_GPU_FLOPS = 30e12  # assumed of an A100 in bfloat16; never measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +126,7 @@ class HalvedCell(LMCell):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study:
+class Study(TokenStudy):
     """A preset. Every field can be changed with `--set field=value` (lists with commas)."""
 
     scale: str
@@ -139,28 +136,11 @@ class Study:
     lr_of: tuple[str, ...] = ()  # architecture:rate, ...: own grids instead of `lr`
     rungs: tuple[int, ...] = ()  # steps at which only the best 1/eta learning rates go on; none: all go to the end
     eta: int = 2
-    corpus: str
-    corpus_clips: int = 0
-    audio_path: str = ""  # folder or archive of the corpus
-    codec: str
-    codec_weights: str = ""  # a file, `random`, or nothing for the package's own
-    chunk_s: float = 8.0
-    min_s: float = 1.0
-    holdout: float = 0.05
-    steps: int
-    batch_size: int
-    micro_batch: int = 0  # clips of a batch held at once; 0: all
-    warmup_steps: int
-    lr_end: float = 1e-5
-    ema_decay: float = 0.999
-    precision: str = "bfloat16"
-    eval_every: int
-    eval_clips: int
     sample_s: float = 6.0  # of each generated clip; 0: none
     sample_n: int = 32  # generated clips a model, for the distances to real audio
-    needs_gpu: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.sample_s < 0 or self.sample_n < 2:
             raise UserError(f"sample_s={self.sample_s} must be >= 0 and sample_n={self.sample_n} at least 2")
         if self.rungs and (self.eta < 2 or list(self.rungs) != sorted({r for r in self.rungs if 0 < r < self.steps})):
@@ -175,10 +155,6 @@ class Study:
                     f"lr_of={entry!r} is not ARCHITECTURE:RATE of a planned architecture; write for example "
                     f"--set lr_of={self.architectures[0]}:1e-3,{self.architectures[0]}:3e-3"
                 )
-        for name in ("audio_path", "codec_weights"):  # trials run in folders of their own
-            path = getattr(self, name)
-            if path and path != "random":
-                object.__setattr__(self, name, os.path.abspath(path))
 
     def rates(self, architecture: str) -> tuple[float, ...]:
         """Learning rates of an architecture, each once."""
@@ -275,42 +251,13 @@ class CodecLMSweep:
     presets = PRESETS
 
     def plan(self, preset: Study) -> Sequence[LMCell]:
-        if preset.corpus not in CORPORA:
-            raise UserError(
-                f"corpus {preset.corpus!r} is not known{nearest(preset.corpus, CORPORA)}; corpora: {', '.join(CORPORA)}"
-            )
-        if preset.codec not in CODECS:
-            raise UserError(
-                f"codec {preset.codec!r} is not known{nearest(preset.codec, CODECS)}; codecs: {', '.join(CODECS)}"
-            )
-        if preset.corpus == "synthetic_speech" and (preset.codec != "melvq" or preset.codec_weights):
-            raise UserError(
-                f"corpus=synthetic_speech with codec={preset.codec}: synthetic_speech goes with its own melvq; choose "
-                "another corpus, or codec=melvq without codec_weights"
-            )
+        preset.check_source(CORPORA)
         for architecture in preset.architectures:
             _config(preset.scale, architecture)
+        varied = ("architecture", "lr", "seed")
+        shared = {f.name: getattr(preset, f.name) for f in fields(LMCell) if f.name not in varied}
         cells = [
-            LMCell(
-                scale=preset.scale,
-                architecture=architecture,
-                seed=seed,
-                lr=lr,
-                corpus=preset.corpus,
-                corpus_clips=preset.corpus_clips,
-                codec=preset.codec,
-                chunk_s=preset.chunk_s,
-                min_s=preset.min_s,
-                holdout=preset.holdout,
-                steps=preset.steps,
-                batch_size=preset.batch_size,
-                warmup_steps=preset.warmup_steps,
-                lr_end=preset.lr_end,
-                ema_decay=preset.ema_decay,
-                precision=preset.precision,
-                eval_every=preset.eval_every,
-                eval_clips=preset.eval_clips,
-            )
+            LMCell(architecture=architecture, lr=lr, seed=seed, **shared)
             for architecture in preset.architectures
             for lr, seed in product(preset.rates(architecture), preset.seeds)
         ]
@@ -328,37 +275,16 @@ class CodecLMSweep:
         ]
 
     def pack(self, cells: Sequence[Cell], preset: Study, machine: Machine, run: RunSettings) -> list[Pack]:
-        """Packs of Ray Train, each with its own GPUs or a share of the cores.
-
-        Small models: as many packs as run at once, of equal work, as a pack takes seconds to start. Models sized for
-        GPUs: a pack an architecture and seed, so that a GPU that is free takes the next one. Learning rates that
-        compete stay together.
-        """
+        """Units: an architecture and seed. Learning rates that compete stay together, with all their seeds."""
         units: dict[tuple[str, int], list[LMCell]] = {}
         for cell in cells:
             assert isinstance(cell, LMCell)
             units.setdefault((cell.architecture, -1 if cell.rival_seeds else cell.seed), []).append(cell)
-        on_gpu = bool(preset.needs_gpu and machine.gpus)
-        slots = max(1, (machine.gpus if on_gpu else machine.cpus) // run.workers)
-        at_once = min(len(units), slots)
-        cpus = run.workers * run.threads or max(1, machine.cpus // at_once)
-        slow_first = sorted(units.values(), key=lambda unit: -len(unit) * unit[0].weight)
-        if preset.needs_gpu:
-            groups = slow_first
-        else:
-            groups = [[] for _ in range(at_once)]
-            for unit in slow_first:
-                min(groups, key=lambda group: sum(c.weight for c in group)).extend(unit)
-        return [
-            Pack(
-                name=f"{group[0].architecture}-{group[0].seed}" if preset.needs_gpu else f"pack{number + 1}",
-                cells=tuple(group),
-                cpus=cpus,
-                gpus=float(run.workers) if on_gpu else 0.0,
-                workers=run.workers,
-            )
-            for number, group in enumerate(groups)
-        ]
+
+        def name(number: int, group: Sequence[LMCell]) -> str:
+            return f"{group[0].architecture}-{group[0].seed}" if preset.needs_gpu else f"pack{number}"
+
+        return packs(units.values(), preset, machine, run, name)
 
     def run(self, pack: Pack, preset: Study, context: Any) -> None:
         from sweeps._train_ray import fit
@@ -377,25 +303,17 @@ class CodecLMSweep:
         check(preset)
 
     def estimate(self, cells: Sequence[Cell], preset: Study, machine: Machine, run: RunSettings) -> Estimate:
-        from models.lm_cost import lm_cost
-
-        rate_hz = {"melvq": 62.5, "encodec": 75.0, "dac": 44_100 / 512}[preset.codec]
-        flops, tokens, memory = 0.0, 0, 0
-        for cell in cells:
-            assert isinstance(cell, LMCell)
-            config = cell.lm_config()
-            steps = min(int(cell.chunk_s * rate_hz) + config.n_codebooks - 1, config.context)
-            cost = lm_cost(config, steps)
-            columns = int(cell.mean_steps * cell.batch_size * steps)
-            tokens += columns * config.n_codebooks
-            flops += 3 * columns * cost.flops_per_token
-            activations = 40 * (preset.micro_batch or cell.batch_size) * steps * config.d_model * config.n_layers * 4
-            memory = max(memory, 20 * cost.parameters + activations)
-        on_gpu = preset.needs_gpu
-        rate = _GPU_FLOPS * max(1, machine.gpus) if on_gpu else _CPU_FLOPS * machine.cpus
-        basis = "an assumed 30 TFLOP/s a GPU; never measured" if on_gpu else "16 GFLOP/s a core, seen on one machine"
-        basis += "; all clips of full length, which is an upper bound"
-        return Estimate(tokens=tokens, flops=flops, memory_bytes=memory, seconds=flops / rate, basis=basis)
+        total = work(cells, preset)
+        seconds, basis = total.flops / (CPU_FLOPS * machine.cpus), "16 GFLOP/s a core, seen on one machine"
+        if preset.needs_gpu:
+            seconds, basis = total.gpu_seconds(machine), GPU_BASIS
+        return Estimate(
+            tokens=total.tokens,
+            flops=total.flops,
+            memory_bytes=total.memory_bytes,
+            seconds=seconds,
+            basis=f"{basis}; all clips of full length, which is an upper bound",
+        )
 
     def report(self, cells: Sequence[PublishedCell], preset_name: str, preset: Study, out: Path) -> list[str]:
         from sweeps._codec_report import write

@@ -15,14 +15,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sweeps._memory_plan import RATE_HZ, CacheCell, CacheStudy, arms
-from sweeps._sweep import Cell, Estimate, Pack, PublishedCell, UserError, nearest
+from sweeps._lm_plan import CPU_FLOPS, GPU_BASIS, packs, work
+from sweeps._memory_plan import CacheCell, CacheStudy, arms
+from sweeps._sweep import Cell, Estimate, Pack, PublishedCell
 from sweeps._where import Machine, RunSettings
+from sweeps.codec_lm import CORPORA
 
-_CORPORA = {"synthetic_speech": "melvq", "asterisk": "melvq", "ljspeech": "encodec", "fma": "dac"}
-_CPU_STEPS = 16e9  # a core's FLOP/s on small models, forward and backward; small matrices reach far less
 _CPU_OVERHEAD = 0.03  # seconds a step of a small model costs beside its arithmetic
-_GPU_FLOPS = 30e12  # assumed of an A100 in bfloat16; never measured
 
 PRESETS: Mapping[str, CacheStudy] = {
     "local": CacheStudy(
@@ -94,15 +93,7 @@ class MemoryCacheSweep:
     presets = PRESETS
 
     def plan(self, preset: CacheStudy) -> Sequence[CacheCell]:
-        if preset.corpus not in _CORPORA:
-            raise UserError(
-                f"corpus {preset.corpus!r} is not known{nearest(preset.corpus, _CORPORA)}; "
-                f"corpora: {', '.join(_CORPORA)} (the recall task is planted=true)"
-            )
-        if preset.codec not in RATE_HZ or preset.codec == "symbols":
-            raise UserError(f"codec {preset.codec!r} is not known; codecs: melvq, encodec, dac")
-        if preset.corpus == "synthetic_speech" and (preset.codec != "melvq" or preset.codec_weights):
-            raise UserError("synthetic_speech goes with its own melvq; choose codec=melvq without codec_weights")
+        preset.check_source(CORPORA, " (the recall task is planted=true)")
         cells: dict[str, CacheCell] = {}
         for arm in arms(preset):
             for cell in (*arm.controls, *arm.cells):
@@ -110,25 +101,7 @@ class MemoryCacheSweep:
         return list(cells.values())
 
     def pack(self, cells: Sequence[Cell], preset: CacheStudy, machine: Machine, run: RunSettings) -> list[Pack]:
-        """Small models: as many packs as run at once, of equal work. Models sized for a GPU: a pack a cell."""
-        chosen = sorted((c for c in cells if isinstance(c, CacheCell)), key=lambda c: -c.weight)
-        on_gpu = bool(preset.needs_gpu and machine.gpus)
-        slots = max(1, (machine.gpus if on_gpu else machine.cpus) // run.workers)
-        at_once = min(len(chosen), slots)
-        groups: list[list[CacheCell]] = [[] for _ in range(len(chosen) if preset.needs_gpu else at_once)]
-        for cell in chosen:
-            min(groups, key=lambda group: sum(c.weight for c in group)).append(cell)
-        cpus = run.workers * run.threads or max(1, machine.cpus // at_once)
-        return [
-            Pack(
-                name=f"pack{number + 1}",
-                cells=tuple(group),
-                cpus=cpus,
-                gpus=float(run.workers) if on_gpu else 0.0,
-                workers=run.workers,
-            )
-            for number, group in enumerate(groups)
-        ]
+        return packs([[c] for c in cells if isinstance(c, CacheCell)], preset, machine, run)
 
     def run(self, pack: Pack, preset: CacheStudy, context: Any) -> None:
         from sweeps._train_ray import fit
@@ -147,27 +120,15 @@ class MemoryCacheSweep:
         check(preset.token_study(planted=False))
 
     def estimate(self, cells: Sequence[Cell], preset: CacheStudy, machine: Machine, run: RunSettings) -> Estimate:
-        from models.lm_cost import lm_cost
-
-        flops, tokens, memory, steps = 0.0, 0, 0, 0
-        for cell in cells:
-            assert isinstance(cell, CacheCell)
-            config = cell.lm_config()
-            columns = min(int(cell.chunk_s * RATE_HZ[cell.codec]) + config.n_codebooks - 1, config.context)
-            cost = lm_cost(config, columns)
-            seen = cell.steps * cell.batch_size * columns
-            tokens += seen * config.n_codebooks
-            flops += 3 * seen * cost.flops_per_token
-            steps += cell.steps
-            held = 40 * (preset.micro_batch or cell.batch_size) * columns * config.d_model * config.n_layers * 4
-            memory = max(memory, 20 * cost.parameters + held)
+        total = work(cells, preset)
         if preset.needs_gpu:
-            seconds = flops / (_GPU_FLOPS * max(1, machine.gpus))
-            basis = "an assumed 30 TFLOP/s a GPU; never measured"
+            seconds, basis = total.gpu_seconds(machine), GPU_BASIS
         else:
-            seconds = (flops / _CPU_STEPS + steps * _CPU_OVERHEAD) / machine.cpus
+            seconds = (total.flops / CPU_FLOPS + total.steps * _CPU_OVERHEAD) / machine.cpus
             basis = "16 GFLOP/s and 30 ms a step on a core, seen on one machine"
-        return Estimate(tokens=tokens, flops=flops, memory_bytes=memory, seconds=seconds, basis=basis)
+        return Estimate(
+            tokens=total.tokens, flops=total.flops, memory_bytes=total.memory_bytes, seconds=seconds, basis=basis
+        )
 
     def report(self, cells: Sequence[PublishedCell], preset_name: str, preset: CacheStudy, out: Path) -> list[str]:
         from sweeps._memory_report import write

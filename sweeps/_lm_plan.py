@@ -1,0 +1,142 @@
+"""What the sweeps over audio-token models plan alike: the fields of a preset, packs of equal work, and their cost."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sweeps._sweep import Cell, Pack, UserError, nearest
+from sweeps._where import Machine, RunSettings
+
+if TYPE_CHECKING:
+    from sweeps.codec_lm import LMCell
+
+CODECS = ("melvq", "encodec", "dac")
+_FRAME_HZ = {"melvq": 62.5, "encodec": 75.0, "dac": 44_100 / 512, "symbols": 1.0}
+CPU_FLOPS = 16e9  # a core's rate on small models, forward and backward
+_GPU_FLOPS = 30e12  # assumed of an A100 in bfloat16; never measured
+GPU_BASIS = "an assumed 30 TFLOP/s a GPU; never measured"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenStudy:
+    """Fields of a preset that say what is trained on, and how."""
+
+    corpus: str
+    corpus_clips: int = 0
+    audio_path: str = ""  # folder or archive of the corpus
+    codec: str
+    codec_weights: str = ""  # a file, `random`, or nothing for the package's own
+    chunk_s: float = 8.0
+    min_s: float = 1.0
+    holdout: float = 0.05
+    steps: int
+    batch_size: int
+    micro_batch: int = 0  # clips of a batch held at once; 0: all
+    warmup_steps: int
+    lr_end: float = 1e-5
+    ema_decay: float = 0.999
+    precision: str = "bfloat16"
+    eval_every: int
+    eval_clips: int
+    needs_gpu: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("audio_path", "codec_weights"):  # trials run in folders of their own
+            path = getattr(self, name)
+            if path and path != "random":
+                object.__setattr__(self, name, os.path.abspath(path))
+
+    def check_source(self, corpora: Iterable[str], note: str = "") -> None:
+        """Raise UserError for a corpus that is not one of `corpora`, an unknown codec, or two that do not go together.
+
+        note: what to add to the list of corpora.
+        """
+        corpora = tuple(corpora)
+        if self.corpus not in corpora:
+            raise UserError(
+                f"corpus {self.corpus!r} is not known{nearest(self.corpus, corpora)}; "
+                f"corpora: {', '.join(corpora)}{note}"
+            )
+        if self.codec not in CODECS:
+            raise UserError(
+                f"codec {self.codec!r} is not known{nearest(self.codec, CODECS)}; codecs: {', '.join(CODECS)}"
+            )
+        if self.corpus == "synthetic_speech" and (self.codec != "melvq" or self.codec_weights):
+            raise UserError(
+                f"corpus=synthetic_speech with codec={self.codec}: synthetic_speech goes with its own melvq; choose "
+                "another corpus, or codec=melvq without codec_weights"
+            )
+
+
+def columns(config: Any, chunk_s: float, codec: str) -> int:
+    """Columns of a clip of full length, with the delay pattern, cut to the context."""
+    return min(int(chunk_s * _FRAME_HZ[codec]) + config.n_codebooks - 1, config.context)
+
+
+def packs(
+    units: Iterable[Sequence[LMCell]],
+    study: TokenStudy,
+    machine: Machine,
+    run: RunSettings,
+    name: Callable[[int, Sequence[LMCell]], str] = lambda number, cells: f"pack{number}",
+) -> list[Pack]:
+    """Packs of Ray Train, each with its own GPUs or a share of the cores; the cells of a unit stay together.
+
+    Small models: as many packs as run at once, of equal work, as a pack takes seconds to start. Models sized for GPUs:
+    a pack a unit, so that a GPU that is free takes the next one. `name` names a pack by its number and cells.
+    """
+    slow_first = sorted(units, key=lambda unit: -len(unit) * unit[0].weight)
+    on_gpu = bool(study.needs_gpu and machine.gpus)
+    slots = max(1, (machine.gpus if on_gpu else machine.cpus) // run.workers)
+    at_once = min(len(slow_first), slots)
+    cpus = run.workers * run.threads or max(1, machine.cpus // at_once)
+    groups: list[list[LMCell]] = [[] for _ in range(len(slow_first) if study.needs_gpu else at_once)]
+    for unit in slow_first:
+        min(groups, key=lambda group: sum(c.weight for c in group)).extend(unit)
+    return [
+        Pack(
+            name=name(number, group),
+            cells=tuple(group),
+            cpus=cpus,
+            gpus=float(run.workers) if on_gpu else 0.0,
+            workers=run.workers,
+        )
+        for number, group in enumerate(groups, start=1)
+    ]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What training some cells takes if every clip has full length; `memory_bytes` of the largest of them."""
+
+    tokens: int
+    flops: float
+    steps: float
+    memory_bytes: int
+
+    def gpu_seconds(self, machine: Machine) -> float:
+        """Time on the machine's GPUs, at the rate that `GPU_BASIS` tells."""
+        return self.flops / (_GPU_FLOPS * max(1, machine.gpus))
+
+
+def work(cells: Sequence[Cell], study: TokenStudy) -> Work:
+    """Tokens, arithmetic, steps and memory of training `cells`, which are `LMCell`s."""
+    from models.lm_cost import lm_cost
+    from sweeps.codec_lm import LMCell
+
+    flops, steps, tokens, memory = 0.0, 0.0, 0, 0
+    for cell in cells:
+        assert isinstance(cell, LMCell)
+        config = cell.lm_config()
+        length = columns(config, cell.chunk_s, cell.codec)
+        cost = lm_cost(config, length)
+        seen = int(cell.mean_steps * cell.batch_size * length)
+        tokens += seen * config.n_codebooks
+        flops += 3 * seen * cost.flops_per_token
+        steps += cell.mean_steps
+        activations = 40 * (study.micro_batch or cell.batch_size) * length * config.d_model * config.n_layers * 4
+        memory = max(memory, 20 * cost.parameters + activations)
+    return Work(tokens, flops, steps, memory)
