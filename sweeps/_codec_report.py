@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,7 +17,7 @@ from analysis.codec_contrasts import choose_lr
 from analysis.codec_report import REAL, Results, at, write_report
 from sweeps._codec_audio import SAMPLING, AudioSets
 from sweeps._codec_data import banner
-from sweeps._storage import Store
+from sweeps._published import file_of, recorded, table_of
 from sweeps._sweep import PublishedCell, UserError
 
 if TYPE_CHECKING:
@@ -28,6 +27,11 @@ _PLAIN = ("n_parameters", "tokens_per_second", "train_tokens", "unigram_nll", "c
 _POINTS = ("train_loss", "val_nll", "val_nll_lo", "val_nll_hi", "val_loss_smoothed", "grad_norm")
 _TUNED = ("architecture", "lr", "seed")
 _NOTHING = (float("nan"),) * 3
+
+
+def final_scores(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the measurements after training, of every kind of weights."""
+    return rows[rows["weights"].notna() & rows["step"].isna() & rows["codebook"].isna()]
 
 
 def results_of(cells: Sequence[PublishedCell]) -> Results:
@@ -43,17 +47,16 @@ def results_of(cells: Sequence[PublishedCell]) -> Results:
         record |= dict(zip(plain["metric"], plain["value"], strict=True))
         per_column = rows.loc[rows["metric"] == "flops_per_column", "value"].iloc[0]
         record["flops_per_token"] = per_column / wide["codebook"].nunique()
-        final = rows[rows["weights"].notna() & rows["step"].isna() & rows["codebook"].isna()]
-        for row in final.to_dict("records"):
+        for row in final_scores(rows).to_dict("records"):
             record[f"{row['metric'].removeprefix('final_')}_{row['weights']}"] = row["value"]
         models.append(record)
         points = rows[rows["step"].notna() & rows["metric"].isin(_POINTS)]
         curves.append(points[["metric", "weights", "group", "step", "value"]].assign(**who))
         jumps = rows[rows["metric"] == "grad_spikes"]
         spikes.append(jumps[["group", "value"]].assign(**who))
-        clips.append(pd.read_parquet(io.BytesIO(Store(cell.uri).read("clips.parquet"))).assign(**who))
+        clips.append(table_of(cell, "clips.parquet").assign(**who))
         if "gates.parquet" in cell.files:
-            gates.append(pd.read_parquet(io.BytesIO(Store(cell.uri).read("gates.parquet"))).assign(**who))
+            gates.append(table_of(cell, "gates.parquet").assign(**who))
     frame = pd.DataFrame(models)
     return Results(
         models=frame,
@@ -81,7 +84,7 @@ def _audio_table(cells: Sequence[PublishedCell]) -> pd.DataFrame:
     by_name: dict[str, list[AudioSets]] = {}
     for cell in cells:
         if "audio.npz" in cell.files:
-            sets = AudioSets.read(Store(cell.uri).read("audio.npz"))
+            sets = AudioSets.read(file_of(cell, "audio.npz"))
             by_name.setdefault(cell.identity["architecture"], []).append(sets)
     if not by_name:
         return pd.DataFrame()
@@ -146,7 +149,7 @@ def write(cells: Sequence[PublishedCell], preset_name: str, study: Study, out: P
     Raises UserError when the cells were trained on tokens of different codecs.
     """
     out.mkdir(parents=True, exist_ok=True)
-    tokens = [json.loads(Store(c.uri).read("tokens.json")) for c in cells]
+    tokens = [json.loads(file_of(c, "tokens.json")) for c in cells]
     hashes = sorted({str(t["codec"]["weights_hash"]) for t in tokens})
     if len(hashes) > 1:
         raise UserError(
@@ -158,12 +161,11 @@ def write(cells: Sequence[PublishedCell], preset_name: str, study: Study, out: P
     tried = {name: study.rates(name) for name in names} if study.rungs else None
     results, samples = results_of(cells), []
     for name, cell in _shown(_chosen(cells, results.models)):
-        store = Store(cell.uri)
-        (out / f"{name}.png").write_bytes(store.read("spectrogram.png"))
+        (out / f"{name}.png").write_bytes(file_of(cell, "spectrogram.png"))
         wavs = ["sample.wav", *sorted(f for f in cell.files if f.startswith("samples/"))]
         for i, file in enumerate(wavs):
-            (out / f"{name}-{i}.wav").write_bytes(store.read(file))
-        (out / "reference.wav").write_bytes(store.read("reference.wav"))
+            (out / f"{name}-{i}.wav").write_bytes(file_of(cell, file))
+        (out / "reference.wav").write_bytes(file_of(cell, "reference.wav"))
         samples.append((name, f"{name}.png"))
     main = write_report(
         replace(results, samples=samples),
@@ -208,8 +210,8 @@ def _facts(cells: Sequence[PublishedCell], tokens: dict[str, Any], study: Study)
         + _resampled(rates, codec["sample_rate"]),
         f"odd recordings: {odd}",
         f"{study.steps} steps of {study.batch_size} clips, seeds {', '.join(map(str, seeds))}",
-        f"hardware: {', '.join(sorted({str(c.meta.get('hardware')) for c in cells}))}",
-        f"commit: {', '.join(sorted({str(c.meta.get('git_commit')) for c in cells}))}",
+        f"hardware: {recorded(cells, 'hardware')}",
+        f"commit: {recorded(cells, 'git_commit')}",
     ]
     missing = _missing(cells, study)
     if missing:
@@ -242,7 +244,7 @@ def _audio_facts(cells: Sequence[PublishedCell], results: Results, study: Study)
     if results.audio.empty:
         return []
     first = next(c for c in cells if "audio.npz" in c.files)
-    sets = AudioSets.read(Store(first.uri).read("audio.npz"))
+    sets = AudioSets.read(file_of(first, "audio.npz"))
     real = results.audio[results.audio["architecture"] == REAL].iloc[0]
     window = sets.coherence_window_s
     return [

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from sweeps._index import Index, Record, rows_table, work_of
+from sweeps._published import parquet_bytes
 from sweeps._storage import MARKER, Store
 from sweeps._sweep import Cell, PublishedCell, Row, UserError
 
@@ -220,6 +221,4 @@ def rows_to_parquet(rows: Sequence[Row]) -> bytes:
             **{name: [r.params.get(name) for r in rows] for name in names},
         }
     )
-    out = io.BytesIO()
-    frame.to_parquet(out, index=False)
-    return out.getvalue()
+    return parquet_bytes(frame)

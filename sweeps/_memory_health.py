@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from data.pack import TokenClips, evaluation_batches
 from models.cache_health import GateSums
 from models.codec_lm import CodecLM
 from models.delay import training_pair
+from sweeps._published import parquet_bytes
 from sweeps._train import autocast
 
 LAYER = "layer"
@@ -27,7 +27,7 @@ def clip_table(scores: Mapping[str, CodebookScores], clips: TokenClips, n_clips:
         name for batch in evaluation_batches(clips, _BATCH, max_frames=1, n_clips=n_clips) for name in batch.clip_ids
     ]
     tables = [some.clips().assign(weights=weights, clip_id=ids) for weights, some in scores.items()]
-    return _parquet(pd.concat(tables, ignore_index=True))
+    return parquet_bytes(pd.concat(tables, ignore_index=True))
 
 
 def gate_table(models: Mapping[str, CodecLM], clips: TokenClips, n_clips: int, precision: str) -> bytes:
@@ -39,7 +39,7 @@ def gate_table(models: Mapping[str, CodecLM], clips: TokenClips, n_clips: int, p
                 for name, steps, health in zip(ids, sums.steps.tolist(), sums.clips(), strict=True):
                     facts = {"weights": weights, "clip_id": name, "layer": health.layer, "steps": steps}
                     records.append(facts | {f: getattr(health, f) for f in _FACTS})
-    return _parquet(pd.DataFrame(records))
+    return parquet_bytes(pd.DataFrame(records))
 
 
 def gate_numbers(model: CodecLM, clips: TokenClips, n_clips: int, precision: str) -> dict[str, float]:
@@ -65,9 +65,3 @@ def _walk(
         for batch in evaluation_batches(clips, _BATCH, max_frames=config.context - delay, n_clips=n_clips):
             inputs, _ = training_pair(batch.codes_BKT, pad=config.pad, bos=config.bos)
             yield batch.clip_ids, model.gate_sums(inputs.to(device), batch.length_B + delay)
-
-
-def _parquet(table: pd.DataFrame) -> bytes:
-    sink = io.BytesIO()
-    table.to_parquet(sink, index=False)
-    return sink.getvalue()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -13,8 +12,9 @@ import pandas as pd
 from analysis.memory_cache_effects import ArmData, effects, layer_means
 from analysis.memory_cache_report import write_report
 from sweeps._codec_data import PLANTED, banner
+from sweeps._codec_report import final_scores
 from sweeps._memory_plan import BASE, VARIABLES, Arm, CacheCell, CacheStudy, arms
-from sweeps._storage import Store
+from sweeps._published import file_of, recorded, table_of
 from sweeps._sweep import PublishedCell, UserError
 from sweeps._train import TrainConfig
 
@@ -60,7 +60,7 @@ def write(cells: Sequence[PublishedCell], preset_name: str, study: CacheStudy, o
 
 def _facts(done: Sequence[Arm], published: Mapping[str, PublishedCell], study: CacheStudy) -> list[str]:
     first = published[done[0].cells[0].key]
-    tokens = json.loads(Store(first.uri).read("tokens.json"))
+    tokens = json.loads(file_of(first, "tokens.json"))
     base = {name: getattr(study, name)[0] for name in VARIABLES}
     every = [published[c.key] for arm in done for c in (*arm.cells, *arm.controls)]
     unigram = first.rows.loc[first.rows["metric"] == "unigram_nll", "value"].iloc[0]
@@ -72,8 +72,8 @@ def _facts(done: Sequence[Arm], published: Mapping[str, PublishedCell], study: C
         f"codebooks; a unigram model has {unigram:.4f} nats a token",
         f"seeds {', '.join(map(str, study.seeds))}, each paired with its control's; averaged weights throughout"
         + ("" if len(study.seeds) > 1 else "; ONE SEED: intervals hold the clips' variation only, and openness none"),
-        f"hardware: {', '.join(sorted({str(c.meta.get('hardware')) for c in every}))}",
-        f"commit: {', '.join(sorted({str(c.meta.get('git_commit')) for c in every}))}",
+        f"hardware: {recorded(every, 'hardware')}",
+        f"commit: {recorded(every, 'git_commit')}",
     ]
 
 
@@ -115,7 +115,7 @@ def _value(rows: pd.DataFrame, metric: str) -> float:
 
 
 def _parquet(cells: Sequence[CacheCell], published: Mapping[str, PublishedCell], name: str) -> pd.DataFrame:
-    parts = [pd.read_parquet(io.BytesIO(Store(published[c.key].uri).read(name))).assign(seed=c.seed) for c in cells]
+    parts = [table_of(published[c.key], name).assign(seed=c.seed) for c in cells]
     return pd.concat(parts, ignore_index=True)
 
 
@@ -136,8 +136,7 @@ def _cell_table(done: Sequence[Arm], published: Mapping[str, PublishedCell]) -> 
         for role, some in (("mc", arm.cells), ("control", arm.controls)):
             for cell in some:
                 rows = published[cell.key].rows
-                final = rows[rows["weights"].notna() & rows["step"].isna() & rows["codebook"].isna()]
                 record = {"arm": arm.name, "role": role, "cell_key": cell.key, **cell.identity()}
-                record |= {f"{r['metric']}_{r['weights']}": r["value"] for r in final.to_dict("records")}
+                record |= {f"{r['metric']}_{r['weights']}": r["value"] for r in final_scores(rows).to_dict("records")}
                 records.append(record | {"n_parameters": _value(rows, "n_parameters")})
     return pd.DataFrame(records)

@@ -5,7 +5,6 @@ Shape suffixes: S sequences, B sequences of a chunk, T context, D = d_model, k a
 
 from __future__ import annotations
 
-import io
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from data.pile import TokenStream
 from models.sae_io import save_saelens
 from models.topk_sae import TopKSAE, encoder
 from sweeps._context import PackContext
+from sweeps._published import parquet_bytes
 from sweeps._sweep import Row, UserError
 
 if TYPE_CHECKING:
@@ -108,9 +108,8 @@ class Evaluation:
                 Row("pr_of_layer", summary["pr"], "", at),
                 Row("pr_deflated_of_layer", summary["pr_deflated"], "", at),
             ]
-        table = io.BytesIO()
-        sums.table().to_parquet(table, index=False)
-        files: dict[str, bytes | Path] = {"sequences.parquet": table.getvalue(), **self._sae_files(cell, sae)}
+        sequences = parquet_bytes(sums.table())
+        files = {"sequences.parquet": sequences, **self._sae_files(cell, sae)}
         return rows_out, files, float(str(record["ce_rec"]))
 
     def _sae_files(self, cell: SAECell, sae: TopKSAE) -> dict[str, bytes | Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,8 +9,8 @@ import pandas as pd
 
 from analysis.proxy_gap_report import write_report
 from models.registry import HOST_LMS
+from sweeps._published import recorded, table_of
 from sweeps._sae_sources import banner
-from sweeps._storage import Store
 from sweeps._sweep import PublishedCell
 
 PAPER_PRESETS = ("fast2", "fast3", "phase2", "budget_k32", "bridge")
@@ -28,7 +27,7 @@ def tables(cells: Sequence[PublishedCell]) -> tuple[pd.DataFrame, pd.DataFrame, 
         wanted = ("model", "layer", "depth", "k", "seed", "tokens")
         identity = {name: cell.identity[name] for name in wanted} | {"cell_key": cell.key}
         records.append(identity | dict(zip(plain["metric"], plain["value"], strict=True)))
-        table = pd.read_parquet(io.BytesIO(Store(cell.uri).read("sequences.parquet")))
+        table = table_of(cell, "sequences.parquet")
         sequences.append(table.assign(cell_key=cell.key))
         for row in rows[rows["metric"].isin(list(_GEOMETRY))].to_dict("records"):
             place = geometry.setdefault((cell.identity["model"], int(row["geometry_layer"])), {})
@@ -57,8 +56,8 @@ def write(cells: Sequence[PublishedCell], preset_name: str, models: Sequence[str
         "ran on": ". ".join(banner(preset_name, models, stream)),
         **_local_sources(cells),
         "cells": str(len(cells)),
-        "hardware": ", ".join(sorted({str(c.meta.get("hardware")) for c in cells})),
-        "commit": ", ".join(sorted({str(c.meta.get("git_commit")) for c in cells})),
+        "hardware": recorded(cells, "hardware"),
+        "commit": recorded(cells, "git_commit"),
     }
     write_report(
         frame,

@@ -11,7 +11,7 @@ import pandas as pd
 
 from analysis.topology_report import write_report
 from analysis.topology_tables import OBSERVED, Unit, audit, ensemble_correlations
-from sweeps._storage import Store
+from sweeps._published import file_of
 from sweeps._sweep import PublishedCell
 from sweeps._topology_run import read_diagrams
 from sweeps._topology_sources import banner
@@ -27,7 +27,7 @@ def units_of(cells: Sequence[PublishedCell]) -> list[Unit]:
             continue
         place = (identity["table"], identity["representation"], identity["metric"], identity["route"])
         unit = units.setdefault(place, Unit(place))
-        diagrams = read_diagrams(Store(cell.uri).read("diagrams.npz"))
+        diagrams = read_diagrams(file_of(cell, "diagrams.npz"))
         if identity["null"] == OBSERVED:
             unit.observed[identity["run"]] = diagrams[0]
             continue
@@ -64,7 +64,7 @@ def _members(cells: Sequence[PublishedCell]) -> tuple[pd.DataFrame, dict[str, np
             values = dict(zip(cell.rows["metric"], cell.rows["value"], strict=True))
             name = cell.identity["representation"]
             rows.append({"table": cell.identity["table"], "member": name, **values})
-            embeddings[name] = np.load(io.BytesIO(Store(cell.uri).read("embedding.npy")))
+            embeddings[name] = np.load(io.BytesIO(file_of(cell, "embedding.npy")))
     return pd.DataFrame(rows), embeddings
 
 
