@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib
 import os
 import re
@@ -205,7 +206,7 @@ class _Launch:
         except OSError as error:
             trouble = error
         finally:
-            _shutdown_ray()
+            shutdown_ray()
             self.done = self.ledger.done(self.by_key)
             board.forget()
             board.already(len(self.done))
@@ -346,11 +347,21 @@ class _Watch:
         self._thread.join()
 
 
-def _shutdown_ray() -> None:
+def shutdown_ray() -> None:
+    """Leave Ray, if this process joined it.
+
+    References to Ray's objects that Tune left in cycles go first: the collector, running in the lease's or MLflow's
+    thread while Ray shuts down, would meet a Ray that is half gone, which ends the process with exit code 1.
+    """
     if "ray" in sys.modules:
         import ray
 
-        ray.shutdown()
+        gc.collect()
+        gc.disable()
+        try:
+            ray.shutdown()
+        finally:
+            gc.enable()
 
 
 def _chosen(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:

@@ -245,3 +245,38 @@ def test_overhead_a_cell(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     assert len(cell_runs(f"sqlite:///{tmp_path}/runs/mlflow.db")) == 200
     assert seconds / 200 <= 0.2, f"{seconds:.1f} s"
+
+
+LEAVE_RAY = """
+import gc, sys, threading
+import ray
+from sweeps._launch import shutdown_ray
+
+class Cycle:
+    pass
+
+gc.disable()
+ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR", object_store_memory=10**8)
+for i in range(20_000):
+    cycle = Cycle()
+    cycle.itself, cycle.reference = cycle, ray.put(i)
+del cycle
+collector = threading.Thread(target=gc.collect)
+sys.setswitchinterval(1e-5)
+start = ray.shutdown
+ray.shutdown = lambda: (collector.start(), start())
+shutdown_ray()
+collector.join()
+print("alive")
+"""
+
+
+@pytest.mark.slow
+def test_garbage_of_ray_in_another_thread_does_not_end_the_driver(tmp_path: Path) -> None:
+    """A collector that runs while Ray shuts down, in a thread like the lease's, finds nothing of Ray's."""
+    where = {**os.environ, "PYTHONPATH": str(TOY.parents[2])}
+    run = subprocess.run(
+        [sys.executable, "-c", LEAVE_RAY], cwd=tmp_path, env=where, capture_output=True, text=True, timeout=240
+    )
+    assert run.returncode == 0, run.stderr[-500:]
+    assert run.stdout.strip() == "alive"

@@ -196,11 +196,8 @@ def test_kill_9_of_the_trial_frees_what_its_workers_held(alone: Ledger, tmp_path
     (trial,) = workers_of(job, "ray::ResourceTrainable")
     trial.kill()
     out, _ = job.communicate(timeout=500)
-    assert "crashed (attempt 1)" in out
-    if job.returncode:  # seen once: Ray ends the driver after the retry published; the same command must then do
-        job = start(tmp_path, cache, "--set", f"threads={cores}", "--set", "checkpoint_steps=4")
-        out, _ = job.communicate(timeout=500)
     assert job.returncode == 0, out
+    assert "crashed (attempt 1)" in out
     final = [
         rows.loc[rows["metric"] == "final_val_nll", "value"].to_numpy()
         for rows in (rows_of(ledger_in(tmp_path)), rows_of(alone))
