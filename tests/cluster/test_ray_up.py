@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shlex
@@ -12,12 +11,12 @@ import subprocess
 import time
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from rig import ROOT, SHARED, Rig, wait_for
 
 from sweeps._ledger import Ledger
+from tests.sweeps.tiny_proxy_gap import MODEL, save_lm, save_shards, tiny_grid
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -61,17 +60,6 @@ def nodes_of(ledger: Ledger) -> dict[str, str]:
     return {cell.key: str(cell.meta["node"]) for cell in ledger.read_many(sorted(ledger.done()))}
 
 
-@pytest.fixture(scope="module")
-def proxy_gap_tests() -> ModuleType:
-    """The tests of the proxy gap's command line, for their tiny language model, text and grid."""
-    spec = importlib.util.spec_from_file_location("proxy_gap_cli", ROOT / "tests" / "sweeps" / "test_proxy_gap_cli.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_up_names_the_missing_node_and_a_second_up_completes_the_cluster(rig: Rig, config: Path) -> None:
     rig.link("w2", up=False)
     first = make(rig, "cluster-up", config, timeout=20)
@@ -98,11 +86,11 @@ def cluster(rig: Rig, config: Path) -> Path:
     return config
 
 
-def test_proxy_gap_by_ray_submit_runs_on_all_nodes(rig: Rig, cluster: Path, proxy_gap_tests: ModuleType) -> None:
-    proxy_gap_tests.save_lm(rig.shared / "lms", proxy_gap_tests.MODEL)
-    proxy_gap_tests.save_shards(rig.shared / "shards", shards=3, rows=1400, length=64, vocab=257)
+def test_proxy_gap_by_ray_submit_runs_on_all_nodes(rig: Rig, cluster: Path) -> None:
+    save_lm(rig.shared / "lms", MODEL)
+    save_shards(rig.shared / "shards", shards=3, rows=1400, length=64, vocab=257)
     lms, shards = Path(SHARED, "lms"), Path(SHARED, "shards")
-    grid = shlex.join(proxy_gap_tests.tiny_grid(lms, shards, k=4, seeds="0,1,2", tokens="16384,32768"))
+    grid = shlex.join(tiny_grid(lms, shards, k=4, seeds="0,1,2", tokens="16384,32768"))
     output = rig.check(f"cd {ROOT} && ray submit {cluster} sweeps/proxy_gap.py -- {grid}")
     assert "cells        6/6 published" in output
     ledger = Ledger(str(rig.shared / "ledger"), "proxy_gap", "1")

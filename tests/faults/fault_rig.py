@@ -10,10 +10,10 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import psutil
 
@@ -201,11 +201,6 @@ def command_of(process: psutil.Process) -> str:
 def kill(process: psutil.Process | subprocess.Popen[str]) -> None:
     """kill -9."""
     os.kill(process.pid, signal.SIGKILL)
-
-
-def settings(values: Mapping[str, Any]) -> list[str]:
-    """`--set` arguments."""
-    return [part for name, value in values.items() for part in ("--set", f"{name}={value}")]
 
 
 def said(seed_case: str, events: Sequence[object]) -> str:

@@ -11,15 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
-from fault_rig import settings
 
-from models.registry import HOST_LMS
 from sweeps._ledger import Ledger
+from tests.sweeps.tiny_proxy_gap import MODEL, save_lm, save_shards, settings, tiny_grid
 
 _CLOCKS = {"tokens_per_second"}  # metrics that measure the machine, not the model
 
@@ -46,30 +41,18 @@ class Tiny:
 
 def proxy_gap(sources: Path, **changes: object) -> Tiny:
     """An SAE with two nested budgets on random weights and random bytes."""
-    model = "standin-small"
-    if not (sources / model).exists():
-        _save_lm(sources, model)
-        _save_shards(sources / "shards")
-    grid: dict[str, object] = {
-        "models": model,
-        "lm_path": sources,
-        "stream": "pile",
-        "stream_path": sources / "shards",
-        "depths": "mid",
+    if not (sources / MODEL).exists():
+        save_lm(sources, MODEL)
+        save_shards(sources / "shards", shards=2, rows=400, length=64, vocab=257)
+    smaller: dict[str, object] = {
         "k": 8,
-        "seeds": 0,
         "tokens": "8192,16384",
-        "context": 64,
         "expansion": 1,
-        "batch_tokens": 256,
-        "shuffle_sequences": 16,
-        "warmup_steps": 10,
         "eval_sequences": 4,
-        "threads": 1,
         "checkpoint_seconds": 0,
         "max_retries": 9,
     }
-    return Tiny("proxy_gap", ("--preset", "local", *settings(grid | changes)))
+    return Tiny("proxy_gap", tuple(tiny_grid(sources, sources / "shards", **smaller | changes)))
 
 
 def odor_topology(sources: Path, **changes: object) -> Tiny:
@@ -84,7 +67,7 @@ def odor_topology(sources: Path, **changes: object) -> Tiny:
         "threads": 1,
         "max_retries": 9,
     }
-    return Tiny("odor_topology", ("--preset", "audit", *settings(grid | changes)))
+    return Tiny("odor_topology", ("--preset", "audit", *settings(**grid | changes)))
 
 
 def codec_lm(sources: Path, **changes: object) -> Tiny:
@@ -106,7 +89,7 @@ def codec_lm(sources: Path, **changes: object) -> Tiny:
         "checkpoint_seconds": 0,
         "max_retries": 9,
     }
-    return Tiny("codec_lm", ("--preset", "local", *settings(grid | changes)))
+    return Tiny("codec_lm", ("--preset", "local", *settings(**grid | changes)))
 
 
 SWEEPS: dict[str, Callable[..., Tiny]] = {
@@ -114,34 +97,6 @@ SWEEPS: dict[str, Callable[..., Tiny]] = {
     "odor_topology": odor_topology,
     "codec_lm": codec_lm,
 }
-
-
-def _save_lm(folder: Path, name: str) -> None:
-    """Random weights of a model's architecture, in Hugging Face format, under `folder`/`name`."""
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-    spec = HOST_LMS[name]
-    torch.manual_seed(0)
-    config = GPTNeoXConfig(
-        hidden_size=spec.d_model,
-        num_hidden_layers=spec.n_layers,
-        num_attention_heads=spec.n_heads,
-        intermediate_size=spec.d_mlp,
-        vocab_size=spec.d_vocab,
-        max_position_embeddings=2048,
-        rotary_pct=0.25,
-    )
-    GPTNeoXForCausalLM(config).save_pretrained(folder / name)
-
-
-def _save_shards(folder: Path, shards: int = 2, rows: int = 400, length: int = 64, vocab: int = 257) -> None:
-    """Parquet shards of the hub data set's schema, with random tokens."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(shards):
-        tokens = list(rng.integers(0, vocab, (rows, length), dtype=np.int32))
-        table = pa.table({"tokens": pa.array(tokens, pa.list_(pa.int32()))})
-        pq.write_table(table, folder / f"train-{i:05d}-of-{shards:05d}.parquet", row_group_size=100)
 
 
 Results = dict[str, dict[str, Any]]

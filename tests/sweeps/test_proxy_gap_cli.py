@@ -16,8 +16,6 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pandas as pd
 import psutil
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -28,50 +26,16 @@ from sweeps import _launch, _sae_sources
 from sweeps._ledger import Ledger
 from sweeps._where import Machine, RunSettings
 from sweeps.proxy_gap import PRESETS, SWEEP
+from tests.sweeps.tiny_proxy_gap import MODEL, save_lm, save_shards, settings, tiny_grid
 
 ROOT = Path(__file__).resolve().parents[2]
 HUB_SERVER = ROOT / "tests" / "data" / "hub_server.py"
-MODEL = "standin-small"
 COLUMNS = [
     *("model", "layer", "depth", "k", "seed", "tokens", "r2", "r2_legacy", "r2_energy", "ce_rec", "ce_rec_lo"),
     *("ce_rec_hi", "ce_loss_score", "mse", "cosine", "relative_error", "alive", "swd", "abs_gdelta", "nmse"),
     *("rate_bits", "pr", "pr_deflated", "loss_orig", "loss_recon", "loss_zero", "cell_key"),
 ]
 EXTRA_COLUMNS = {"rate_bits_entropy", "d_model", "d_sae"}
-
-
-def settings(**values: object) -> list[str]:
-    return [part for name, value in values.items() for part in ("--set", f"{name}={value}")]
-
-
-def save_lm(folder: Path, name: str) -> Path:
-    """Random weights of a model's architecture, in Hugging Face format, under `folder`/`name`."""
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-    spec = HOST_LMS[name]
-    torch.manual_seed(0)
-    config = GPTNeoXConfig(
-        hidden_size=spec.d_model,
-        num_hidden_layers=spec.n_layers,
-        num_attention_heads=spec.n_heads,
-        intermediate_size=spec.d_mlp,
-        vocab_size=spec.d_vocab,
-        max_position_embeddings=2048,
-        rotary_pct=0.25,
-    )
-    GPTNeoXForCausalLM(config).save_pretrained(folder / name)
-    return folder
-
-
-def save_shards(folder: Path, *, shards: int, rows: int, length: int, vocab: int) -> Path:
-    """Parquet shards of the hub data set's schema, with random tokens."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(shards):
-        tokens = list(rng.integers(0, vocab, (rows, length), dtype=np.int32))
-        table = pa.table({"tokens": pa.array(tokens, pa.list_(pa.int32()))})
-        pq.write_table(table, folder / f"train-{i:05d}-of-{shards:05d}.parquet", row_group_size=max(1, rows // 6))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -82,28 +46,6 @@ def tiny_lms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def byte_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_shards(tmp_path_factory.mktemp("text") / "shards", shards=3, rows=1400, length=64, vocab=257)
-
-
-def tiny_grid(lms: Path, shards: Path, **changes: object) -> list[str]:
-    """Two SAEs with two nested budgets on a random stand-in and random bytes: seconds of work."""
-    grid: dict[str, object] = {
-        "models": MODEL,
-        "lm_path": lms,
-        "stream": "pile",
-        "stream_path": shards,
-        "depths": "mid",
-        "k": "4,8",
-        "seeds": 0,
-        "tokens": "65536,196608",
-        "context": 64,
-        "expansion": 2,
-        "batch_tokens": 256,
-        "shuffle_sequences": 16,
-        "warmup_steps": 10,
-        "eval_sequences": 8,
-        "threads": 1,
-    }
-    return ["--preset", "local", *settings(**grid | changes)]
 
 
 def environment(**changes: str) -> dict[str, str]:
