@@ -103,6 +103,11 @@ class CodecLMConfig:
         return tuple(of(layer) for layer in range(1, self.n_layers + 1))
 
     @property
+    def max_frames(self) -> int:
+        """Frames that the context holds: the delay pattern adds a column for each codebook but the first."""
+        return self.context - self.n_codebooks + 1
+
+    @property
     def vocabulary(self) -> int:
         """Tokens a codebook: its codes and three special ones."""
         return self.codebook_size + 3

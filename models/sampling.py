@@ -122,12 +122,10 @@ def generate(
         raise ValueError(f"prompt has shape {tuple(prompt.shape)}, expected [B, K, T] with K={K} codebooks")
     check_tokens(prompt, config.codebook_size, force=True)
     given = prompt.shape[-1]
-    steps = given + n_frames + K - 1
-    if steps > config.context:
-        longest = config.context - K + 1
+    if given + n_frames > config.max_frames:
         raise ValueError(
             f"prompt of {given} frames plus {n_frames} new ones exceed the context of {config.context} steps, which "
-            f"holds {longest} frames; choose a prompt and n_frames of at most {longest} together"
+            f"holds {config.max_frames} frames; choose a prompt and n_frames of at most {config.max_frames} together"
         )
     prompt = prompt.to(device).long().repeat_interleave(best_of, 0)
     decoder = _Decoder(model, prompt, n_frames, sampling, stop_at_eos, seed)

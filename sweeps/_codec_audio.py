@@ -77,7 +77,7 @@ def embedders(codec: Codec) -> list[Embedder]:
 
 def sample_frames(codec: Codec, model: CodecLM, seconds: float) -> int:
     """Frames of a sample of `seconds`, at most what the context holds."""
-    return min(max(1, round(seconds * codec.frame_rate_hz)), model.config.context - model.config.n_codebooks + 1)
+    return min(max(1, round(seconds * codec.frame_rate_hz)), model.config.max_frames)
 
 
 def coherence_window(frames: int, frame_rate_hz: float) -> dict[str, float]:

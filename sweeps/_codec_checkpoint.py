@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from sweeps._sweep import Cell, UserError
@@ -22,8 +22,6 @@ FORMAT = "2"
 
 def checkpoint_facts(cell: Cell, codec: Codec) -> dict[str, Any]:
     """All of the file but the configuration and the weights of the model."""
-    from dataclasses import asdict
-
     from data.codec import MelVQCodec
 
     facts: dict[str, Any] = {

@@ -26,7 +26,7 @@ from sweeps._codec_checkpoint import checkpoint_facts
 from sweeps._codec_data import TokenSource, open_source, unigram_nll
 from sweeps._codec_halving import compete
 from sweeps._context import PackContext
-from sweeps._memory_health import LAYER, clip_table, gate_numbers, gate_table
+from sweeps._memory_health import EVAL_BATCH, LAYER, clip_table, gate_numbers, gate_table
 from sweeps._stop import PackStopped
 from sweeps._sweep import Row, UserError
 from sweeps._train import AnomalyError, Batch, StepStats, TrainConfig, Trainer, autocast, train
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 WEIGHTS = ("raw", "ema")
 ALONE = World()
-_EVAL_BATCH = 8
 
 
 class TrainingStream:
@@ -45,7 +44,6 @@ class TrainingStream:
 
     def __init__(self, clips: TokenClips, cell: LMCell, config: CodecLMConfig, device: str) -> None:
         self.clips, self.cell, self.config, self.device = clips, cell, config, device
-        self.max_frames = config.context - config.n_codebooks + 1
         self._epoch, self._first = 0, 0  # of the plan at hand: its epoch, and its first step
         self._plan = self._plan_of(0)
 
@@ -60,7 +58,7 @@ class TrainingStream:
             self._plan = self._plan_of(self._epoch)
         place = step - self._first
         seed = self.cell.seed + 1_000_003 * self._epoch
-        batch = collate(self.clips, self._plan[place].tolist(), place, self.max_frames, seed)
+        batch = collate(self.clips, self._plan[place].tolist(), place, self.config.max_frames, seed)
         inputs, targets = training_pair(batch.codes_BKT, pad=self.config.pad, bos=self.config.bos)
         return Batch(inputs.to(self.device), targets.to(self.device), batch.real_tokens)
 
@@ -71,8 +69,7 @@ def evaluate(model: CodecLM, clips: TokenClips, n_clips: int, precision: str, wo
     found: dict[int, list[dict[str, npt.NDArray[np.float64]]]] = {}
     model.eval()
     with torch.inference_mode(), autocast(device, precision):
-        frames = config.context - config.n_codebooks + 1
-        for batch in evaluation_batches(clips, _EVAL_BATCH, max_frames=frames, n_clips=n_clips):
+        for batch in evaluation_batches(clips, EVAL_BATCH, max_frames=config.max_frames, n_clips=n_clips):
             if batch.index % world.size != world.rank:
                 continue
             inputs, targets = training_pair(batch.codes_BKT, pad=config.pad, bos=config.bos)

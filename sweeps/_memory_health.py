@@ -17,15 +17,14 @@ from sweeps._published import parquet_bytes
 from sweeps._train import autocast
 
 LAYER = "layer"
-_BATCH = 8
+EVAL_BATCH = 8  # held-out clips scored at once; it decides their order too
 _FACTS = ("cache_mass", "effective_mass", "entropy", "entropy_share", "read_ratio", "openness", "gate_bias")
 
 
 def clip_table(scores: Mapping[str, CodebookScores], clips: TokenClips, n_clips: int) -> bytes:
     """Parquet with a row for each held-out clip and kind of weights: weights, clip_id, nll (a sum, nats), tokens."""
-    ids = [
-        name for batch in evaluation_batches(clips, _BATCH, max_frames=1, n_clips=n_clips) for name in batch.clip_ids
-    ]
+    batches = evaluation_batches(clips, EVAL_BATCH, max_frames=1, n_clips=n_clips)
+    ids = [name for batch in batches for name in batch.clip_ids]
     tables = [some.clips().assign(weights=weights, clip_id=ids) for weights, some in scores.items()]
     return parquet_bytes(pd.concat(tables, ignore_index=True))
 
@@ -60,8 +59,7 @@ def _walk(
     """(clip ids, statistics of each layer) of the batches that `evaluate` sees."""
     config, device = model.config, model.heads.device
     model.eval()
-    delay = config.n_codebooks - 1
     with torch.inference_mode(), autocast(device, precision):
-        for batch in evaluation_batches(clips, _BATCH, max_frames=config.context - delay, n_clips=n_clips):
+        for batch in evaluation_batches(clips, EVAL_BATCH, max_frames=config.max_frames, n_clips=n_clips):
             inputs, _ = training_pair(batch.codes_BKT, pad=config.pad, bos=config.bos)
-            yield batch.clip_ids, model.gate_sums(inputs.to(device), batch.length_B + delay)
+            yield batch.clip_ids, model.gate_sums(inputs.to(device), batch.length_B + config.n_codebooks - 1)
