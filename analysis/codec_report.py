@@ -11,6 +11,7 @@ import pandas as pd
 
 from analysis import codec_plots
 from analysis.codec_contrasts import ArmResamples, arm_resamples, choose_lr
+from analysis.markdown import table
 
 # step → label-smoothed validation loss of the source study's speech hybrid, and its exponential (printed as perplexity)
 PUBLISHED_SPEECH = {1_800: (4.2847, 72.58), 12_000: (3.8207, 45.63)}
@@ -140,12 +141,6 @@ _GATE_NOTE = (
     "output; entropy: "
     "as a share of the uniform choice's; read ratio: size of what the gate would let in, over the layer's own output."
 )
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 def interval(value: float, low: float, high: float, digits: int = 3) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from analysis import memory_cache_plots as figures
+from analysis.markdown import table
 from analysis.memory_cache_effects import GATE_WORDS, MORE_WORDS, NO_EVIDENCE, WORTH_WORDS
 
 _GATE_NOTE = (
@@ -114,18 +115,13 @@ def headline(effects: pd.DataFrame) -> list[str]:
     return lines
 
 
-def _listing(title: str, table: pd.DataFrame, name: str, words: tuple[str, str]) -> str:
+def _listing(title: str, arms: pd.DataFrame, name: str, words: tuple[str, str]) -> str:
     parts = []
     for word in words:
-        names = table.loc[table[f"{name}_verdict"] == word, "arm"].tolist()
+        names = arms.loc[arms[f"{name}_verdict"] == word, "arm"].tolist()
         parts.append(f"{word}: {', '.join(names) or 'none'}")
-    unknown = int((table[f"{name}_verdict"] == NO_EVIDENCE).sum())
-    return f"{title}: {'; '.join(parts)}; no evidence for {unknown} of {len(table)}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+    unknown = int((arms[f"{name}_verdict"] == NO_EVIDENCE).sum())
+    return f"{title}: {'; '.join(parts)}; no evidence for {unknown} of {len(arms)}"
 
 
 def _interval(row: Mapping[Hashable, Any], name: str, digits: int) -> str:
@@ -161,7 +157,7 @@ def _gate_table(effects: pd.DataFrame) -> str:
             ]
         )
     head = ["setting", "openness", "reach", "openness by layer", "moved [95% CI]", "by itself (p)"]
-    return _table([*head, "against base [95% CI]", "verdict (p)"], rows)
+    return table([*head, "against base [95% CI]", "verdict (p)"], rows)
 
 
 def _worth_table(effects: pd.DataFrame) -> str:
@@ -179,7 +175,7 @@ def _worth_table(effects: pd.DataFrame) -> str:
         for r in effects.to_dict("records")
     ]
     head = ["setting", "parameters MC / control", "val_nll MC", "control", "MC - control [95% CI]", "verdict (p)"]
-    return _table([*head, "against base [95% CI]", "verdict (p)"], rows)
+    return table([*head, "against base [95% CI]", "verdict (p)"], rows)
 
 
 def _use_table(effects: pd.DataFrame) -> str:
@@ -195,4 +191,4 @@ def _use_table(effects: pd.DataFrame) -> str:
         ]
         for r in effects.to_dict("records")
     ]
-    return _table(["setting", "mass", "entropy", "read ratio", "contribution", "spikes (of W_u, b)", "gradient"], rows)
+    return table(["setting", "mass", "entropy", "read ratio", "contribution", "spikes (of W_u, b)", "gradient"], rows)

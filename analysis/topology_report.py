@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import topology_plots
+from analysis.markdown import table
 from analysis.topology_tables import Audit, Unit
 
 PUBLISHED = {("curated", "bits_r4", "jaccard", "direct", "top1_ratio"): 2.445}
@@ -84,15 +85,13 @@ def _markdown(frame: pd.DataFrame) -> str:
             return "" if np.isnan(value) else f"{value:.4g}"
         return "" if value is None else str(value)
 
-    head = "| " + " | ".join(map(str, frame.columns)) + " |"
-    rule = "|" + "---|" * len(frame.columns)
-    return "\n".join([head, rule, *("| " + " | ".join(map(cell, row)) + " |" for row in frame.itertuples(index=False))])
+    return table(list(map(str, frame.columns)), [list(map(cell, row)) for row in frame.itertuples(index=False)])
 
 
 def _verdicts(result: Audit) -> list[str]:
     lines = []
-    for (table, name), verdict in result.verdicts.items():
-        lines.append(f"- **{table}, {name}: {verdict.label}.** {verdict.sentence}.")
+    for (molecules, name), verdict in result.verdicts.items():
+        lines.append(f"- **{molecules}, {name}: {verdict.label}.** {verdict.sentence}.")
     return lines
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -163,18 +164,10 @@ def published_sampler(model: CodecLM, columns: int) -> Arm:
                 logits = model(tokens[..., :length])[:, -1]
                 torch.multinomial(logits.float().softmax(-1).flatten(0, 1), 1)
             seconds.append(time.process_time() - start)
-        slope, base = _line(lengths, seconds)
-        return sum(base + slope * length for length in range(1, columns + 1))
+        slope, base = np.polyfit(lengths, seconds, 1)
+        return float(sum(base + slope * length for length in range(1, columns + 1)))
 
     return arm
-
-
-def _line(x: list[int], y: list[float]) -> tuple[float, float]:
-    """Slope and intercept of the least-squares line."""
-    from scipy.stats import linregress
-
-    fit = linregress(x, y)
-    return float(fit.slope), float(fit.intercept)
 
 
 def sampling(repeats: int, frames: int) -> str:

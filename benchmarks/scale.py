@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import io
 import json
-import math
 import os
 import resource
 import shutil
@@ -25,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -279,9 +280,7 @@ def child(step: str, n: int, folder: Path) -> dict[str, Any]:
 
 def slope(sizes: Sequence[int], seconds: Sequence[float]) -> float:
     """Least-squares slope of log seconds over log cells."""
-    x, y = [math.log(s) for s in sizes], [math.log(s) for s in seconds]
-    mx, my = sum(x) / len(x), sum(y) / len(y)
-    return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum((a - mx) ** 2 for a in x)
+    return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
 
 
 def main() -> None:
