@@ -88,7 +88,13 @@ def _origin(study: Study) -> list[str]:
         return [RECALL, repr(RecallSpec()), str(study.corpus_clips)]
     if study.corpus == SYNTHETIC:
         return [repr(_speech(study)), repr(study.melvq()), str(study.corpus_clips)]
-    audio = _audio(study)
+    return _recorded_origin(study, _audio_path(study))
+
+
+@functools.cache
+def _recorded_origin(study: Study, path: str) -> list[str]:
+    """Once a process: every cell of a study asks, and it looks into the recordings."""
+    audio = _listed(study.corpus, path)
     listed = digest([[r.recording_id, r.name] for r in audio.recordings])
     return [listed, _codec_origin(study)]
 
@@ -239,9 +245,10 @@ def _synthetic(study: Study, folder: Path, say: Callable[[str], None]) -> tuple[
 
 
 def _audio(study: Study) -> AudioSet:
-    from data.fma import open_fma
-    from data.ljspeech import open_ljspeech
+    return _listed(study.corpus, _audio_path(study))
 
+
+def _audio_path(study: Study) -> str:
     path = study.audio_path
     if study.corpus == ASTERISK:
         path = path or str(user_cache() / "audio" / "ljspeech")
@@ -255,28 +262,26 @@ def _audio(study: Study) -> AudioSet:
     what = {"fma": "FMA (fma_metadata and fma_large)"}.get(study.corpus, "LJ Speech (a folder or archive)")
     if not path:
         raise UserError(f"this preset reads {what}; say where it is with --set audio_path=PATH")
+    return path
+
+
+@functools.cache
+def _listed(corpus: str, path: str) -> AudioSet:
+    """The audio set at a path, listed once a process."""
+    from data.fma import open_fma
+    from data.ljspeech import open_ljspeech
+
     readers: dict[str, Callable[[str], AudioSet]] = {
         ASTERISK: functools.partial(open_ljspeech, nominal_rate=ASTERISK_RATE, name=ASTERISK),
         "fma": open_fma,
         "ljspeech": open_ljspeech,
     }
-    return _listed(study.corpus, path, readers[study.corpus])
-
-
-_AUDIO: dict[tuple[str, str], AudioSet] = {}
-
-
-def _listed(corpus: str, path: str, reader: Callable[[str], AudioSet]) -> AudioSet:
-    """The audio set at a path, listed once a process."""
-    if (corpus, path) in _AUDIO:
-        return _AUDIO[corpus, path]
     try:
-        audio = reader(path)
+        audio = readers[corpus](path)
     except (OSError, ValueError) as error:
         raise UserError(f"audio_path={path}: {error}") from error
     if not audio.recordings:
         raise UserError(f"audio_path={path} lists no recording of {corpus}; point it at the data set's own layout")
-    _AUDIO[corpus, path] = audio
     return audio
 
 
