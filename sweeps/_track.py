@@ -8,6 +8,7 @@ follow from the published cell alone, so copying twice writes the same rows.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import json
 import logging
@@ -78,6 +79,8 @@ class Tracker:
         """Open the launch's parent run in a thread that then copies whatever `want` names."""
         self._parent_params, self._parent_tags = dict(parent_params), dict(tags)
         self._many = int(parent_params.get("cells", 0)) > _SINGLE_LOOKUPS
+        with contextlib.suppress(ImportError):  # MLflow imports it in the thread; Matplotlib fails on one half loaded
+            importlib.import_module("IPython")
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
 

@@ -72,11 +72,13 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def bench(warm: Warm, launches: Launches, sources: Path, database: Path) -> MakeBench:
-    """Makes the folder in which one sweep is launched again and again."""
+    """Makes the folder in which one sweep is launched again and again; place: its name, or the test's own."""
 
-    def make(sweep: str, objects: bool = False, **changes: object) -> Bench:
+    def make(sweep: str, objects: bool = False, place: str = "", **changes: object) -> Bench:
         tiny = SWEEPS[sweep](sources, **changes)
-        return Bench(warm, launches, tiny, sources=sources, database=database, objects=objects)
+        folder = launches.folder / place
+        folder.mkdir(exist_ok=True)
+        return Bench(warm, Launches(folder), tiny, sources=sources, database=database, objects=objects)
 
     return make
 

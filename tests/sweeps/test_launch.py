@@ -280,3 +280,30 @@ def test_garbage_of_ray_in_another_thread_does_not_end_the_driver(tmp_path: Path
     )
     assert run.returncode == 0, run.stderr[-500:]
     assert run.stdout.strip() == "alive"
+
+
+LOOK_AT_IPYTHON = """
+import sys
+from pathlib import Path
+from sweeps._claims import Claims
+from sweeps._ledger import Ledger
+from sweeps._track import Tracker
+
+class Looking(Tracker):
+    def _work(self):
+        print("whole" if hasattr(sys.modules.get("IPython"), "version_info") else "not yet")
+
+ledger = Ledger(str(Path("ledger").resolve()), "toy", "1")
+tracker = Looking("sqlite:///mlflow.db", ledger, Claims(ledger.store), artifact_mb=1.0, say=print)
+tracker.start({}, {})
+tracker._thread.join()
+"""
+
+
+def test_the_thread_of_mlflow_finds_ipython_loaded(tmp_path: Path) -> None:
+    """Matplotlib reads the version of an IPython it finds, so one that a thread has loaded by half breaks a plot."""
+    where = {**os.environ, "PYTHONPATH": str(TOY.parents[2])}
+    run = subprocess.run(
+        [sys.executable, "-c", LOOK_AT_IPYTHON], cwd=tmp_path, env=where, capture_output=True, text=True, timeout=240
+    )
+    assert run.stdout.strip() == "whole", run.stderr[-500:]
