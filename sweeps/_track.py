@@ -67,6 +67,7 @@ class Tracker:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._client: Any = None
+        self._address = ""
         self._experiment = ""
         self._parent = ""
         self._down = False
@@ -94,6 +95,9 @@ class Tracker:
         self._stop.set()
         if self._thread:
             self._thread.join(timeout)
+            if self._thread.is_alive():  # copying here as well would make two runs of the cells it is at
+                self._unreachable(TimeoutError(f"a copy did not end within {timeout:.0f} s"))
+                return False
         answered = bool(self._parent) or self.uri.startswith("sqlite:")
         again = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(_FINISH_TRIES if answered else 1),
@@ -163,6 +167,7 @@ class Tracker:
         if login := http_login(self.uri):  # MLflow takes them from here, and no address in an error holds them
             os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"] = login
             address = self.uri
+        self._address = address
         artifacts = None
         if self.uri.startswith("sqlite:///"):
             folder = Path(self.uri.removeprefix("sqlite:///")).parent
@@ -285,10 +290,10 @@ class Tracker:
             "mlflow.parentRunId": self._parent,
             **{str(k): str(v) for k, v in cell.identity.items()},
         }
-        run_id = unfinished
+        run_id, place = unfinished, ""
         if not run_id:
             made = self._client.create_run(self._experiment, start_time=began, run_name=_name(cell), tags=tags)
-            run_id = made.info.run_id
+            run_id, place = made.info.run_id, made.info.artifact_uri
             if self.claims.lapses() != lapses and self._taken_over(key, run_id):
                 self._client.delete_run(run_id)
                 return ""
@@ -296,7 +301,7 @@ class Tracker:
             self._client.log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()])
         params = [Param(k, str(v)) for k, v in cell.identity.items()]
         self._log_points(run_id, list(_points(cell, began, published)), params)
-        self._log_files(run_id, cell)
+        self._log_files(run_id, place, cell)
         self._client.set_terminated(run_id, "FINISHED", end_time=published)
         return run_id
 
@@ -318,7 +323,10 @@ class Tracker:
             metrics = [Metric(*point) for point in part]
             self._client.log_batch(run_id, metrics=metrics, params=() if i else params)
 
-    def _log_files(self, run_id: str, cell: PublishedCell) -> None:
+    def _log_files(self, run_id: str, place: str, cell: PublishedCell) -> None:
+        """Copy the cell's files to where the run keeps its own; `place` as its maker was told, empty if not known."""
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
         store = self.ledger.store
         left_out = []
         with tempfile.TemporaryDirectory() as folder:
@@ -327,13 +335,16 @@ class Tracker:
                 if sizes.get(name, 0) > self._artifact_bytes:
                     left_out.append(name)
                     continue
-                place = Path(folder, name)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                place.write_bytes(store.read(f"{cell.key}/{name}"))
+                copy = Path(folder, name)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(store.read(f"{cell.key}/{name}"))
             if left_out:
                 text = "".join(f"{cell.uri}/{name}\n" for name in left_out)
                 Path(folder, "larger_files_in_ledger.txt").write_text(text)
-            self._client.log_artifacts(run_id, folder)
+            if place:  # the client would ask for the whole run first, to learn the same
+                get_artifact_repository(place, tracking_uri=self._address).log_artifacts(folder)
+            else:
+                self._client.log_artifacts(run_id, folder)
 
     def compare_link(self, keys: Sequence[str]) -> str:
         """Address of MLflow's compare page for the runs of these cells (the first hundred)."""

@@ -1,0 +1,103 @@
+"""One run a cell in MLflow, with its files, also where a copy takes longer than the end of the launch may wait."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import scale
+from sweeps._claims import Claims
+from sweeps._ledger import Ledger
+from sweeps._track import Tracker
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    ledger = Ledger(str(tmp_path / "ledger"), "scale", "1")
+    scale.fill(ledger, scale.cells_of(3))
+    return ledger
+
+
+def tracker(ledger: Ledger, said: list[str], kind: type[Tracker] = Tracker) -> Tracker:
+    folder = Path(ledger.store.root).parents[2]
+    return kind(f"sqlite:///{folder}/mlflow.db", ledger, Claims(ledger.store), artifact_mb=1.0, say=said.append)
+
+
+def runs_of_cells(uri: str) -> list[Any]:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("plumbline/scale")
+    assert experiment is not None
+    return list(client.search_runs([experiment.experiment_id], "tags.`plumbline.kind` = 'cell'"))
+
+
+def files_of(run: Any) -> dict[str, bytes]:
+    folder = Path(run.info.artifact_uri.removeprefix("file://"))
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def assert_copied_once(ledger: Ledger, uri: str) -> None:
+    runs = runs_of_cells(uri)
+    cells = {cell.key: cell for cell in (ledger.read(key) for key in ledger.done())}
+    assert Counter(run.data.tags["plumbline.cell_key"] for run in runs) == dict.fromkeys(cells, 1)
+    for run in runs:
+        assert run.info.status == "FINISHED"
+        key = run.data.tags["plumbline.cell_key"]
+        assert files_of(run) == {name: ledger.file(key, name) for name in cells[key].files}
+
+
+class Slow(Tracker):
+    """Its first copy waits until it is told to go on."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.copying, self.go_on = threading.Event(), threading.Event()
+
+    def _copy(self, key: str, unfinished: str, lapses: int) -> str:
+        self.copying.set()
+        assert self.go_on.wait(60)
+        return super()._copy(key, unfinished, lapses)
+
+
+def test_the_end_does_not_copy_what_the_thread_is_copying(ledger: Ledger) -> None:
+    said: list[str] = []
+    slow = tracker(ledger, said, Slow)
+    assert isinstance(slow, Slow)
+    slow.start({}, {})
+    slow.want(ledger.done())
+    assert slow.copying.wait(60)
+    threading.Timer(1.0, slow.go_on.set).start()
+    assert not slow.finish("FINISHED", {}, [], timeout=0.1)
+    assert any("a copy did not end within" in line for line in said)
+    assert slow._thread is not None
+    slow._thread.join()
+    slow.claims.release()
+    after = tracker(ledger, said)
+    after.start({}, {})
+    after.want(ledger.done())
+    assert after.finish("FINISHED", {}, [])
+    after.claims.release()
+    assert_copied_once(ledger, slow.uri)
+
+
+def test_a_run_left_without_its_files_gets_them(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tracker(ledger, [])
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracker, "_log_files", lambda *a: (_ for _ in ()).throw(OSError("the network went away")))
+        patch.setattr("sweeps._track._FINISH_TRIES", 1)
+        broken.start({}, {})
+        broken.want(ledger.done())
+        assert not broken.finish("FINISHED", {}, [])
+        broken.claims.release()
+    assert {run.info.status for run in runs_of_cells(broken.uri)} == {"RUNNING"}
+    after = tracker(ledger, [])
+    after.start({}, {})
+    after.want(ledger.done())
+    assert after.finish("FINISHED", {}, [])
+    after.claims.release()
+    assert_copied_once(ledger, after.uri)
