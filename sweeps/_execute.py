@@ -11,12 +11,15 @@ import traceback
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from sweeps._board import Board
 from sweeps._context import PackContext
+from sweeps._crash import death, last_failure
 from sweeps._ledger import Ledger
 from sweeps._secrets import VARIABLE as LOGINS
+from sweeps._secrets import without_password
 from sweeps._stop import PackStopped, listen, terminated, working
 from sweeps._sweep import Pack, UserError
 from sweeps._where import RunSettings, prepare_process
@@ -53,6 +56,7 @@ def run_packs(
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S"] = "0"
+    os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"  # the board says it, a death in one line
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "3600"  # the ledger, not Tune's snapshot, is what restarts read
     import ray
     from ray import tune
@@ -88,6 +92,7 @@ def run_packs(
             super().setup(config)
 
     folder = tempfile.mkdtemp(prefix="plumbline-tune-")
+    errors: dict[str, str] = {}
     try:
         tuner = tune.Tuner(
             tune.with_resources(Listening, resources),
@@ -103,15 +108,10 @@ def run_packs(
                 storage_path=folder,
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=run.max_retries),
-                callbacks=[_board_callback(board, published)],
+                callbacks=[_board_callback(board, by_name, published, errors)],
             ),
         )
-        results = tuner.fit()
-        errors = {}
-        for result in (results[i] for i in range(len(results))):
-            if result.error is not None and result.config:
-                lines = str(result.error).strip().splitlines()
-                errors[result.config["pack"]] = lines[-1].strip() if lines else "crashed"
+        tuner.fit()
         return errors
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -137,8 +137,26 @@ def _bundle(pack: Pack) -> dict[str, float]:
     return {**bundle, "GPU": pack.gpus} if pack.gpus else bundle
 
 
-def _board_callback(board: Board, published: Callable[[list[str]], None]) -> Any:
+def _board_callback(
+    board: Board, packs: Mapping[str, Pack], published: Callable[[list[str]], None], errors: dict[str, str]
+) -> Any:
+    """Tune's events on the screen; `errors` gets the line of each pack that is given up."""
     from ray import tune
+
+    def say_why(trial: Any) -> str:
+        """Print why an attempt ended and return that line; an error of the code's own comes with its traceback."""
+        name = trial.config["pack"]
+        try:
+            text = without_password(last_failure(Path(trial.error_file).read_text()))
+        except OSError:
+            return "crashed"
+        line = death(text, packs[name])
+        if line is None:
+            line = text.splitlines()[-1].strip() if text else "crashed"
+            if not SYSTEM_ERROR.search(line) and "SIGTERM" not in line:
+                board.say(text)
+        board.say(f"{name}: {line}")
+        return line
 
     class BoardCallback(tune.Callback):
         def __reduce__(self) -> Any:  # Tune pickles its settings; a screen cannot be pickled and is not needed there
@@ -157,10 +175,12 @@ def _board_callback(board: Board, published: Callable[[list[str]], None]) -> Any
 
         def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             name = trial.config["pack"]
+            say_why(trial)
             board.say(f"{name} crashed (attempt {trial.num_failures}); a retry continues from its checkpoint")
 
         def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             name = trial.config["pack"]
+            errors[name] = say_why(trial)
             board.say(f"{name} crashed {trial.num_failures} times and is given up; its last checkpoint stays")
             board.drop(name)
 

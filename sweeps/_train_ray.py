@@ -33,6 +33,7 @@ from ray.util.placement_group import (
 )
 
 from sweeps._context import PackContext
+from sweeps._crash import death
 from sweeps._execute import HEADROOM, PERMANENT, SYSTEM_ERROR, one_line
 from sweeps._stop import PackStopped, listen, lower_flag, raise_flag, terminated, working
 from sweeps._sweep import Pack, UserError
@@ -70,7 +71,7 @@ def fit(job: str, pack: Pack, preset: Any, context: PackContext) -> None:
                 result = _trainer(job, pack, cells, preset, context, board, folder).fit()
             except TrainingFailedError as error:
                 current = board.state().get("cell")
-                line = _reason(error)
+                line = _reason(error, pack)
                 if SYSTEM_ERROR.search(line):  # no fault of the cell's: a later launch tries again
                     raise OSError(line) from error
                 begun = [cell for cell in cells if cell.key == current]
@@ -281,8 +282,9 @@ def _relay(board: _Board, context: PackContext) -> Iterator[None]:
             lower_flag(context.ledger.store, context.stop_name)
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException, pack: Pack) -> str:
     """The first worker's error as one line."""
     failures = getattr(error, "worker_failures", None)
     first = next(iter(failures.values())) if failures else error
-    return one_line(getattr(first, "_base_exc", first))[:500]
+    line = one_line(getattr(first, "_base_exc", first))
+    return death(line, pack) or line[:500]

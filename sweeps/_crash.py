@@ -1,0 +1,53 @@
+"""Why a worker died, in one line: what Ray writes of it, with the rule that it broke and the remedy."""
+
+from __future__ import annotations
+
+import re
+
+from sweeps._sweep import Pack
+
+_MEMORY = re.compile(
+    r"node running low on memory.*?\(IP: (?P<node>[^,)]+).*?was (?P<used>\S+) used / (?P<limit>\S+) limit "
+    r"\((?P<share>[\d.]+)\)",
+    re.DOTALL,
+)
+_THRESHOLD = re.compile(r"exceeded threshold of \d+B \((?P<percent>[\d.]+)%")
+_DEAD = re.compile(r"(ActorDiedError|ActorUnavailableError|WorkerCrashedError|NodeDiedError|LocalRayletDiedError)\b")
+_DETAIL = re.compile(r"Worker exit detail: (?P<why>[^.]+)\.")
+
+
+def death(text: str, pack: Pack) -> str | None:
+    """The line for a worker of `pack` that ended with Ray's error `text`; None where it was no death but an error.
+
+    Out of memory: Ray's memory monitor killed it. `node running low on memory` is the text of `OutOfMemoryError` in
+    Ray 2.60, which `ray.get` raises and Tune and Train hand on as text.
+    """
+    if "low on memory" in text:
+        return f"Ray killed its worker, {_usage(text)}; {_remedy(pack)}"
+    if _DEAD.search(text):
+        why = _DETAIL.search(text)
+        return f"its worker died ({' '.join(why['why'].split())})" if why else "its worker died"
+    return None
+
+
+def _usage(text: str) -> str:
+    found, rule = _MEMORY.search(text), _THRESHOLD.search(text)
+    if not found:
+        return "since the node's memory ran out"
+    above = f" and Ray kills above {float(rule['percent']):g}%" if rule else ""
+    percent = 100 * float(found["share"])
+    return f"since node {found['node']} used {found['used']} of {found['limit']} memory ({percent:.0f}%){above}"
+
+
+def _remedy(pack: Pack) -> str:
+    if pack.workers > 1:
+        return f"choose fewer workers with --set workers={pack.workers // 2}, or a node with more memory"
+    if len(pack.cells) > 1:
+        return f"choose smaller packs with --set cells_per_pack={len(pack.cells) // 2}, or a node with more memory"
+    fewer = max(2, round(2 * pack.cpus))
+    return f"run fewer packs at once with --set threads={fewer} (CPUs a pack), or choose a node with more memory"
+
+
+def last_failure(text: str) -> str:
+    """The newest section of the error file that Tune keeps a trial: `Failure # 2 (occurred at …)` heads each."""
+    return re.split(r"^Failure # \d+ \(occurred at [^)]*\)\n", text, flags=re.MULTILINE)[-1].strip()

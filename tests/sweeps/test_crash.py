@@ -1,0 +1,99 @@
+"""A worker that Ray kills for its memory, or that dies, is one line with a remedy, and costs nothing finished."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sweeps._crash import death, last_failure
+from sweeps._ledger import Ledger
+from sweeps._sweep import Cell, Pack, Row, digest
+
+TOY = Path(__file__).with_name("toy_sweep.py")
+MEMORY = """ray.exceptions.OutOfMemoryError: 1 worker(s) were killed due to the node running low on memory. \
+Memory on the node (IP: 10.0.0.2, ID: 0fb4dc8e) was 22.90GB used / 23.54GB limit (0.972812)
+OOM kill reason: Memory usage 24588734336B exceeded threshold of 24012676915B (95.0% of 25276502016B limit)
+Object store memory usage: [- objects spillable: 3
+]
+Top 10 memory users: PID	MEM(GB)	COMMAND
+14686	0.90	ray::RayTrainWorker
+Refer to the documentation on how to address the out of memory issue."""
+DEAD = """The actor died unexpectedly before finishing this task.
+	class_name: ResourceTrainable
+The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker \
+unexpectedly exits with a connection error code 2. End of file. Some common causes include: (1) kill"""
+
+
+def pack(cells: int = 1, workers: int = 0, cpus: float = 1.0) -> Pack:
+    return Pack(name="p", cells=tuple(Cell() for _ in range(cells)), workers=workers, cpus=cpus)
+
+
+@pytest.mark.parametrize(
+    ("which", "remedy"),
+    [
+        (pack(cells=7), "--set cells_per_pack=3,"),
+        (pack(cells=2, workers=4), "--set workers=2,"),
+        (pack(cpus=4), "--set threads=8 "),
+    ],
+)
+def test_memory_line_has_value_rule_and_remedy(which: Pack, remedy: str) -> None:
+    line = death(f"Traceback (most recent call last):\n  File x\n{MEMORY}", which)
+    assert line is not None
+    assert "\n" not in line
+    assert "node 10.0.0.2 used 22.90GB of 23.54GB memory (97%) and Ray kills above 95%" in line
+    assert remedy in line
+
+
+def test_other_words_of_ray_for_memory_still_give_the_remedy() -> None:
+    line = death("Task was killed due to the node running low on memory.", pack(cells=4))
+    assert line is not None
+    assert "memory ran out" in line
+    assert "cells_per_pack=2" in line
+
+
+def test_a_death_is_told_from_an_error() -> None:
+    assert death(f"ray.exceptions.ActorDiedError: {DEAD}", pack()) == (
+        "its worker died (Worker unexpectedly exits with a connection error code 2)"
+    )
+    assert death("ray.exceptions.RayTaskError(RuntimeError): ray::Listening.train()\nRuntimeError: x", pack()) is None
+
+
+def test_the_newest_failure_of_a_file() -> None:
+    old, new = "RuntimeError: first", f"OutOfMemoryError: {MEMORY}"
+    text = (
+        f"Failure # 1 (occurred at 2026-01-01_10-00-00)\n{old}\nFailure # 2 (occurred at 2026-01-01_10-01-00)\n{new}\n"
+    )
+    assert last_failure(text) == new
+    assert last_failure(text.split("Failure # 2")[0]) == old
+    assert last_failure("") == ""
+
+
+def test_ray_kills_a_trial_for_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own monitor kills, since any machine uses more than a thousandth of its memory."""
+    monkeypatch.syspath_prepend(str(TOY.parent))
+    from toy_sweep import Square
+
+    ledger = Ledger(str(tmp_path / "runs/ledger"), "toy", "1")
+    for n in (1, 2):
+        cell = Square(n=n)
+        meta = {"fingerprint": digest([cell.key, ""]), "published_unix": 1.7e9}
+        ledger.publish(cell, [Row("square", n**2)], {}, meta)
+    env = os.environ | {"RAY_memory_usage_threshold": "0.001", "RAY_memory_monitor_refresh_ms": "100"}
+    asked = ["--set", "n=1,2,3", "--set", "max_retries=1", "--set", f"scratch={tmp_path}"]
+    run = subprocess.run(
+        [sys.executable, str(TOY), *asked], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240
+    )
+    assert run.returncode == 1
+    assert "Traceback" not in run.stdout + run.stderr
+    assert run.stdout.count("pack0: Ray killed its worker, since node ") == 2
+    assert "and Ray kills above 0.1%; run fewer packs at once with --set threads=2" in run.stdout
+    assert "crashed (attempt 1); a retry" in run.stdout
+    assert "crashed 2 times and is given up" in run.stdout
+    assert "2/3 published" in run.stdout
+    assert ledger.done() == {Square(n=1).key, Square(n=2).key}
+    (record,) = ledger.failures([Square(n=3).key]).values()
+    assert record["error"].startswith("Ray killed its worker")
