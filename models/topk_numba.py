@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from models import topk_kernels as kernels
+from models._threads import array, even_split, run_kernel
 from models.topk_engines import Backend, Engine, Losses, Scratch
 from models.topk_model import SAEConfig, TopKSAE
-from models.topk_screen import Screen, array, blocks_of, even_split, feature_split, run_kernel
+from models.topk_screen import Screen, blocks_of, feature_split
 
 
 @dataclass(frozen=True)

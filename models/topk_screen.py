@@ -10,18 +10,14 @@ Shape suffixes as in `topk_kernels`.
 
 from __future__ import annotations
 
-import itertools
-import os
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from models import topk_kernels as kernels
+from models._threads import array, even_split, run_kernel
 from models.topk_engines import CERTIFICATE, Scratch, dots, exact_topk, n_candidates
 from models.topk_intrinsics import BLOCK
 from models.topk_model import TopKSAE
@@ -30,31 +26,6 @@ CHUNK_BYTES_PER_FEATURE = 1024  # of a block of screened scores: 256 rows of int
 INT8_MARGIN, BFLOAT16_MARGIN = 32, 16  # least surplus of candidates: eight bits err about three times as much
 HOLD_STEPS = 256  # batches in bfloat16 after an int8 screen that left more than HOLD_SHARE of its rows in doubt
 HOLD_SHARE = 0.02
-
-_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
-_pools_lock = threading.Lock()
-
-
-def _pool(n_threads: int) -> ThreadPoolExecutor:
-    """Pool of this process shared by all SAEs (a forked child makes its own)."""
-    with _pools_lock:
-        key = (os.getpid(), n_threads)
-        if key not in _pools:
-            _pools[key] = ThreadPoolExecutor(n_threads, thread_name_prefix="topk")
-        return _pools[key]
-
-
-def array(value: Any) -> Any:
-    """Numpy view of a tensor (bfloat16 as int16 patterns); anything else as it is."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    value = value.detach()
-    return (value.view(torch.int16) if value.dtype == torch.bfloat16 else value).numpy()
-
-
-def even_split(size: int, parts: int) -> list[int]:
-    """Bounds of `parts` consecutive ranges that cover `size`."""
-    return [size * part // parts for part in range(parts + 1)]
 
 
 def feature_split(starts_M1: torch.Tensor, parts: int) -> list[int]:
@@ -70,17 +41,6 @@ def blocks_of(rows_ND: torch.Tensor, scratch: Scratch, name: str, n_threads: int
     blocks = scratch.take(name, -(-width // BLOCK), rows, BLOCK)
     run_kernel(kernels.write_blocks, even_split(rows, n_threads), rows_ND, blocks)
     return blocks
-
-
-def run_kernel(kernel: Callable[..., None], bounds: Sequence[int], *arguments: Any) -> None:
-    """kernel(*arguments, start, stop) over consecutive bounds, in a thread each when there are several."""
-    arrays = [array(value) for value in arguments]
-    spans = [(a, b) for a, b in itertools.pairwise(bounds) if b > a]
-    if len(spans) == 1:
-        kernel(*arrays, *spans[0])
-        return
-    for future in [_pool(len(bounds) - 1).submit(kernel, *arrays, a, b) for a, b in spans]:
-        future.result()
 
 
 @dataclass(frozen=True)

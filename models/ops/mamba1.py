@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from models.ops._layout import check_impl, check_rank, check_shape, compute_dtype, no_autocast, row_groups
+from models.ops._mamba1_cpu import CpuScan
 
 CHUNK = 16
 
@@ -38,7 +39,8 @@ def selective_scan(
         B, C: [B, T, N] writing and reading vectors.
         D: [D] skip weights.
         initial_state: [B, D, N]; zeros when None.
-        impl: "recurrent" (reference), "chunked" (memory of one state a chunk), or "auto" (= chunked).
+        impl: "recurrent" (reference), "chunked" (memory of one state a chunk; compiled kernels for float32 on a CPU),
+            or "auto" (= chunked).
 
     Returns:
         y [B, T, D] in x's dtype and the final state [B, D, N] in float32 (float64 for float64 inputs).
@@ -56,7 +58,8 @@ def selective_scan(
             y_t, state = selective_scan_step(x[:, t], dt[:, t], A, B[:, t], C[:, t], state, D=D)
             outputs.append(y_t)
         return torch.stack(outputs, 1), state
-    y, final_BND = _ChunkedScan.apply(x, dt, A, B, C, state.transpose(1, 2))
+    scan = CpuScan if x.device.type == "cpu" and dtype == torch.float32 else _ChunkedScan
+    y, final_BND = scan.apply(x, dt, A, B, C, state.transpose(1, 2))
     if D is not None:
         y = y + D.to(dtype) * x.to(dtype)
     return y.to(x.dtype), final_BND.transpose(1, 2)
@@ -110,7 +113,10 @@ def _scan_chunk(h_RND: Tensor, x_RCD: Tensor, dt_RCD: Tensor, A_ND: Tensor, B_RC
 
 
 class _ChunkedScan(torch.autograd.Function):
-    """Saves the inputs and the state that enters each chunk; the other states exist for one chunk at a time."""
+    """For any device and type: saves the inputs and the state that enters each chunk.
+
+    The other states exist for one chunk at a time.
+    """
 
     @staticmethod
     def forward(

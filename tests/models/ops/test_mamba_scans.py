@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models._threads import torch_threads
 from models.ops import _mamba2_chunked, selective_scan, selective_scan_step, ssd, ssd_step
 
 Inputs = dict[str, Tensor]
@@ -18,9 +19,9 @@ def randn(gen: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=gen, dtype=torch.float64).float().double()
 
 
-def mamba1_inputs(T: int, *, fast_decay: bool = False, batch: int = 2) -> Inputs:
+def mamba1_inputs(T: int, *, fast_decay: bool = False, batch: int = 2, channels: int = 7, states: int = 5) -> Inputs:
     gen = torch.Generator().manual_seed(T)
-    D, N = 7, 5
+    D, N = channels, states
     return {
         "x": randn(gen, batch, T, D),
         "dt": F.softplus(randn(gen, batch, T, D) + (1.0 if fast_decay else -3.0)).float().double(),
@@ -84,6 +85,68 @@ def test_any_length(scan: Callable, make: Callable, T: int) -> None:
     actual = run(scan, make(T), torch.float64, "chunked")
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, rtol=1e-10, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("T", "channels", "states"), [(1, 1, 1), (15, 64, 16), (16, 65, 3), (17, 200, 5), (50, 320, 2)]
+)
+def test_cpu_kernels_for_any_number_of_channels(T: int, channels: int, states: int) -> None:
+    inputs = {name: x.float().double() for name, x in mamba1_inputs(T, channels=channels, states=states).items()}
+    expected = run(selective_scan, inputs, torch.float64, "recurrent")
+    actual = run(selective_scan, inputs, torch.float32, "chunked")
+    errors = {name: relative(actual[name], expected[name]) for name in expected}
+    assert max(errors["y"], errors["final"]) <= 1e-6, errors
+    assert max(errors.values()) <= 1e-5, errors
+
+
+def test_cpu_kernels_read_strided_inputs() -> None:
+    inputs = {name: x.float() for name, x in mamba1_inputs(40, channels=70).items()}
+    both = torch.cat([inputs["B"], inputs["C"]], 2)
+    strided = {
+        **inputs,
+        "x": inputs["x"].transpose(1, 2).contiguous().transpose(1, 2),
+        "B": both[..., :5],
+        "C": both[..., 5:],
+        "A": inputs["A"].t().contiguous().t(),
+        "initial_state": inputs["initial_state"].transpose(1, 2).contiguous().transpose(1, 2),
+    }
+    assert not any(strided[name].is_contiguous() for name in ("x", "A", "B", "C", "initial_state"))
+    expected, actual = (run(selective_scan, z, torch.float32, "chunked") for z in (inputs, strided))
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+def test_threads_change_no_bit_of_the_cpu_kernels() -> None:
+    inputs = {name: x.float() for name, x in mamba1_inputs(40, channels=300).items()}
+    with torch_threads(1):
+        expected = run(selective_scan, inputs, torch.float32, "chunked")
+    for threads in (2, 3, 16):
+        with torch_threads(threads):
+            actual = run(selective_scan, inputs, torch.float32, "chunked")
+        for name, value in expected.items():
+            assert torch.equal(actual[name], value), (threads, name)
+
+
+def test_nan_spoils_the_tokens_after_it_and_no_channel_beside_it() -> None:
+    inputs = {name: x.float() for name, x in mamba1_inputs(40).items()}
+    inputs["dt"][0, 20, 3] = torch.nan
+    y, final = selective_scan(**inputs)
+    spoilt = torch.zeros_like(y, dtype=torch.bool)
+    spoilt[0, 20:, 3] = True
+    assert torch.equal(y.isnan(), spoilt)
+    assert torch.equal(final.isnan().all(2), spoilt[:, -1])
+
+
+def test_decay_below_and_above_the_range_of_float32() -> None:
+    inputs = {name: x.float() for name, x in mamba1_inputs(3).items()}
+    del inputs["D"]
+    inputs["dt"] = torch.full_like(inputs["dt"], 1e4)
+    y, final = selective_scan(**inputs)
+    alone = (inputs["dt"] * inputs["x"]).double()
+    assert relative(y, alone * (inputs["B"] * inputs["C"]).double().sum(2, keepdim=True)) <= 1e-6
+    assert relative(final, alone[:, -1, :, None] * inputs["B"][:, -1, None]) <= 1e-6
+    y, _ = selective_scan(**{**inputs, "A": -inputs["A"]})
+    assert not y.isfinite().any()
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
