@@ -101,14 +101,16 @@ def locate(
     return made, spec
 
 
-def read(name: str, directory: str | Path, spec: HostLMSpec) -> Any:
-    """The float32 Hugging Face model with SDPA attention, checked against ``spec``."""
+def read(name: str, directory: str | Path, spec: HostLMSpec, revision: str | None = None) -> Any:
+    """The float32 Hugging Face model (at ``revision``) with SDPA attention, checked against ``spec``."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, revision=revision or "main", dtype=torch.float32, attn_implementation="sdpa"
+        )
     except OSError as error:
         if spec.origin != "hub" or isinstance(directory, Path):
             raise

@@ -173,6 +173,7 @@ def load_host_lm(
     dtype: torch.dtype = torch.float32,
     cache_dir: str | Path | None = None,
     corpus: Corpus | None = None,
+    revision: str | None = None,
 ) -> HostLM:
     """The LM called ``name`` (a key of `models.registry.HOST_LMS`), frozen, in evaluation mode.
 
@@ -180,13 +181,14 @@ def load_host_lm(
     called ``name``; a ``name`` outside the table is then free. Its sizes must be those of ``name``.
     ``cache_dir`` (default $PLUMBLINE_CACHE, else ~/.cache/plumbline) keeps dequantised and stand-in weights.
     ``corpus`` is needed by the stand-ins alone, which are pretrained on it when not cached.
+    ``revision`` is the commit (or branch) of a model on the hub, ``main`` when not given.
 
     Raises ValueError for an unknown name or sizes that disagree, LMUnavailable without network.
     """
     if lm_path is None:
         host_lm_spec(name)
     directory, spec = _weights.locate(name, lm_path=lm_path, cache_dir=cache_dir, corpus=corpus)
-    model = _weights.read(name, directory, spec)
+    model = _weights.read(name, directory, spec, revision)
     tokenizer = Path(directory) if (Path(directory) / "tokenizer.json").exists() else None
     return HostLM(name, model.to(device=device, dtype=dtype), spec, tokenizer)
 

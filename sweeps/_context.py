@@ -109,7 +109,7 @@ class PackContext:
         self._started = time.time()
         self._meta = {**provenance(), "hardware": hardware(), "node": platform.node()}
         self._meta |= {"threads": threads, "device": device}
-        self._meta |= {"lm_path": run.lm_path, "stream_path": run.stream_path}
+        self._meta |= {"lm_path": run.lm_path, "stream_path": run.stream_path, "hub_commits": list(run.hub_commits)}
         self._meta |= {"pack": pack, "pack_share": share, "pack_started_unix": self._started}
 
     def for_worker(self, world: World, threads: int, report: Callable[[dict[str, Any]], None]) -> PackContext:

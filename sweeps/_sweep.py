@@ -134,8 +134,9 @@ class PublishedCell:
 class Sweep(Protocol):
     """What `_launch.main` needs of a sweep. `report` touches neither Ray nor a checkpoint.
 
-    Two more are used where a sweep has them: `headline`, the name of the number that `progress(best=…)` carries, and
-    `preflight(cells, preset, run)`, which raises UserError before Ray starts when data or weights are out of reach.
+    Three more are used where a sweep has them: `headline`, the name of the number that `progress(best=…)` carries,
+    `preflight(cells, preset, run)`, which raises UserError before Ray starts when data or weights are out of reach, and
+    `pin(cells, run)`, which returns the settings with the commits of what is read from the Hugging Face hub.
     """
 
     name: str

@@ -47,6 +47,7 @@ class RunSettings:
     grace_seconds: float = 25.0  # that running packs get to save when the launch is stopped
     lm_path: str = ""  # local folder with the language model (Hugging Face format) instead of the hub
     stream_path: str = ""  # local folder with the token shards (same Parquet schema) instead of the hub
+    hub_commits: tuple[str, ...] = ()  # owner/name@commit to read from the hub; else what `main` is at the start
     on_corrupt: str = "raise"  # a corrupt shard: "raise" names it and stops, "skip" names it and goes on
     gpu_memory_gb: float = 0.0  # of one GPU; 0: asked of this node's first GPU
     price_per_hour: float = 0.0  # for --plan: money per GPU hour where the machine has GPUs, else per machine hour
@@ -57,6 +58,9 @@ class RunSettings:
     def __post_init__(self) -> None:
         if self.on_corrupt not in ("raise", "skip"):
             raise UserError(f"on_corrupt={self.on_corrupt!r} is not known; choose raise or skip")
+        for entry in self.hub_commits:
+            if not re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}", entry):
+                raise UserError(f"hub_commits={entry!r} names no commit; write owner/name@COMMIT, 40 digits of 0-9 a-f")
         for name in ("cells_per_pack", "threads", "max_retries", "checkpoint_steps", "min_workers", "grace_seconds"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} is negative; choose 0 or more")

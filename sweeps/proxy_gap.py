@@ -249,6 +249,11 @@ class ProxyGap:
 
         return estimate([c for c in cells if isinstance(c, SAECell)], machine, run)
 
+    def pin(self, cells: Sequence[Cell], run: RunSettings) -> RunSettings:
+        from sweeps._sae_sources import pin
+
+        return pin([c for c in cells if isinstance(c, SAECell)], run)
+
     def preflight(self, cells: Sequence[Cell], preset: Grid, run: RunSettings) -> None:
         from sweeps._sae_sources import preflight
 

@@ -1,7 +1,8 @@
-"""A loopback HTTP server that plays the Hugging Face hub's file endpoints for one dataset."""
+"""A loopback HTTP server that plays the Hugging Face hub's file endpoints for one dataset and one model."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from contextlib import contextmanager
@@ -10,13 +11,19 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 REPO = "NeelNanda/pile-small-tokenized-2b"
+MODEL = "EleutherAI/pythia-70m"
 
 
 class HubServer:
-    """Serves ``folder`` as the dataset's ``data/``; remembers requests and bytes sent of each file."""
+    """Serves ``folder`` as the dataset's ``data/``; remembers requests and bytes sent of each file.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    ``move_on`` makes another folder the dataset's ``main``, under a commit of its own, and may do so for the model.
+    """
+
+    def __init__(self, folder: Path, model: Path | None = None) -> None:
+        self.head = "a" * 40
+        self.commits = {self.head: folder}
+        self.models = {self.head: model}
         self.requests: list[tuple[str, str, str | None]] = []
         self.bytes_sent: dict[str, int] = {}
         self.refusing = False
@@ -34,11 +41,18 @@ class HubServer:
             self._server.server_close()
             thread.join()
 
-    def entries(self) -> list[dict]:
+    def move_on(self, commit: str, folder: Path, model: Path | None = None) -> None:
+        self.head, self.commits[commit], self.models[commit] = commit, folder, model
+
+    def entries(self, revision: str = "main") -> list[dict]:
+        folder = self.commits[self.commit(revision)]
         return [
             {"type": "file", "oid": f"{i:040x}", "size": path.stat().st_size, "path": f"data/{path.name}"}
-            for i, path in enumerate(sorted(self.folder.glob("*.parquet")))
+            for i, path in enumerate(sorted(folder.glob("*.parquet")))
         ]
+
+    def commit(self, revision: str) -> str:
+        return self.head if revision == "main" else revision
 
     def _handler(self):
         hub = self
@@ -57,26 +71,37 @@ class HubServer:
                 hub.requests.append(("POST", self.path, None))
                 paths = json.loads(body)["paths"] if body.startswith(b"{") else []
                 folder = {"type": "directory", "oid": "f" * 40, "size": 0, "path": "data"}
-                self.reply_json([e for e in [folder, *hub.entries()] if e["path"] in paths])
+                entries = hub.entries(self.path.rsplit("/", 1)[-1])
+                self.reply_json([e for e in [folder, *entries] if e["path"] in paths])
 
             def do_GET(self) -> None:
                 path = unquote(urlsplit(self.path).path)
                 hub.requests.append((self.command, path, self.headers.get("Range")))
-                api, resolve = f"/api/datasets/{REPO}", f"/datasets/{REPO}/resolve/main/data/"
+                api, resolve = f"/api/datasets/{REPO}", f"/datasets/{REPO}/resolve/"
                 if hub.refusing:
                     self.reply(403, b"{}", {})
-                elif path.startswith(f"{api}/tree/main"):
-                    self.reply_json(hub.entries())
-                elif path in (api, f"{api}/revision/main"):
-                    self.reply_json({"_id": "1", "id": REPO, "sha": "a" * 40, "siblings": []})
-                elif path.startswith(resolve) and (hub.folder / path.removeprefix(resolve)).is_file():
-                    self.reply_file(hub.folder / path.removeprefix(resolve))
+                elif path.startswith(f"{api}/tree/"):
+                    self.reply_json(hub.entries(path.removeprefix(f"{api}/tree/").split("/")[0]))
+                elif path == api or path.startswith(f"{api}/revision/"):
+                    revision = path.removeprefix(api).removeprefix("/revision/") or "main"
+                    self.reply_json({"_id": "1", "id": REPO, "sha": hub.commit(revision), "siblings": []})
+                elif path.startswith(resolve):
+                    revision, _, name = path.removeprefix(resolve).partition("/data/")
+                    self.reply_file(hub.commit(revision), hub.commits.get(hub.commit(revision)), name)
+                elif path.startswith(f"/{MODEL}/resolve/"):
+                    revision, _, name = path.removeprefix(f"/{MODEL}/resolve/").partition("/")
+                    self.reply_file(hub.commit(revision), hub.models.get(hub.commit(revision)), name)
                 else:
                     self.reply(404, b"{}", {"X-Error-Code": "EntryNotFound"})
 
-            def reply_file(self, file: Path) -> None:
+            def reply_file(self, commit: str, folder: Path | None, name: str) -> None:
+                if folder is None or not (folder / name).is_file():
+                    self.reply(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+                    return
+                file = folder / name
                 data = file.read_bytes()
-                headers = {"ETag": f'"{file.name}"', "X-Repo-Commit": "a" * 40, "Accept-Ranges": "bytes"}
+                tag = hashlib.sha256(data).hexdigest()
+                headers = {"ETag": f'"{tag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
                 wanted = self.headers.get("Range")
                 if wanted is None:
                     self.reply(200, data, headers, of=file.name)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -105,3 +108,92 @@ def test_leaving_out_corrupt_shards_makes_other_cells(commits: dict[str, str], t
         strict, lenient = of(**where), of(**where, on_corrupt="skip")
         assert strict[0] != lenient[0]
         assert strict[1] != lenient[1]
+
+
+_spec = importlib.util.spec_from_file_location("hub_server", Path(__file__).parents[1] / "data" / "hub_server.py")
+assert _spec is not None
+assert _spec.loader is not None
+hub_server = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(hub_server)
+TINY: dict[str, Any] = {"d_model": 32, "n_layers": 2, "n_heads": 2, "d_mlp": 64, "d_vocab": 97}
+
+
+def save_model(folder: Path, seed: int) -> Path:
+    import torch
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=97, **sizes)).save_pretrained(folder)
+    return folder
+
+
+def save_shard(folder: Path, seed: int) -> Path:
+    rows = list(np.random.default_rng(seed).integers(0, 97, (200, 64), dtype=np.int32))
+    folder.mkdir()
+    pq.write_table(pa.table({"tokens": pa.array(rows, pa.list_(pa.int32()))}), folder / "train-00000.parquet")
+    return folder
+
+
+def test_a_repository_that_moves_on_is_read_at_the_commit_of_the_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Weights and text of another commit of the same sizes come up between the plan and two reads."""
+    from data import pile
+    from data.pile import TokenStream
+    from models.host_lm import load_host_lm
+    from models.registry import HOST_LMS
+
+    monkeypatch.setitem(HOST_LMS, "pythia-70m", replace(HOST_LMS["pythia-70m"], **TINY))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(tmp_path / "cache"), raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    cell = replace(CELL, context=64)
+    models = [save_model(tmp_path / f"model{seed}", seed) for seed in (0, 1)]
+    shards = [save_shard(tmp_path / f"shards{seed}", seed) for seed in (0, 1)]
+    with hub_server.HubServer(shards[0], models[0]).running() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        _be_the_hub(monkeypatch, hub.url)
+        for cached in (pile._open, _sae_sources._lm_origin, _sae_sources._stream_origin):
+            cached.cache_clear()
+        run = _sae_sources.pin([cell], RunSettings())
+        assert run.hub_commits == (f"EleutherAI/pythia-70m@{'a' * 40}", f"{DATASET}@{'a' * 40}")
+        names = fingerprint(cell, run), trajectory_name(cell, run)
+        unpinned = fingerprint(cell, RunSettings())
+        assert names[0] == unpinned
+        first = _sae_sources.open_stream(cell, run).eval_sequences(4)
+        hub.move_on("d" * 40, shards[1], models[1])
+        for cached in (pile._open, _sae_sources._lm_origin, _sae_sources._stream_origin):
+            cached.cache_clear()  # as a worker on another node begins
+        lm = _sae_sources.open_lm(cell, run, "cpu", print)
+        second = _sae_sources.open_stream(cell, run).eval_sequences(4)
+        assert (fingerprint(cell, run), trajectory_name(cell, run)) == names
+        assert fingerprint(cell, RunSettings()) != unpinned
+        assert _sae_sources.pin([cell], run) == run
+        moved = _sae_sources.pin([cell], RunSettings())
+        there = _sae_sources.open_lm(cell, moved, "cpu", print)
+        third = _sae_sources.open_stream(cell, moved).eval_sequences(4)
+    local = [load_host_lm("pythia-70m", lm_path=folder) for folder in models]
+    texts = [TokenStream(source=str(folder), context=64).eval_sequences(4) for folder in shards]
+    assert lm.fingerprint() == local[0].fingerprint()
+    assert there.fingerprint() == local[1].fingerprint() != lm.fingerprint()
+    for got, expected in ((first, texts[0]), (second, texts[0]), (third, texts[1])):
+        assert np.array_equal(got, expected)
+    assert not np.array_equal(texts[0], texts[1])
+
+
+def test_commits_that_are_none_or_of_no_use_are_refused(commits: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="hub_commits='x/y@main' names no commit"):
+        RunSettings(hub_commits=("x/y@main",))
+    with pytest.raises(UserError, match="names x/y, which these cells do not read"):
+        _sae_sources.pin([CELL], RunSettings(hub_commits=(f"x/y@{'a' * 40}",)))
+    older = RunSettings(hub_commits=(f"EleutherAI/pythia-70m@{'e' * 40}",))
+    assert _sae_sources.pin([CELL], older).hub_commits[0] == older.hub_commits[0]
+
+
+def test_a_data_set_named_as_stream_path_is_pinned_too(commits: dict[str, str]) -> None:
+    run = _sae_sources.pin([CELL], RunSettings(stream_path=f"hf://datasets/{DATASET}/other"))
+    assert _sae_sources.open_stream(CELL, run).source == f"hf://datasets/{DATASET}@{commits['dataset']}/other"
+    own = RunSettings(stream_path=f"hf://datasets/{DATASET}@v1/other")
+    assert _sae_sources.open_stream(CELL, own).source == own.stream_path
