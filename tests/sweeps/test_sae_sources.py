@@ -123,7 +123,12 @@ def save_model(folder: Path, seed: int) -> Path:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
     GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=97, **sizes)).save_pretrained(folder)
     return folder
 
