@@ -13,7 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from models.registry import HOST_LMS
 
 Tokens = Callable[[], tuple[np.ndarray, np.ndarray]]
 SEPARATOR = 256
+_PROBE_STEPS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +75,7 @@ def pretrained(
     if name not in RECIPES:
         raise ValueError(f"stand-in {name} is unknown; choose one of {', '.join(RECIPES)}")
     recipe = recipe or RECIPES[name]
-    identity = json.dumps([name, corpus_fingerprint, asdict(recipe)], sort_keys=True)
-    key = f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    key = _key(name, corpus_fingerprint, recipe)
 
     def build(target: Path) -> None:
         train_N, heldout_N = tokens()
@@ -84,6 +84,45 @@ def pretrained(
         (target / "training.json").write_text(json.dumps({"recipe": asdict(recipe), **summary}, indent=1))
 
     return cached_directory(cache_root(cache_dir), key, build)
+
+
+def _key(name: str, corpus_fingerprint: str, recipe: Recipe) -> str:
+    identity = json.dumps([name, corpus_fingerprint, asdict(recipe)], sort_keys=True)
+    return f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+
+def pretraining_seconds(name: str, corpus_fingerprint: str, *, cache_dir: str | Path | None = None) -> float:
+    """CPU-seconds that pretraining ``name`` takes here, from a few steps on random bytes; 0 where it is cached."""
+    recipe = RECIPES[name]
+    if (cache_root(cache_dir) / _key(name, corpus_fingerprint, recipe)).is_dir():
+        return 0.0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = build_model(name)
+            random_N = torch.randint(SEPARATOR, (10_000,))
+
+            def blocks(steps: int, batch: int, context: int) -> float:
+                few = replace(recipe, phases=((steps, batch, context),))
+                return _cpu_seconds(lambda: _fit_blocks(name, model, random_N, few, lambda _: None))
+
+            def bigram(steps: int) -> float:
+                return _cpu_seconds(lambda: _fit_bigram(model, random_N, steps))
+
+            bigram(1), blocks(1, *recipe.phases[0][1:])
+            total = recipe.bigram_steps * bigram(_PROBE_STEPS) / _PROBE_STEPS
+            for steps, batch, context in recipe.phases:
+                total += steps * blocks(_PROBE_STEPS, batch, context) / _PROBE_STEPS
+            return total
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _cpu_seconds(work: Callable[[], object]) -> float:
+    began = time.process_time()
+    work()
+    return time.process_time() - began
 
 
 def _save(model: Any, target: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from sweeps._board import duration
 from sweeps._sweep import Estimate, Pack, UserError
 from sweeps._where import Machine, RunSettings
 
@@ -194,6 +195,8 @@ def estimate(cells: Sequence[SAECell], machine: Machine, run: RunSettings) -> Es
     abreast = min(
         len(packs), machine.gpus or machine.nodes * max(1, machine.cpus // machine.nodes // int(packs[0].cpus))
     )
+    first_use = _pretraining({c.model for c in cells}, run) if run.probe else {}
+    seconds = busy / abreast + sum(first_use.values()) / min(abreast, max(1, len(first_use)))
     basis = "calibrated by a short probe" if run.probe else f"assuming {_NOMINAL_FLOPS:.0e} FLOP/s a core, not measured"
     return Estimate(
         lm_passes=len(packs),
@@ -201,7 +204,8 @@ def estimate(cells: Sequence[SAECell], machine: Machine, run: RunSettings) -> Es
         flops=flops,
         bytes=traffic,
         memory_bytes=max(p.memory_bytes for p in packs),
-        seconds=busy / abreast,
+        shared=tuple(f"{name} is pretrained first, about {duration(s)} h:m:s" for name, s in first_use.items()),
+        seconds=seconds,
         basis=basis,
     )
 
@@ -222,25 +226,40 @@ def _probe(cell: SAECell, d_in: int, threads: int, run: RunSettings) -> tuple[fl
         dtype = getattr(torch, cell.lm_dtype)
         x = torch.randn(cell.batch_tokens, d_in, device=device, dtype=dtype)
         w = torch.randn(d_in, 4 * d_in, device=device, dtype=dtype)
-        lm_rate = 2 * x.numel() * w.shape[1] / _seconds(lambda: x @ w) * _LM_EFFICIENCY
+        lm_rate = 2 * x.numel() * w.shape[1] / _seconds(lambda: x @ w, threads) * _LM_EFFICIENCY
         config = sae_config(cell, d_in)
         trainer = SparseTrainer(config, n_threads=threads, device=device)
         batch = x.float()
-        sae_rate = step_flops(config, cell.batch_tokens) / _seconds(lambda: trainer.step(batch), repeats=2)
+        sae_rate = step_flops(config, cell.batch_tokens) / _seconds(lambda: trainer.step(batch), threads, repeats=2)
     finally:
         torch.set_num_threads(before)
     return lm_rate, sae_rate
 
 
-def _seconds(work: Any, repeats: int = 5) -> float:
+def _pretraining(models: Collection[str], run: RunSettings) -> dict[str, float]:
+    """CPU-seconds to make the stand-ins among `models` that are not in the cache."""
+    from data import embedded_text
+    from models.registry import HOST_LMS
+    from models.standin_lm import pretraining_seconds
+
+    names = [m for m in sorted(models) if not run.lm_path and HOST_LMS[m].origin == "standin"]
+    seconds = {name: pretraining_seconds(name, embedded_text.fingerprint()) for name in names}
+    return {name: s for name, s in seconds.items() if s}
+
+
+def _seconds(work: Any, threads: int, repeats: int = 5) -> float:
+    """Least seconds of `work`: on a CPU those that `threads` cores computed, so other load does not count."""
     import torch
 
+    gpu = torch.cuda.is_available()
+
     def once() -> float:
-        began = time.perf_counter()
+        began = time.perf_counter() if gpu else time.process_time()
         work()
-        if torch.cuda.is_available():
+        if gpu:
             torch.cuda.synchronize()
-        return time.perf_counter() - began
+            return time.perf_counter() - began
+        return (time.process_time() - began) / threads
 
     once()
     return min(once() for _ in range(repeats))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -120,3 +121,12 @@ print((cached_directory(root, "lm", build) / "weights").read_text())
     outputs = [process.communicate(timeout=60)[0].strip() for process in both]
     assert outputs == ["whole", "whole"]
     assert (tmp_path / "builds").read_text() == "x"
+
+
+def test_seconds_of_pretraining_are_foreseen_until_it_is_cached(tmp_path, monkeypatch):
+    monkeypatch.setitem(standin_lm.RECIPES, "standin-small", TINY)
+    foreseen = standin_lm.pretraining_seconds("standin-small", "text", cache_dir=tmp_path)
+    began = time.process_time()
+    pretrained("standin-small", "text", lambda: (PATTERN, PATTERN[:1024]), cache_dir=tmp_path, progress=quiet)
+    assert foreseen == pytest.approx(time.process_time() - began, rel=0.6)
+    assert standin_lm.pretraining_seconds("standin-small", "text", cache_dir=tmp_path) == 0.0
