@@ -1,12 +1,76 @@
-"""Weights as one-token steps read them fastest, for as long as a sample takes."""
+"""Decoding token by token, by compiled kernels on a CPU or by the model's own operations anywhere."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from models.codec_lm import CodecLM
+
+Backend = Literal["auto", "numba", "torch"]
+BACKENDS: tuple[Backend, ...] = ("auto", "numba", "torch")
+Step = Callable[[Tensor], Tensor]
+
+
+def decoding_backend(model: CodecLM, backend: Backend = "auto") -> Literal["numba", "torch"]:
+    """What will take the steps: "auto" is numba where it can be.
+
+    Raises ValueError for an unknown backend, and for numba with a reason why it cannot be.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}; choose one of these")
+    if backend == "torch":
+        return "torch"
+    reason = _why_not_compiled(model)
+    if reason is None:
+        return "numba"
+    if backend == "numba":
+        raise ValueError(f"backend='numba' {reason}; choose 'auto' or 'torch'")
+    return "torch"
+
+
+def _why_not_compiled(model: CodecLM) -> str | None:
+    device, dtypes = model.heads.device.type, {p.dtype for p in model.parameters()}
+    if device != "cpu":
+        return f"runs on CPUs, but the model is on {device}"
+    if dtypes != {torch.float32}:
+        return f"needs float32 parameters, but some are {', '.join(sorted(str(d) for d in dtypes - {torch.float32}))}"
+    if _weights_dtype("cpu") not in (torch.float32, torch.bfloat16):
+        return f"computes with weights in float32 or bfloat16, but autocast wants {_weights_dtype('cpu')}"
+    return None
+
+
+def _weights_dtype(device: str) -> torch.dtype:
+    """Precision of float32 projections in the autocast region around the call."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+
+
+@contextmanager
+def decoding(
+    model: CodecLM, tokens_BKT: Tensor, max_steps: int, backend: Backend = "auto"
+) -> Iterator[tuple[Tensor, Step]]:
+    """Read T >= 1 columns at once: logits [B, K, V] for the next, and step(tokens [B, K]) -> logits [B, K, V].
+
+    max_steps: columns that can be read in all. The logits of a step are valid until the next one. In an autocast
+    region projections have its precision. The model must not change inside the block.
+
+    Raises ValueError as `decoding_backend` does, and when T exceeds max_steps.
+    """
+    if decoding_backend(model, backend) == "torch":
+        with decoding_weights(model):
+            logits, state = model.prefill(tokens_BKT, max_steps)
+            yield logits, lambda tokens_BK: model.step(tokens_BK, state)[0]
+        return
+    from models._decode_step import CompiledStep  # numba takes a second to import
+
+    logits, state = model.prefill(tokens_BKT, max_steps)
+    step = CompiledStep(model, state, len(tokens_BKT), _weights_dtype("cpu"))
+    with decoding_weights(step.torch_mixers):
+        yield logits, step
 
 
 @contextmanager
@@ -33,8 +97,8 @@ def decoding_weights(model: nn.Module) -> Iterator[None]:
 
 def _prepared(weight: Tensor) -> Tensor:
     kind = weight.device.type
-    if weight.dtype == torch.float32 and torch.is_autocast_enabled(kind):
-        weight = weight.to(torch.get_autocast_dtype(kind))
+    if weight.dtype == torch.float32:
+        weight = weight.to(_weights_dtype(kind))
     if kind != "cpu":
         return weight
     rows = weight.reshape(-1, weight.shape[-1])

@@ -6,13 +6,14 @@ Shapes: B batch, K codebooks, V vocabulary, T frames, L = T + K - 1 delayed step
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from models._decoding import decoding_weights
+from models._decoding import Backend, Step, decoding, decoding_backend
 from models.codebook_loss import check_tokens
-from models.codec_lm import CodecLM
+from models.codec_lm import CodecLM, CodecLMConfig
 from models.delay import delay, undelay
 
 
@@ -67,18 +68,33 @@ def filtered_logits(logits: Tensor, sampling: Sampling, seen: Tensor | None = No
     return logits
 
 
+def draw(probability: Tensor, generator: torch.Generator) -> Tensor:
+    """One index [...] of each distribution [..., V], by inversion: the first whose cumulated share exceeds a number.
+
+    One random number a distribution; `torch.multinomial` draws one a token, a tenth of a step's time on a CPU. An index
+    of probability 0 is never drawn.
+    """
+    cumulated = probability.double().cumsum(-1)
+    shape = (*probability.shape[:-1], 1)
+    uniform = torch.rand(shape, dtype=torch.float64, device=probability.device, generator=generator)
+    # the product may round up to the last sum, behind which there is no index
+    below = uniform * (1 - torch.finfo(torch.float64).eps) * cumulated[..., -1:]
+    return torch.searchsorted(cumulated, below, right=True).squeeze(-1)
+
+
 @dataclass(frozen=True)
 class Generation:
     """Samples, prompt included.
 
     codes: [B, K, T] codes below codebook_size; frames from lengths[b] on are pad. lengths: [B] frames before the end.
     log_probability: [B] mean over the drawn tokens of log p at temperature 1 without filters, nats. When the best of
-    N was kept, codes are the kept ones.
+    N was kept, codes are the kept ones. backend: what took the steps.
     """
 
     codes: Tensor
     lengths: Tensor
     log_probability: Tensor
+    backend: Literal["numba", "torch"]
 
 
 def generate(
@@ -91,6 +107,7 @@ def generate(
     sampling: Sampling | None = None,
     stop_at_eos: bool = False,
     seed: int = 0,
+    backend: Backend = "auto",
 ) -> Generation:
     """Continue prompts, or start from nothing, by `n_frames` frames.
 
@@ -104,11 +121,14 @@ def generate(
         best_of: samples drawn for each one kept, by log_probability. Likelihood favours repetitive audio.
         sampling: how tokens are drawn; temperature 1 without filters when None.
         stop_at_eos: let the first codebook end a clip by the EOS token; otherwise EOS is never drawn.
-        seed: of the random draws; the same seed, model and device give the same samples.
+        seed: of the random draws; the same seed, model, device and backend give the same samples.
+        backend: "numba" takes the steps in compiled kernels, for float32 models on a CPU; "torch" with the model's own
+            operations, anywhere; "auto" is numba where it can be. Both compute the same function; in an autocast
+            region both round the weights, but only torch the activations.
 
     Raises:
         ValueError: a prompt longer than the context or too long for it with the new frames, a code outside the
-            codebook, a wrong number of codebooks, or counts below 1.
+            codebook, a wrong number of codebooks, counts below 1, or a backend that cannot serve this model.
     """
     config, device = model.config, model.heads.device
     sampling = sampling or Sampling()
@@ -128,24 +148,25 @@ def generate(
             f"holds {config.max_frames} frames; choose a prompt and n_frames of at most {config.max_frames} together"
         )
     prompt = prompt.to(device).long().repeat_interleave(best_of, 0)
-    decoder = _Decoder(model, prompt, n_frames, sampling, stop_at_eos, seed)
-    with decoding_weights(model), torch.inference_mode():
-        codes, lengths, score = decoder.run()
+    decoder = _Decoder(config, prompt, n_frames, sampling, stop_at_eos, seed)
+    taken_by = decoding_backend(model, backend)
+    with torch.inference_mode(), decoding(model, decoder.known(), decoder.columns, taken_by) as (logits, step):
+        codes, lengths, score = decoder.run(logits, step)
     if best_of > 1:
         score = score.unflatten(0, (-1, best_of))
         best = score.argmax(1)
         rows = torch.arange(len(best), device=device) * best_of + best
         codes, lengths, score = codes[rows], lengths[rows], score.flatten()[rows]
-    return Generation(codes, lengths, score)
+    return Generation(codes, lengths, score, taken_by)
 
 
 class _Decoder:
     """One batch of samples in the making, on the delayed grid [B, K, L]."""
 
     def __init__(
-        self, model: CodecLM, prompt_BKT: Tensor, n_frames: int, sampling: Sampling, stop_at_eos: bool, seed: int
+        self, config: CodecLMConfig, prompt_BKT: Tensor, n_frames: int, sampling: Sampling, stop_at_eos: bool, seed: int
     ) -> None:
-        self.model, self.config, self.sampling, self.stop_at_eos = model, model.config, sampling, stop_at_eos
+        self.config, self.sampling, self.stop_at_eos = config, sampling, stop_at_eos
         B, K, self.given = prompt_BKT.shape
         self.n_frames = self.given + n_frames
         device = prompt_BKT.device
@@ -166,15 +187,24 @@ class _Decoder:
             excluded[0, self.config.eos] = False
         self.excluded_KV = excluded
 
-    def run(self) -> tuple[Tensor, Tensor, Tensor]:
-        L = self.grid.shape[-1]
+    @property
+    def columns(self) -> int:
+        """Delayed steps in all."""
+        return self.grid.shape[-1]
+
+    def known(self) -> Tensor:
+        """[B, K, 1 + given] columns to read before the first draw."""
         first = torch.full_like(self.grid[..., :1], self.config.bos)
-        logits, state = self.model.prefill(torch.cat([first, self.grid[..., : self.given]], -1), L)
-        for column in range(self.given, L):
+        return torch.cat([first, self.grid[..., : self.given]], -1)
+
+    def run(self, logits: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw column after column, beginning with the logits [B, K, V] after the known ones."""
+        for column in range(self.given, self.columns):
             self._draw(logits, column)
-            if column + 1 == L or (self.stop_at_eos and bool((self.length + len(self.codebooks) - 2 <= column).all())):
+            over = self.stop_at_eos and bool((self.length + len(self.codebooks) - 2 <= column).all())
+            if over or column + 1 == self.columns:
                 break
-            logits, state = self.model.step(self.grid[..., column], state)
+            logits = step(self.grid[..., column])
         codes = undelay(self.grid)
         ended = torch.arange(self.n_frames, device=codes.device) >= self.length[:, None]
         codes = codes.masked_fill(ended[:, None], self.config.pad)
@@ -188,8 +218,7 @@ class _Decoder:
         logits = logits_BKV.to(torch.promote_types(logits_BKV.dtype, torch.float32))
         log_p = logits.log_softmax(-1)
         allowed = filtered_logits(logits.masked_fill(self.excluded_KV, -torch.inf), self.sampling, self.seen)
-        drawn = torch.multinomial(allowed.softmax(-1).flatten(0, 1), 1, generator=self.generator)
-        drawn = drawn.view(open_BK.shape)
+        drawn = draw(allowed.softmax(-1), self.generator)
         if self.stop_at_eos:
             ends = open_BK[:, 0] & (drawn[:, 0] == self.config.eos)
             self.length = torch.where(ends, column, self.length)

@@ -15,10 +15,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from models import _vectors
+from models._vectors import FLOAT, LANES, VECTOR, data, load, splat, store
+
 BLOCK = 32  # columns of a block, two cache lines
-_LANES = 16
-_FLOAT = ir.FloatType()
-_VECTOR = ir.VectorType(_FLOAT, _LANES)
 
 
 def _float_of_bits_intrinsic(typingctx: Any, bits: Any) -> Any:
@@ -28,7 +28,7 @@ def _float_of_bits_intrinsic(typingctx: Any, bits: Any) -> Any:
         word = args[0]
         if word.type.width != 32:
             word = builder.trunc(word, ir.IntType(32))
-        return builder.bitcast(word, _FLOAT)
+        return builder.bitcast(word, FLOAT)
 
     return types.float32(bits), codegen
 
@@ -46,11 +46,7 @@ def _prefetch_intrinsic(typingctx: Any, array: Any, position: Any) -> Any:
     """Start to load the cache line of element `position` of a contiguous array."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        address = builder.bitcast(builder.gep(_data(context, builder, array, args[0]), [args[1]]), cgutils.voidptr_t)
-        flag = ir.IntType(32)
-        hint = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, flag, flag, flag])
-        function = cgutils.get_or_insert_function(builder.module, hint, "llvm.prefetch.p0")
-        builder.call(function, [address, flag(0), flag(3), flag(1)])
+        _vectors.prefetch(builder, builder.gep(data(context, builder, array, args[0]), [args[1]]))
         return context.get_dummy_value()
 
     return types.void(array, types.int64), codegen
@@ -66,19 +62,19 @@ def _block_dots_intrinsic(
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        start = builder.gep(_data(context, builder, rows, args[0]), [args[1]])
-        weight = builder.gep(_data(context, builder, weights, args[5]), [args[6]])
-        tokens, sums = _data(context, builder, token, args[2]), _data(context, builder, out, args[7])
+        start = builder.gep(data(context, builder, rows, args[0]), [args[1]])
+        weight = builder.gep(data(context, builder, weights, args[5]), [args[6]])
+        tokens, sums = data(context, builder, token, args[2]), data(context, builder, out, args[7])
         first, last = args[3], args[4]
         index = first.type
-        factors = [_load(builder, weight, index(lane)) for lane in range(0, BLOCK, _LANES)]
+        factors = [load(builder, weight, index(lane)) for lane in range(0, BLOCK, LANES)]
 
         def products(entry: Any) -> Any:
             row = _row_of(builder, tokens, entry)
-            total = builder.fmul(factors[0], _load(builder, start, row))
+            total = builder.fmul(factors[0], load(builder, start, row))
             for lane, factor in enumerate(factors[1:], 1):
                 part = builder.fmul(
-                    factor, _load(builder, start, builder.add(row, index(lane * _LANES))), flags=("contract",)
+                    factor, load(builder, start, builder.add(row, index(lane * LANES))), flags=("contract",)
                 )
                 total = builder.fadd(total, part, flags=("contract",))
             return total
@@ -89,7 +85,7 @@ def _block_dots_intrinsic(
             end = builder.add(begin, count)
             with cgutils.for_range_slice(builder, begin, end, index(size)) as (entry, _):
                 group = [products(builder.add(entry, index(one))) for one in range(size)]
-                place = builder.bitcast(builder.gep(sums, [entry]), ir.VectorType(_FLOAT, size).as_pointer())
+                place = builder.bitcast(builder.gep(sums, [entry]), ir.VectorType(FLOAT, size).as_pointer())
                 builder.store(builder.fadd(builder.load(place, align=4), _lane_sums(builder, group)), place, align=4)
             begin = end
         return context.get_dummy_value()
@@ -108,21 +104,21 @@ def _weighted_sum_intrinsic(
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        start = builder.gep(_data(context, builder, rows, args[0]), [args[1]])
+        start = builder.gep(data(context, builder, rows, args[0]), [args[1]])
         tokens, values, out = (
-            _data(context, builder, kind, argument)
+            data(context, builder, kind, argument)
             for kind, argument in ((token, args[2]), (value, args[3]), (total, args[6]))
         )
         first, last = args[4], args[5]
-        vectors = BLOCK // _LANES
-        sums = [[cgutils.alloca_once_value(builder, _VECTOR(None)) for _ in range(vectors)] for _ in range(2)]
+        vectors = BLOCK // LANES
+        sums = [[cgutils.alloca_once_value(builder, VECTOR(None)) for _ in range(vectors)] for _ in range(2)]
 
         def add(entry: Any, parts: list[Any]) -> None:
             row = _row_of(builder, tokens, entry)
-            weights = _splat(builder, builder.load(builder.gep(values, [entry])))
+            weights = splat(builder, builder.load(builder.gep(values, [entry])))
             for lane, part in enumerate(parts):
-                at = builder.add(row, row.type(lane * _LANES))
-                product = builder.fmul(weights, _load(builder, start, at), flags=("contract",))
+                at = builder.add(row, row.type(lane * LANES))
+                product = builder.fmul(weights, load(builder, start, at), flags=("contract",))
                 builder.store(builder.fadd(builder.load(part), product, flags=("contract",)), part)
 
         odd = builder.and_(builder.sub(last, first), last.type(1))
@@ -134,7 +130,7 @@ def _weighted_sum_intrinsic(
             add(entry, sums[0])
         for lane in range(vectors):
             part = builder.fadd(builder.load(sums[0][lane]), builder.load(sums[1][lane]))
-            _store(builder, part, out, last.type(lane * _LANES))
+            store(builder, part, out, last.type(lane * LANES))
         return context.get_dummy_value()
 
     kinds = (rows, types.int64, token, value, types.int64, types.int64, total)
@@ -150,41 +146,23 @@ def _add_weighted_intrinsic(
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        start = builder.gep(_data(context, builder, rows, args[0]), [args[1]])
+        start = builder.gep(data(context, builder, rows, args[0]), [args[1]])
         tokens, values, weight = (
-            _data(context, builder, kind, argument)
+            data(context, builder, kind, argument)
             for kind, argument in ((token, args[2]), (value, args[3]), (weights, args[6]))
         )
         first, last = args[4], args[5]
-        factors = [_load(builder, weight, first.type(lane)) for lane in range(0, BLOCK, _LANES)]
+        factors = [load(builder, weight, first.type(lane)) for lane in range(0, BLOCK, LANES)]
         with cgutils.for_range_slice(builder, first, last, last.type(1)) as (entry, _):
             row = _row_of(builder, tokens, entry)
-            scale = _splat(builder, builder.load(builder.gep(values, [entry])))
+            scale = splat(builder, builder.load(builder.gep(values, [entry])))
             for lane, factor in enumerate(factors):
-                at = builder.add(row, row.type(lane * _LANES))
+                at = builder.add(row, row.type(lane * LANES))
                 product = builder.fmul(scale, factor, flags=("contract",))
-                _store(builder, builder.fadd(_load(builder, start, at), product, flags=("contract",)), start, at)
+                store(builder, builder.fadd(load(builder, start, at), product, flags=("contract",)), start, at)
         return context.get_dummy_value()
 
     return types.void(rows, types.int64, token, value, types.int64, types.int64, weights), codegen
-
-
-def _data(context: Any, builder: Any, kind: Any, argument: Any) -> Any:
-    return context.make_array(kind)(context, builder, argument).data
-
-
-def _load(builder: Any, data: Any, at: Any) -> Any:
-    return builder.load(builder.bitcast(builder.gep(data, [at]), _VECTOR.as_pointer()), align=4)
-
-
-def _store(builder: Any, vector: Any, data: Any, at: Any) -> None:
-    builder.store(vector, builder.bitcast(builder.gep(data, [at]), _VECTOR.as_pointer()), align=4)
-
-
-def _splat(builder: Any, scalar: Any) -> Any:
-    alone = builder.insert_element(_VECTOR(ir.Undefined), scalar, ir.IntType(32)(0))
-    zeros = ir.VectorType(ir.IntType(32), _LANES)([0] * _LANES)
-    return builder.shuffle_vector(alone, _VECTOR(ir.Undefined), zeros)
 
 
 def _row_of(builder: Any, tokens: Any, entry: Any) -> Any:
@@ -194,7 +172,7 @@ def _row_of(builder: Any, tokens: Any, entry: Any) -> Any:
 
 def _lane_sums(builder: Any, vectors: list[Any]) -> Any:
     """Sums of the lanes of each of 2ⁿ vectors: lane i and i + 8 first, then i + 4, and so on, whatever n."""
-    half = _LANES
+    half = LANES
     while half > 1:
         half //= 2
         pairs = list(zip(vectors[::2], vectors[1::2], strict=True)) if len(vectors) > 1 else [(vectors[0],) * 2]
