@@ -100,6 +100,7 @@ class _Launch:
         cells = list(self.sweep.plan(self.preset))
         if not cells:
             raise UserError("the plan has no cells; give every grid field at least one value")
+        self.planned = len(cells)
         if not self.arguments.only:
             return cells
         chosen = _chosen(cells, self.arguments.only)
@@ -304,6 +305,9 @@ class _Launch:
         self.out.mkdir(parents=True, exist_ok=True)
         keys = [key for key in self.by_key if key in self.done]
         lines = self.sweep.report(self.ledger.read_many(keys), self.arguments.preset, self.preset, self.out)
+        if len(keys) < self.planned:
+            say_partial(self.out / "report.md", len(keys), self.planned)
+            lines = [*lines, f"partial      {len(keys)} of {self.planned} planned cells"]
         return [*lines, f"report       {self.out / 'report.md'}"]
 
     def _close(self, lines: list[str], tracker: Tracker, synced: bool, uri: str, started: float) -> None:
@@ -349,6 +353,16 @@ class _Watch:
     def stop(self) -> None:
         self._stop.set()
         self._thread.join()
+
+
+def say_partial(report: Path, cells: int, planned: int) -> None:
+    """Say below the heading of a Markdown report (at the head of one without) that it is of a part of the plan."""
+    heading, rest = "", report.read_text()
+    if rest.startswith("# "):
+        heading, _, rest = rest.partition("\n")
+        heading += "\n\n"
+    note = f"**{cells} of {planned} planned cells** are published; this report is of those alone."
+    report.write_text(f"{heading}{note}\n\n{rest.lstrip()}")
 
 
 def shutdown_ray() -> None:

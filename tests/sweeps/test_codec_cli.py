@@ -77,6 +77,7 @@ def test_encodec_tokens_by_actors_then_a_sweep_on_them(tmp_path: Path) -> None:
     assert "1/1 published" in swept.stdout
     report = (tmp_path / "runs" / "reports" / "codec_lm" / "speech_a100" / "report.md").read_text()
     rates = "sample rate: 22,050 Hz (64 files looked at); the codec works at 24,000 Hz, resampled; above 11,025 Hz"
+    assert report.startswith("# ")  # below which the launcher says that cells are missing
     assert rates in report
     assert (kept.stat().st_mtime_ns, len(list(folder.parent.parent.glob("*/tokens")))) == (before[1], 1)
 

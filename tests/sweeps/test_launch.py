@@ -16,6 +16,7 @@ import pytest
 
 from sweeps import _launch
 from sweeps._ledger import Ledger
+from sweeps._sweep import Row
 
 TOY = Path(__file__).with_name("toy_sweep.py")
 
@@ -234,6 +235,34 @@ def test_plan_then_only_one_cell_while_mlflow_is_down(tmp_path: Path, main: Main
     assert "3 planned, 1 done, 2 to do" in main("--plan").out
     assert main("--only", only).code == 0  # nothing left to compute: the finished cell is copied
     assert cell_runs(f"sqlite:///{tmp_path}/runs/mlflow.db") == ["2"]
+
+
+def test_report_of_a_part_of_the_plan_says_so(tmp_path: Path, main: Main) -> None:
+    from toy_sweep import Square
+
+    ledger = Ledger(str(tmp_path / "runs/ledger"), "toy", "1")
+    report = tmp_path / "runs/reports/toy/small/report.md"
+    for n in (1, 2, 3):
+        ledger.publish(Square(n=n), [Row("square", n**2)], {}, {"published_unix": 1.7e9})
+        said = main("--report", "--set", "n=1,2,3")
+        assert said.code == (n < 3)
+        assert (f"{n} of 3 planned cells" in report.read_text()) == (n < 3)
+        assert (f"partial      {n} of 3 planned cells" in said.out) == (n < 3)
+    main("--report", "--set", "n=1,2,3", "--only", Square(n=2).key)
+    assert report.read_text().splitlines() == [
+        "**1 of 3 planned cells** are published; this report is of those alone.",
+        "",
+        "2 4.0",
+    ]
+
+
+def test_the_part_is_named_below_the_heading(tmp_path: Path) -> None:
+    report = tmp_path / "report.md"
+    report.write_text("# Audit: x\n\n- a fact\n")
+    _launch.say_partial(report, 3, 36)
+    assert report.read_text() == (
+        "# Audit: x\n\n**3 of 36 planned cells** are published; this report is of those alone.\n\n- a fact\n"
+    )
 
 
 @pytest.mark.slow

@@ -160,6 +160,7 @@ def test_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     lines = write(published, "local", TINY, tmp_path / "report")
     text = (tmp_path / "report" / "report.md").read_text()
     assert any("SYNTHETIC" in line for line in lines)
+    assert text.startswith("# ")  # below which the launcher says that cells are missing
     assert "PLANTED" in text
     table = pd.read_csv(tmp_path / "report" / "effects.csv").set_index("arm")
     assert list(table.index) == [BASE, "train_clips=all", "normalized_retrieval=True", "recall", PLANTED_NORMALIZED]

@@ -151,6 +151,7 @@ def test_utility_reports_random_and_grouped_folds(tmp_path: Path, monkeypatch: p
     assert near[1] < near[0] - 0.2
     write(published, "utility", preset, tmp_path)
     text = (tmp_path / "report.md").read_text()
+    assert text.startswith("# ")  # below which the launcher says that cells are missing
     assert "| embedded | bits_r4 | jaccard | grouped |" in text
     assert (tmp_path / "utility.png").stat().st_size > 500
 

@@ -255,6 +255,7 @@ class TestPythia:
         assert cell["loss_orig"] == pytest.approx(np.log(50304), abs=0.3)  # random weights know nothing
         assert cell["ce_rec"] == pytest.approx(2 - cell["loss_recon"] / cell["loss_orig"], abs=1e-6)
         report = (out / "report.md").read_text()
+        assert report.startswith("# ")  # below which the launcher says that cells are missing
         assert "R² published" in report
         assert str(sources[0]) in report
         assert str(published.PARTICIPATION_RATIO[("pythia-70m", 1)][0]) in report
