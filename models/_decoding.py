@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from models._threads import torch_threads
 from models.codec_lm import CodecLM
 
 Backend = Literal["auto", "numba", "torch"]
@@ -69,7 +70,11 @@ def decoding(
 
     logits, state = model.prefill(tokens_BKT, max_steps)
     step = CompiledStep(model, state, len(tokens_BKT), _weights_dtype("cpu"))
-    with decoding_weights(step.torch_mixers):
+    if len(step.torch_mixers):
+        with decoding_weights(step.torch_mixers):
+            yield logits, step
+        return
+    with torch_threads(1):  # the small operations of a draw gain nothing, and threads that wait for the next one spin
         yield logits, step
 
 
