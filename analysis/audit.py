@@ -140,19 +140,9 @@ def top1_ratio(
     if not drawn:
         raise ValueError("0 nulls; give one or more, a ratio needs a denominator")
     thresholds = {name: float(np.quantile(values, QUANTILE)) for name, values in drawn.items()}
-    name = max(thresholds, key=lambda key: thresholds[key])
     rng = np.random.default_rng(seed)
     resampled = np.max([_resampled_quantiles(values, resamples, rng) for values in drawn.values()], axis=0)
-    hi, lo = _divide(observed_R.mean(), np.quantile(resampled, (0.025, 0.975)))
-    return Ratio(
-        value=float(_divide(observed_R.mean(), thresholds[name])),
-        lo=float(lo),
-        hi=float(hi),
-        threshold=thresholds[name],
-        null=name,
-        share_above=float((observed_R > thresholds[name]).mean()),
-        draws=drawn[name].size,
-    )
+    return _ratio(observed_R, thresholds, resampled, {name: values.size for name, values in drawn.items()})
 
 
 def pooled_ratio(
@@ -174,12 +164,19 @@ def pooled_ratio(
     if not lives or any(not drawn or not sum(map(len, drawn)) for drawn in lives.values()):
         raise ValueError(f"nulls {sorted(lives)} have a null without loops; draw more, or use top1_ratio")
     thresholds = {name: float(np.quantile(np.concatenate(drawn), QUANTILE)) for name, drawn in lives.items()}
-    name = max(thresholds, key=lambda key: thresholds[key])
     rng = np.random.default_rng(seed)
     draws = np.empty((resamples, len(lives)))
     for column, drawn in enumerate(lives.values()):
         draws[:, column] = _pooled_quantiles(drawn, resamples, rng)
-    hi, lo = _divide(observed_R.mean(), np.quantile(draws.max(axis=1), (0.025, 0.975)))
+    return _ratio(observed_R, thresholds, draws.max(axis=1), {name: sum(map(len, d)) for name, d in lives.items()})
+
+
+def _ratio(
+    observed_R: np.ndarray, thresholds: Mapping[str, float], resampled_S: np.ndarray, draws: Mapping[str, int]
+) -> Ratio:
+    """Over the hardest null; resampled_S: its threshold in each bootstrap resample."""
+    name = max(thresholds, key=lambda key: thresholds[key])
+    hi, lo = _divide(observed_R.mean(), np.quantile(resampled_S, (0.025, 0.975)))
     return Ratio(
         value=float(_divide(observed_R.mean(), thresholds[name])),
         lo=float(lo),
@@ -187,7 +184,7 @@ def pooled_ratio(
         threshold=thresholds[name],
         null=name,
         share_above=float((observed_R > thresholds[name]).mean()),
-        draws=sum(map(len, lives[name])),
+        draws=draws[name],
     )
 
 

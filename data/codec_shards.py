@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,6 +26,7 @@ import pyarrow.parquet as pq
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
+from data._atomic import write_whole
 from data.audio_io import AudioSet, Oddity, Recording, counts, read_clips
 from data.codec import Codec, CodecSpec
 from data.split import identity_hash
@@ -67,20 +66,10 @@ class Folder:
     def publish(self, name: str, data: bytes) -> None:
         """Write one file atomically: rename on a disk, one PUT on an object store."""
         target = f"{self.root}/{name}"
-        if not self.local:
+        if self.local:
+            write_whole(target, data)
+        else:
             self.fs.pipe_file(target, data)
-            return
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        aside = f"{target}.{uuid.uuid4().hex}.tmp"
-        try:
-            with open(aside, "wb") as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(aside, target)
-        finally:
-            if os.path.exists(aside):
-                os.unlink(aside)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import fsspec
 import tenacity
 from fsspec.implementations.local import LocalFileSystem
 
+from data._atomic import write_whole
 from sweeps._secrets import remember, with_login, without_password
 from sweeps._sweep import UserError
 
@@ -104,20 +105,10 @@ class Store:
     def replace(self, name: str, data: bytes) -> None:
         """Write a whole file; readers see the old bytes or the new ones, never a part."""
         target = self.path(name)
-        if not self.local:
+        if self.local:
+            write_whole(target, data)
+        else:
             self.fs.pipe_file(target, data)
-            return
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        aside = f"{target}.{uuid.uuid4().hex}.tmp"
-        try:
-            with open(aside, "wb") as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(aside, target)
-        except BaseException:
-            Path(aside).unlink(missing_ok=True)
-            raise
 
     @_retry
     def create(self, name: str, data: bytes) -> bool:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def test_a_full_disk_leaves_no_partial_shard(
     def full(_fd: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(codec_shards.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         tokenise(audio, codec, str(tmp_path / "out"), use_ray=False, **HOW)
     assert [p.name for p in (tmp_path / "out").rglob("*") if p.is_file()] == []
