@@ -17,7 +17,7 @@ from analysis.codec_contrasts import choose_lr
 from analysis.codec_report import REAL, Results, at, write_report
 from sweeps._codec_audio import SAMPLING, AudioSets
 from sweeps._codec_data import banner
-from sweeps._published import file_of, recorded, table_of
+from sweeps._published import file_of, files_of, recorded, tables_of
 from sweeps._sweep import PublishedCell, UserError
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ def final_scores(rows: pd.DataFrame) -> pd.DataFrame:
 def results_of(cells: Sequence[PublishedCell]) -> Results:
     """The tables of all published cells; the generated audio of each architecture's best learning rate."""
     models, curves, codebooks, clips, spikes, gates = [], [], [], [], [], []
-    for cell in cells:
+    gated = [cell for cell in cells if "gates.parquet" in cell.files]
+    for cell, table in zip(cells, tables_of(cells, "clips.parquet"), strict=True):
         rows, who = cell.rows, {name: cell.identity[name] for name in _TUNED}
         books = rows[rows["codebook"].notna()].assign(metric=lambda t: t["metric"].str.removeprefix("codebook_"))
         wide = books.pivot_table(index=["weights", "codebook"], columns="metric", values="value").reset_index()
@@ -54,9 +55,9 @@ def results_of(cells: Sequence[PublishedCell]) -> Results:
         curves.append(points[["metric", "weights", "group", "step", "value"]].assign(**who))
         jumps = rows[rows["metric"] == "grad_spikes"]
         spikes.append(jumps[["group", "value"]].assign(**who))
-        clips.append(table_of(cell, "clips.parquet").assign(**who))
-        if "gates.parquet" in cell.files:
-            gates.append(table_of(cell, "gates.parquet").assign(**who))
+        clips.append(table.assign(**who))
+    for cell, table in zip(gated, tables_of(gated, "gates.parquet"), strict=True):
+        gates.append(table.assign(**{name: cell.identity[name] for name in _TUNED}))
     frame = pd.DataFrame(models)
     return Results(
         models=frame,
@@ -82,10 +83,9 @@ def _shown(cells: Sequence[PublishedCell]) -> Iterator[tuple[str, PublishedCell]
 def _audio_table(cells: Sequence[PublishedCell]) -> pd.DataFrame:
     """Distances and coherence of each architecture's samples (all seeds together), and of real audio; or no row."""
     by_name: dict[str, list[AudioSets]] = {}
-    for cell in cells:
-        if "audio.npz" in cell.files:
-            sets = AudioSets.read(file_of(cell, "audio.npz"))
-            by_name.setdefault(cell.identity["architecture"], []).append(sets)
+    with_audio = [cell for cell in cells if "audio.npz" in cell.files]
+    for cell, data in zip(with_audio, files_of(with_audio, "audio.npz"), strict=True):
+        by_name.setdefault(cell.identity["architecture"], []).append(AudioSets.read(data))
     if not by_name:
         return pd.DataFrame()
     first = next(iter(by_name.values()))[0]
@@ -149,7 +149,7 @@ def write(cells: Sequence[PublishedCell], preset_name: str, study: Study, out: P
     Raises UserError when the cells were trained on tokens of different codecs.
     """
     out.mkdir(parents=True, exist_ok=True)
-    tokens = [json.loads(file_of(c, "tokens.json")) for c in cells]
+    tokens = [json.loads(data) for data in files_of(cells, "tokens.json")]
     hashes = sorted({str(t["codec"]["weights_hash"]) for t in tokens})
     if len(hashes) > 1:
         raise UserError(

@@ -13,18 +13,16 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
 
 from sweeps._index import Index, Record, rows_table, work_of
-from sweeps._published import parquet_bytes
+from sweeps._published import in_order, parquet_bytes
 from sweeps._storage import MARKER, Store
 from sweeps._sweep import Cell, PublishedCell, Row, UserError
 
-_READERS = 32
 _FEW = 64  # cells looked at one by one; more are found by one listing
 _HEADS = 1000  # markers looked at one by one after a listing of folders; more are found by listing every file
 _COMPACT = 5000  # cells read before a file of the index is written
@@ -77,8 +75,7 @@ class Ledger:
         return dict.fromkeys([*known, *marked], 0)
 
     def _each(self, call: Callable[[str], _T], keys: Iterable[str]) -> list[_T]:
-        with ThreadPoolExecutor(_READERS) as pool:
-            return list(pool.map(call, keys))
+        return list(in_order(call, keys))
 
     def compact(self, done: Iterable[str], missing: Iterable[str] = ()) -> None:
         """Bring the index up to date, for the driver alone: published cells go in, `missing` ones go out.

@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import pandas as pd
 
 from sweeps._storage import Store
 from sweeps._sweep import PublishedCell
+
+_READERS = 32  # requests that wait for answers at once
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+def in_order(call: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
+    """`call` of each item, in their order, by a pool of threads that is at most two answers a thread ahead."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        ahead: deque[Future[_R]] = deque()
+        try:
+            for item in items:
+                ahead.append(pool.submit(call, item))
+                if len(ahead) >= 2 * _READERS:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
 
 
 def file_of(cell: PublishedCell, name: str) -> bytes:
@@ -19,6 +42,16 @@ def file_of(cell: PublishedCell, name: str) -> bytes:
 def table_of(cell: PublishedCell, name: str) -> pd.DataFrame:
     """One of the cell's Parquet files."""
     return pd.read_parquet(io.BytesIO(file_of(cell, name)))
+
+
+def files_of(cells: Iterable[PublishedCell], name: str) -> Iterator[bytes]:
+    """Bytes of the file `name` of each cell, in the cells' order, by many requests at once."""
+    return in_order(lambda cell: file_of(cell, name), cells)
+
+
+def tables_of(cells: Iterable[PublishedCell], name: str) -> Iterator[pd.DataFrame]:
+    """The Parquet file `name` of each cell, like `files_of`."""
+    return in_order(lambda cell: table_of(cell, name), cells)
 
 
 def parquet_bytes(table: pd.DataFrame) -> bytes:

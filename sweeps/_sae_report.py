@@ -9,7 +9,7 @@ import pandas as pd
 
 from analysis.proxy_gap_report import write_report
 from models.registry import HOST_LMS
-from sweeps._published import recorded, table_of
+from sweeps._published import recorded, tables_of
 from sweeps._sae_sources import banner
 from sweeps._sweep import PublishedCell
 
@@ -21,13 +21,12 @@ def tables(cells: Sequence[PublishedCell]) -> tuple[pd.DataFrame, pd.DataFrame, 
     """(cells: one row each, sequences: one row a cell and sequence, geometry: one row a model and layer)."""
     records, sequences = [], []
     geometry: dict[tuple[str, int], dict[str, float]] = {}
-    for cell in cells:
+    for cell, table in zip(cells, tables_of(cells, "sequences.parquet"), strict=True):
         rows = cell.rows
         plain = rows[rows["step"].isna() & rows["geometry_layer"].isna()]
         wanted = ("model", "layer", "depth", "k", "seed", "tokens")
         identity = {name: cell.identity[name] for name in wanted} | {"cell_key": cell.key}
         records.append(identity | dict(zip(plain["metric"], plain["value"], strict=True)))
-        table = table_of(cell, "sequences.parquet")
         sequences.append(table.assign(cell_key=cell.key))
         for row in rows[rows["metric"].isin(list(_GEOMETRY))].to_dict("records"):
             place = geometry.setdefault((cell.identity["model"], int(row["geometry_layer"])), {})

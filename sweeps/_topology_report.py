@@ -11,7 +11,7 @@ import pandas as pd
 
 from analysis.topology_report import write_report
 from analysis.topology_tables import OBSERVED, Unit, audit, ensemble_correlations
-from sweeps._published import file_of
+from sweeps._published import files_of
 from sweeps._sweep import PublishedCell
 from sweeps._topology_run import read_diagrams
 from sweeps._topology_sources import banner
@@ -21,13 +21,12 @@ from sweeps.odor_topology import Audit
 def units_of(cells: Sequence[PublishedCell]) -> list[Unit]:
     """Diagrams and null draws, gathered by (table, representation, metric, route) in plan order."""
     units: dict[tuple[str, str, str, str], Unit] = {}
-    for cell in cells:
+    wanted = [cell for cell in cells if cell.identity["kind"] == "diagram"]
+    for cell, data in zip(wanted, files_of(wanted, "diagrams.npz"), strict=True):
         identity = cell.identity
-        if identity["kind"] != "diagram":
-            continue
         place = (identity["table"], identity["representation"], identity["metric"], identity["route"])
         unit = units.setdefault(place, Unit(place))
-        diagrams = read_diagrams(file_of(cell, "diagrams.npz"))
+        diagrams = read_diagrams(data)
         if identity["null"] == OBSERVED:
             unit.observed[identity["run"]] = diagrams[0]
             continue
@@ -59,12 +58,12 @@ def write(cells: Sequence[PublishedCell], preset_name: str, preset: Audit, out: 
 
 def _members(cells: Sequence[PublishedCell]) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     rows, embeddings = [], {}
-    for cell in cells:
-        if cell.identity["kind"] == "member":
-            values = dict(zip(cell.rows["metric"], cell.rows["value"], strict=True))
-            name = cell.identity["representation"]
-            rows.append({"table": cell.identity["table"], "member": name, **values})
-            embeddings[name] = np.load(io.BytesIO(file_of(cell, "embedding.npy")))
+    wanted = [cell for cell in cells if cell.identity["kind"] == "member"]
+    for cell, data in zip(wanted, files_of(wanted, "embedding.npy"), strict=True):
+        values = dict(zip(cell.rows["metric"], cell.rows["value"], strict=True))
+        name = cell.identity["representation"]
+        rows.append({"table": cell.identity["table"], "member": name, **values})
+        embeddings[name] = np.load(io.BytesIO(data))
     return pd.DataFrame(rows), embeddings
 
 
