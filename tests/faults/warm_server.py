@@ -124,6 +124,7 @@ def _fit(job: str, pack: Any, preset: Any, context: Any) -> None:
 
 def _announce_calls() -> None:
     """Make calls to MLflow visible to `faultpoints`, before they begin and after they have ended."""
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
     from mlflow.tracking import MlflowClient
 
     def announced(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -137,6 +138,8 @@ def _announce_calls() -> None:
 
     for name in _CALLS:
         setattr(MlflowClient, name, announced(name, getattr(MlflowClient, name)))
+    store = LocalArtifactRepository.log_artifacts  # a new run's files go there without the client
+    LocalArtifactRepository.log_artifacts = announced("store artifacts", store)  # type: ignore[method-assign]
 
 
 def _reap(pid: int, seconds: float) -> int:
