@@ -12,7 +12,7 @@ _MEMORY = re.compile(
     re.DOTALL,
 )
 _THRESHOLD = re.compile(r"exceeded threshold of \d+B \((?P<percent>[\d.]+)%")
-_DEAD = re.compile(r"(ActorDiedError|ActorUnavailableError|WorkerCrashedError|NodeDiedError|LocalRayletDiedError)\b")
+_DEAD = re.compile(r"The actor died|The actor is dead|The worker died|The actor \S+ is unavailable|node is either dead")
 _DETAIL = re.compile(r"Worker exit detail: (?P<why>[^.]+)\.")
 
 
@@ -24,7 +24,7 @@ def death(text: str, pack: Pack) -> str | None:
     """
     if "low on memory" in text:
         return f"Ray killed its worker, {_usage(text)}; {_remedy(pack)}"
-    if _DEAD.search(text):
+    if _DEAD.search(text) and "Traceback" not in text:  # a worker that writes one met the death of another
         why = _DETAIL.search(text)
         return f"its worker died ({' '.join(why['why'].split())})" if why else "its worker died"
     return None

@@ -283,8 +283,7 @@ def _relay(board: _Board, context: PackContext) -> Iterator[None]:
 
 
 def _reason(error: BaseException, pack: Pack) -> str:
-    """The first worker's error as one line."""
-    failures = getattr(error, "worker_failures", None)
-    first = next(iter(failures.values())) if failures else error
-    line = one_line(getattr(first, "_base_exc", first))
-    return death(line, pack) or line[:500]
+    """The first worker's error as one line, or the death of one, which makes the others fail."""
+    failures = getattr(error, "worker_failures", None) or {0: error}
+    lines = [one_line(getattr(failure, "_base_exc", failure)) for failure in failures.values()]
+    return next((dead for line in lines if (dead := death(line, pack))), lines[0][:500])

@@ -56,10 +56,27 @@ def test_other_words_of_ray_for_memory_still_give_the_remedy() -> None:
 
 
 def test_a_death_is_told_from_an_error() -> None:
-    assert death(f"ray.exceptions.ActorDiedError: {DEAD}", pack()) == (
-        "its worker died (Worker unexpectedly exits with a connection error code 2)"
-    )
+    assert death(DEAD, pack()) == ("its worker died (Worker unexpectedly exits with a connection error code 2)")
     assert death("ray.exceptions.RayTaskError(RuntimeError): ray::Listening.train()\nRuntimeError: x", pack()) is None
+    assert death(f"Traceback (most recent call last):\n{DEAD}\nRuntimeError: a data task's", pack()) is None
+
+
+def test_the_death_of_one_of_several_workers_is_the_reason() -> None:
+    from ray.exceptions import OutOfMemoryError
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+    from ray.train.v2.api.exceptions import WorkerGroupError
+
+    from sweeps._train_ray import _reason
+
+    killed = WorkerHealthCheckFailedError("A worker health check failed.", failure=OutOfMemoryError(MEMORY))
+    failures = {0: RuntimeError("gloo: connection closed by peer"), 1: killed}
+    assert _reason(WorkerGroupError("two workers failed", failures), pack(workers=2)).startswith(
+        "Ray killed its worker, since node 10.0.0.2 used 22.90GB"
+    )
+    del failures[1]
+    assert _reason(WorkerGroupError("one failed", failures), pack(workers=2)) == (
+        "RuntimeError: gloo: connection closed by peer"
+    )
 
 
 def test_the_newest_failure_of_a_file() -> None:
