@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models._codebook_kernels import losses_and_gradient
+from models._threads import even_split, run_kernel
+
 
 @dataclass(frozen=True)
 class CodebookLoss:
@@ -51,6 +54,38 @@ def bits_per_second(val_nll: float, n_codebooks: int, frame_rate_hz: float) -> f
     return val_nll / math.log(2) * n_codebooks * frame_rate_hz
 
 
+def _slice(
+    logits_NKV: Tensor, target_NK: Tensor, share_NK: Tensor, smoothing: float, accuracy: bool, needs_grad: bool
+) -> tuple[list[Tensor], Tensor]:
+    """nll, uniform, ones and, if asked for, top-1 and top-5 hits, each [N, K], and the gradient in the logits' place.
+
+    d loss / d logits = (softmax - (1 - s) onehot - s / V) / number of targets, with 1 / number in `share_NK`.
+    """
+    target = target_NK[..., None]
+    log_z = logits_NKV.logsumexp(-1)
+    picked = logits_NKV.gather(-1, target)
+    nll = log_z - picked[..., 0]
+    parts = [nll, log_z - logits_NKV.mean(-1), torch.ones_like(nll)]
+    if accuracy:
+        rank = (logits_NKV > picked).sum(-1)
+        parts += [(rank < 1).to(nll), (rank < 5).to(nll)]
+    if needs_grad:
+        logits_NKV.sub_(log_z[..., None]).exp_().sub_(smoothing / logits_NKV.shape[-1])
+        logits_NKV.scatter_add_(-1, target, logits_NKV.new_full((), smoothing - 1).expand_as(target))
+        logits_NKV.mul_(share_NK[..., None])
+    return parts, logits_NKV
+
+
+def _compiled_slice(
+    logits_NKV: Tensor, target_NK: Tensor, share_NK: Tensor, smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """nll and uniform [N, K], and the gradient in the place of the float32 or bfloat16 logits; threads as torch has."""
+    nll, uniform = torch.empty_like(share_NK), torch.empty_like(share_NK)
+    bounds = even_split(len(logits_NKV), torch.get_num_threads())
+    run_kernel(losses_and_gradient, bounds, logits_NKV, target_NK, share_NK, smoothing, nll, uniform)
+    return nll, uniform, logits_NKV
+
+
 class _SlicedLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -76,22 +111,16 @@ class _SlicedLoss(torch.autograd.Function):
         for start in range(0, hidden_ND.shape[0], rows):
             h = hidden_ND[start : start + rows].to(dtype)
             valid = valid_NK[start : start + rows]
-            target = targets_NK[start : start + rows].masked_fill(~valid, 0)[..., None]
-            logits = (h @ weight.T).view(-1, K, V).to(wide)
-            log_z = logits.logsumexp(-1)
-            picked = logits.gather(-1, target)
-            nll = log_z - picked[..., 0]
-            uniform = log_z - logits.mean(-1)
-            parts = [nll, uniform, torch.ones_like(nll)]
-            if accuracy:
-                rank = (logits > picked).sum(-1)
-                parts += [(rank < 1).to(nll), (rank < 5).to(nll)]
+            target = targets_NK[start : start + rows].masked_fill(~valid, 0)
+            logits = (h @ weight.T).view(-1, K, V)
+            share = valid.to(wide) / total
+            if logits.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and not accuracy:
+                nll, uniform, d_logits = _compiled_slice(logits, target, share, smoothing)
+                parts = [nll, uniform, torch.ones_like(nll)]
+            else:
+                parts, d_logits = _slice(logits.to(wide), target, share, smoothing, accuracy, needs_grad)
             sums += torch.stack([part.masked_fill(~valid, 0).double().sum(0) for part in parts])
             if d_hidden is not None and d_weight is not None:
-                # d loss / d logits = (softmax - (1 - s) onehot - s / V) / number of targets
-                d_logits = logits.sub_(log_z[..., None]).exp_().sub_(smoothing / V)
-                d_logits.scatter_add_(-1, target, d_logits.new_full((), smoothing - 1).expand_as(target))
-                d_logits.mul_((valid.to(wide) / total)[..., None])
                 d = d_logits.view(-1, K * V).to(dtype)
                 d_hidden[start : start + rows] = d @ weight
                 d_weight += d.T @ h

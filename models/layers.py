@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models._norm_kernels import CpuRMSNorm
+from models._swiglu_kernels import CpuSwiGLU
+
 
 class FusedLinear(nn.Linear):
     """Several bias-free projections of one input as one matrix product, returned separately.
@@ -37,7 +40,11 @@ class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight, in at least float32 inside an autocast region too."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(widen(x))
+        x = widen(x)
+        # the compiled pass is for training, where it also saves the many passes of the backward
+        if torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
+            return CpuRMSNorm.apply(x, self.weight, self.eps)
+        return super().forward(x)
 
 
 class Mixer(nn.Module, ABC):
@@ -79,7 +86,10 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(d_ff, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x)
+        joint = F.linear(x, self.gate_up.weight)
+        if torch.is_grad_enabled() and joint.device.type == "cpu" and joint.dtype in (torch.float32, torch.bfloat16):
+            return self.down(CpuSwiGLU.apply(joint))
+        gate, up = joint.chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
 

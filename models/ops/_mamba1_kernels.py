@@ -13,59 +13,41 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from models._float32 import exp32
+
 CHUNK = 16
 WIDTH = 64  # channels of a block: four vectors of the widest registers
 GROUPS = 4
 
-# no reassociation: it would undo the two-part reduction below
-_strict = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
-_kernel = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz", "arcp"})
-
-_LOG2_E = np.float32(1.4426950408889634)
-_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
-_LEAST, _MOST = np.float32(-87.3), np.float32(89.0)  # below: the least normal number; above: infinity
-_SHIFTER = np.float32(1.5 * 2**23)  # adding it rounds to an integer, held by the low bits
-_C2, _C3, _C4 = np.float32(5.0000001201e-1), np.float32(1.6666665459e-1), np.float32(4.1665795894e-2)
-_C5, _C6, _C7 = np.float32(8.3334519073e-3), np.float32(1.3981999507e-3), np.float32(1.9875691500e-4)
-_ONE, _BIAS, _MANTISSA = np.float32(1), np.int32(127), np.int32(23)
+_FAST = {"contract", "reassoc", "nsz", "arcp"}
+_kernel = njit(nogil=True, cache=True, error_model="numpy", fastmath=_FAST)
+# inlined, because a called helper's sums may differ in the last bit between a fresh compilation and the cache's
+_inlined = njit(nogil=True, cache=True, error_model="numpy", fastmath=_FAST, inline="always")
 
 
-@_strict
-def _exp(x):
-    """exp to 1e-7 relative in a form that vectorises: 2^n by the exponent bits times the polynomial of Cephes' expf."""
-    x = _LEAST if x < _LEAST else x  # written so that NaN stays
-    x = _MOST if x > _MOST else x
-    shifted = x * _LOG2_E + _SHIFTER
-    n = shifted - _SHIFTER
-    r = x - n * _LN2_HIGH - n * _LN2_LOW
-    p = ((((_C7 * r + _C6) * r + _C5) * r + _C4) * r + _C3) * r + _C2
-    power = np.int32((np.float32(shifted).view(np.int32) + _BIAS) << _MANTISSA).view(np.float32)
-    return (p * (r * r) + r + _ONE) * power
-
-
-@_kernel
+@_inlined
 def _advance(h_NW, A_NW, dt_W, u_W, B_N, C_N, y_W):
     """One token: the state in place, y += C . h."""
     for n in range(h_NW.shape[0]):
         b, c = B_N[n], C_N[n]
         for j in range(WIDTH):
-            h = _exp(dt_W[j] * A_NW[n, j]) * h_NW[n, j] + u_W[j] * b
+            h = exp32(dt_W[j] * A_NW[n, j]) * h_NW[n, j] + u_W[j] * b
             h_NW[n, j] = h
             y_W[j] += c * h
 
 
-@_kernel
+@_inlined
 def _record(before_NW, A_NW, dt_W, u_W, B_N, decay_NW, after_NW):
     """One token: its decays and the state after it."""
     for n in range(before_NW.shape[0]):
         b = B_N[n]
         for j in range(WIDTH):
-            decay = _exp(dt_W[j] * A_NW[n, j])
+            decay = exp32(dt_W[j] * A_NW[n, j])
             decay_NW[n, j] = decay
             after_NW[n, j] = decay * before_NW[n, j] + u_W[j] * b
 
 
-@_kernel
+@_inlined
 def _retreat(dh_NW, before_NW, after_NW, decay_NW, A_NW, dt_W, u_W, dy_W, B_N, C_N, dA_NW, ddt_W, du_W, dB_N, dC_N):
     """One token backwards: the gradient of the state in place, the others added."""
     for n in range(dh_NW.shape[0]):
