@@ -16,7 +16,9 @@ from numba import njit
 from models._decode_products import partial_product, product
 from models.topk_intrinsics import bits_of_float, float_of_bits
 
-# no reordering of sums: another process may compile another copy, and the same seed must give the same sample
+# The same seed must give the same sample in any process. Sums are not reordered, and helpers with floats are inlined:
+# of a function that is called, a process that compiles and one that loads the cache may bind different copies, which
+# need not fuse the same multiplications and additions.
 _kernel = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
 _inlined = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"}, inline="always")
 
@@ -69,7 +71,7 @@ def _scaled(row, factor, out):
         out[i] = row[i] * factor
 
 
-@_kernel
+@_inlined
 def _rms_norm(x_BD, weight_D, eps, out_BD):
     width = weight_D.shape[0]
     for b in range(x_BD.shape[0]):
@@ -79,7 +81,7 @@ def _rms_norm(x_BD, weight_D, eps, out_BD):
             out[i] = row[i] * factor * weight_D[i]
 
 
-@_kernel
+@_inlined
 def _add_rows(x_BD, y_BN, width):
     for b in range(x_BD.shape[0]):
         row, y = x_BD[b], y_BN[b]
@@ -121,7 +123,7 @@ def swiglu_block(x_BD, norm_D, eps, w_gate_up, w_down, normed_BD, hidden_BN, gat
     _add_rows(x_BD, hidden_BN, norm_D.shape[0])
 
 
-@_kernel
+@_inlined
 def _convolve(row_C, taps_WC, past_WC, out_C):
     """out = silu of the causal depthwise convolution; the past moves on by one token."""
     channels, last = taps_WC.shape[1], taps_WC.shape[0] - 1
@@ -141,7 +143,7 @@ def _convolve(row_C, taps_WC, past_WC, out_C):
         out_C[c] *= _sigmoid(out_C[c])
 
 
-@_kernel
+@_inlined
 def _delta_rule(q_K, k_K, v_V, decay, beta, memory_KV, out_V, error_V):
     """S <- decay S + k (beta (v - decay k S)), out = q S, in two passes over the memory."""
     keys, values = q_K.shape[0], v_V.shape[0]
@@ -201,7 +203,7 @@ def gated_delta_block(
     _add_rows(x_BD, projected_BN, norm_D.shape[0])
 
 
-@_kernel
+@_inlined
 def _normed_and_rotated(x_E, weight_E, eps, cos, sin, scale, out_E):
     """out = scale · rotate(norm(x)), pairs (i, i + E/2)."""
     half = cos.shape[0]
@@ -212,7 +214,7 @@ def _normed_and_rotated(x_E, weight_E, eps, cos, sin, scale, out_E):
         out_E[half + i] = second * cos[i] + first * sin[i]
 
 
-@_kernel
+@_inlined
 def _softmax(score_GP, length):
     """Rows of scores -> shares of the first `length` positions; one position behind them is zeroed."""
     for g in range(score_GP.shape[0]):

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -159,6 +163,30 @@ def test_backends_draw_the_same_samples(tiny_codec_lm):
         assert (ours.backend, theirs.backend) == ("numba", "torch")
         assert torch.equal(ours.codes, theirs.codes)
         torch.testing.assert_close(ours.log_probability, theirs.log_probability, rtol=0, atol=1e-5)
+
+
+_SAMPLE = """
+import torch
+from models.registry import build_lm
+from models.sampling import generate
+torch.set_num_threads(1)
+made = generate(build_lm("local_olmo_hybrid"), 60, batch=3, backend="numba", seed=5)
+print(made.codes.tolist(), [x.hex() for x in made.log_probability.tolist()])
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_compiles_and_one_that_loads_the_kernels_draw_the_same(tmp_path):
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    root = Path(__file__).resolve().parents[2]
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", _SAMPLE], env=environment, cwd=root, capture_output=True, text=True, check=True
+        ).stdout
+        for _ in range(2)
+    ]
+    assert any(tmp_path.rglob("*.nbc"))
+    assert said[0] == said[1] != ""
 
 
 def test_what_takes_the_steps_is_told_and_an_impossible_wish_is_an_error(tiny_codec_lm):
