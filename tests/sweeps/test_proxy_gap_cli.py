@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,7 +20,6 @@ import pytest
 import torch
 
 from analysis import published
-from models.registry import HOST_LMS
 from models.sae_io import load_saelens
 from sweeps import _launch, _sae_sources
 from sweeps._ledger import Ledger
@@ -282,8 +281,10 @@ class TestPythia:
 
     @pytest.mark.slow
     def test_hub_gives_the_local_result(self, local: Path, sources: tuple[Path, Path], tmp_path: Path) -> None:
-        with hub(sources[1], sources[0] / "pythia-70m") as url:
-            env = environment(HF_ENDPOINT=url, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "hf"), HF_HUB_DISABLE_XET="1")
+        with hub(sources[1], sources[0] / "pythia-70m") as server:
+            env = environment(
+                HF_ENDPOINT=server.url, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "hf"), HF_HUB_DISABLE_XET="1"
+            )
             run = cli(tmp_path, "--preset", "fast2", *self.GRID, env=env)
         assert run.returncode == 0, run.stderr
         assert "Traceback" not in run.stderr
@@ -291,10 +292,15 @@ class TestPythia:
         (key,) = here.done()
         pd.testing.assert_frame_equal(here.read(key).rows, there.read(key).rows, check_exact=True)
         assert here.file(key, "sae/sae_weights.safetensors") == there.file(key, "sae/sae_weights.safetensors")
+        commits = [f"EleutherAI/pythia-70m@{'a' * 40}", f"NeelNanda/pile-small-tokenized-2b@{'a' * 40}"]
+        assert there.read(key).meta["hub_commits"] == commits
+        assert all(f"from the hub: {commit}" in run.stdout for commit in commits)
+        unpinned = {(method, path) for method, path, _ in server.requests if "/main" in path}
+        assert unpinned == {("HEAD", "/EleutherAI/pythia-70m/resolve/main/config.json")}  # which asks for the commit
 
 
 @contextmanager
-def hub(shards: Path, checkpoint: Path) -> Iterator[str]:
+def hub(shards: Path, checkpoint: Path) -> Iterator[Any]:
     """A loopback server of the data set's shards (tests/data) and of one checkpoint, as the hub serves them."""
     spec = importlib.util.spec_from_file_location("hub_server_cli", HUB_SERVER)
     assert spec is not None
@@ -302,22 +308,8 @@ def hub(shards: Path, checkpoint: Path) -> Iterator[str]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
-    class Hub(module.HubServer):
-        def _handler(self) -> type:
-            class Handler(super()._handler()):
-                def do_GET(self) -> None:
-                    path = unquote(urlsplit(self.path).path)
-                    prefix = f"/{HOST_LMS[checkpoint.name].hub_id}/resolve/main/"
-                    file = checkpoint / path.removeprefix(prefix)
-                    if path.startswith(prefix) and file.is_file():
-                        self.reply_file(file)
-                    else:
-                        super().do_GET()
-
-            return Handler
-
-    with Hub(shards).running() as server:
-        yield server.url
+    with module.HubServer(shards, checkpoint).running() as server:
+        yield server
 
 
 def wait_for(what, seconds: float = 240.0):
