@@ -14,42 +14,23 @@ import numpy as np
 from numba import njit
 
 from models._decode_products import partial_product, product
-from models.topk_intrinsics import bits_of_float, float_of_bits
+from models._float32 import exp32
 
 # The same seed must give the same sample in any process. Sums are not reordered, and helpers with floats are inlined:
 # of a function that is called, a process that compiles and one that loads the cache may bind different copies, which
 # need not fuse the same multiplications and additions.
 _kernel = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
 _inlined = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"}, inline="always")
+_exp = njit(nogil=True, error_model="numpy", fastmath={"contract"}, inline="always")(exp32.py_func)
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
-_LOWEST, _HIGHEST = np.float32(-87), np.float32(88)
-_LOG2_E, _LN2_HIGH, _LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
-_TO_INTEGER = np.float32(1.5 * 2**23)  # adding it leaves the nearest integer in the low bits
-_C2, _C3, _C4 = np.float32(1 / 2), np.float32(1 / 6), np.float32(1 / 24)
-_C5, _C6, _C7 = np.float32(1 / 120), np.float32(1 / 720), np.float32(1 / 5040)
-_BIAS, _MANTISSA = np.int32(127 << 23), np.int32(23)
 _SMALLEST = np.float32(1e-12)  # torch's floor of a norm to divide by
 _SOFTPLUS_LINEAR = np.float32(20)
 
 
 @_inlined
-def exponential(x):
-    """e^x to two units in the last place, for x clamped to [-87, 88], in operations that vectorise.
-
-    x = n ln 2 + r with |r| <= ln 2 / 2; Taylor's polynomial of e^r to r^7; n goes into the exponent's bits.
-    """
-    x = min(max(x, _LOWEST), _HIGHEST)
-    shifted = x * _LOG2_E + _TO_INTEGER
-    n = shifted - _TO_INTEGER
-    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
-    tail = _C2 + r * (_C3 + r * (_C4 + r * (_C5 + r * (_C6 + r * _C7))))
-    return (_ONE + (r + r * r * tail)) * float_of_bits((bits_of_float(shifted) << _MANTISSA) + _BIAS)
-
-
-@_inlined
 def _sigmoid(x):
-    return _ONE / (_ONE + exponential(-x))
+    return _ONE / (_ONE + _exp(-x))
 
 
 @_inlined
@@ -223,7 +204,7 @@ def _softmax(score_GP, length):
         for p in range(1, length):
             top = max(top, row[p])
         for p in range(length):
-            row[p] = exponential(row[p] - top)
+            row[p] = _exp(row[p] - top)
         total = _ZERO
         for p in range(length):
             total += row[p]
