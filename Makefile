@@ -45,4 +45,5 @@ cluster-down: $(READY)
 	$(PY) -m sweeps._cluster down --config $(CONFIG)
 
 clean:
-	rm -rf runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .pytest_cache .mypy_cache .ruff_cache
+	find . -path ./.venv -prune -o -name '*.nb[ci]' -exec rm {} +  # numba's compiled kernels
