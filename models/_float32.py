@@ -1,7 +1,7 @@
 """What numba kernels lack: an exp that vectorises (numba's own is a call for each number), and rows of bfloat16.
 
-A bfloat16 is the upper half of a float32; numba sees its pattern as int16. Numba's cache on disk does not see an edit of
-this file in kernels of other files that call it: after one, `make clean`.
+A bfloat16 is the upper half of a float32; numba sees its pattern as int16. Numba's cache on disk does not see an edit
+of this file in kernels of other files that call it: after one, `make clean`.
 """
 
 from __future__ import annotations
