@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models._cache import cache_root, cached_directory
+from models._threads import torch_threads
 from models.registry import HOST_LMS
 
 Tokens = Callable[[], tuple[np.ndarray, np.ndarray]]
@@ -96,27 +97,22 @@ def pretraining_seconds(name: str, corpus_fingerprint: str, *, cache_dir: str | 
     recipe = RECIPES[name]
     if (cache_root(cache_dir) / _key(name, corpus_fingerprint, recipe)).is_dir():
         return 0.0
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            model = build_model(name)
-            random_N = torch.randint(SEPARATOR, (10_000,))
+    with torch_threads(1), torch.random.fork_rng(devices=[]):
+        model = build_model(name)
+        random_N = torch.randint(SEPARATOR, (10_000,))
 
-            def blocks(steps: int, batch: int, context: int) -> float:
-                few = replace(recipe, phases=((steps, batch, context),))
-                return _cpu_seconds(lambda: _fit_blocks(name, model, random_N, few, lambda _: None))
+        def blocks(steps: int, batch: int, context: int) -> float:
+            few = replace(recipe, phases=((steps, batch, context),))
+            return _cpu_seconds(lambda: _fit_blocks(name, model, random_N, few, lambda _: None))
 
-            def bigram(steps: int) -> float:
-                return _cpu_seconds(lambda: _fit_bigram(model, random_N, steps))
+        def bigram(steps: int) -> float:
+            return _cpu_seconds(lambda: _fit_bigram(model, random_N, steps))
 
-            bigram(1), blocks(1, *recipe.phases[0][1:])
-            total = recipe.bigram_steps * bigram(_PROBE_STEPS) / _PROBE_STEPS
-            for steps, batch, context in recipe.phases:
-                total += steps * blocks(_PROBE_STEPS, batch, context) / _PROBE_STEPS
-            return total
-    finally:
-        torch.set_num_threads(threads)
+        bigram(1), blocks(1, *recipe.phases[0][1:])
+        total = recipe.bigram_steps * bigram(_PROBE_STEPS) / _PROBE_STEPS
+        for steps, batch, context in recipe.phases:
+            total += steps * blocks(_PROBE_STEPS, batch, context) / _PROBE_STEPS
+        return total
 
 
 def _cpu_seconds(work: Callable[[], object]) -> float:
@@ -140,9 +136,7 @@ def train(
     Embedding and head start at the optimum of the bigram model (LayerNorm of the embedding into the head), so that
     every step goes into the blocks; Muon moves their matrices and AdamW the rest.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with torch_threads(1):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             model = build_model(name)
@@ -163,8 +157,6 @@ def train(
             f"(bigram {bigram:.3f}, unigram {unigram:.3f}), {rate:,.0f} tokens/s"
         )
         return model.eval(), summary
-    finally:
-        torch.set_num_threads(threads)
 
 
 def build_model(name: str) -> Any:

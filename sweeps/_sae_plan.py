@@ -217,13 +217,12 @@ def _probe(cell: SAECell, d_in: int, threads: int, run: RunSettings) -> tuple[fl
         return _NOMINAL_FLOPS * threads, _NOMINAL_FLOPS * threads
     import torch
 
+    from models._threads import torch_threads
     from models.topk_sae import SparseTrainer, step_flops
     from sweeps._sae_grid import sae_config
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         dtype = getattr(torch, cell.lm_dtype)
         x = torch.randn(cell.batch_tokens, d_in, device=device, dtype=dtype)
         w = torch.randn(d_in, 4 * d_in, device=device, dtype=dtype)
@@ -232,8 +231,6 @@ def _probe(cell: SAECell, d_in: int, threads: int, run: RunSettings) -> tuple[fl
         trainer = SparseTrainer(config, n_threads=threads, device=device)
         batch = x.float()
         sae_rate = step_flops(config, cell.batch_tokens) / _seconds(lambda: trainer.step(batch), threads, repeats=2)
-    finally:
-        torch.set_num_threads(before)
     return lm_rate, sae_rate
 
 

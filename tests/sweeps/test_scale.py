@@ -288,7 +288,7 @@ def test_claims_of_interleaved_launches_have_one_holder() -> None:
 
 @pytest.mark.parametrize("step", ["plan", "scan", "claim"])
 def test_cpu_time_grows_as_the_number_of_cells(step: str, tmp_path: Path) -> None:
-    """Log-log slope of CPU time at most 1.1, and 0.05 for other work on the machine; the best of three runs a size."""
+    """Log-log slope of CPU time at most 1.1 (constant parts only lower it); the best of three runs a size."""
     sizes = [1500, 9000] if step != "scan" else [400, 3200]
 
     def seconds(n: int) -> float:
@@ -308,4 +308,4 @@ def test_cpu_time_grows_as_the_number_of_cells(step: str, tmp_path: Path) -> Non
     if step == "plan":
         scale.plan(100, tmp_path)  # imports
     times = [seconds(n) for n in sizes]
-    assert scale.slope(sizes, times) <= 1.15, dict(zip(sizes, times, strict=True))
+    assert scale.slope(sizes, times) <= 1.1, dict(zip(sizes, times, strict=True))
