@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SITE = Path(__file__).with_name("site")
 MARK = "PLUMBLINE_FAULT_MARK"
 SEED = int(os.environ.get("PLUMBLINE_FAULT_SEED", "0"))
-PATIENCE = 600.0  # seconds: machines that run tests are busy
+PATIENCE = 300.0  # seconds: machines that run tests are busy
 _T = TypeVar("_T")
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 
+import psutil
 import pytest
 from fault_rig import PATIENCE, Launches, Survived, kill, said, schedule, wait_for
 from fault_sweeps import SWEEPS, Tiny, assert_same, assert_tidy, assert_tracked, results
@@ -55,6 +56,14 @@ class Chain:
         self.events.append(f"kill -9 of {what} at progress {self.progress()}")
         return driver.wait(PATIENCE)
 
+    def kill_worker(self, driver: subprocess.Popen[str]) -> None:
+        """kill -9 of a worker as soon as there is one; returns once it is gone."""
+        found = wait_for(lambda: self.launches.worker() or driver.poll() is not None)
+        assert isinstance(found, psutil.Process), self.failing("the launch ended before it had a worker")
+        kill(found)
+        self.events.append("kill -9 of a worker")
+        wait_for(lambda: not found.is_running())
+
     def one(self, name: str) -> Callable[[], object]:
         """A process of the launch by a part of its command line."""
         return lambda: wait_for(lambda: self.launches.processes(name))[0]
@@ -81,6 +90,11 @@ class Chain:
 def slowed(publishing: float) -> Fault:
     """Room for kills: tiny cells are over too soon."""
     return Fault(do="slow", on=r"^rename .*/[0-9a-f]{16}$", times=100, seconds=publishing, role="worker")
+
+
+def slow_steps(seconds: float) -> Fault:
+    """Room for kills within a cell that saves its state after every step."""
+    return Fault(do="slow", on=r"^rename .*/_work/.*\.json$", times=100, seconds=seconds, role="worker")
 
 
 def struck(launches: Launches) -> list[str]:
@@ -124,17 +138,15 @@ def test_sigterm_then_kills_of_worker_and_driver(
     launches: Launches, sources, reference: References, survived: Survived
 ) -> None:
     chain = Chain(launches, SWEEPS["codec_lm"](sources), "codec_lm on Ray")
-    driver = chain.start(slowed(1.0))
+    driver = chain.start(slowed(1.0), slow_steps(2.0))
     chain.worked(driver)
     driver.send_signal(signal.SIGTERM)
     assert driver.wait(PATIENCE) == 1, chain.failing(launches.output())
     assert "run the same command to continue" in launches.output()
     chain.events.append("SIGTERM of the driver")
     launches.gone()
-    driver = chain.start(slowed(1.0))
-    kill(victim := wait_for(launches.worker))
-    chain.events.append("kill -9 of a worker")
-    wait_for(lambda: not victim.is_running())
+    driver = chain.start(slowed(1.0), slow_steps(2.0))
+    chain.kill_worker(driver)
     chain.worked(driver)
     assert chain.kill(lambda: driver, driver, "the driver") == -9
     launches.gone()
