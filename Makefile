@@ -4,6 +4,8 @@ PY := .venv/bin/python
 READY := .venv/.ready
 BENCHMARKS := sae_step sae_grid evaluation bootstrap topology odor_model sequence_ops codec_lm
 
+TWO := -n 2 --dist loadfile --no-loadscope-reorder  # two processes, which share the files
+
 .PHONY: venv proxy-gap test test-fast lint bench ui cluster-up cluster-down clean
 
 venv: $(READY)
@@ -18,10 +20,10 @@ proxy-gap: $(READY)
 	$(PY) sweeps/proxy_gap.py
 
 test: $(READY)
-	$(PY) -m pytest
+	$(PY) -m pytest $(TWO)
 
 test-fast: $(READY)
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest $(TWO) -m "not slow"
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -33,3 +33,19 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"no real data at {path}; set PLUMBLINE_DATA to the folder that holds odor/")
     return path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: two processes that share the files end at about the same time."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    from tests.faults.fault_rig import SEED, Injection, table
+
+    reports = [r for some in terminalreporter.stats.values() for r in some if getattr(r, "when", "") == "call"]
+    survived = [Injection(**value) for r in reports for name, value in r.user_properties if name == "survived"]
+    if survived:
+        terminalreporter.section(f"faults survived, seed {SEED}")
+        terminalreporter.write("\n".join(table(survived)) + "\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,25 +11,16 @@ import pytest
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).with_name("site"))]
 
 import objectstore  # noqa: E402
-from fault_rig import ROOT, SEED, Launches, Survived  # noqa: E402
+from fault_rig import ROOT, Launches, Survived  # noqa: E402
 from fault_sweeps import SWEEPS  # noqa: E402
 from fault_warm import Bench, MakeBench, References, Warm  # noqa: E402
 
-_SURVIVED = Survived()
 objectstore.register()
 
 
-@pytest.fixture(scope="session")
-def survived() -> Survived:
-    return _SURVIVED
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not _SURVIVED.injections:
-        return
-    terminalreporter.section(f"faults survived, seed {SEED}")
-    for line in _SURVIVED.table():
-        terminalreporter.line(line)
+@pytest.fixture
+def survived(record_property: Callable[[str, object], None]) -> Survived:
+    return Survived(lambda injection: record_property("survived", injection))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -57,33 +57,37 @@ class Injection:
 
 @dataclass
 class Survived:
-    """What was injected and seen survived; each injection is also appended to the file $PLUMBLINE_FAULT_RECORD."""
+    """What a test injected and saw survived; each injection is also appended to the file $PLUMBLINE_FAULT_RECORD.
 
-    injections: list[Injection] = field(default_factory=list)
+    note: takes each injection, as a dict; by it they reach the summary from whatever process ran the test.
+    """
+
+    note: Callable[[dict[str, object]], None]
 
     def add(self, fault: str, how: str, sweep: str, *, n: int = 1, seconds: float = float("nan")) -> None:
         """Note `n` injections of one kind, once all that must hold after them was checked."""
-        new = [Injection(fault, how, sweep, seconds)] * n
-        self.injections += new
+        for _ in range(n):
+            self.note(vars(Injection(fault, how, sweep, seconds)))
         if file := os.environ.get("PLUMBLINE_FAULT_RECORD"):
             with open(file, "a") as f:
-                f.writelines(json.dumps({**vars(i), "seed": SEED}) + "\n" for i in new)
+                f.write((json.dumps(vars(Injection(fault, how, sweep, seconds)) | {"seed": SEED}) + "\n") * n)
 
-    def table(self) -> list[str]:
-        """Markdown: a line for each (fault, how)."""
-        groups: dict[tuple[str, str], list[Injection]] = {}
-        for i in self.injections:
-            groups.setdefault((i.fault, i.how), []).append(i)
-        lines = [
-            "| fault | how it is injected | sweeps | injections survived | work goes on after |",
-            "|---|---|---|---|---|",
-        ]
-        for (fault, how), some in sorted(groups.items()):
-            sweeps = ", ".join(sorted({i.sweep for i in some}))
-            times = sorted({i.seconds for i in some if i.seconds == i.seconds})
-            after = f"{times[0]:.0f} to {times[-1]:.0f} s" if len(times) > 1 else f"{times[0]:.0f} s" if times else ""
-            lines.append(f"| {fault} | {how} | {sweeps} | {len(some)} | {after} |")
-        return [*lines, f"| all | | | {len(self.injections)} | |"]
+
+def table(injections: Sequence[Injection]) -> list[str]:
+    """Markdown: a line for each (fault, how)."""
+    groups: dict[tuple[str, str], list[Injection]] = {}
+    for i in injections:
+        groups.setdefault((i.fault, i.how), []).append(i)
+    lines = [
+        "| fault | how it is injected | sweeps | injections survived | work goes on after |",
+        "|---|---|---|---|---|",
+    ]
+    for (fault, how), some in sorted(groups.items()):
+        sweeps = ", ".join(sorted({i.sweep for i in some}))
+        times = sorted({i.seconds for i in some if i.seconds == i.seconds})
+        after = f"{times[0]:.0f} to {times[-1]:.0f} s" if len(times) > 1 else f"{times[0]:.0f} s" if times else ""
+        lines.append(f"| {fault} | {how} | {sweeps} | {len(some)} | {after} |")
+    return [*lines, f"| all | | | {len(injections)} | |"]
 
 
 def main() -> None:
@@ -91,7 +95,7 @@ def main() -> None:
     records = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
     for record in records:
         del record["seed"]
-    print("\n".join(Survived([Injection(**record) for record in records]).table()))
+    print("\n".join(table([Injection(**record) for record in records])))
 
 
 class Launches:
