@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from models._allocator import keep_freed_memory
 from models.codec_lm import CodecLM
 from models.lm_cost import names_by_group
 from sweeps._stop import PackStopped
@@ -142,6 +143,8 @@ class Trainer:
     def __post_init__(self) -> None:
         named = dict(self.model.named_parameters())
         self.device = next(iter(named.values())).device
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.groups: dict[str, list[Tensor]] = {}
         for name, group in names_by_group(self.model):
             self.groups.setdefault(group, []).append(named[name])
