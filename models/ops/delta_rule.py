@@ -127,15 +127,17 @@ def fused_gated_delta(
 ) -> tuple[Tensor, Tensor]:
     """flash-linear-attention's Triton kernels, with the arguments of `gated_delta`, unchecked and untested.
 
-    Log decay and writing strength go in as float32: in bfloat16 the decay alone would be wrong by 0.4%.
+    Queries and keys go in as v's dtype, the only one the preflight tests: mixers hand over normalised float32 beside
+    bfloat16 values, and a Triton product of two types does not compile. Log decay and writing strength go in as
+    float32: in bfloat16 the decay alone would be wrong by 0.4%.
     """
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     if initial_state is not None:
         initial_state = initial_state.float()
     return chunk_gated_delta_rule(
-        q=q,
-        k=k,
+        q=q.to(v.dtype),
+        k=k.to(v.dtype),
         v=v,
         g=g.float(),
         beta=beta.float(),

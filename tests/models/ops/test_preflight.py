@@ -9,14 +9,18 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
+from models.gated_delta import GatedDeltaNet, SimpleDeltaNet
+from models.layers import Mixer
+from models.linear_attention import LinearAttention
 from models.ops import delta_rule, gated_delta, preflight
 from models.ops._delta_rule_chunked import chunked_gated_delta
-from models.ops._preflight_check import RESULTS, TRIALS, Case, compare, relative_rms
+from models.ops._preflight_check import RESULTS, TRIALS, Case, compare, draw_inputs, relative_rms
 from models.ops.preflight import Verdict, run_preflight, shape_family
 
 HERE = Path(__file__).parent
@@ -195,6 +199,36 @@ def test_auto_on_a_cpu_is_chunked() -> None:
     q, k = torch.randn(2, 1, 20, 2, 4)
     v, g, beta = torch.randn(1, 20, 2, 3), -torch.rand(1, 20, 2), torch.rand(1, 20, 2)
     assert torch.equal(gated_delta(q, k, v, g, beta)[0], gated_delta(q, k, v, g, beta, impl="chunked")[0])
+
+
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        GatedDeltaNet(16, 2, 4, 8, conv_width=4, norm_eps=1e-5),
+        SimpleDeltaNet(16, 2, norm_eps=1e-5),
+        LinearAttention(16, 2, delta_rule=True),
+    ],
+    ids=lambda mixer: type(mixer).__name__,
+)
+def test_mixers_give_the_fused_kernel_the_types_that_the_preflight_tests(
+    mixer: Mixer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, torch.dtype]] = []
+
+    def kernel(*, scale: float, initial_state: None, output_final_state: bool, **x: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append({name: tensor.dtype for name, tensor in x.items()})
+        return chunked_gated_delta(x["q"], x["k"], x["v"], x["g"], x["beta"], initial_state, scale)
+
+    stub = SimpleNamespace(chunk_gated_delta_rule=kernel)
+    monkeypatch.setitem(sys.modules, "fla.ops.gated_delta_rule", stub)
+    monkeypatch.setattr(delta_rule, "chunked_gated_delta", delta_rule.fused_gated_delta)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixer(torch.randn(1, 5, 16)).sum().backward()
+    *inputs, _ = draw_inputs(CASE, TRIALS[0])
+    delta_rule.fused_gated_delta(*inputs, None, 1.0)
+    in_training, in_preflight = calls
+    assert in_training == in_preflight
+    assert {in_training[name] for name in "qkv"} == {torch.bfloat16}
 
 
 @pytest.mark.slow
