@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -121,6 +122,14 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16; a processor without them emulates its products."""
+    if device.type != "cpu":
+        return True
+    has = torch.cpu.get_capabilities()
+    return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 @dataclass
 class Trainer:
     """Model, optimizer and averaged weights at one step of a trajectory.
@@ -145,6 +154,12 @@ class Trainer:
         self.device = next(iter(named.values())).device
         if self.device.type == "cpu":
             keep_freed_memory()
+        if self.config.precision == "bfloat16" and not multiplies_bfloat16(self.device):
+            warnings.warn(
+                "precision=bfloat16 on a processor without bfloat16 instructions takes about three times as long as "
+                "float32; choose precision=float32",
+                stacklevel=3,
+            )
         self.groups: dict[str, list[Tensor]] = {}
         for name, group in names_by_group(self.model):
             self.groups.setdefault(group, []).append(named[name])

@@ -208,6 +208,14 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch() -> None:
     assert sum(v**2 for v in total.group_norms.values()) ** 0.5 == pytest.approx(total.grad_norm, rel=1e-6)
 
 
+@pytest.mark.parametrize("instructions", [True, False])
+def test_bfloat16_on_a_processor_that_emulates_it_is_told(monkeypatch, recwarn, instructions) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "avx512_bf16": instructions})
+    trainer(precision="bfloat16")
+    told = [str(w.message) for w in recwarn if "choose precision=float32" in str(w.message)]
+    assert len(told) == (not instructions)
+
+
 def test_learning_rate_and_average_follow_their_formulas() -> None:
     t = trainer(ema_decay=0.5)
     expected: dict[str, torch.Tensor] = {}
