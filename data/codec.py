@@ -15,7 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +248,7 @@ class CodecSpec:
         name: a key of CODECS.
         weights: a file; ``"random"``; or None for the package's own download (and, for melvq, an error).
         seed: of random weights.
-        device: torch device of the real codecs.
+        device: torch device of the real codecs, in whichever process codes.
     """
 
     name: str
@@ -263,6 +263,10 @@ class CodecSpec:
         if self.weights not in (None, RANDOM) and not Path(str(self.weights)).is_file():
             raise MissingCodecWeights(self.name, f"{self.weights} does not exist")
         return CODECS[self.name](self)
+
+    def on_driver(self, actors_code: bool) -> CodecSpec:
+        """The same codec for the process that starts the coding: on its CPU where actors code, as GPUs are theirs."""
+        return replace(self, device="cpu") if actors_code else self
 
 
 @contextmanager

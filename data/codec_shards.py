@@ -243,7 +243,7 @@ def tokenise(
 
     Args:
         audio: from open_ljspeech, open_fma or the like; its files must be visible to every actor.
-        codec: which codec and weights.
+        codec: which codec and weights; its device is that of the actors, or of this process without Ray.
         out: folder, local or fsspec URI; shared by all nodes of a cluster.
         chunk_s, min_s: clips are cut at ``chunk_s`` seconds, and rests shorter than ``min_s`` seconds dropped.
         recordings_per_shard: unit of work that a crash can cost.
@@ -257,7 +257,7 @@ def tokenise(
     if not audio.recordings:
         raise ValueError(f"{audio.name} lists no recordings; odd files: {counts(audio.oddities) or 'none'}")
     folder = Folder(out)
-    loaded = codec.load()
+    loaded = codec.on_driver(use_ray).load()
     if min_s * loaded.sample_rate < loaded.hop:
         raise ValueError(f"min_s={min_s} is shorter than one frame of {loaded.name}; use >= {loaded.hop} samples")
     facts = identity(audio, loaded, chunk_s, min_s)

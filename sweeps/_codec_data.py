@@ -137,6 +137,7 @@ def open_source(
     """The tokens of a study, made on first use in the user's cache; other processes of the machine wait for them.
 
     actors: Ray Data actors that code shards at the same time, in the Ray that is initialised; 0: this process does.
+    device: of the codec in those actors, or in this process where there are none.
     Raises UserError for audio or codec weights that are out of reach.
     """
     from data.audio_io import sample_rates
@@ -166,7 +167,7 @@ def open_source(
                 actors=max(1, actors),
                 gpus_per_actor=gpus_per_actor,
             )
-            return TokenSource(tokens, spec.load(), sample_rates(audio))
+            return TokenSource(tokens, spec.on_driver(actors > 0).load(), sample_rates(audio))
         except (ValueError, RuntimeError) as error:
             raise UserError(str(error)) from error
 

@@ -11,10 +11,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import soundfile
+import torch
 
-from data.audio_io import sample_rates
+from data import codec_shards
+from data.audio_io import AudioSet, sample_rates
+from data.codec import CODECS, CodecSpec, MelVQCodec
+from data.codec_shards import ShardPlan
 from data.ljspeech import open_ljspeech
-from data.melvq import MelVQSpec
+from data.melvq import MelVQ, MelVQSpec
 from data.split import side_of
 from sweeps import _codec_data, _codec_tokenise
 from sweeps._codec_report import _missing, _published, _resampled
@@ -62,6 +66,29 @@ def test_the_codec_is_trained_on_the_training_side_alone(tmp_path: Path, monkeyp
         hashes[name] = _codec_data.open_source(study, "cpu", quiet).codec.weights_hash
     assert hashes["plain"] == hashes["other held-out audio"]
     assert hashes["plain"] != hashes["other training audio"]
+
+
+def test_a_launch_without_a_gpu_lets_actors_code_on_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLUMBLINE_CACHE", str(tmp_path / "cache"))
+    model = MelVQ(SmallStudy.melvq(study_at(tmp_path)), torch.zeros(8), torch.zeros(2, 16, 8))
+    loaded_on, actors_on = set(), []
+
+    def load(spec: CodecSpec) -> MelVQCodec:
+        loaded_on.add(spec.device)
+        return MelVQCodec(model)
+
+    def actors(audio: AudioSet, codec: CodecSpec, facts: dict, out: str, plans: list[ShardPlan], *_: float) -> None:
+        actors_on.append(codec.device)
+        for plan in plans:
+            codec_shards.Folder(out).publish(plan.file, codec_shards.make_shard(audio, plan, MelVQCodec(model), facts))
+
+    monkeypatch.setitem(CODECS, "on_a_gpu", load)
+    monkeypatch.setattr(codec_shards, "_make_with_ray", actors)
+    rate = model.spec.sample_rate
+    study = replace(study_at(layout(tmp_path / "a", rate=rate)), codec="on_a_gpu", codec_weights="random")
+    _codec_data.open_source(study, "cuda", quiet, actors=1, gpus_per_actor=1)
+    assert loaded_on == {"cpu"}
+    assert actors_on == ["cuda"]
 
 
 def test_audio_is_never_raised_to_a_higher_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
