@@ -27,7 +27,12 @@ _FRESH_SECONDS = 1.0
 
 
 def _boot_id() -> str:
-    return f"{socket.gethostname()}@{int(psutil.boot_time())}"
+    """Name of the running machine within which a process id means one process: a container is one of its own."""
+    try:
+        pids = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:  # no Linux
+        pids = 0
+    return f"{socket.gethostname()}@{int(psutil.boot_time())}:{pids}"
 
 
 @dataclass
@@ -81,7 +86,9 @@ class Claims:
                 continue  # storage is away: the lease runs out by itself if it stays away
 
     def alive(self, launch_id: str) -> bool:
-        """Whether that launch still holds its lease."""
+        """Whether that launch still holds its lease; a launch that released its own takes every other for alive."""
+        if self._stop.is_set():
+            return True  # it has no stamp of its own to compare with, and must not make one again
         lease = self.store.read_json(_lease(launch_id))
         if lease is None:
             return False
@@ -185,12 +192,15 @@ class Claims:
                 del log.entries[number]
 
     def release(self) -> None:
-        """End the lease: what this launch claimed and did not publish is free for others."""
+        """End the lease, once: what this launch claimed and did not publish is free for others."""
+        if self._stop.is_set():
+            return
         self._stop.set()
         self._thread.join()
+        self._lapses += 1  # whoever copies in another thread must look whether somebody took over
         with contextlib.suppress(OSError):  # storage is away: the lease runs out by itself
             self.store.remove_file(_lease(self.launch_id))
-            for group, log in self._logs.items():
+            for group, log in list(self._logs.items()):  # another thread may be claiming
                 if log.number >= 0:
                     ended = {"launch": self.launch_id, "nonce": "", "keys": []}
                     self.store.replace(_entry(group, log.number), json.dumps(ended).encode())

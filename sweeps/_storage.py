@@ -7,13 +7,15 @@ stores (where a PUT is atomic) a commit marker written last, a PUT, and a condit
 
 from __future__ import annotations
 
+import errno
+import functools
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import fsspec
 import tenacity
@@ -25,10 +27,14 @@ from sweeps._sweep import UserError
 
 MARKER = "_PUBLISHED"
 _PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
+_ANSWERS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, NotImplementedError)
+_MISTAKES = (ValueError, TypeError, KeyError, AttributeError)
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def _transient(error: BaseException) -> bool:
-    return isinstance(error, OSError) and not isinstance(error, _PERMANENT) and error.errno != 28
+    return isinstance(error, OSError) and not isinstance(error, _PERMANENT) and error.errno != errno.ENOSPC
 
 
 _retry = tenacity.retry(
@@ -39,17 +45,44 @@ _retry = tenacity.retry(
 )
 
 
-class Store:
-    """Files under one root URI (`runs/ledger`, `memory://x`, `s3://bucket/prefix`, ...).
+def with_errno(error: Exception) -> Exception:
+    """The error of a library as an OSError with a number, by which callers know the storage's fault from a cell's.
 
-    Transient OSErrors are retried five times with exponential back-off; a full disk, a missing file and a
-    refused permission are not.
+    Libraries raise classes of their own (botocore, aiohttp, paramiko) and OSErrors without a number when a server is
+    away or refuses. What the storage answers about a file, mistakes in code and what has a number stay as they are.
+    """
+    if isinstance(error, _ANSWERS + _MISTAKES) or (isinstance(error, OSError) and error.errno is not None):
+        return error
+    number = errno.EACCES if isinstance(error, PermissionError) else errno.EIO
+    return OSError(number, f"{type(error).__name__}: {without_password(' '.join(str(error).split()))}")
+
+
+def _request(method: Callable[Concatenate[Store, _P], _R]) -> Callable[Concatenate[Store, _P], _R]:
+    """A method that asks the storage: tried again where that may help, with errors that have a number."""
+
+    @functools.wraps(method)
+    def call(store: Store, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return method(store, *args, **kwargs)
+        except Exception as error:
+            if store.local or (told := with_errno(error)) is error:
+                raise
+            raise told from error
+
+    return _retry(call)
+
+
+class Store:
+    """Files under one root URI (`runs/ledger`, `s3://bucket/prefix`, ...); UserError for one that names no storage.
+
+    Transient OSErrors are tried five times with exponential back-off; a full disk, a missing file and a
+    refused permission are not. Whatever a library raises because its server is away or refuses is an OSError.
     """
 
     def __init__(self, uri: str) -> None:
         uri = remember(uri)
         address = with_login(uri)
-        self.fs, root = fsspec.url_to_fs(address)
+        self.fs, root = _open(uri, address)
         self.local = isinstance(self.fs, LocalFileSystem)
         self.root = str(Path(root).resolve()) if self.local else root.rstrip("/")
         self.uri = self.root if self.local else uri if address != uri else self.fs.unstrip_protocol(self.root)
@@ -75,7 +108,7 @@ class Store:
                 "choose another place with --storage"
             ) from error
 
-    @_retry
+    @_request
     def read(self, name: str) -> bytes:
         """Bytes of a file; raises FileNotFoundError."""
         return self.fs.cat_file(self.path(name))
@@ -87,13 +120,13 @@ class Store:
         except FileNotFoundError:
             return None
 
-    @_retry
+    @_request
     def exists(self, name: str) -> bool:
         """Whether the file exists now (directory caches are bypassed)."""
         self.fs.invalidate_cache()
         return self.fs.exists(self.path(name))
 
-    @_retry
+    @_request
     def modified(self, name: str) -> float:
         """When the file was last written, in seconds by the storage's own clock; raises FileNotFoundError."""
         if self.local:
@@ -101,7 +134,7 @@ class Store:
         self.fs.invalidate_cache()
         return self.fs.modified(self.path(name)).timestamp()
 
-    @_retry
+    @_request
     def replace(self, name: str, data: bytes) -> None:
         """Write a whole file; readers see the old bytes or the new ones, never a part."""
         target = self.path(name)
@@ -110,7 +143,7 @@ class Store:
         else:
             self.fs.pipe_file(target, data)
 
-    @_retry
+    @_request
     def create(self, name: str, data: bytes) -> bool:
         """Write a file that must not exist yet; True for the one caller that made it."""
         target = self.path(name)
@@ -131,14 +164,14 @@ class Store:
             return False
         return True
 
-    @_retry
+    @_request
     def remove(self, name: str) -> None:
         """Remove a file or folder; nothing happens where there is none."""
         self.fs.invalidate_cache()
         if self.fs.exists(self.path(name)):
             self.fs.rm(self.path(name), recursive=True)
 
-    @_retry
+    @_request
     def remove_file(self, name: str) -> None:
         """Remove one file; nothing happens where there is none. One request, where `remove` must look first."""
         try:
@@ -149,7 +182,7 @@ class Store:
         except FileNotFoundError:
             return
 
-    @_retry
+    @_request
     def names(self, folder: str = "") -> list[str]:
         """Names directly inside a folder, sorted; empty where there is none."""
         self.fs.invalidate_cache()
@@ -159,7 +192,7 @@ class Store:
             return []
         return sorted(p.rstrip("/").rsplit("/", 1)[-1] for p in found)
 
-    @_retry
+    @_request
     def files(self, folder: str = "") -> list[str]:
         """All file names below a folder, relative to it, sorted."""
         self.fs.invalidate_cache()
@@ -170,7 +203,7 @@ class Store:
             return []
         return sorted(p[len(base) :].lstrip("/") for p in found)
 
-    @_retry
+    @_request
     def sizes(self, folder: str) -> dict[str, int]:
         """{name: bytes} of all files below a folder, relative to it, in one listing."""
         self.fs.invalidate_cache()
@@ -206,7 +239,7 @@ class Store:
             return {}
         return {name: stamp for name in names if (stamp := self.stamp(name)) is not None}
 
-    @_retry
+    @_request
     def publish_folder(self, folder: str, contents: Mapping[str, bytes | Path]) -> bool:
         """Publish files (bytes, or paths of local files to copy) as a folder, whole or not at all.
 
@@ -245,3 +278,23 @@ class Store:
             return True
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def _open(uri: str, address: str) -> tuple[Any, str]:
+    """(file system, root path) of an address; `uri` is the same without its login, for the messages."""
+    try:
+        return fsspec.url_to_fs(address)
+    except ImportError as error:
+        raise UserError(
+            f"storage {uri} needs a package that requirements.lock leaves out ({error}); `pip install` it on every "
+            "node, or choose another place with --storage"
+        ) from error
+    except ValueError as error:
+        raise UserError(
+            f"storage {uri} cannot be opened ({without_password(str(error))}); choose a folder, s3://BUCKET/PREFIX or "
+            "another address that fsspec knows"
+        ) from error
+    except Exception as error:  # sftp:// and their like connect at once
+        if (told := with_errno(error)) is error:
+            raise
+        raise told from error

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,13 +14,14 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 
 from sweeps._claims import Claims
 from sweeps._ledger import Ledger
-from sweeps._storage import Store
+from sweeps._storage import Store, with_errno
 from sweeps._sweep import Cell, Row, UserError, canonical_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -181,6 +184,105 @@ def test_transient_error_is_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(calls) == 2
 
 
+@pytest.fixture
+def lost_s3(monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A bucket whose server is away: nothing listens at its port. Nobody waits between two tries."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{s.getsockname()[1]}")
+    for name, value in (("ACCESS_KEY_ID", "x"), ("SECRET_ACCESS_KEY", "x"), ("DEFAULT_REGION", "us-east-1")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr("tenacity.nap.time", SimpleNamespace(sleep=lambda seconds: None))
+    import s3fs
+
+    store = Store("s3://bucket/prefix")
+    store.fs = s3fs.S3FileSystem(skip_instance_cache=True)  # the others keep the server they know
+    return store
+
+
+def test_a_server_that_is_away_is_the_storages_fault_not_the_cells(
+    lost_s3: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sweeps._execute import SYSTEM_ERROR, one_line
+
+    requests = []
+    get = lost_s3.fs.cat_file
+    monkeypatch.setattr(lost_s3.fs, "cat_file", lambda path: requests.append(path) or get(path))
+    with pytest.raises(OSError, match="Could not connect to the endpoint") as away:
+        lost_s3.read("a")
+    assert len(requests) == 5
+    assert away.value.errno == errno.EIO
+    assert SYSTEM_ERROR.search(one_line(away.value))
+    for request in (
+        lambda: lost_s3.exists("a"),
+        lambda: lost_s3.create("a", b""),
+        lambda: Claims(lost_s3),
+    ):
+        with pytest.raises(OSError, match="Could not connect to the endpoint"):
+            request()
+
+
+def test_the_lease_is_renewed_once_the_server_is_back(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from botocore.exceptions import EndpointConnectionError
+
+    claims = Claims(Store(f"{s3_bucket}/{uuid.uuid4().hex}"), lease_seconds=0.4)
+    try:
+        with monkeypatch.context() as away:
+            away.setattr("tenacity.nap.time", SimpleNamespace(sleep=lambda seconds: None))
+            away.setattr(
+                claims.store.fs,
+                "pipe_file",
+                lambda *a, **k: (_ for _ in ()).throw(EndpointConnectionError(endpoint_url="x")),
+            )
+            time.sleep(0.6)
+            assert claims.lapses() == 1
+        renewed = claims._renewed
+        deadline = time.monotonic() + 10
+        while claims._renewed == renewed and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert claims._renewed > renewed
+    finally:
+        claims.release()
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (PermissionError("The provided token has expired."), errno.EACCES),
+        (TimeoutError(), errno.EIO),
+        (RuntimeError("Session is closed"), errno.EIO),
+        (OSError(errno.EBUSY, "Slow down"), errno.EBUSY),
+    ],
+)
+def test_errors_of_object_stores_get_a_number(error: Exception, number: int) -> None:
+    told = with_errno(error)
+    assert isinstance(told, OSError)
+    assert told.errno == number
+    assert isinstance(told, PermissionError) == (number == errno.EACCES)
+    assert str(error.args[-1] if error.args else "TimeoutError") in str(told)
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError("a"), FileExistsError("a"), NotImplementedError(), ValueError("x")]
+)
+def test_answers_about_a_file_and_mistakes_stay_what_they_are(error: Exception) -> None:
+    assert with_errno(error) is error
+
+
+@pytest.mark.parametrize(
+    ("uri", "line"),
+    [
+        ("s4://bucket/x", r"storage s4://bucket/x cannot be opened \(Protocol not known: s4\); choose a folder, s3://"),
+        ("gs://bucket/x", r"storage gs://bucket/x needs a package .*gcsfs.*; `pip install` it on every node"),
+    ],
+)
+def test_an_address_that_names_no_storage_is_one_line(uri: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # also where somebody has installed it
+    with pytest.raises(UserError, match=line):
+        Store(uri)
+
+
 PUBLISH_LOOP = """
 import sys
 sys.path[:0] = [{root!r}, {here!r}]
@@ -266,6 +368,26 @@ def test_claim_of_another_machine_ends_with_its_lease(tmp_path: Path, monkeypatc
         time.sleep(1.1)
         assert near.claim(["a"])[0] == ["a"]
     finally:
+        near.release()
+
+
+def test_a_pid_of_another_container_with_the_same_host_name_tells_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, stat = Store(str(tmp_path)), os.stat
+    far = Claims(store)
+    lease = store.read_json(f"_claims/launches/{far.launch_id}.json")
+    far._stop.set()
+    far._thread.join()
+    store.replace(f"_claims/launches/{far.launch_id}.json", json.dumps(lease | {"pid": 2**22 + 1}).encode())
+    near = Claims(store)
+    try:
+        assert not near.alive(far.launch_id)  # the same machine knows that there is no such process
+        other = os.stat_result((0, stat("/proc/self/ns/pid").st_ino + 1, *[0] * 8))
+        monkeypatch.setattr(os, "stat", lambda path, **k: other if path == "/proc/self/ns/pid" else stat(path, **k))
+        assert near.alive(far.launch_id)
+    finally:
+        monkeypatch.undo()
         near.release()
 
 
