@@ -34,6 +34,7 @@ from sweeps._where import Machine, RunSettings, connect, git_commit, normal_stor
 _WAIT_SECONDS = 2.0  # before the ledger is looked at again for the cells of other launches
 _WAIT_SHARE = 20  # ... and at least so many times what the last look took
 _INDEX_SECONDS = 30.0
+_LEAVE_SECONDS = 5.0  # that a launch which got SIGTERM gives MLflow
 
 
 def parser(sweep: Sweep) -> argparse.ArgumentParser:
@@ -49,8 +50,8 @@ def parser(sweep: Sweep) -> argparse.ArgumentParser:
     p.add_argument("--only", nargs="+", default=[], metavar="KEY", help="only cells whose key starts with KEY")
     p.add_argument("--report", action="store_true", help="write the report from what is published; run nothing")
     p.add_argument("--retry-failed", action="store_true", help="run cells again that failed for good")
-    storage = os.environ.get("PLUMBLINE_STORAGE") or "runs/ledger"
-    p.add_argument("--storage", default=storage, metavar="URI", help="ledger: a path, s3://, gs://, memory://")
+    storage = remember(os.environ.get("PLUMBLINE_STORAGE") or "runs/ledger")
+    p.add_argument("--storage", default=storage, metavar="URI", help="ledger: a path, s3:// or what else fsspec knows")
     p.add_argument("--tracking-uri", default=None, metavar="URI", help="MLflow; default: SQLite under runs/")
     p.add_argument("--address", default=None, metavar="ADDR", help="Ray cluster to join (auto, HOST:PORT)")
     p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of the preset")
@@ -97,7 +98,7 @@ class _Launch:
         self.out = Path("runs/reports") / sweep.name / arguments.preset
 
     def _planned(self) -> list[Cell]:
-        cells = list(self.sweep.plan(self.preset))
+        cells = list({cell.key: cell for cell in self.sweep.plan(self.preset)}.values())  # a grid may name one twice
         if not cells:
             raise UserError("the plan has no cells; give every grid field at least one value")
         self.planned = len(cells)
@@ -216,16 +217,24 @@ class _Launch:
             board.forget()
             board.already(len(self.done))
             board.close()
+        whole = len(self.done) == len(self.cells)
+        status = "FINISHED" if whole else "KILLED" if interrupted else "FAILED"
+        metrics = {
+            "cells_done": len(self.done),
+            "cells_planned": len(self.cells),
+            "seconds": time.monotonic() - started,
+        }
+        if interrupted and self.stopper.terminated:  # SIGKILL follows soon: others may go on at once
+            claims.release()
+            tracker.leave(status, metrics, _LEAVE_SECONDS)
+            self._close(["report       left out: --report makes it"], tracker, False, uri, started)
+            raise KeyboardInterrupt
         tracker.want(sorted(self.done))
         with contextlib.suppress(OSError):  # the index only saves reading
             self.ledger.compact(self.done)
         lines = self._report() if self.done else []
-        whole = len(self.done) == len(self.cells)
-        synced = tracker.finish(
-            "FINISHED" if whole else "KILLED" if interrupted else "FAILED",
-            {"cells_done": len(self.done), "cells_planned": len(self.cells), "seconds": time.monotonic() - started},
-            sorted(p for p in self.out.glob("*") if p.is_file()) if lines else [],
-        )
+        files = sorted(p for p in self.out.glob("*") if p.is_file()) if lines else []
+        synced = tracker.finish(status, metrics, files)
         self._close(lines, tracker, synced, uri, started)
         if interrupted:
             raise KeyboardInterrupt

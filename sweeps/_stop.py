@@ -111,10 +111,13 @@ class Stopper:
 
     The first signal inside `asking` raises the launch's flag; when the packs have ended, or the grace is over,
     KeyboardInterrupt is raised there. A second signal, or one outside `asking`, raises it at once.
+    terminated: whether a SIGTERM was among them, whose sender may not wait.
     """
 
     def __init__(self) -> None:
+        self.terminated = False
         self._ask: Callable[[], None] | None = None
+        self._thread: threading.Thread | None = None
         self._asked = threading.Event()
 
     def install(self) -> None:
@@ -123,10 +126,12 @@ class Stopper:
             signal.signal(number, self)
 
     def __call__(self, signum: int, frame: Any) -> None:
+        self.terminated |= signum == signal.SIGTERM
         if self._ask is None or self._asked.is_set():
             raise KeyboardInterrupt
         self._asked.set()
-        threading.Thread(target=self._ask, name="stop", daemon=True).start()  # a handler must not wait for a store
+        self._thread = threading.Thread(target=self._ask, name="stop", daemon=True)  # a handler must not wait
+        self._thread.start()
 
     @contextmanager
     def asking(self, store: Store, launch: str, grace: float, say: Callable[[str], None]) -> Iterator[None]:
@@ -149,6 +154,7 @@ class Stopper:
         finally:
             over.set()
             self._ask = None
-            if self._asked.is_set():
+            if self._thread is not None:
+                self._thread.join()  # else it may raise the flag after it was lowered
                 with suppress(OSError):
                     lower_flag(store, launch)

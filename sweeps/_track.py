@@ -65,6 +65,7 @@ class Tracker:
         self._wanted: dict[str, None] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        self._left = threading.Event()  # set by `leave`
         self._thread: threading.Thread | None = None
         self._client: Any = None
         self._address = ""
@@ -125,11 +126,30 @@ class Tracker:
                 self.say(
                     f"MLflow: {total - len(self._wanted)} of {total} cells copied; if stopped, the next launch goes on"
                 )
+        self._end_parent(status, metrics, files)
+
+    def _end_parent(self, status: str, metrics: Mapping[str, float], files: Sequence[Path]) -> None:
         now = int(time.time() * 1000)
         self._log_points(self._parent, [(n, v, now, 0) for n, v in metrics.items()])
         for file in files:
             self._client.log_artifact(self._parent, str(file), "report")
         self._client.set_terminated(self._parent, status)
+
+    def leave(self, status: str, metrics: Mapping[str, float], seconds: float) -> None:
+        """Copy nothing more and close the parent run, if that works within `seconds`; the next launch does the rest."""
+        self._left.set()
+        self._stop.set()
+
+        def close() -> None:
+            if self._thread:
+                self._thread.join()
+            if self._parent:
+                with contextlib.suppress(Exception):
+                    self._end_parent(status, metrics, ())
+
+        closing = threading.Thread(target=close, name="mlflow-end", daemon=True)
+        closing.start()
+        closing.join(seconds)
 
     def _work(self) -> None:
         while True:
@@ -232,7 +252,7 @@ class Tracker:
         """Copy a chunk of the wanted cells; False where there are none that no other live launch is copying."""
         with self._lock:
             wanted = list(itertools.islice(self._wanted, _CHUNK))
-        if not wanted:
+        if not wanted or self._left.is_set():
             return False
         # claimed first, looked up second: nobody else can make a run for these cells after the look-up
         lapses = self.claims.lapses()
@@ -271,10 +291,13 @@ class Tracker:
     def _copy(self, key: str, unfinished: str, lapses: int) -> str:
         """Make the run of a cell, or fill the one that a launch left unfinished; returns its id.
 
-        An empty text where this launch was away so long (more `lapses` than when it claimed) that another took over.
+        An empty text where this launch was away so long (more `lapses` than when it claimed) that another took over,
+        and where it is about to leave.
         """
         from mlflow.entities import Param, RunTag
 
+        if self._left.is_set():
+            return ""
         cell = self.ledger.read(key)
         published = int(cell.meta["published_unix"] * 1000)
         began = published - int(cell.meta.get("pack_seconds", 0.0) * 1000)

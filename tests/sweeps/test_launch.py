@@ -17,6 +17,7 @@ import pytest
 from sweeps import _launch
 from sweeps._ledger import Ledger
 from sweeps._sweep import Row
+from sweeps._where import Machine
 
 TOY = Path(__file__).with_name("toy_sweep.py")
 
@@ -237,6 +238,37 @@ def test_plan_then_only_one_cell_while_mlflow_is_down(tmp_path: Path, main: Main
     assert "3 planned, 1 done, 2 to do" in main("--plan").out
     assert main("--only", only).code == 0  # nothing left to compute: the finished cell is copied
     assert cell_runs(f"sqlite:///{tmp_path}/runs/mlflow.db") == ["2"]
+
+
+def test_sigterm_frees_the_claims_and_leaves_the_report_out(
+    tmp_path: Path, main: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever sends SIGTERM sends SIGKILL soon after: nothing that takes long may stand before the claims' release."""
+    from toy_sweep import Square
+
+    ledger = Ledger(str(tmp_path / "runs/ledger"), "toy", "1")
+    monkeypatch.setattr(_launch, "connect", lambda *a: Machine.here())
+
+    def packs(*arguments: object) -> dict[str, str]:
+        ledger.publish(Square(n=1), [Row("square", 1)], {}, {"fingerprint": "", "published_unix": 1.7e9})
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    monkeypatch.setattr(_launch, "run_packs", packs)
+    monkeypatch.setattr(_launch, "_LEAVE_SECONDS", 0.1)
+    run = main("--tracking-uri", "http://127.0.0.1:9")
+    assert run.code == 1
+    assert "report       left out: --report makes it" in run.out
+    assert "1/3 published" in run.out
+    assert "run the same command to continue" in run.err
+    assert not (tmp_path / "runs/reports").exists()
+    assert ledger.store.names("_claims/launches") == []
+    assert ledger.store.names("_stop") == []
+    assert ledger.failures([Square(n=2).key, Square(n=3).key]) == {}
+
+
+def test_a_cell_that_the_grid_names_twice_is_planned_once(main: Main) -> None:
+    assert "2 planned, 0 done, 2 to do" in main("--plan", "--set", "n=3,4,3").out
 
 
 def test_report_of_a_part_of_the_plan_says_so(tmp_path: Path, main: Main) -> None:

@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -83,6 +84,40 @@ def test_the_end_does_not_copy_what_the_thread_is_copying(ledger: Ledger) -> Non
     assert after.finish("FINISHED", {}, [])
     after.claims.release()
     assert_copied_once(ledger, slow.uri)
+
+
+def test_a_launch_that_leaves_copies_nothing_more(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a database, which takes many seconds to make: the client notes what it is asked."""
+    client = MagicMock()
+    monkeypatch.setattr(Slow, "_open", lambda self: vars(self).update(_parent="launch", _client=client))
+    monkeypatch.setattr(Slow, "_look_up", lambda self, keys: None)
+    slow = tracker(ledger, [], Slow)
+    assert isinstance(slow, Slow)
+    slow.start({}, {})
+    slow.want(ledger.done())
+    assert slow.copying.wait(60)
+    slow.claims.release()
+    threading.Timer(0.2, slow.go_on.set).start()
+    slow.leave("KILLED", {}, 60)
+    client.create_run.assert_not_called()
+    client.set_terminated.assert_called_once_with("launch", "KILLED")
+    assert ledger.store.names("_claims/launches") == []
+
+
+def test_leaving_does_not_wait_for_a_copy(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Slow, "_open", lambda self: None)
+    monkeypatch.setattr(Slow, "_look_up", lambda self, keys: None)
+    slow = tracker(ledger, [], Slow)
+    assert isinstance(slow, Slow)
+    slow.start({}, {})
+    slow.want(ledger.done())
+    assert slow.copying.wait(60)
+    slow.leave("KILLED", {}, 0.1)
+    assert slow._thread is not None
+    assert slow._thread.is_alive()
+    slow.go_on.set()
+    slow._thread.join()
+    slow.claims.release()
 
 
 def test_a_run_left_without_its_files_gets_them(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
