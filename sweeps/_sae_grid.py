@@ -196,42 +196,46 @@ class _PackRun:
         for t in self.trajectories:
             self._resume(t)
         self._finish_due()
-        step = min((t.step_count for t in self.trajectories), default=0)
+        if not self.trajectories:
+            return
+        step = min(t.step_count for t in self.trajectories)
         self._began = (time.monotonic(), step)
-        for block, index, acts_ND in self._blocks(step):
+        for block, index, acts_ND in self._blocks():
             for number in range(max(step, block * self.block_steps), (block + 1) * self.block_steps):
-                if not self.trajectories:
-                    return
                 row = (number - block * self.block_steps) * self.batch
                 self._step(number, (block, index), {layer: a[row : row + self.batch] for layer, a in acts_ND.items()})
                 self._finish_due()
                 self._tell(number + 1)
-                if self.trajectories and self.context.stopping():
+                if not self.trajectories:
+                    return
+                if self.context.stopping():
                     self._checkpoint()
                     raise PackStopped(f"stopped at step {number + 1}; its checkpoints are kept")
                 if time.monotonic() - self._saved > max(
                     self.context.run.checkpoint_seconds, _SAVE_PAUSE * self._save_took
                 ):
                     self._checkpoint()
-        if self.trajectories:
-            t = self.trajectories[0]
-            raise UserError(
-                f"the stream ended at {t.step_count * self.batch} of {t.cells[-1].tokens} tokens; "
-                "choose a smaller budget"
-            )
+        t = self.trajectories[0]
+        raise UserError(
+            f"the stream ended at {t.step_count * self.batch} of {t.cells[-1].tokens} tokens; choose a smaller budget"
+        )
 
     def _resume(self, t: Trajectory) -> None:
-        """Continue from the checkpoint, unless it lies beyond a budget that is still to be published."""
+        """Continue from the checkpoint, unless a budget without a branch needs the trunk at a step that is past."""
         state = self.context.work.load(t.name)
-        if state is not None and int(state["step"]) <= t.cells[0].steps:
+        if state is None:
+            return
+        leaves = [t.config.branch_step(c.steps) for c in t.cells if str(c.steps) not in state["branches"]]
+        # a trunk that nothing was to leave any more stood still while its branches went on
+        if not leaves or int(state["step"]) == int(state["trunk"]["step"]) <= min(leaves):
             t.restore(state)
 
-    def _blocks(self, step: int) -> Iterator[tuple[int, int, dict[int, torch.Tensor]]]:
-        """From the shuffle block that holds `step` on: (block, index of its first sequence, permuted activations)."""
+    def _blocks(self) -> Iterator[tuple[int, int, dict[int, torch.Tensor]]]:
+        """From the slowest SAE's shuffle block on: (block, index of its first sequence, permuted activations)."""
         n = self.first.shuffle_sequences
-        block = step // self.block_steps
-        # indices have gaps where a corrupt shard was skipped, so the checkpoint says where its block began
-        start = next((t.block[1] for t in self.trajectories if t.block[0] == block and t.step_count), block * n)
+        # indices have gaps where a corrupt shard was skipped, so a checkpoint says where its block began; at the end
+        # of a block that block is read again, as only reading tells where the next one begins
+        block, start = min(self.trajectories, key=lambda t: t.step_count).block
         parts: list[tuple[int, np.ndarray]] = []
         for index, tokens_nT in self.stream.sequences(start):
             parts.append((index, tokens_nT))

@@ -28,17 +28,21 @@ CONTEXT = 16
 
 
 class Numbers:
-    """A stream of random tokens, each sequence a function of its index alone, in uneven pieces."""
+    """A stream of random tokens, each sequence a function of its index alone, in uneven pieces.
+
+    The indices in `gap` (seven or more) are left out, as those of a corrupt shard are.
+    """
 
     source = "numbers"
 
-    def __init__(self, length: int = 10_000) -> None:
-        self.length = length
+    def __init__(self, length: int = 10_000, gap: range = range(0)) -> None:
+        self.length, self.gap = length, gap
 
     def sequences(self, start: int) -> Iterator[tuple[int, np.ndarray]]:
         for first in range(start, self.length, 7):
-            last = min(first + 7, self.length)
-            yield first, np.stack([np.random.default_rng(i).integers(0, 256, CONTEXT) for i in range(first, last)])
+            kept = [i for i in range(first, min(first + 7, self.length)) if i not in self.gap]
+            if kept:
+                yield kept[0], np.stack([np.random.default_rng(i).integers(0, 256, CONTEXT) for i in kept])
 
     def eval_sequences(self, n: int) -> np.ndarray:
         return np.random.default_rng(99).integers(0, 256, (n, CONTEXT))
@@ -211,6 +215,54 @@ def test_wsd_budgets_are_separate_runs_with_decay(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(SparseTrainer, "step", real)
     train([c for c in plan(grid) if c.key not in resumed.done()], resumed)
     assert_same(together, resumed, [c.key for c in plan(grid)])
+
+
+def train_until(step: int, cells: list[SAECell], ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stop the pack after `step` steps, with its checkpoint."""
+    asked = iter(range(1, 1000))
+    with monkeypatch.context() as patch:
+        patch.setattr(PackContext, "stopping", lambda self: next(asked) == step)
+        with pytest.raises(PackStopped, match=f"stopped at step {step}"):
+            train(cells, ledger, checkpoint_seconds=1e9)
+
+
+ONE = replace(GRID, k=(4,), depths=("mid",), tokens=(384,))
+
+
+def test_resume_after_a_skipped_shard_is_the_uninterrupted_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block is three steps here: the checkpoints lie where the next begins and inside one."""
+    gappy = Numbers(gap=range(10, 30))
+    monkeypatch.setattr(_sae_grid, "open_stream", lambda cell, run, tokenizer_dir=None: gappy)
+    whole = fresh()
+    train(plan(ONE), whole)
+    for step in (9, 10):
+        ledger = fresh()
+        train_until(step, plan(ONE), ledger, monkeypatch)
+        train(plan(ONE), ledger)
+        assert_same(whole, ledger, [c.key for c in plan(ONE)])
+
+
+def test_no_block_is_read_beyond_the_last_step(lm: HostLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    real = _sae_grid._PackRun._activations
+    monkeypatch.setattr(
+        _sae_grid._PackRun, "_activations", lambda self, tokens, block: read.append(block) or real(self, tokens, block)
+    )
+    train(plan(replace(ONE, tokens=(192,))), fresh())
+    assert read == [0, 1]
+
+
+@pytest.mark.parametrize(("step", "other"), [(7, 256), (10, 512)])
+def test_wsd_grid_is_extended_in_the_middle(monkeypatch: pytest.MonkeyPatch, step: int, other: int) -> None:
+    """A smaller budget that leaves the trunk before the checkpoint; a larger one, when the trunk has ended."""
+    grid = replace(ONE, schedule="wsd", decay_steps=4)
+    added = plan(replace(grid, tokens=(other,)))
+    ledger, apart = fresh(), fresh()
+    train_until(step, plan(grid), ledger, monkeypatch)
+    train([*plan(grid), *added], ledger)
+    train(added, apart)
+    assert ledger.done() == {c.key for c in [*plan(grid), *added]}
+    assert_same(apart, ledger, [c.key for c in added])
 
 
 def test_curve_reaches_the_budget(packed: Ledger) -> None:
