@@ -233,8 +233,8 @@ def compare(
     alone, which is right only for rows that are independent.
 
     Raises:
-        ValueError: an unknown family, blocks of different lengths, too few rows for the folds, or fewer than 5
-            runs of `block` rows to permute.
+        ValueError: an unknown family, blocks of different lengths, too few rows for the folds, permutations below 0,
+            or fewer than 5 runs of `block` rows to permute.
     """
     if family not in FAMILIES:
         raise ValueError(f"family={family!r}; choose one of {sorted(FAMILIES)}")
@@ -243,6 +243,8 @@ def compare(
         raise ValueError(
             f"{len(geometry_NG)} geometry, {len(topology_NT)} topology and {n} target rows; give equal numbers"
         )
+    if permutations < 0:
+        raise ValueError(f"permutations={permutations}; choose permutations >= 0")
     if permutations and order_N is not None and n < 5 * block:
         raise ValueError(f"block={block} cuts {n} rows into {n // block} runs; choose block <= {n // 5}")
     splits = folds(n, groups_N)

@@ -11,6 +11,7 @@ Shapes: N rows, D dimensions (`x_ND`).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -76,8 +77,23 @@ def load_aligned(path: str | Path, table_ids: Sequence[str], source_rows: Sequen
     return align(ids, x_ND, table_ids, Path(path).name)
 
 
+def content_sha256(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of the bytes that `load` reads: the file's, followed by those of the ids beside a `.npy`.
+
+    Raises:
+        FileNotFoundError: no file, or no ids beside a `.npy`.
+    """
+    path = Path(path)
+    parts = [path, _ids_beside(path)] if path.suffix == ".npy" else [path]
+    return hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()
+
+
+def _ids_beside(path: Path) -> Path:
+    return path.with_suffix(".ids.txt")
+
+
 def _npy(path: Path) -> tuple[list[str], np.ndarray]:
-    beside = path.with_suffix(".ids.txt")
+    beside = _ids_beside(path)
     if not beside.is_file():
         raise FileNotFoundError(f"{path.name} has no row ids; write them to {beside.name} beside it, one a line")
     return beside.read_text().rstrip("\n").split("\n"), np.load(path, allow_pickle=False)

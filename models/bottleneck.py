@@ -8,7 +8,6 @@ Shapes: N rows, D features, E bottleneck dimensions (`x_ND`, `embedding_NE`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,40 +20,25 @@ from models._threads import torch_threads
 DIM = 256
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bottleneck:
-    """`embedding_NE` float64, and `explained`: the share of the variance of x that its reconstruction keeps.
-
-    The reconstruction is the method's own (PCA and autoencoder), or the least-squares one (random projection).
-    """
-
-    embedding_NE: np.ndarray
-    explained: float
-
-
-def pca(x_ND: np.ndarray, dim: int = DIM, seed: int = 0) -> Bottleneck:
-    """Scores on the leading principal components (exact SVD, so `seed` changes nothing).
+def pca(x_ND: np.ndarray, dim: int = DIM, seed: int = 0) -> np.ndarray:
+    """Scores on the leading principal components (exact SVD, so `seed` changes nothing): float64 [N, E].
 
     Raises:
         ValueError: dim exceeds min(N, D), or x is not a finite matrix.
     """
     del seed
     x_ND = _checked(x_ND, dim)
-    model = PCA(dim, svd_solver="full")
-    return Bottleneck(embedding_NE=model.fit_transform(x_ND), explained=float(model.explained_variance_ratio_.sum()))
+    return PCA(dim, svd_solver="full").fit_transform(x_ND)
 
 
-def random_projection(x_ND: np.ndarray, dim: int = DIM, seed: int = 0) -> Bottleneck:
-    """Gaussian random projection (Johnson & Lindenstrauss 1984), entries N(0, 1/dim).
+def random_projection(x_ND: np.ndarray, dim: int = DIM, seed: int = 0) -> np.ndarray:
+    """Gaussian random projection (Johnson & Lindenstrauss 1984), entries N(0, 1/dim): float64 [N, E].
 
     Raises:
         ValueError: see `pca`.
     """
     x_ND = _checked(x_ND, dim)
-    model = GaussianRandomProjection(dim, random_state=seed, compute_inverse_components=True)
-    embedding_NE = model.fit_transform(x_ND)
-    back_ND = model.inverse_transform(embedding_NE - embedding_NE.mean(axis=0)) + x_ND.mean(axis=0)
-    return Bottleneck(embedding_NE=embedding_NE, explained=_explained(x_ND, back_ND))
+    return GaussianRandomProjection(dim, random_state=seed).fit_transform(x_ND)
 
 
 def autoencoder(
@@ -67,8 +51,8 @@ def autoencoder(
     batch_size: int = 128,
     learning_rate: float = 3e-3,
     threads: int = 1,
-) -> Bottleneck:
-    """Code of an autoencoder D → hidden → dim → hidden → D; the code is linear, the hidden layers are ReLU.
+) -> np.ndarray:
+    """Code float64 [N, E] of an autoencoder D → hidden → dim → hidden → D; code linear, hidden layers ReLU.
 
     Trained by Adam on binary cross-entropy when x is 0/1, on squared error otherwise; the same seed and thread
     count give the same bits.
@@ -97,16 +81,13 @@ def autoencoder(
                 loss.backward()
                 optimiser.step()
         with torch.no_grad():
-            code_NE = encode(data_ND)
-            back_ND = decode(code_NE)
-            back_ND = back_ND.sigmoid() if binary else back_ND
-    return Bottleneck(embedding_NE=code_NE.numpy().astype(np.float64), explained=_explained(x_ND, back_ND.numpy()))
+            return encode(data_ND).numpy().astype(np.float64)
 
 
-METHODS: dict[str, Callable[..., Bottleneck]] = {
-    "pca": pca,
-    "random_projection": random_projection,
-    "autoencoder": autoencoder,
+METHODS: dict[str, Callable[..., np.ndarray]] = {  # by the name of the representation, without its seed
+    "pca256": pca,
+    "rp256": random_projection,
+    "ae256": autoencoder,
 }
 
 
@@ -117,9 +98,3 @@ def _checked(x_ND: np.ndarray, dim: int) -> np.ndarray:
     if not 1 <= dim <= min(x_ND.shape):
         raise ValueError(f"dim={dim} for {x_ND.shape[0]} rows of {x_ND.shape[1]} features; choose 1 <= dim <= both")
     return x_ND
-
-
-def _explained(x_ND: np.ndarray, back_ND: np.ndarray) -> float:
-    """1 − squared reconstruction error / total variance; 0 when x has no variance."""
-    total = ((x_ND - x_ND.mean(axis=0)) ** 2).sum()
-    return float(1 - ((x_ND - back_ND) ** 2).sum() / total) if total > 0 else 0.0

@@ -7,9 +7,18 @@ from functools import partial
 from typing import Any
 
 from sweeps._sweep import Pack, UserError, nearest
-from sweeps._topology_sources import METRICS, kind_of, member_of, metrics_of, n_rows, place_of, table_name
+from sweeps._topology_sources import (
+    METRICS,
+    given_embeddings,
+    kind_of,
+    member_of,
+    metrics_of,
+    n_rows,
+    place_of,
+    table_name,
+)
 from sweeps._where import Machine, RunSettings
-from sweeps.odor_topology import NULLS, OBSERVED, Audit, DiagramCell, MemberCell, TopologyCell, UtilityCell
+from sweeps.odor_topology import NULLS, OBSERVED, STUDIES, Audit, DiagramCell, MemberCell, TopologyCell, UtilityCell
 
 FULL_TABLE = -1
 GROWTH = 2.3  # log-log slope of the H1 time in the number of rows, docs/benchmarks/topology.md
@@ -22,20 +31,29 @@ _USABLE = 0.75  # share of free memory that a pack may plan with
 
 def plan(preset: Audit) -> list[TopologyCell]:
     """All cells of a preset; raises UserError."""
-    for field in ("rows", "runs", "draws", "draws_per_cell"):
+    if preset.study not in STUDIES:
+        raise UserError(
+            f"study={preset.study!r} is not known{nearest(preset.study, STUDIES)}; choose from {', '.join(STUDIES)}"
+        )
+    for field in ("rows", "runs", "draws", "draws_per_cell", "neighbours", "pom_epochs"):
         if getattr(preset, field) < 1:
             raise UserError(f"{field}={getattr(preset, field)} leaves nothing to compute; choose 1 or more")
+    for field in ("permutations", "null_runs"):
+        if getattr(preset, field) < 0:
+            raise UserError(f"{field}={getattr(preset, field)} counts nothing; choose 0 or more")
     if unknown := [m for m in preset.metrics if m not in METRICS]:
         raise UserError(
             f"metric {unknown[0]!r} is not known{nearest(unknown[0], METRICS)}; choose from {', '.join(METRICS)}"
         )
-    name = table_name(preset.table)
-    representations = list(preset.representations)
-    if preset.embedding:
-        representations.append("file")
+    if unnamed := [r for r in preset.representations if r == "points" or r.startswith("file:")]:
+        raise UserError(
+            f"representation {unnamed[0]!r} cannot be asked for by name: points come with a cloud (--set clouds=NAME), "
+            "file:… with --set embedding=FILE; leave it out"
+        )
+    name, embeddings = table_name(preset.table), given_embeddings(preset)
     cells: list[TopologyCell] = []
     if not name.startswith("cloud:"):
-        for representation in representations:
+        for representation in (*preset.representations, *embeddings):
             cells += _of_representation(preset, name, representation)
     clouds = [f"cloud:{c}" for c in preset.clouds] + ([name] if name.startswith("cloud:") else [])
     for cloud in clouds:

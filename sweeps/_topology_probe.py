@@ -117,7 +117,7 @@ class _Probe:
             step = max(1, len(smiles) // rows)
             return np.asarray(molecules.featurise(smiles[::step][:rows], cell.representation))
         if cell.representation == "points":
-            return matrix(cell.table, "points", "", "")[: min(rows, CLOUD_ROWS)]
+            return matrix(cell.table, "points", "")[: min(rows, CLOUD_ROWS)]
         return np.random.default_rng(0).normal(size=(rows, _EMBEDDING))
 
     def _member(self, cell: MemberCell) -> float:

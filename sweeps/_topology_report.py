@@ -14,7 +14,7 @@ from analysis.topology_tables import OBSERVED, Unit, audit, ensemble_correlation
 from sweeps._published import files_of
 from sweeps._sweep import PublishedCell
 from sweeps._topology_run import read_diagrams
-from sweeps._topology_sources import banner
+from sweeps._topology_sources import banner, given_embeddings, invalid_rows
 from sweeps.odor_topology import Audit
 
 
@@ -41,7 +41,12 @@ def write(cells: Sequence[PublishedCell], preset_name: str, preset: Audit, out: 
     units = [u for u in units_of(cells) if u.observed]
     result = audit(units)
     members, embeddings = _members(cells)
+    embeddings |= given_embeddings(preset)
     facts = [*banner(preset), f"null draws: the {preset.null_stream} random streams", f"{len(cells)} cells"]
+    out.mkdir(parents=True, exist_ok=True)
+    if (kept_out := invalid_rows(preset)) is not None:
+        kept_out.to_csv(out / "invalid.csv", index=False)
+        facts.append(f"rows kept out of the table: {len(kept_out)}, listed in invalid.csv")
     write_report(
         units,
         result,

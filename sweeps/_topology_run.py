@@ -20,7 +20,7 @@ from models.pom import train_member
 from sweeps._context import PackContext
 from sweeps._sweep import Row, UserError
 from sweeps._topology_plan import FULL_TABLE
-from sweeps._topology_sources import kind_of, matrix, member_of, open_table, place_of
+from sweeps._topology_sources import given_embeddings, kind_of, matrix, member_of, open_table, place_of
 from sweeps.odor_topology import NULLS, OBSERVED, Audit, DiagramCell, MemberCell, TopologyCell, UtilityCell
 
 _NULL_SEED, _LANDMARK_SEED, _LANDMARK_NULL_SEED, _DRAW_SEED = 10_000, 500_000, 1_000, 1_000_000
@@ -58,9 +58,11 @@ class _Sources:
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - one instance a process
     def matrix(self, table: str, representation: str) -> np.ndarray:
+        if representation in (given := given_embeddings(self.preset)):
+            return given[representation]
         member = member_of(representation)
         if member is None:
-            x = matrix(table, representation, place_of(self.preset), self.preset.embedding)
+            x = matrix(table, representation, place_of(self.preset))
             return molecules.zscore(x) if representation == "physchem" else x
         cell = MemberCell(table=table, representation=representation, member=member, epochs=self.preset.pom_epochs)
         if not self.context.ledger.done([cell.key]):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,6 +18,8 @@ from data.point_clouds import CLOUDS
 from sweeps._sweep import UserError, digest, nearest
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from data.molecules import MoleculeTable
     from sweeps.odor_topology import Audit, TopologyCell
 
@@ -28,7 +29,9 @@ SPREAD_ROWS = 20_000  # below it a core is done (5,000 molecules: 0.6 s of bits)
 _CURATED = "curated_GS_LF_merged_4983.csv"
 _BROADER = ("pyrfume_goodscents_molecules.csv", "pyrfume_leffingwell_molecules.csv")
 _CLOUD = "cloud:"
-_BUILT_IN = ("embedded", "curated", "broader", "nonoverlap")
+_FILE = "file:"
+_FROM_SOURCES = ("curated", "broader", "nonoverlap")
+_BUILT_IN = ("embedded", *_FROM_SOURCES)
 _MODEL = re.compile(r"^(pom|rp256|ae256)_(\d+)$")
 _METRICS: dict[str, tuple[str, ...]] = {
     "bits": ("jaccard",),
@@ -43,7 +46,6 @@ _FIXED: dict[str, Kind] = {
     "physchem": "dense",
     "pca256": "dense",
     "points": "dense",
-    "file": "dense",
 }
 
 
@@ -60,20 +62,38 @@ def table_name(text: str) -> str:
     sha = odor_sources.sha256(path)
     if sha == odor_sources.SOURCES[_CURATED].sha256:
         return "curated"
-    return f"file:{path.stem}-{sha[:12]}"
+    return _file_name(path, sha)
+
+
+def _file_name(path: Path, sha256: str) -> str:
+    return f"{_FILE}{path.stem}-{sha256[:12]}"
 
 
 def place_of(preset: Audit) -> str:
-    """Where the preset's table lies: the folder of source files, or the table's own path."""
-    return preset.table_path or preset.table
+    """Where the preset's table lies: its file, the folder of source files, or "" (download, or part of the program).
+
+    Raises UserError for a folder that does not exist, or that the table does not come from.
+    """
+    if preset.table_path:
+        if preset.table not in _FROM_SOURCES:
+            raise UserError(
+                f"table_path={preset.table_path!r} with table={preset.table}: the folder is read for "
+                f"{', '.join(_FROM_SOURCES)} alone; choose one of them or leave table_path out"
+            )
+        if not Path(preset.table_path).is_dir():
+            raise UserError(
+                f"table_path={preset.table_path!r} is no folder; give the one that holds {_CURATED} and the like"
+            )
+        return preset.table_path
+    return "" if preset.table in _BUILT_IN or preset.table.startswith(_CLOUD) else preset.table
 
 
 @functools.lru_cache(maxsize=4)
 def open_table(name: str, place: str) -> MoleculeTable:
-    """A table of molecules by name; `place` is its file, a folder with the source files, or neither (download)."""
+    """A table of molecules by name; `place` is its file, a folder with the source files, or "" (download)."""
     path = Path(place)
-    folder = path if path.is_dir() else None
-    curated = folder / _CURATED if folder else path if path.is_file() else None
+    folder = path if place and path.is_dir() else None
+    curated = folder / _CURATED if folder else path if place else None
     parts = [folder / part for part in _BROADER] if folder else []
     try:
         if name == "embedded":
@@ -83,8 +103,7 @@ def open_table(name: str, place: str) -> MoleculeTable:
         if name == "broader":
             return molecules.broader(*parts)
         if name == "nonoverlap":
-            apart = molecules.nonoverlap(molecules.broader(*parts), molecules.curated(curated))
-            return replace(apart.table, note=apart.note)
+            return molecules.nonoverlap(molecules.broader(*parts), molecules.curated(curated)).table
         return molecules.read_table(path, name)
     except (ConnectionError, ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from error
@@ -94,7 +113,7 @@ def kind_of(representation: str) -> Kind:
     """bits, counts or dense; raises UserError for an unknown name."""
     if representation in _FIXED:
         return _FIXED[representation]
-    if _MODEL.match(representation):
+    if _MODEL.match(representation) or representation.startswith(_FILE):
         return "dense"
     known = [*_FIXED, "pom_0", "rp256_0", "ae256_0"]
     raise UserError(
@@ -122,30 +141,40 @@ def member_of(representation: str) -> int | None:
     return int(match[2]) if match and match[1] == "pom" else None
 
 
+@functools.lru_cache(maxsize=16)
+def _embedding(path: str, table: str, place: str) -> tuple[str, np.ndarray]:
+    rows = open_table(table, place)
+    try:
+        x_ND = embeddings.load_aligned(path, rows.ids, rows.frame["row"].tolist())
+        return _file_name(Path(path), embeddings.content_sha256(path)), x_ND
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(str(error)) from error
+
+
+def given_embeddings(preset: Audit) -> dict[str, np.ndarray]:
+    """The embeddings given as files, {`file:STEM-HASH`: [N, D]} in the order of the table's rows.
+
+    Named by content, so several share a ledger and a file that was changed is another representation. Raises
+    UserError for a file that is missing, unreadable or not of this table's rows, and beside a point cloud.
+    """
+    name = table_name(preset.table)
+    if preset.embedding and name.startswith(_CLOUD):
+        raise UserError(f"embedding={','.join(preset.embedding)} has no rows of {name}; give it beside its --set table")
+    return dict(_embedding(path, name, place_of(preset)) for path in preset.embedding)
+
+
 @functools.lru_cache(maxsize=8)
-def matrix(table: str, representation: str, place: str, embedding: str) -> np.ndarray:
-    """The representation [N, D] of every row of a table, all but the own odor model's (see `_topology_run`)."""
+def matrix(table: str, representation: str, place: str) -> np.ndarray:
+    """The representation [N, D] of every row of a table that comes from its molecules (others: `_topology_run`)."""
     if table.startswith(_CLOUD):
         return CLOUDS[table.removeprefix(_CLOUD)].sample(CLOUD_ROWS, 0)
     rows = open_table(table, place)
-    if representation == "file":
-        try:
-            return embeddings.load_aligned(embedding, rows.ids, rows.frame["row"].tolist())
-        except (ValueError, FileNotFoundError) as error:
-            raise UserError(str(error)) from error
     if representation in molecules.FEATURES:
         return _features(rows.smiles, representation)
     from models import bottleneck
 
-    bits = _features(rows.smiles, "bits_r4")
-    if representation == "pca256":
-        return bottleneck.pca(bits).embedding_NE
-    match = _MODEL.match(representation)
-    if match and match[1] == "rp256":
-        return bottleneck.random_projection(bits, seed=int(match[2])).embedding_NE
-    if match and match[1] == "ae256":
-        return bottleneck.autoencoder(bits, seed=int(match[2])).embedding_NE
-    raise UserError(f"representation {representation!r} has no matrix of its own")
+    method, _, seed = representation.partition("_")
+    return bottleneck.METHODS[method](_features(rows.smiles, "bits_r4"), seed=int(seed or 0))
 
 
 def _features(smiles: list[str], what: str) -> np.ndarray:
@@ -156,14 +185,17 @@ def _features(smiles: list[str], what: str) -> np.ndarray:
 
 
 def fingerprint(cell: TopologyCell, preset: Audit) -> str:
-    """Digest of the cell and of the content of its table and external embedding."""
+    """Digest of the cell and of the content of its table, the values of the labels where its numbers hang on them.
+
+    An embedding given as a file is in the cell itself, whose representation names its content.
+    """
     content = [cell.identity()]
     if cell.table.startswith(_CLOUD):
         content.append({"cloud_rows": CLOUD_ROWS})
     else:
         content.append({"rows": _table_digest(cell.table, place_of(preset))})
-    if cell.representation == "file":
-        content.append({"embedding": odor_sources.sha256(Path(preset.embedding))})
+        if cell.kind == "utility" or member_of(cell.representation) is not None:
+            content.append({"labels": _label_digest(cell.table, place_of(preset))})
     return digest(content)
 
 
@@ -171,6 +203,12 @@ def fingerprint(cell: TopologyCell, preset: Audit) -> str:
 def _table_digest(name: str, place: str) -> str:
     rows = open_table(name, place)
     return digest([rows.smiles, list(rows.labels)])
+
+
+@functools.cache
+def _label_digest(name: str, place: str) -> str:
+    rows = open_table(name, place)
+    return digest(rows.frame[list(rows.labels)].to_numpy(np.uint8).tobytes().hex())
 
 
 def banner(preset: Audit) -> list[str]:
@@ -185,11 +223,23 @@ def banner(preset: Audit) -> list[str]:
         )
     elif not name.startswith(_CLOUD):
         rows = open_table(name, place_of(preset))
-        lines.append(
-            f"table: {name}, {len(rows)} molecules, {len(rows.invalid)} unparsable SMILES kept out. {rows.note}"
-        )
+        lines.append(f"table: {name}, {len(rows)} molecules, {_kept_out(rows)}. {rows.note}")
+    for embedding, x_ND in given_embeddings(preset).items():
+        lines.append(f"embedding {embedding}: given as a file, {len(x_ND)} rows of {x_ND.shape[1]} dimensions")
     if preset.clouds:
         lines.append(f"known shapes beside it: {', '.join(preset.clouds)} ({CLOUD_ROWS} points each)")
     if any(member_of(r) is not None for r in preset.representations):
         lines.append("POM: own message-passing odor model trained here on the table's labels; not OpenPOM")
     return lines
+
+
+def _kept_out(rows: MoleculeTable) -> str:
+    """How many rows a table leaves out, by reason."""
+    counts = rows.invalid["reason"].value_counts(sort=False)
+    return ", ".join(f"{count} kept out ({reason})" for reason, count in counts.items()) or "0 kept out"
+
+
+def invalid_rows(preset: Audit) -> pd.DataFrame | None:
+    """Rows of the source that the table leaves out (`row`, `smiles`, `reason`); None for a point cloud."""
+    name = table_name(preset.table)
+    return None if name.startswith(_CLOUD) else open_table(name, place_of(preset)).invalid

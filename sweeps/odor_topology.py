@@ -20,6 +20,7 @@ from sweeps._where import Machine, RunSettings
 
 OBSERVED = "observed"
 SPLITS = ("random", "grouped")
+STUDIES = ("paper", "audit", "bottleneck", "ensemble", "utility")
 NULLS: Mapping[str, tuple[str, ...]] = {  # in the published order; a null's position (from 1) enters its seed
     "bits": ("fixed_margin", "bernoulli", "permute_columns"),
     "counts": ("multinomial", "permute_columns"),
@@ -94,12 +95,12 @@ class UtilityCell(TopologyCell):
 class Audit:
     """A preset. `table` is embedded, curated, broader, nonoverlap, cloud:NAME, or the path of a CSV."""
 
-    study: str  # "paper", "audit", "bottleneck", "ensemble" or "utility"
+    study: str  # one of STUDIES
     table: str = "embedded"
     table_path: str = ""  # folder with the tables' source files, instead of downloading them
     clouds: tuple[str, ...] = ()  # point clouds with known loops, audited beside the table
     representations: tuple[str, ...] = ("bits_r4", "counts_r4", "physchem", "pom_0")
-    embedding: str = ""  # .npy/.npz/.parquet with row ids, audited as representation "file"
+    embedding: tuple[str, ...] = ()  # .npy/.npz/.parquet files with row ids, each a representation file:STEM-HASH
     metrics: tuple[str, ...] = ()  # () = each representation's own
     routes: tuple[str, ...] = ("direct",)
     rows: int = 1000
@@ -125,7 +126,12 @@ PRESETS: Mapping[str, Audit] = {
         full_table=True,
         representations=("bits_r4", "bits_r2", "counts_r4", "physchem", "pom_0", "pom_1"),
     ),
-    "paper": Audit(study="paper", routes=("direct", "landmark"), null_stream="published"),
+    "paper": Audit(
+        study="paper",
+        routes=("direct", "landmark"),
+        null_stream="published",
+        representations=("bits_r4", "bits_r2", "counts_r4", "physchem", "pom_0"),
+    ),
     "bottleneck": Audit(
         study="bottleneck",
         draws=199,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from analysis import utility
-from data import molecules
+from data import molecules, odor_sources
 from sweeps import _topology_run, _topology_sources
 from sweeps._context import PackContext
 from sweeps._ledger import Ledger
@@ -181,17 +181,41 @@ def test_a_table_that_does_not_fit_is_refused_before_the_run() -> None:
         SWEEP.pack(SWEEP.plan(preset), preset, small, RunSettings())
 
 
-def test_embedding_of_ones_own_is_audited_and_must_fit(tmp_path: Path) -> None:
+def embedding_file(path: Path, seed: int, rows: slice = slice(None)) -> str:
     ids = molecules.embedded().ids
-    x = np.random.default_rng(0).normal(size=(len(ids), 4))
-    good, bad = tmp_path / "mine.npz", tmp_path / "short.npz"
-    np.savez(good, ids=np.array(ids), embedding=x)
-    np.savez(bad, ids=np.array(ids[:-1]), embedding=x[:-1])
-    preset = Audit(study="paper", representations=(), embedding=str(good), runs=1, rows=60, metrics=("cosine",))
-    ledger = run(preset)
-    assert {c.identity["representation"] for c in ledger.read_many(sorted(ledger.done()))} == {"file"}
-    with pytest.raises(UserError, match="1 of"):
-        run(replace(preset, embedding=str(bad)))
+    np.savez(path, ids=np.array(ids[rows]), embedding=np.random.default_rng(seed).normal(size=(len(ids), 4))[rows])
+    return str(path)
+
+
+OWN = Audit(study="ensemble", representations=(), runs=1, rows=40, metrics=("cosine",))
+
+
+def test_embeddings_of_ones_own_share_a_ledger_and_are_named_in_banner_and_report(tmp_path: Path) -> None:
+    one, two = embedding_file(tmp_path / "gnn_0.npz", 0), embedding_file(tmp_path / "gnn_1.npz", 1)
+    ledger = run(replace(OWN, embedding=(one,)))
+    both = replace(OWN, embedding=(one, two))
+    run(both, ledger)
+    names = [f"file:{Path(path).stem}-{odor_sources.sha256(Path(path))[:12]}" for path in both.embedding]
+    published = ledger.read_many(c.key for c in SWEEP.plan(both))
+    assert {c.identity["representation"] for c in published} == set(names)
+    assert len({SWEEP.fingerprint(c, both, RunSettings()) for c in SWEEP.plan(both)}) == len(published)
+    banner = SWEEP.banner("ensemble", both)
+    assert [f"embedding {name}: given as a file, 432 rows of 4 dimensions" in banner for name in names] == [True, True]
+    write([], "ensemble", both, tmp_path / "report")
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert all(f"embedding {name}" in text for name in names)
+    assert f"| {names[0]} | {names[1]} |" in text
+    assert (tmp_path / "report" / "ensemble.png").stat().st_size > 500
+
+
+def test_embeddings_that_do_not_fit_are_refused_before_the_run(tmp_path: Path) -> None:
+    good, short = embedding_file(tmp_path / "a.npz", 0), embedding_file(tmp_path / "b.npz", 0, slice(-1))
+    with pytest.raises(UserError, match=r"no embedding at .*absent\.npz; pass an existing"):
+        SWEEP.plan(replace(OWN, embedding=(good, str(tmp_path / "absent.npz"))))
+    with pytest.raises(UserError, match=r"b\.npz: 1 of 432 table rows have no embedding"):
+        SWEEP.plan(replace(OWN, embedding=(good, short)))
+    with pytest.raises(UserError, match="has no rows of cloud:circle"):
+        SWEEP.plan(replace(OWN, table="cloud:circle", embedding=(good,)))
 
 
 def test_large_tables_are_featurised_by_ray_data(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,6 +241,45 @@ def test_table_is_named_by_content(tmp_path: Path) -> None:
     assert table_name(str(a)) != table_name(str(b))
 
 
+def test_rows_kept_out_are_counted_by_reason_and_listed(tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv"
+    path.write_text("smiles,sweet\n" + "C(,1\n" + "".join(f"{'C' * n}O,{n % 2}\n" for n in (1, 1, 2, 2, *range(3, 9))))
+    preset = Audit(study="audit", table=str(path), representations=("bits_r4",), rows=6, runs=1, draws=1)
+    assert "8 molecules, 1 kept out (RDKit cannot read it), 2 kept out (repeats an earlier row)." in "".join(
+        SWEEP.banner("audit", preset)
+    )
+    write([], "audit", preset, tmp_path / "report")
+    assert (tmp_path / "report" / "invalid.csv").read_text().splitlines() == [
+        "row,smiles,reason",
+        "0,C(,RDKit cannot read it",
+        "2,CO,repeats an earlier row",
+        "4,CCO,repeats an earlier row",
+    ]
+
+
+LABELLED = ("bits_r4", "pom_0")
+
+
+def test_edited_labels_are_other_members_and_utility_but_the_same_diagrams(tmp_path: Path) -> None:
+    cells = [c for study in ("audit", "utility") for c in SWEEP.plan(Audit(study=study, representations=LABELLED))]
+    prints = []
+    for label in (0, 1):  # a table that is curated by name alone: its identity says nothing of its content
+        folder = tmp_path / str(label)
+        folder.mkdir()
+        text = f"nonStereoSMILES,sweet\nCO,1\nCCO,0\nCCCO,{label}\n"
+        (folder / "curated_GS_LF_merged_4983.csv").write_text(text)
+        preset = Audit(study="audit", table="curated", table_path=str(folder))
+        prints.append([SWEEP.fingerprint(replace(c, table="curated"), preset, RunSettings()) for c in cells])
+    same = {(c.kind, c.representation): a == b for c, a, b in zip(cells, *prints, strict=True)}
+    assert same == {
+        ("diagram", "bits_r4"): True,
+        ("member", "pom_0"): False,
+        ("diagram", "pom_0"): False,
+        ("utility", "bits_r4"): False,
+        ("utility", "pom_0"): False,
+    }
+
+
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
     for change, line in (
         ({"table": "curatd"}, "table 'curatd' is no file and no known table; did you mean curated?"),
@@ -235,6 +298,19 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
         ({"metrics": ("cosin",)}, "metric 'cosin' is not known; did you mean cosine?"),
         ({"runs": 0}, "runs=0 leaves nothing to compute; choose 1 or more"),
         ({"draws_per_cell": 0}, "draws_per_cell=0 leaves nothing to compute; choose 1 or more"),
+        ({"neighbours": 0}, "neighbours=0 leaves nothing to compute; choose 1 or more"),
+        ({"pom_epochs": 0}, "pom_epochs=0 leaves nothing to compute; choose 1 or more"),
+        ({"permutations": -5}, "permutations=-5 counts nothing; choose 0 or more"),
+        ({"null_runs": -1}, "null_runs=-1 counts nothing; choose 0 or more"),
+        ({"study": "utilty"}, "study='utilty' is not known; did you mean utility?"),
+        ({"representations": ("points",)}, "representation 'points' cannot be asked for by name"),
+        ({"representations": ("file:a-0",)}, "representation 'file:a-0' cannot be asked for by name"),
+        ({"table": "curated", "table_path": "/typo"}, "table_path='/typo' is no folder"),
+        ({"table_path": str(tmp_path)}, "with table=embedded: the folder is read for curated, broader, nonoverlap"),
+        (
+            {"table": "curated", "table_path": str(tmp_path)},
+            f"no table at {tmp_path / 'curated_GS_LF_merged_4983.csv'}",
+        ),
     ):
         with pytest.raises(UserError) as caught:
             SWEEP.plan(replace(PRESETS["audit"], **change))
