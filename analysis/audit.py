@@ -34,10 +34,6 @@ class NullTest:
     p_lo: float
     p_hi: float
 
-    def decided(self, alpha: float) -> bool:
-        """Whether more draws could hardly move p across `alpha`."""
-        return self.p_hi < alpha or self.p_lo > alpha
-
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:

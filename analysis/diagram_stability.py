@@ -44,14 +44,6 @@ class BirthDeath:
         return max(self.birth_spread, self.death_spread)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImageStability:
-    """Persistence images on one grid: mean cosine similarity over pairs, and mean relative L2 distance."""
-
-    cosine: float
-    relative_l2: float
-
-
 def largest(diagram: np.ndarray, count: int) -> np.ndarray:
     """The `count` finite loops of largest persistence, largest first: [min(count, n), 2]."""
     pairs = np.asarray(diagram, np.float64).reshape(-1, 2)
@@ -101,10 +93,10 @@ def birth_death(diagrams: Sequence[np.ndarray]) -> BirthDeath:
     )
 
 
-def image_stability(diagrams: Sequence[np.ndarray], pixels: int = 20) -> ImageStability:
-    """Persistence images (Adams et al. 2017) of the diagrams on one pixels × pixels grid, compared pairwise.
+def image_cosine(diagrams: Sequence[np.ndarray], pixels: int = 20) -> float:
+    """Mean cosine similarity over pairs of the diagrams' persistence images (Adams et al. 2017) on one grid.
 
-    The grid spans all diagrams; weight is persistence, the kernel a Gaussian as wide as a pixel.
+    The grid of pixels × pixels spans all diagrams; weight is persistence, the kernel a Gaussian as wide as a pixel.
 
     Raises:
         ValueError: fewer than 2 diagrams, pixels below 2, or a diagram without loops.
@@ -126,11 +118,7 @@ def image_stability(diagrams: Sequence[np.ndarray], pixels: int = 20) -> ImageSt
     images = np.array([imager.transform(d).ravel() for d in clean])
     norm = np.linalg.norm(images, axis=1)
     i, j = np.triu_indices(len(images), 1)
-    apart = np.linalg.norm(images[i] - images[j], axis=1)
-    return ImageStability(
-        cosine=float(((images[i] * images[j]).sum(axis=1) / (norm[i] * norm[j])).mean()),
-        relative_l2=float((apart / np.maximum(norm[i], norm[j])).mean()),
-    )
+    return float(((images[i] * images[j]).sum(axis=1) / (norm[i] * norm[j])).mean())
 
 
 def _several(diagrams: Sequence[np.ndarray], count: int | None) -> list[np.ndarray]:

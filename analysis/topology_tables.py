@@ -14,7 +14,7 @@ import pandas as pd
 from scipy import stats
 
 from analysis.audit import Ratio, beats_nulls, holm, pooled_ratio, top1_ratio
-from analysis.diagram_stability import birth_death, image_stability, match
+from analysis.diagram_stability import birth_death, image_cosine, match
 from analysis.power import advice, draws_needed
 from analysis.universal_null import universal_null
 from analysis.verdict import ALPHA, Criteria, Verdict, criteria, judge
@@ -152,7 +152,7 @@ def _unit_rows(unit: Unit, p_of: dict[Place, float], sentences: list[str]) -> li
             matched = match(diagrams, distance=distance)
             rows.append(_row(place, f"{distance}_relative", value=matched.relative))
             rows.append(_row(place, f"{distance}_recurrence", value=matched.recurrence))
-        rows.append(_row(place, "image_cosine", value=image_stability(diagrams).cosine))
+        rows.append(_row(place, "image_cosine", value=image_cosine(diagrams)))
     rows += _universal_rows(unit)
     return rows
 

@@ -51,7 +51,6 @@ class Member:
     labels_scored: int
     epoch: int
     epochs: int
-    state: dict[str, Tensor]
 
 
 class OdorNet(nn.Module):
@@ -196,7 +195,6 @@ def train_member(
             labels_scored=scored,
             epoch=best[1],
             epochs=epochs,
-            state=best[2],
         )
 
 

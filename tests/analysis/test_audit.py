@@ -68,9 +68,6 @@ def test_every_null_must_be_beaten() -> None:
     assert result.null == "hard"
     assert result.p == result.p_by_null["hard"] > result.p_by_null["easy"] == pytest.approx(1 / 200)
     assert result.p_lo < result.p < result.p_hi
-    assert result.decided(0.05)
-    few = audit.beats_nulls(observed, {"easy": rng.uniform(0, 1, (2, 19))})
-    assert not few.decided(0.05)
 
 
 def test_runs_are_averaged_draw_by_draw() -> None:
