@@ -15,6 +15,7 @@ from analysis.markdown import table
 
 # step → label-smoothed validation loss of the source study's speech hybrid, and its exponential (printed as perplexity)
 PUBLISHED_SPEECH = {1_800: (4.2847, 72.58), 12_000: (3.8207, 45.63)}
+PUBLISHED_LR, PUBLISHED_CLIPS = 3e-4, 666
 REFERENCE = "olmo_hybrid"
 REAL = "real audio"
 
@@ -58,6 +59,7 @@ def write_report(
     facts: Sequence[str],
     audio_facts: Sequence[str],
     published: str = "",
+    curve_clips: int = 0,
     tried: Mapping[str, Sequence[float]] | None = None,
 ) -> pd.DataFrame:
     """Write report.md, its figures and the tables as Parquet and CSV into `out`; returns the main table.
@@ -66,6 +68,7 @@ def write_report(
         facts: lines on what the numbers stand on. audio_facts: the same for distances and coherence.
         published: "" leaves the published numbers out, "same" prints them as comparable, other text as the reason
             why they are not.
+        curve_clips: held-out clips that a measurement during training is taken on; 0: all.
         tried: learning rates planned for each architecture, where some of them left no cell.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -89,7 +92,7 @@ def write_report(
         codec_plots.difference_figure(pairs, reference, out / "differences.png")
         text += ["## Differences", "", _difference_note(arms), "", _pair_table(pairs, order), ""]
         text += [f"![differences to {reference}](differences.png)", ""]
-    text += _published_section(curves, published)
+    text += _published_section(results, chosen, published, curve_clips)
     text += ["## Cost", "", _COST_NOTE, "", _cost_table(main), ""]
     text += ["## Curves", "", _CURVE_NOTE, "", "![curves](curves.png)", ""]
     text += ["## By codebook", "", "EMA weights; codebook 1 is the coarsest.", ""]
@@ -235,25 +238,38 @@ def _pair_table(pairs: pd.DataFrame, order: Sequence[str]) -> str:
     return table(["minus →", *order[:-1]], rows)
 
 
-def _published_section(curves: pd.DataFrame, published: str) -> list[str]:
-    if not published:
+def _published_section(results: Results, chosen: pd.DataFrame, published: str, curve_clips: int) -> list[str]:
+    """The reference at the published learning rate where it was trained with it, otherwise at its own best one."""
+    if not published or REFERENCE not in set(results.models["architecture"]):
         return []
-    ours = curves[(curves["metric"] == "val_loss_smoothed") & (curves["architecture"] == REFERENCE)]
+    models = results.models[results.models["architecture"] == REFERENCE]
+    lr = PUBLISHED_LR if (models["lr"] == PUBLISHED_LR).any() else at(models, chosen)["lr"].iloc[0]
+
+    def of(frame: pd.DataFrame) -> pd.DataFrame:
+        return frame[(frame["architecture"] == REFERENCE) & (frame["lr"] == lr)]
+
+    curve = of(results.curves[results.curves["metric"] == "val_loss_smoothed"])
+    n_final, last = of(results.clips)["clip_id"].nunique(), curve["step"].max()
+    n_curve = min(curve_clips or n_final, n_final)
     rows = []
     for step, (loss, exponential) in PUBLISHED_SPEECH.items():
-        here = ours[ours["step"] == step].groupby("weights")["value"].mean()
+        here = curve[curve["step"] == step].groupby("weights")["value"].mean().to_dict()
+        if step == last:  # measured once more after training, on every clip
+            here = {w: of(models)[f"val_loss_smoothed_{w}"].mean() for w in ("raw", "ema")}
         mine = [f"{here[w]:.4f} / {np.exp(here[w]):.2f}" if w in here else "–" for w in ("raw", "ema")]
-        rows.append([f"{step:,}", f"{loss:.4f} / {exponential:.2f}", *mine])
+        clips = str(n_final if step == last else n_curve) if here else "–"
+        rows.append([f"{step:,}", f"{loss:.4f} / {exponential:.2f}", *mine, clips])
     note = (
-        f"Label-smoothed validation loss and its exponential (published as perplexity, which it is not), {REFERENCE}."
-        + ("" if published == "same" else f" **Not comparable: {published}.**")
+        f"Label-smoothed validation loss and its exponential (published as perplexity, which it is not), "
+        f"{REFERENCE} at lr {lr:g} (published: {PUBLISHED_LR:g}), on as many held-out clips as the last column says "
+        f"(published: {PUBLISHED_CLIPS})." + ("" if published == "same" else f" **Not comparable: {published}.**")
     )
     return [
         "## Beside the published run",
         "",
         note,
         "",
-        table(["step", "published", "here, raw", "here, EMA"], rows),
+        table(["step", "published", "here, raw", "here, EMA", "clips"], rows),
         "",
     ]
 

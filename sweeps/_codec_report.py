@@ -17,6 +17,7 @@ from analysis.codec_contrasts import choose_lr
 from analysis.codec_report import REAL, Results, at, write_report
 from sweeps._codec_audio import SAMPLING, AudioSets
 from sweeps._codec_data import banner
+from sweeps._lm_plan import CURVE_CLIPS
 from sweeps._published import file_of, files_of, recorded, tables_of
 from sweeps._sweep import PublishedCell, UserError
 
@@ -174,6 +175,7 @@ def write(cells: Sequence[PublishedCell], preset_name: str, study: Study, out: P
         facts=_facts(cells, tokens[0], study),
         audio_facts=_audio_facts(cells, results, study),
         published=_published(study),
+        curve_clips=CURVE_CLIPS,
         tried=tried,
     )
     lines = [

@@ -261,13 +261,13 @@ class _CellRun:
         return evaluate(model, self.held_out, n_clips, self.cell.precision, self.context.world)
 
     def _numbers(self, model: CodecLM) -> dict[str, float]:
-        scores = self._scores(model, min(self.cell.eval_clips, 64))
+        scores = self._scores(model, self.cell.curve_clips)
         value = scores.val_nll()
         self.context.progress(best=self.baseline - value)
         interval = scores.val_nll_ci(n_resamples=1000)
         numbers = {"val_nll": value, "val_loss_smoothed": scores.val_loss_smoothed()}
         numbers |= {"val_nll_lo": interval.lo, "val_nll_hi": interval.hi}
-        return numbers | gate_numbers(model, self.held_out, min(self.cell.eval_clips, 64), self.cell.precision)
+        return numbers | gate_numbers(model, self.held_out, self.cell.curve_clips, self.cell.precision)
 
     def _tell(self, trainer: Trainer, stats: StepStats, rate: float) -> None:
         left = (self.cell.steps - stats.step) / max(stats.step, 1) * trainer.real_tokens

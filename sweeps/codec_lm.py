@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sweeps._lm_plan import CPU_FLOPS, GPU_BASIS, TokenStudy, packs, work
+from sweeps._lm_plan import CPU_FLOPS, CURVE_CLIPS, GPU_BASIS, TokenStudy, packs, work
 from sweeps._sweep import Cell, Estimate, Pack, PublishedCell, UserError
 from sweeps._where import Machine, RunSettings
 
@@ -74,6 +74,11 @@ class LMCell(Cell):
             raise UserError(f"precision={self.precision!r} is not known; choose float32 or bfloat16")
         if not 0 < self.holdout < 1:
             raise UserError(f"holdout={self.holdout} must lie between 0 and 1; 0.05 holds out one recording in twenty")
+
+    @property
+    def curve_clips(self) -> int:
+        """Held-out clips of each measurement during training; the one after it takes all `eval_clips`."""
+        return min(self.eval_clips, CURVE_CLIPS)
 
     @property
     def weight(self) -> float:

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.codec_report import REAL, Results, interval, write_report
+from analysis.codec_contrasts import choose_lr
+from analysis.codec_report import REAL, Results, _published_section, interval, write_report
 
 NAMES = ("olmo_hybrid", "transformer", "mc_la")
 LEVEL = {"olmo_hybrid": 5.0, "transformer": 5.2, "mc_la": 5.4}
@@ -96,12 +97,24 @@ def test_a_whole_report(tmp_path: Path) -> None:
     assert "over clips (drawn once for both models) and seeds (2 an architecture)" in text
     assert "| mc_la | 1 | -2.000 → -1.500 | 0.180 | 0.500 | 0.090 | 0.700 | 2.000 |" in text
     assert "| real audio | 96 / 32 | 10.0 [9.0, 11.0] | 9.0 |" in text
-    hybrid = made_up().curves.query("architecture == 'olmo_hybrid' and lr == 2e-3 and metric == 'val_loss_smoothed'")
-    at_end = hybrid.query("step == 12000 and weights == 'ema'")["value"].mean()
-    assert f"{at_end:.4f} / {np.exp(at_end):.2f}" in text
     figures = ("curves", "learning_rates", "differences", "codebooks", "audio", "gradients")
     for name in figures:
         assert (tmp_path / f"{name}.png").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize(("rates", "lr"), [(RATES, 2e-3), ((*RATES, 3e-4), 3e-4)])
+def test_beside_the_published_run(rates: tuple[float, ...], lr: float) -> None:
+    results = made_up(rates=rates)
+    text = "\n".join(_published_section(results, choose_lr(results.models), "same", curve_clips=20))
+    here = f"architecture == 'olmo_hybrid' and lr == {lr}"
+    curve = results.curves.query(f"{here} and metric == 'val_loss_smoothed' and step == 1800")
+    shown = {"4.2847 / 72.58": curve.groupby("weights")["value"].mean()}
+    models = results.models.query(here)
+    shown["3.8207 / 45.63"] = pd.Series({w: models[f"val_loss_smoothed_{w}"].mean() for w in ("raw", "ema")})
+    for (published, loss), step, clips in zip(shown.items(), ("1,800", "12,000"), (20, 30), strict=True):
+        ours = " | ".join(f"{loss[w]:.4f} / {np.exp(loss[w]):.2f}" for w in ("raw", "ema"))
+        assert f"| {step} | {published} | {ours} | {clips} |" in text
+    assert f"olmo_hybrid at lr {lr:g} (published: 0.0003)" in text
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
