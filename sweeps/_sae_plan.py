@@ -9,11 +9,13 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from sweeps._board import duration
+from sweeps._execute import HEADROOM
 from sweeps._sweep import Estimate, Pack, UserError
 from sweeps._where import Machine, RunSettings
 
 if TYPE_CHECKING:
     from models.host_lm import HostLMSpec
+    from models.topk_sae import SAEConfig
     from sweeps.proxy_gap import SAECell
 
 _PROCESS_BYTES = 3 * 2**29  # an interpreter with torch, transformers and Ray loaded
@@ -40,12 +42,27 @@ def pack_bytes(cells: Sequence[SAECell], run: RunSettings) -> int:
     first, spec = cells[0], _spec(cells[0], run)
     width = spec.d_model
     layers = len({c.layer for c in cells})
-    configs = {c.trajectory(): sae_config(c, width) for c in cells}
+    trajectories = [own for shared in _groups(cells).values() for own in shared.values()]
+    # a decay branch has weights and moments of its own beside the trunk's
+    saes = [sae_config(own[0], width) for own in trajectories for _ in range(1 + _branches_at_once(own))]
     lm = spec.n_parameters * (2 if first.lm_dtype == "bfloat16" else 4)
     block = layers * first.shuffle_sequences * first.context * width * 4
     evaluation = 2 * layers * first.eval_sequences * first.context * width * 4
     covariance = spec.n_layers * width * width * 8
-    return _PROCESS_BYTES + lm + block + evaluation + covariance + bank_bytes(configs.values(), first.batch_tokens)
+    return _PROCESS_BYTES + lm + block + evaluation + covariance + bank_bytes(saes, first.batch_tokens)
+
+
+def _branches_at_once(cells: Sequence[SAECell]) -> int:
+    """Most decay branches of one trajectory that live at the same step."""
+    ends = [c.steps for c in cells]
+    decay = cells[0].decay_steps
+    return max(sum(end - decay < other <= end for other in ends) for end in ends)
+
+
+def _steps(cells: Sequence[SAECell], config: SAEConfig) -> int:
+    """Training steps of one trajectory: the trunk's to its last branching point, and those of every decay branch."""
+    leaves = [config.branch_step(c.steps) for c in cells]
+    return max(leaves) + sum(c.steps - leaf for c, leaf in zip(cells, leaves, strict=True))
 
 
 def _groups(cells: Sequence[SAECell]) -> dict[tuple[Any, ...], dict[tuple[Any, ...], list[SAECell]]]:
@@ -76,33 +93,55 @@ def make_packs(cells: Sequence[SAECell], machine: Machine, run: RunSettings) -> 
     devices = machine.gpus or machine.nodes
     per_node = max(1, machine.cpus // machine.nodes)
     wanted = _shares([len(g) for g in groups], max(len(groups), devices))
-    side_by_side = 1 if machine.gpus else min(per_node, max(1, -(-sum(wanted) // machine.nodes)))
-    room = _device_bytes(machine, run) * _USABLE / side_by_side
-    out: list[list[SAECell]] = []
-    for trajectories, parts in zip(groups, wanted, strict=True):
-        split, largest = _split_within(trajectories, parts, room, run)
-        if largest > room:
-            raise UserError(
-                f"one SAE of {split[0][0].model} with d_sae={split[0][0].d_sae} needs {largest / 2**30:.1f} GiB but "
-                f"{room / 2**30:.1f} GiB are free for a pack; choose a smaller expansion, batch_tokens or threads that "
-                "leave one pack alone on the machine"
-            )
-        out += split
-    on_node = -(-len(out) // machine.nodes)
-    if machine.gpus:
-        cpus, gpus = max(1, machine.cpus // machine.gpus), 1.0
-    else:
-        cpus, gpus = run.threads or max(1, per_node // min(per_node, on_node)), 0.0
+    free = _device_bytes(machine, run) * _USABLE
+    most = 1 if machine.gpus else _placed(per_node, run.threads) if run.threads else per_node
+    side_by_side = min(most, -(-sum(wanted) // machine.nodes))
+    while True:
+        out = _split_all(groups, wanted, free / side_by_side, side_by_side, run)
+        sizes = [pack_bytes(part, run) for part in out]
+        abreast = min(most, -(-len(out) // machine.nodes))
+        if not run.threads or abreast <= side_by_side or abreast * max(sizes) <= free:
+            break
+        side_by_side = abreast
+    cpus = run.threads
+    if not cpus and machine.gpus:
+        cpus = max(1, machine.cpus // machine.gpus)
+    elif not cpus:  # the cores of a node are shared by as many as its memory holds
+        cpus = max(1, per_node // abreast)
+        while min(abreast, _placed(per_node, cpus)) > max(side_by_side, free // max(sizes)):
+            cpus += 1
     return [
         Pack(
             name=f"{part[0].model}-{i:02d}",
             cells=tuple(part),
-            cpus=run.threads or cpus,
-            gpus=gpus,
-            memory_bytes=pack_bytes(part, run),
+            cpus=cpus,
+            gpus=1.0 if machine.gpus else 0.0,
+            memory_bytes=size,
         )
-        for i, part in enumerate(out)
+        for i, (part, size) in enumerate(zip(out, sizes, strict=True))
     ]
+
+
+def _placed(cores: int, cpus: int) -> int:
+    """Packs of `cpus` threads that Ray runs at once on a node."""
+    return max(1, int(cores / (cpus * HEADROOM)))
+
+
+def _split_all(
+    groups: Sequence[list[list[SAECell]]], wanted: Sequence[int], room: float, side_by_side: int, run: RunSettings
+) -> list[list[SAECell]]:
+    """The cells of all packs, `side_by_side` of which share a node. Raises UserError when one SAE exceeds `room`."""
+    out: list[list[SAECell]] = []
+    for trajectories, parts in zip(groups, wanted, strict=True):
+        split, largest = _split_within(trajectories, parts, room, run)
+        if largest > room:
+            alone = "; set threads to all cores of a node, and one pack has it alone" if side_by_side > 1 else ""
+            raise UserError(
+                f"one SAE of {split[0][0].model} with d_sae={split[0][0].d_sae} needs {largest / 2**30:.1f} GiB but "
+                f"{room / 2**30:.1f} GiB are free for a pack; choose a smaller expansion or batch_tokens{alone}"
+            )
+        out += split
+    return out
 
 
 def _split_within(
@@ -180,13 +219,16 @@ def estimate(cells: Sequence[SAECell], machine: Machine, run: RunSettings) -> Es
         lm = longest * forward(deepest) + 4 * evaluated * forward(None)
         for cell in part:
             lm += evaluated * (forward(None) - forward(cell.layer))
-        longest_of = {c.trajectory(): c for c in sorted(part, key=lambda c: c.tokens)}
-        train = sum(step_flops(sae_config(c, spec.d_model), c.batch_tokens) * c.steps for c in longest_of.values())
+        train = step_bytes = 0.0
+        for own in (own for shared in _groups(part).values() for own in shared.values()):
+            config = sae_config(own[0], spec.d_model)
+            train += step_flops(config, first.batch_tokens) * _steps(own, config)
+            step_bytes += _STEP_TOUCHES * 4 * spec.d_model * config.d_sae * _steps(own, config)
         tokens += longest
         flops += lm + train
         weights = spec.n_parameters * (2 if first.lm_dtype == "bfloat16" else 4)
         traffic += weights * (longest / (first.shuffle_sequences * first.context) + 4)
-        traffic += sum(_STEP_TOUCHES * 4 * spec.d_model * c.d_sae * c.steps for c in longest_of.values())
+        traffic += step_bytes
         kind = (first.model, first.d_sae, first.batch_tokens, pack.cpus)
         if kind not in measured:
             measured[kind] = _probe(first, spec.d_model, int(pack.cpus), run)
