@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data import embedded_text
+from data._content import content_of
 
 BLOCK_ROWS = 512
 
@@ -53,8 +54,8 @@ class Shards(Protocol):
     def held_out(self, shard: int) -> Iterator[np.ndarray]:
         """Held-out sequences of ``shard``, int32 [n, T], in their fixed order."""
 
-    def fingerprint(self) -> str:
-        """What the token sequences depend on, hashed."""
+    def fingerprint(self, cache: Path | None) -> str:
+        """What the token sequences depend on, hashed; ``cache`` is a folder that keeps digests of files."""
 
 
 def held_out_rows(shard_name: str, n_rows: int, every: int) -> np.ndarray:
@@ -76,7 +77,6 @@ class ParquetShards:
 
     root: str
     names: tuple[str, ...]
-    sizes: tuple[int, ...]
     context: int
     holdout_every: int
     endpoint: str | None = None
@@ -87,12 +87,11 @@ class ParquetShards:
         endpoint = os.environ.get("HF_ENDPOINT") if source.startswith("hf://") else None
         with _named_errors(source):
             filesystem, root = _filesystem(source, endpoint)
-            found = filesystem.find(root, detail=True)
-        entries = sorted((path, info["size"]) for path, info in found.items() if path.endswith(".parquet"))
-        if not entries:
+            found = sorted(path for path in filesystem.find(root) if path.endswith(".parquet"))
+        if not found:
             raise ValueError(f"stream {source} holds no *.parquet shard; give the directory that does")
-        names = tuple(path[len(root) :].lstrip("/") for path, _ in entries)
-        return cls(source, names, tuple(size for _, size in entries), context, holdout_every, endpoint)
+        names = tuple(path[len(root) :].lstrip("/") for path in found)
+        return cls(source, names, context, holdout_every, endpoint)
 
     def n_train(self, shard: int) -> int:
         return int((~self._held_out_rows(shard)).sum())
@@ -114,9 +113,13 @@ class ParquetShards:
         for first_row, tokens_NT in self._rows(shard, 0):
             yield tokens_NT[mask[first_row : first_row + len(tokens_NT)]]
 
-    def fingerprint(self) -> str:
-        listing = "\n".join(f"{n} {s}" for n, s in zip(self.names, self.sizes, strict=True))
-        identity = f"parquet {self.context} {self.holdout_every}\n{listing}"
+    def fingerprint(self, cache: Path | None) -> str:
+        filesystem, root = _filesystem(self.root, self.endpoint)
+        lines = [f"parquet {self.context} {self.holdout_every}"]
+        for name in self.names:
+            with _named_errors(self.root, name):
+                lines.append(f"{name} {content_of(filesystem, f'{root}/{name}', cache)}")
+        identity = "\n".join(lines)
         return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
     def _held_out_rows(self, shard: int) -> np.ndarray:
@@ -208,7 +211,7 @@ class EmbeddedShards:
         if shard == 0:
             yield _packed(self, None)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, cache: Path | None) -> str:
         tokenizer = b"byte" if self.tokenizer == "byte" else _tokenizer_file(self.tokenizer).read_bytes()
         digest = hashlib.sha256(tokenizer).hexdigest()
         identity = f"embedded {embedded_text.fingerprint()} {digest} {self.context}"

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -82,9 +83,13 @@ class TokenStream:
                 "(byte or a directory), a Parquet stream is tokenized already"
             )
 
-    def fingerprint(self) -> str:
-        """Hash of what the sequences depend on: shard names and sizes, or the embedded text and its tokenizer."""
-        return self._shards().fingerprint()
+    def fingerprint(self, cache: Path | None = None) -> str:
+        """Hash of what the sequences depend on: names and content of shards, or the embedded text and its tokenizer.
+
+        Local shards are read whole for it, those in a bucket are named by their ETags. ``cache`` is a folder that keeps
+        the digests of local files until they change. Raises CorruptShard where one cannot be read.
+        """
+        return self._shards().fingerprint(cache)
 
     def sequences(self, start: int | Position = 0, *, use_ray: bool = True) -> SequenceReader:
         """Training sequences from number ``start`` on, as (first index, tokens int32 [S, T]) in order.

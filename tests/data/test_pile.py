@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data import embedded_text
+from data._content import content_of
 from data._shards import held_out_rows
 from data.pile import EMBEDDED, PILE_HUB, CorruptShard, Position, StreamUnavailable, TokenStream
 
@@ -128,6 +130,42 @@ def test_fingerprint_follows_the_data_not_the_place(parquet, tmp_path_factory):
     assert copy.fingerprint() == stream.fingerprint()
     other = TokenStream(source=str(elsewhere), context=T - 1, holdout_every=4)
     assert other.fingerprint() != stream.fingerprint()
+
+
+def test_fingerprint_follows_every_byte_and_reads_a_file_once(parquet, tmp_path, monkeypatch):
+    from fsspec.implementations.local import LocalFileSystem
+
+    stream, _ = parquet
+    opened: list[str] = []
+    real = LocalFileSystem.open
+    monkeypatch.setattr(
+        LocalFileSystem, "open", lambda self, path, *a, **k: opened.append(path) or real(self, path, *a, **k)
+    )
+    cache = tmp_path / "cache"
+    before = stream.fingerprint(cache)
+    assert len(opened) == 3
+    assert stream.fingerprint(cache) == before == stream.fingerprint()
+    assert len(opened) == 6  # without a cache they are read again
+    shard = tmp_path / "train-00002-of-00003.parquet"
+    data, age = bytearray(shard.read_bytes()), shard.stat().st_mtime_ns
+    data[100] ^= 1
+    shard.write_bytes(data)
+    os.utime(shard, ns=(age + 1_000_000, age + 1_000_000))
+    assert stream.fingerprint(cache) != before
+    assert len(opened) == 7
+
+
+def test_content_is_named_by_the_store_where_it_can():
+    class Listing:
+        def __init__(self, **info: object) -> None:
+            self.info = lambda path: {"size": 3, **info}
+
+        def open(self, path: str, mode: str) -> None:
+            raise AssertionError("the file was read")
+
+    assert content_of(Listing(ETag='"5d41-2"', mtime=1.0), "bucket/a") == 'etag "5d41-2"'
+    assert content_of(Listing(etag="x"), "bucket/a") == "etag x"
+    assert content_of(Listing(lfs={"sha256": "ab", "size": 3}), "hub/a") == "sha256 ab"
 
 
 @pytest.mark.parametrize("damage", ["footer", "page", "column", "short", "null"])
