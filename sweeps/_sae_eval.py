@@ -21,6 +21,7 @@ from models.sae_io import save_saelens
 from models.topk_sae import TopKSAE, encoder
 from sweeps._context import PackContext
 from sweeps._published import parquet_bytes
+from sweeps._sae_sources import require_ids
 from sweeps._sweep import Row, UserError
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Evaluation:
             tokens = stream.eval_sequences(cell.eval_sequences)
         except ValueError as error:
             raise UserError(str(error)) from error
+        require_ids(tokens, cell.model, lm.d_vocab, stream.source)
         self.tokens_ST = torch.from_numpy(tokens.astype("int64")).to(context.device)
         self._pass()
 
@@ -78,14 +80,28 @@ class Evaluation:
                 grads[layer].append(g[layer])
                 zero_losses[layer].append(self.lm.zero_loss(layer, tokens_BT))
         self.loss_orig_S = torch.cat(losses)
+        self._require_finite(sums)
         self.a_STD = {layer: torch.cat(parts) for layer, parts in acts.items()}
         self.g_STD = {layer: torch.cat(parts) for layer, parts in grads.items()}
         self.loss_zero_S = {layer: torch.cat(parts) for layer, parts in zero_losses.items()}
         self.mean_D = {layer: sums[layer].mean_D for layer in self.layers}
         self.geometry = {layer: s.summary() for layer, s in sums.items()}
 
+    def _require_finite(self, sums: dict[int, CovarianceSums]) -> None:
+        """UserError that names the lowest block, or the head, where the unpatched model's numbers go wrong."""
+        places = {f"layer {layer}": s.mean_D for layer, s in sums.items()} | {"loss": self.loss_orig_S}
+        for place, values in places.items():
+            if not bool(torch.isfinite(values).all()):
+                raise UserError(
+                    f"{self.cell.model} {place}: the held-out text gives NaN or inf; check the weights, or choose "
+                    f"another lm_dtype than {self.cell.lm_dtype}"
+                )
+
     def run(self, cell: SAECell, sae: TopKSAE) -> tuple[list[Row], dict[str, bytes | Path], float]:
-        """Rows, files and CE_rec of one trained SAE."""
+        """Rows, files and CE_rec of one trained SAE.
+
+        Raises ValueError when its reconstructions are not finite or none of its features fires.
+        """
         sums = SequenceSums(self.mean_D[cell.layer])
         features = FeatureCounts(cell.d_sae)
         encode = encoder(sae)
@@ -93,6 +109,10 @@ class Evaluation:
             a_BTD = self.a_STD[cell.layer][rows]
             index_BTk, value_BTk = encode(a_BTD)
             a_hat_BTD = sae.decode(index_BTk, value_BTk)
+            if not bool(torch.isfinite(a_hat_BTD).all()):
+                raise ValueError(
+                    f"layer {cell.layer}: the trained SAE's reconstructions hold NaN or inf; lower lr={cell.lr:g}"
+                )
             sequence_B = torch.arange(rows.start, rows.start + len(a_BTD))
             sums.update(a_BTD, a_hat_BTD, sequence_B, self.g_STD[cell.layer][rows])
             features.update(index_BTk.flatten(0, -2), value_BTk.flatten(0, -2))

@@ -23,7 +23,7 @@ from data.pile import CorruptShard
 from models.topk_sae import SAEBank, SAEConfig, SparseTrainer
 from sweeps._context import PackContext
 from sweeps._sae_eval import Evaluation
-from sweeps._sae_sources import corrupt, open_lm, open_stream, trajectory_name
+from sweeps._sae_sources import corrupt, open_lm, open_stream, require_ids, trajectory_name
 from sweeps._stop import PackStopped
 from sweeps._storage import Store
 from sweeps._sweep import Row, UserError, digest
@@ -95,9 +95,18 @@ class Trajectory:
         trunk = [(0, self.trainer)] if self.trainer.step_count < end else []
         return trunk + [(budget, b) for budget, b in self.branches.items() if b.step_count < budget]
 
+    def trainer_of(self, cell: SAECell) -> SparseTrainer:
+        """The cell's branch, or the trunk as long as it has none."""
+        return self.branches.get(cell.steps, self.trainer)
+
+    def drop(self, cell: SAECell) -> None:
+        """Forget a cell that is published or given up."""
+        self.cells.remove(cell)
+        self.branches.pop(cell.steps, None)
+
     def finished(self, cell: SAECell) -> SparseTrainer | None:
         """The trainer that stands at the cell's budget, if one does."""
-        trainer = self.branches.get(cell.steps, self.trainer)
+        trainer = self.trainer_of(cell)
         at_end = self.config.branch_step(cell.steps) == cell.steps or cell.steps in self.branches
         return trainer if at_end and trainer.step_count == cell.steps else None
 
@@ -145,8 +154,15 @@ def backend(d_in: int, device: str, threads: int) -> Literal["numba", "torch"]:
 
 
 def train_pack(cells: Sequence[SAECell], context: PackContext) -> None:
-    """Train, evaluate and publish every cell; all must share model, stream, context, batch and shuffle."""
+    """Train, evaluate and publish every cell; all must share model, stream, context, batch and shuffle.
+
+    A cell whose SAE diverges is recorded as failed and the others go on. Raises UserError where none can.
+    """
     torch.set_num_threads(context.threads)
+    failed = context.ledger.failures([c.key for c in cells])  # in an attempt that crashed later
+    cells = [c for c in cells if c.key not in failed]
+    if not cells:
+        return
     first = cells[0]
     context.progress(force=True, phase=f"loading {first.model}")
     lm = open_lm(first, context.run, context.device, lambda line: context.progress(phase=line))
@@ -250,6 +266,7 @@ class _PackRun:
 
     def _activations(self, tokens_NT: np.ndarray, block: int) -> dict[int, torch.Tensor]:
         """Activations of a block in its shuffled order, {layer: [N, D] float32}."""
+        require_ids(tokens_NT, self.lm.name, self.lm.d_vocab, self.stream.source)
         n, width = tokens_NT.size, self.lm.d_model
         device = torch.device(self.context.device)
         place = torch.from_numpy(np.random.default_rng([block, n]).permutation(n)).to(device)
@@ -269,14 +286,20 @@ class _PackRun:
             if t.step_count != number:
                 continue
             t.branch_off()
+            x_BD = acts_BD[t.layer]
             for budget, trainer in t.running():
                 try:
-                    stats = trainer.step(acts_BD[t.layer])
-                except (ValueError, FloatingPointError) as error:
+                    stats = trainer.step(x_BD)
+                except FloatingPointError as error:
+                    self._give_up(t, [c for c in t.cells if t.trainer_of(c) is trainer], error)
+                    t.branches.pop(budget, None)  # of a cell that is not planned here, too
+                    continue
+                except ValueError as error:
                     raise UserError(str(error)) from error
                 if stats.step % max(1, 2 ** (stats.step.bit_length() - 1) // _CURVE_POINTS) == 0:
                     t.curves.setdefault(budget, []).append((stats.step, stats.loss, stats.grad_norm, stats.dead))
             t.block = block
+        self._forget_finished()
 
     def _finish_due(self) -> None:
         """Evaluate and publish the cells whose budget is reached; forget SAEs with no cell left."""
@@ -285,12 +308,25 @@ class _PackRun:
             return
         for i, (t, cell, trainer) in enumerate(due):
             self.context.progress(force=True, phase=f"evaluating SAE {i + 1} of {len(due)}")
-            rows, files, ce_rec = self.evaluation.run(cell, trainer.sae)
+            try:
+                rows, files, ce_rec = self.evaluation.run(cell, trainer.sae)
+            except ValueError as error:  # what this SAE gives has no value; the others are evaluated alike
+                self._give_up(t, [cell], error)
+                continue
             self._best = max(self._best, ce_rec)
             self.context.publish(cell, [*rows, *_curve_rows(t, cell)], files)
             self.context.progress(best=self._best)
-            t.cells.pop(0)
-            t.branches.pop(cell.steps, None)
+            t.drop(cell)
+        self._forget_finished()
+
+    def _give_up(self, t: Trajectory, cells: Sequence[SAECell], error: Exception) -> None:
+        """Record as failed the cells that an SAE's own numbers spoil, as each would be alone."""
+        for cell in cells:
+            self.context.fail(cell, str(error))
+            t.drop(cell)
+
+    def _forget_finished(self) -> None:
+        for t in self.trajectories:
             if not t.cells:
                 self.context.work.drop(t.name)
                 self.bank.pop(t.key)

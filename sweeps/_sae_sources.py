@@ -17,13 +17,16 @@ from data import embedded_text
 from data.pile import EMBEDDED, PILE_HUB, CorruptShard, StreamUnavailable, TokenStream
 from models.registry import HOST_LMS
 from sweeps._sweep import UserError, digest
-from sweeps._where import RunSettings
+from sweeps._where import RunSettings, user_cache
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from models.host_lm import HostLM
     from sweeps.proxy_gap import SAECell
 
 _HUB_SECONDS = 10.0
+_NEOX_VOCABULARY = 50304  # rows of Pythia's embeddings; the tokenizer has 50,277 ids
 
 
 def open_lm(cell: SAECell, run: RunSettings, device: str, progress: Callable[[str], None]) -> HostLM:
@@ -101,20 +104,41 @@ def preflight(cells: Sequence[SAECell], run: RunSettings) -> None:
     from models.host_lm import LMUnavailable, host_lm_spec
 
     try:
-        for model in {c.model for c in cells}:
-            host_lm_spec(model, run.lm_path or None)
+        vocabularies = {c.model: host_lm_spec(c.model, run.lm_path or None).d_vocab for c in cells}
+        for model in sorted({c.model for c in cells if c.stream == "pile"}):
+            _require_pile_ids(model, vocabularies[model], run.stream_path or PILE_HUB)
         wants_lm = not run.lm_path and any(HOST_LMS[c.model].origin == "hub" and not _cached(c.model) for c in cells)
         wants_text = not run.stream_path and any(c.stream == "pile" for c in cells)
         if wants_lm or wants_text:
             _require_hub(wants_lm, wants_text)
-        if run.stream_path:  # a look at footers; on the hub it would be one request a shard
+        if run.stream_path:  # a look at footers and held-out rows; on the hub it would be one request a shard
             for context, longest, n_eval in _needs(cells):
                 stream = open_stream(next(c for c in cells if c.context == context), run)
                 stream.require(longest, n_eval)
+                for model in sorted({c.model for c in cells if c.stream == "pile" and c.context == context}):
+                    require_ids(stream.eval_sequences(n_eval), model, vocabularies[model], stream.source)
     except CorruptShard as error:
         raise corrupt(error) from error
     except (LMUnavailable, StreamUnavailable, ValueError) as error:
         raise UserError(str(error)) from error
+
+
+def _require_pile_ids(model: str, d_vocab: int, source: str) -> None:
+    """UserError where a model whose vocabulary is not GPT-NeoX's would read the hub's Pile."""
+    if source.startswith(PILE_HUB.removesuffix("/data")) and d_vocab != _NEOX_VOCABULARY:
+        raise UserError(
+            f"{source} holds GPT-NeoX ids but {model} has a vocabulary of {d_vocab:,}, not GPT-NeoX's "
+            f"{_NEOX_VOCABULARY:,}; choose a Pythia model, or --set stream=embedded"
+        )
+
+
+def require_ids(tokens_ST: np.ndarray, model: str, d_vocab: int, source: str) -> None:
+    """Raise UserError where ids of a text lie outside the model's vocabulary: another tokenizer made them."""
+    if (largest := int(tokens_ST.max())) >= d_vocab:
+        raise UserError(
+            f"token {largest} of {source} exceeds the vocabulary of {model}, {d_vocab:,}; choose text that was "
+            "tokenized for this model"
+        )
 
 
 def corrupt(error: CorruptShard) -> UserError:
@@ -204,8 +228,8 @@ def _stream_origin(stream: str, stream_path: str, on_corrupt: str, hub_commits: 
     hub_id = _dataset(source)
     if not hub_id:
         try:
-            return TokenStream(source=source).fingerprint() + lenient
-        except ValueError as error:
+            return TokenStream(source=source).fingerprint(user_cache() / "content") + lenient
+        except (CorruptShard, StreamUnavailable, ValueError) as error:
             raise UserError(str(error)) from error
     pinned = _pinned(RunSettings(hub_commits=hub_commits))
     return f"{source}@{pinned.get(hub_id) or _hub_commit(hub_id, 'dataset')}{lenient}"

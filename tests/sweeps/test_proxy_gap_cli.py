@@ -134,6 +134,7 @@ def test_smallest_budget_of_a_preset_outlasts_the_warm_up(preset: str) -> None:
         (settings(schedule="wsd", decay_steps=31), "tokens=81920 are 40 steps, fewer than warmup_steps=10 + decay"),
         (settings(lm_path="nowhere"), "lm_path=nowhere holds no config.json"),
         (settings(stream="pile", stream_path="nowhere"), "stream nowhere holds no *.parquet shard"),
+        (["--preset", "smollm2", *settings(stream="pile")], "GPT-NeoX ids but smollm2-135m has a vocabulary of 49,152"),
         (["--storage", "/proc/nowhere"], "storage /proc/nowhere/proxy_gap/1 is not writable"),
         (["--only", "zz"], "--only 'zz' is not the beginning of a key (up to 16 of 0-9 a-f)"),
     ],
@@ -180,6 +181,14 @@ def test_short_and_corrupt_streams_are_one_line(
     errors = capsys.readouterr().err
     assert "train-00001-of-00003.parquet" in errors
     assert "--set on_corrupt=skip" in errors
+    assert len(errors.strip().splitlines()) == 1
+
+
+def test_text_beyond_the_vocabulary_is_one_line(here: Path, capsys: pytest.CaptureFixture[str], tiny_lms: Path) -> None:
+    wide = save_shards(here / "wide", shards=1, rows=1400, length=64, vocab=50304)
+    assert main(*tiny_grid(tiny_lms, wide, tokens=65536)) == 2
+    errors = capsys.readouterr().err
+    assert f"of {wide} exceeds the vocabulary of {MODEL}, 257; choose text that was tokenized for this model" in errors
     assert len(errors.strip().splitlines()) == 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -289,6 +290,62 @@ def test_short_stream_and_nan_are_one_line(lm: HostLM, monkeypatch: pytest.Monke
     monkeypatch.setattr(lm, "activations", poisoned)
     with pytest.raises(UserError, match=r"layer 3: 1 of \d+ activations are NaN or inf at step 0"):
         train(plan(), fresh())
+
+
+def test_text_of_another_tokenizer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wide(Numbers):
+        def sequences(self, start: int) -> Iterator[tuple[int, np.ndarray]]:
+            return ((first, tokens + 100) for first, tokens in super().sequences(start))
+
+    monkeypatch.setattr(_sae_grid, "open_stream", lambda cell, run, tokenizer_dir=None: Wide())
+    with pytest.raises(UserError, match=r"token 3\d\d of numbers exceeds the vocabulary of standin-small, 257; choose"):
+        train(plan(ONE), fresh())
+
+
+@pytest.mark.parametrize(
+    ("weight", "place"), [("gpt_neox.layers.2.mlp.dense_4h_to_h.bias", "layer 2"), ("lm_head.weight", "loss")]
+)
+def test_language_model_of_nan_is_one_line(
+    lm: HostLM, monkeypatch: pytest.MonkeyPatch, weight: str, place: str
+) -> None:
+    broken = HostLM("standin-small", copy.deepcopy(lm.model), lm.spec, None)
+    broken.model.get_parameter(weight).data.fill_(float("nan"))
+    monkeypatch.setattr(_sae_grid, "open_lm", lambda cell, run, device, progress: broken)
+    with pytest.raises(UserError, match=rf"standin-small {place}: the held-out text gives NaN or inf; check the weig"):
+        train(plan(ONE), fresh())
+
+
+def test_an_sae_that_diverges_fails_alone() -> None:
+    """Its one-step budget in the evaluation, its other one in the next gradient; the pack publishes the rest."""
+    (good,) = plan(ONE)
+    bad = [replace(good, lr=1e38, tokens=tokens) for tokens in (32, 384)]
+    together, alone = fresh(), fresh()
+    train([*bad, good], together)
+    train([good], alone)
+    assert together.done() == {good.key}
+    assert_same(together, alone, [good.key])
+    failures = together.failures(c.key for c in bad)
+    assert "reconstructions hold NaN or inf; lower lr=1e+38" in failures[bad[0].key]["error"]
+    assert "gradient norm is" in failures[bad[1].key]["error"]
+    assert "lower lr=1e+38" in failures[bad[1].key]["error"]
+    assert together.store.names("_work") == []
+    train([*bad, good], together)  # a retry of the pack leaves what it knows to fail
+
+
+def test_a_decay_branch_that_diverges_spares_the_trunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = plan(replace(ONE, schedule="wsd", decay_steps=4, tokens=(256, 384)))
+    real = SparseTrainer.step
+
+    def failing(self: SparseTrainer, x: torch.Tensor) -> Any:
+        if self.decay_from == 4:
+            raise FloatingPointError("gradient norm is nan")
+        return real(self, x)
+
+    monkeypatch.setattr(SparseTrainer, "step", failing)
+    ledger = fresh()
+    train(cells, ledger)
+    assert ledger.done() == {cells[1].key}
+    assert ledger.failures([cells[0].key])
 
 
 def test_bad_grids_are_one_line() -> None:
