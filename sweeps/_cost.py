@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from sweeps._board import duration
 from sweeps._sweep import Estimate, UserError, nearest
-from sweeps._where import Machine, RunSettings
+
+if TYPE_CHECKING:
+    from sweeps._where import Machine, RunSettings
 
 FLOPS_SHARE = 0.3  # of the peak that a well-fed training loop of matrix products reaches; an assumption
 BYTES_SHARE = 0.6  # of the memory bandwidth that a streaming kernel reaches; an assumption
@@ -70,25 +73,26 @@ def unit_of(machine: Machine) -> tuple[str, int]:
     return ("GPU", machine.gpus) if machine.gpus else ("machine", machine.nodes)
 
 
-def spent_hours(work: Iterable[tuple[str, float, float]]) -> tuple[float, int, int]:
-    """(hours, pack attempts, cells of unknown time) of published cells.
+def spent_hours(work: Iterable[tuple[str, float, float, str]]) -> tuple[dict[str, tuple[float, int]], int]:
+    """({unit: (hours, pack attempts)}, cells of unknown time) of published cells; the units are those of `unit_of`.
 
-    Each triple is a cell's (pack attempt, seconds from the attempt's start to its publication, GPUs held or part of
-    the machine). An attempt lasted until its last cell; it is paid once, however many cells it published. Attempts that
-    published nothing leave no record and are not in the sum.
+    Each cell is (pack attempt, seconds from the attempt's start to its publication, GPUs held where the device is
+    "cuda", else part of the machine, device). An attempt lasted until its last cell; it is paid once, however many
+    cells it published. Attempts that published nothing leave no record and are not in the sum.
     """
-    attempts: dict[str, float] = {}
+    attempts: dict[str, dict[str, float]] = {}
     unknown = 0
-    for attempt, seconds, share in work:
-        if seconds != seconds or share != share:
+    for attempt, seconds, share, device in work:
+        if seconds != seconds or share != share or not device:
             unknown += 1
             continue
-        attempts[attempt] = max(attempts.get(attempt, 0.0), seconds * share)
-    return sum(attempts.values()) / 3600, len(attempts), unknown
+        same = attempts.setdefault("GPU" if device == "cuda" else "machine", {})
+        same[attempt] = max(same.get(attempt, 0.0), seconds * share)
+    return {unit: (sum(same.values()) / 3600, len(same)) for unit, same in sorted(attempts.items())}, unknown
 
 
 def cost_lines(
-    estimate: Estimate, machine: Machine, run: RunSettings, work: Iterable[tuple[str, float, float]]
+    estimate: Estimate, machine: Machine, run: RunSettings, work: Iterable[tuple[str, float, float, str]]
 ) -> list[str]:
     """Lines of `--plan`: what is left on this machine and on the GPU types asked for, and what was spent."""
     unit, number = unit_of(machine)
@@ -101,14 +105,21 @@ def cost_lines(
     lines = []
     if price:
         lines.append(f"cost         {left:.2f} {unit} hours to finish{money(left, price)}")
-    spent, attempts, unknown = spent_hours(work)
-    if attempts or unknown:
-        text = f"spent        {spent:.2f} {unit} hours in {attempts} packs that published{money(spent, price)}"
-        if price:
-            text += f"; with what is left {(spent + left) * price:.2f}"
-        lines.append(text + (f"; {unknown} cells have no record of their time" if unknown else ""))
+    spent, unknown = spent_hours(work)
+    for rented, (hours, attempts) in spent.items():
+        text = f"spent        {hours:.2f} {rented} hours in {attempts} packs that published"
+        if price and rented != unit:  # done on other machines than this one
+            text += f"; not in the money: the price is of a {unit} hour"
+        elif price:
+            text += f"{money(hours, price)}; with what is left {(hours + left) * price:.2f}"
+        lines.append(text)
+    if unknown:
+        lines.append(f"spent        not known of {unknown} cells: they have no record of their time")
     unit = "GPU"
     for name, rate in asked_types(run.gpu).items():
+        if not estimate.flops and not estimate.bytes:
+            lines.append(f"on {name:14} not known: this sweep does not count its arithmetic")
+            continue
         kind = GPU_TYPES[name]
         hours = gpu_hours(estimate, kind)
         rates = f"{FLOPS_SHARE:.0%} of {kind.bf16_tflops:g} TFLOP/s and {BYTES_SHARE:.0%} of {kind.memory_tb_s:g} TB/s"

@@ -30,7 +30,7 @@ FOLDER = "_index"
 _SEGMENT_CELLS = 250_000  # files of this size are not merged any more
 _INLINE_BYTES = 64 * 1024  # rows that take more stay in their folder alone
 _OWN = ("key", "identity", "published_unix", "pack_seconds", "pack_started_unix", "pack", "fingerprint", "files")
-_PLANNING = ["key", "fingerprint", "stamp", "pack", "seconds", "share"]
+_PLANNING = ["key", "fingerprint", "stamp", "pack", "seconds", "share", "device"]
 _FAULTS = (FileNotFoundError, pa.ArrowInvalid, OSError)
 
 _SCHEMA = pa.schema(
@@ -41,6 +41,7 @@ _SCHEMA = pa.schema(
         ("pack", pa.string()),
         ("seconds", pa.float64()),
         ("share", pa.float64()),
+        ("device", pa.string()),
         ("own", pa.string()),
         ("common", pa.dictionary(pa.int32(), pa.string())),
         ("files", pa.list_(pa.string())),
@@ -55,7 +56,8 @@ class Entry:
     """What planning needs of a published cell.
 
     stamp: of its marker (0 on object stores). pack: names one attempt of one pack, the same for all cells it published.
-    seconds: from the attempt's start to this cell's publication. share: GPUs held, or the part of a machine's cores.
+    seconds: from the attempt's start to this cell's publication. share: GPUs held where device is "cuda", else the part
+    of a machine's cores.
     """
 
     fingerprint: str
@@ -63,6 +65,7 @@ class Entry:
     pack: str
     seconds: float
     share: float
+    device: str
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ class Index:
             table = pq.read_table(io.BytesIO(self.store.read(f"{FOLDER}/{name}")), columns=_PLANNING)
         except FileNotFoundError:
             return False
-        except (pa.ArrowInvalid, OSError):
+        except (pa.ArrowInvalid, OSError):  # also a file from before a column was added
             self._broken.add(name)  # its cells are read from their folders and written to another file
             return True
         columns = [table[column].to_pylist() for column in _PLANNING]
@@ -190,11 +193,12 @@ def frame(table: pa.Table) -> pd.DataFrame:
 
 
 def work_of(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Which attempt of which pack made a cell, in how many seconds, holding which share of a machine."""
+    """Which attempt of which pack made a cell, in how many seconds, holding which share of GPUs or of a machine."""
     return {
         "pack": f"{meta.get('launch', '')}/{meta.get('pack', '')}/{meta.get('pack_started_unix', '')}",
         "seconds": float(meta.get("pack_seconds", math.nan)),
         "share": float(meta.get("pack_share", math.nan)),
+        "device": str(meta.get("device", "")),
     }
 
 

@@ -155,8 +155,8 @@ class Ledger:
         found.update(zip(missing, self._each(self.read, missing), strict=True))
         return [found[k] for k in wanted]
 
-    def work(self, keys: Iterable[str]) -> list[tuple[str, float, float]]:
-        """(pack attempt, seconds, share of a machine) of published cells, see `_index.Entry`."""
+    def work(self, keys: Iterable[str]) -> list[tuple[str, float, float, str]]:
+        """(pack attempt, seconds, share, device) of published cells, see `_index.Entry`."""
         wanted = list(keys)
         with self._lock:
             self.index.refresh()
@@ -164,7 +164,8 @@ class Ledger:
             others = [k for k in wanted if not self._indexed(k)]
         metas = self._each(lambda k: self.store.read_json(f"{k}/cell.json") or {}, others)
         found = [work_of(meta) for meta in metas]
-        return [(e.pack, e.seconds, e.share) for e in known] + [(w["pack"], w["seconds"], w["share"]) for w in found]
+        names = ("pack", "seconds", "share", "device")
+        return [*((e.pack, e.seconds, e.share, e.device) for e in known), *(tuple(w[n] for n in names) for w in found)]
 
     def file(self, key: str, name: str) -> bytes:
         """Bytes of one file of a published cell."""

@@ -17,10 +17,11 @@ EIGHT = Machine(nodes=2, cpus=64, gpus=8, memory_bytes=2**34, hardware="x")
 
 
 def test_an_attempt_is_paid_once_until_its_last_cell_by_its_share() -> None:
-    work = [("a", 1800.0, 0.5), ("a", 3600.0, 0.5), ("b", 7200.0, 0.25), ("c", math.nan, 1.0)]
-    assert spent_hours(work) == (1.0, 2, 1)
+    work = [("a", 1800.0, 0.5, "cpu"), ("a", 3600.0, 0.5, "cpu"), ("b", 7200.0, 0.25, "cpu"), ("c", 60.0, 2.0, "cuda")]
+    work += [("d", math.nan, 1.0, "cpu"), ("e", 60.0, 1.0, "")]
+    assert spent_hours(work) == ({"GPU": (1 / 30, 1), "machine": (1.0, 2)}, 2)
     assert spent_hours(reversed(work)) == spent_hours(work)
-    assert spent_hours([]) == (0.0, 0, 0)
+    assert spent_hours([]) == ({}, 0)
 
 
 def test_gpu_hours_are_the_roofline_of_the_datasheet() -> None:
@@ -55,9 +56,27 @@ def test_price_is_a_gpus_where_there_are_gpus_else_a_machines() -> None:
     ]
     (line,) = cost_lines(estimate, EIGHT, run, [])
     assert "4.00 GPU hours to finish = 10.00 at 2.5 a GPU hour" in line
-    _, spent = cost_lines(estimate, EIGHT, run, [("a", 3600.0, 2.0)])
+    _, spent = cost_lines(estimate, EIGHT, run, [("a", 3600.0, 2.0, "cuda")])
     assert "2.00 GPU hours in 1 packs that published = 5.00 at 2.5 a GPU hour; with what is left 15.00" in spent
     assert cost_lines(estimate, ONE, RunSettings(), []) == []
+
+
+def test_hours_of_gpus_are_not_priced_as_hours_of_a_machine_without_them() -> None:
+    work = [("a", 3600.0, 2.0, "cuda"), ("b", 3600.0, 1.0, "cpu")]
+    _, gpus, machines = cost_lines(Estimate(seconds=1800.0), ONE, RunSettings(price_per_hour=2.5), work)
+    assert gpus == (
+        "spent        2.00 GPU hours in 1 packs that published; not in the money: the price is of a machine hour"
+    )
+    assert machines.startswith(
+        "spent        1.00 machine hours in 1 packs that published = 2.50 at 2.5 a machine hour; "
+    )
+
+
+def test_work_that_is_not_counted_has_no_price() -> None:
+    run = RunSettings(price_per_hour=1.0, gpu=("h100-sxm:3",))
+    assert cost_lines(Estimate(seconds=1800.0), ONE, run, [])[1:] == [
+        "on h100-sxm       not known: this sweep does not count its arithmetic"
+    ]
 
 
 def test_each_gpu_type_has_its_own_price_and_says_what_is_assumed() -> None:
@@ -85,9 +104,18 @@ def test_bad_gpu_types_are_one_line(text: str, line: str) -> None:
         asked_types([text])
 
 
-def test_negative_price_is_refused() -> None:
-    with pytest.raises(UserError, match=r"price_per_hour=-1\.0 is no price"):
-        RunSettings(price_per_hour=-1.0)
+@pytest.mark.parametrize(
+    "name", ["checkpoint_seconds", "grace_seconds", "gpu_memory_gb", "mlflow_artifact_mb", "price_per_hour"]
+)
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+def test_numbers_that_cannot_be_meant_are_refused(name: str, value: float) -> None:
+    with pytest.raises(UserError, match=rf"{name}={value} is not a finite number of 0 or more"):
+        RunSettings(**{name: value})
+
+
+def test_gpu_types_are_checked_whether_or_not_a_plan_asks() -> None:
+    with pytest.raises(UserError, match="gpu='foo' is not known"):
+        RunSettings(gpu=("foo",))
 
 
 def test_plan_shows_what_the_ledger_says_was_spent(
@@ -101,7 +129,7 @@ def test_plan_shows_what_the_ledger_says_was_spent(
 
     monkeypatch.setattr(Machine, "here", staticmethod(lambda: ONE))
     ledger = Ledger(str(tmp_path / "runs/ledger"), "toy", "1")
-    work = {"launch": "l", "pack": "p", "pack_started_unix": 1.0, "pack_share": 0.5}
+    work = {"launch": "l", "pack": "p", "pack_started_unix": 1.0, "pack_share": 0.5, "device": "cpu"}
     for n, seconds in ((1, 3600.0), (2, 7200.0)):
         ledger.publish(Square(n=n), [Row("square", n * n)], {}, {**work, "pack_seconds": seconds, "fingerprint": "f"})
     arguments = ["--plan", "--set", "n=1,2,3", "--set", "seconds=3600", "--set", "price_per_hour=2"]
