@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import shlex
 import signal
 import socket
@@ -33,6 +34,7 @@ PORT = 6379
 _POLL_SECONDS = 2.0
 _SAY_SECONDS = 15.0  # between progress lines while nothing changes
 _MLFLOW_SECONDS = 120.0
+_NAME = re.compile(r"[A-Za-z0-9][\w.:-]*")  # of a host, an address or a user; nothing that ssh or a shell would obey
 _MONITOR_LOG = "/tmp/ray/session_latest/logs/monitor.log"
 
 
@@ -53,9 +55,8 @@ class Cluster:
         try:
             config = yaml.safe_load(path.read_text())
             provider, auth = dict(config["provider"]), dict(config["auth"])
-            head, workers = str(provider["head_ip"]), tuple(str(w) for w in provider["worker_ips"] or ())
-            user = str(auth["ssh_user"])
-        except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+            head, listed, user = provider["head_ip"], provider["worker_ips"] or [], auth["ssh_user"]
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path} cannot be read as a cluster ({type(error).__name__}: {error}); it needs provider.head_ip, "
                 "provider.worker_ips and auth.ssh_user"
@@ -64,6 +65,17 @@ class Cluster:
             raise UserError(
                 f"provider.type={provider.get('type')!r} in {path}: only local is known; use `ray up` alone"
             )
+        if not isinstance(listed, list):
+            raise UserError(f"provider.worker_ips={listed!r} in {path} is no list; write worker_ips: [{listed}]")
+        door = provider.get("external_head_ip") or head
+        named = [("provider.head_ip", head), ("provider.external_head_ip", door), ("auth.ssh_user", user)]
+        for name, value in [*named, *(("provider.worker_ips", w) for w in listed)]:
+            if not isinstance(value, str) or not _NAME.fullmatch(value):
+                raise UserError(
+                    f"{name}: {value!r} in {path} is no name; write letters, digits and . : _ - alone, the first a "
+                    "letter or digit"
+                )
+        workers = tuple(listed)
         twice = sorted({w for w in (head, *workers) if (head, *workers).count(w) > 1})
         if twice:
             raise UserError(f"{twice[0]} stands in {path} more than once; name every node once")
@@ -72,7 +84,6 @@ class Cluster:
             raise UserError(
                 f"auth.ssh_private_key={auth['ssh_private_key']} in {path} is no file; name your private key"
             )
-        door = str(provider.get("external_head_ip") or head)
         return Cluster(path=path, head=head, door=door, workers=workers, user=user, key=key)
 
     @property

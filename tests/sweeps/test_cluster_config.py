@@ -67,12 +67,24 @@ def test_errors_name_value_rule_and_remedy(tmp_path: Path, config: dict[str, Any
         ({"provider": config["provider"] | {"type": "aws"}}, "provider.type='aws'.*only local is known"),
         ({"provider": config["provider"] | {"worker_ips": ["10.0.0.11"]}}, "10.0.0.11 stands in .* more than once"),
         ({"provider": {"type": "local", "head_ip": "h"}}, "needs provider.head_ip, provider.worker_ips"),
+        (
+            {"provider": config["provider"] | {"worker_ips": "10.0.0.12"}},
+            r"worker_ips='10.0.0.12' .*write worker_ips: \[",
+        ),
+        ({"provider": config["provider"] | {"head_ip": None}}, "provider.head_ip: None in .* is no name"),
+        ({"provider": config["provider"] | {"external_head_ip": "-oProxyCommand=x"}}, "external_head_ip: '-oProxy"),
+        ({"provider": config["provider"] | {"worker_ips": ["a; touch /tmp/x"]}}, "worker_ips: 'a; touch .* is no name"),
+        ({"provider": config["provider"] | {"worker_ips": [None]}}, "worker_ips: None in .* is no name"),
+        ({"auth": {"ssh_user": "-lroot"}}, "auth.ssh_user: '-lroot' in .* is no name; write letters, digits"),
         ({"auth": {"ssh_user": "u", "ssh_private_key": "/no/key"}}, "ssh_private_key=/no/key .* is no file"),
     ]
     for change, message in broken:
         with pytest.raises(UserError, match=message):
             read(tmp_path, config | change)
     assert _cluster.main(["up", "--config", str(tmp_path / "absent.yaml")]) == 2
+    (tmp_path / "latin.yaml").write_bytes("cluster_name: \xe9t\xe9".encode("latin-1"))
+    with pytest.raises(UserError, match=r"cannot be read as a cluster \(UnicodeDecodeError"):
+        Cluster.read(tmp_path / "latin.yaml")
 
 
 def test_ssh_commands_survive_quotes_and_go_through_the_head(tmp_path: Path, config: dict[str, Any]) -> None:
