@@ -25,7 +25,8 @@ from sweeps._sweep import Pack, UserError
 from sweeps._where import RunSettings, prepare_process
 
 PERMANENT = (UserError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError, ImportError)
-SYSTEM_ERROR = re.compile(r"\[Errno \d+\]")  # how Python writes what the storage or the machine refused
+# how Python writes what the storage or the machine refused, and how a pack ends whose node is taken away
+SYSTEM_ERROR = re.compile(r"\[Errno \d+\]|SIGTERM: ")
 _BUCKETS = 64  # objects that the packs of a launch travel in
 HEADROOM = 0.9  # share of a CPU that a pack asks of Ray for each it uses; the rest feeds data tasks
 
@@ -153,7 +154,7 @@ def _board_callback(
         line = death(text, packs[name])
         if line is None:
             line = text.splitlines()[-1].strip() if text else "crashed"
-            if not SYSTEM_ERROR.search(line) and "SIGTERM" not in line:
+            if not SYSTEM_ERROR.search(line):
                 board.say(text)
         board.say(f"{name}: {line}")
         return line

@@ -25,7 +25,7 @@ from sweeps._claims import Claims
 from sweeps._cost import cost_lines
 from sweeps._execute import SYSTEM_ERROR, one_line, run_packs
 from sweeps._ledger import Ledger
-from sweeps._secrets import clean_arguments, hide_arguments, remember
+from sweeps._secrets import clean_arguments, given, hide_arguments
 from sweeps._stop import Stopper
 from sweeps._sweep import Cell, Pack, Sweep, UserError, apply_settings, nearest
 from sweeps._track import Tracker, default_uri
@@ -50,7 +50,7 @@ def parser(sweep: Sweep) -> argparse.ArgumentParser:
     p.add_argument("--only", nargs="+", default=[], metavar="KEY", help="only cells whose key starts with KEY")
     p.add_argument("--report", action="store_true", help="write the report from what is published; run nothing")
     p.add_argument("--retry-failed", action="store_true", help="run cells again that failed for good")
-    storage = remember(os.environ.get("PLUMBLINE_STORAGE") or "runs/ledger")
+    storage = os.environ.get("PLUMBLINE_STORAGE") or "runs/ledger"
     p.add_argument("--storage", default=storage, metavar="URI", help="ledger: a path, s3:// or what else fsspec knows")
     p.add_argument("--tracking-uri", default=None, metavar="URI", help="MLflow; default: SQLite under runs/")
     p.add_argument("--address", default=None, metavar="ADDR", help="Ray cluster to join (auto, HOST:PORT)")
@@ -89,7 +89,10 @@ class _Launch:
             raise UserError(f"preset {arguments.preset!r} is not known{hint}; presets: {', '.join(sweep.presets)}")
         self.module, self.sweep, self.arguments, self.stopper = module, sweep, arguments, stopper
         self.preset, self.run = apply_settings(arguments.set, sweep.presets[arguments.preset], RunSettings())
+        arguments.storage = given(arguments.storage, "--storage")
         self.storage = normal_storage(arguments.storage)
+        tracking = arguments.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri()
+        self.tracking_uri = given(tracking, "--tracking-uri")
         self.ledger = Ledger(self.storage, sweep.name, sweep.version)
         self.cells = self._planned()
         self.by_key = {cell.key: cell for cell in self.cells}
@@ -195,7 +198,7 @@ class _Launch:
             claims.release()
 
     def _execute_with(self, claims: Claims, fingerprints: dict[str, str], board: Board, started: float) -> int:
-        uri = remember(self.arguments.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri())
+        uri = self.tracking_uri
         tracker = Tracker(uri, self.ledger, claims, artifact_mb=self.run.mlflow_artifact_mb, say=board.say)
         tracker.start(
             {"preset": self.arguments.preset, "cells": len(self.cells), "storage": self.storage},

@@ -14,8 +14,11 @@ import sys
 from collections.abc import Sequence
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+from sweeps._sweep import UserError
+
 VARIABLE = "PLUMBLINE_LOGINS"  # JSON {scheme://host: user:password}
 _LOGIN = re.compile(r"(?<=://)[^/\s]*@")  # up to the last @ before the path
+_IN_QUERY = re.compile(r"[?&](password|passwd|pwd|sslpassword|(access_?)?token|secret|sig)=", re.IGNORECASE)
 
 
 def without_password(text: str) -> str:
@@ -40,6 +43,19 @@ def remember(uri: str) -> str:
         return uri
     os.environ[VARIABLE] = json.dumps({**logins(), _place(uri): login})
     return without_password(uri)
+
+
+def given(uri: str, option: str) -> str:
+    """The address of an option without its login, which this process keeps.
+
+    Raises UserError for a password in the query, where every library would show and store it with the address.
+    """
+    if found := _IN_QUERY.search(uri):
+        raise UserError(
+            f"{option} {without_password(uri[: found.start()])} has {found[1]}=… behind its '?', where it would be "
+            "shown and stored; write scheme://USER:PASSWORD@HOST/…, which is kept secret"
+        )
+    return remember(uri)
 
 
 def with_login(uri: str) -> str:

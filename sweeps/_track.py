@@ -28,7 +28,7 @@ import tenacity
 from sweeps._claims import Claims
 from sweeps._ledger import Ledger
 from sweeps._secrets import http_login, remember, with_login, without_password
-from sweeps._sweep import PublishedCell, digest
+from sweeps._sweep import PublishedCell, UserError, digest
 
 if TYPE_CHECKING:
     from mlflow.entities import Param
@@ -53,13 +53,15 @@ def default_uri() -> str:
 class Tracker:
     """Copies the cells of one ledger into one MLflow experiment; `say` prints a line for the user.
 
-    Raises nothing after construction: an unreachable server is said once and retried by `finish` and later launches.
+    Raises UserError for a ledger that MLflow's searches cannot name, and nothing after construction: an unreachable
+    server is said once and retried by `finish` and later launches.
     """
 
     def __init__(
         self, uri: str, ledger: Ledger, claims: Claims, *, artifact_mb: float, say: Callable[[str], None]
     ) -> None:
         self.uri, self.ledger, self.claims, self.say = remember(uri), ledger, claims, say
+        _quoted(ledger.store.uri)
         self._group = f"track-{digest(self.uri)[:8]}"
         self._artifact_bytes = artifact_mb * 2**20
         self._wanted: dict[str, None] = {}
@@ -211,7 +213,7 @@ class Tracker:
         else:
             self._experiment = found.experiment_id
         ledger = self.ledger.store.uri
-        open_runs = f"tags.`plumbline.ledger` = '{ledger}' and attributes.status = 'RUNNING'"
+        open_runs = f"tags.`plumbline.ledger` = {_quoted(ledger)} and attributes.status = 'RUNNING'"
         own = ""
         for run in self._client.search_runs([self._experiment], open_runs):
             launch = run.data.tags["plumbline.launch"]
@@ -232,9 +234,9 @@ class Tracker:
         """Note the runs that exist for these cells, or all of this ledger's: those that are finished, and others."""
         kind, here = "tags.`plumbline.kind` = 'cell'", f"{self.ledger.store.uri}/"
         if keys is None:
-            filters = [f"{kind} and tags.`plumbline.cell_uri` LIKE '{here}%'"]
+            filters = [f"{kind} and tags.`plumbline.cell_uri` LIKE {_quoted(f'{here}%')}"]
         else:
-            filters = [f"{kind} and tags.`plumbline.cell_uri` = '{here}{key}'" for key in keys]
+            filters = [f"{kind} and tags.`plumbline.cell_uri` = {_quoted(here + key)}" for key in keys]
         for text in filters:
             token = None
             while True:
@@ -332,7 +334,7 @@ class Tracker:
         """Whether another launch copies the cell, or has made a run of it besides this one."""
         if not self.claims.claim([key], self._group)[0]:
             return True
-        place = f"tags.`plumbline.cell_uri` = '{self.ledger.store.uri}/{key}'"
+        place = f"tags.`plumbline.cell_uri` = {_quoted(f'{self.ledger.store.uri}/{key}')}"
         return any(run.info.run_id != run_id for run in self._client.search_runs([self._experiment], place))
 
     def _log_points(
@@ -375,6 +377,15 @@ class Tracker:
         runs = [self.run_ids[k] for k in keys if k in self.run_ids][:_COMPARE_RUNS]
         experiments = quote(json.dumps([self._experiment]))
         return f"{base.rstrip('/')}/#/compare-runs?runs={quote(json.dumps(runs))}&experiments={experiments}"
+
+
+def _quoted(text: str) -> str:
+    """A text as MLflow's search filters take it; raises UserError for one with both kinds of quotes."""
+    if "'" not in text:
+        return f"'{text}'"
+    if '"' in text:
+        raise UserError(f"storage {text} has both ' and \" in its path, which MLflow cannot search; choose one without")
+    return f'"{text}"'
 
 
 _NAME_FIELDS = ("model", "arch", "representation", "table", "depth", "layer", "metric", "route", "k", "seed", "tokens")

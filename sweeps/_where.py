@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from sweeps._cost import asked_types
 from sweeps._storage import Store
 from sweeps._sweep import UserError
 
@@ -61,16 +62,18 @@ class RunSettings:
         for entry in self.hub_commits:
             if not re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}", entry):
                 raise UserError(f"hub_commits={entry!r} names no commit; write owner/name@COMMIT, 40 digits of 0-9 a-f")
-        for name in ("cells_per_pack", "threads", "max_retries", "checkpoint_steps", "min_workers", "grace_seconds"):
+        for name in ("cells_per_pack", "threads", "max_retries", "checkpoint_steps", "min_workers"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} is negative; choose 0 or more")
+        for name in ("checkpoint_seconds", "grace_seconds", "gpu_memory_gb", "mlflow_artifact_mb", "price_per_hour"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name}={getattr(self, name)} is not a finite number of 0 or more; choose one")
         if self.workers < 1 or self.min_workers > self.workers:
             raise UserError(
                 f"workers={self.workers} with min_workers={self.min_workers}; choose workers >= 1 and min_workers in "
                 "0..workers"
             )
-        if not 0.0 <= self.price_per_hour < math.inf:
-            raise UserError(f"price_per_hour={self.price_per_hour} is no price; choose 0 or more")
+        asked_types(self.gpu)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +168,7 @@ def prepare_process() -> None:
 def connect(address: str | None, storage: str) -> Machine:
     """Start Ray here, or join the cluster at `address` (`auto`, `HOST:PORT`, or $RAY_ADDRESS).
 
-    Raises UserError when the cluster has several nodes and `storage` is a path of one of them.
+    Raises UserError when no cluster answers there, or when it has several nodes and `storage` is a path of one of them.
     """
     import ray
 
@@ -200,9 +203,10 @@ def connect(address: str | None, storage: str) -> Machine:
         }
     try:
         ray.init(address=address, runtime_env=runtime_env, **options)
-    except ConnectionError as error:
+    except (ConnectionError, ValueError) as error:  # ValueError: no address at all
         raise UserError(
-            f"no Ray cluster answers at {address} ({error}); start one with `ray start --head` or leave --address out"
+            f"no Ray cluster answers at {address} ({' '.join(str(error).split())}); start one with `ray start --head` "
+            "or leave --address out"
         ) from error
     nodes = [n for n in ray.nodes() if n["Alive"]]
     if len(nodes) > 1 and not _SHARED.match(storage) and Store(normal_storage(storage)).local:
@@ -222,8 +226,20 @@ def connect(address: str | None, storage: str) -> Machine:
 
 
 def normal_storage(storage: str) -> str:
-    """The storage text as fsspec takes it: relative local paths made absolute, `file+shared://` stripped."""
+    """The storage text as fsspec takes it: relative local paths made absolute, `file+shared://` stripped.
+
+    Raises UserError for an address that was mistyped as a path, and for one that the workers cannot share.
+    """
     text = _SHARED.sub("", storage)
+    if text.startswith("memory:"):
+        raise UserError(
+            f"storage {text} is the memory of one process, which Ray's workers do not share; choose a folder or "
+            "s3://BUCKET/PREFIX"
+        )
     if "://" in text:
         return text
+    if mistyped := re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+        raise UserError(
+            f"storage {text} has one slash behind its scheme; write {mistyped[0]}/…, or ./{text} for a local folder"
+        )
     return str(Path(text).expanduser().resolve())

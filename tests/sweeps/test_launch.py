@@ -212,6 +212,16 @@ def test_bad_arguments_are_one_line_and_start_nothing(tmp_path: Path, main: Main
         ),
         (("--report",), "none of the 3 cells is published"),
         (("--storage", "/proc/nowhere"), "is not writable"),
+        (
+            ("--storage", "s3:/bucket/x"),
+            "storage s3:/bucket/x has one slash behind its scheme; write s3://…, or ./s3:/",
+        ),
+        (("--storage", "s4://bucket/x"), "storage s4://bucket/x/toy/1 cannot be opened"),
+        (
+            ("--storage", "memory://x"),
+            "storage memory://x is the memory of one process, which Ray's workers do not share",
+        ),
+        (("--set", "grace_seconds=nan"), "grace_seconds=nan is not a finite number of 0 or more"),
     ):
         run = main(*arguments)
         assert run.code == 2, (arguments, run.err)
@@ -265,6 +275,31 @@ def test_sigterm_frees_the_claims_and_leaves_the_report_out(
     assert ledger.store.names("_claims/launches") == []
     assert ledger.store.names("_stop") == []
     assert ledger.failures([Square(n=2).key, Square(n=3).key]) == {}
+
+
+@pytest.mark.parametrize(
+    ("reason", "failed"),
+    [
+        ("RuntimeError: SIGTERM: stopped between two cells", False),  # its node was taken away, three times
+        ("OSError: [Errno 5] EndpointConnectionError: Could not connect", False),
+        ("ZeroDivisionError: division by zero", True),
+    ],
+)
+def test_a_pack_given_up_for_its_nodes_or_the_storages_sake_fails_no_cell(
+    reason: str, failed: bool, tmp_path: Path, main: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from toy_sweep import Square
+
+    monkeypatch.setattr(_launch, "connect", lambda *a: Machine.here())
+    monkeypatch.setattr(_launch, "run_packs", lambda *a: {"pack0": reason})
+    monkeypatch.setattr(_launch.Tracker, "start", lambda *a: None)
+    monkeypatch.setattr(_launch.Tracker, "finish", lambda *a: False)
+    run = main("--set", "n=1")
+    assert run.code == 1
+    assert reason.removeprefix("OSError: ") in run.err
+    assert ("what is published stays: run the same command again" in run.err) != failed
+    ledger = Ledger(str(tmp_path / "runs/ledger"), "toy", "1")
+    assert list(ledger.failures([Square(n=1).key])) == [Square(n=1).key] * failed
 
 
 def test_a_cell_that_the_grid_names_twice_is_planned_once(main: Main) -> None:

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from sweeps import _secrets
 from sweeps._context import WorkStore
 from sweeps._storage import Store
+from sweeps._sweep import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 WORD = "s3cr3t-Word"
@@ -236,6 +237,39 @@ def test_logins_are_cut_out_and_put_back_only_for_their_host() -> None:
     assert _secrets.http_login("http://mlflow:5000") == ("me", "p@ss")
 
 
+@pytest.mark.usefixtures("no_logins")
+def test_a_login_in_the_environment_is_kept_as_one_on_the_command_line_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a launch prints, shows in MLflow and hands to Ray has no login; the ledger opens with it all the same."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    for name, value in {
+        "LOCKED_FOLDER": str(tmp_path),
+        "LOCKED_WORD": WORD,
+        "PLUMBLINE_STORAGE": f"locked://user:{WORD}@vault/ledger",
+        "MLFLOW_TRACKING_URI": f"http://me:{WORD}@host:5000",
+    }.items():
+        monkeypatch.setenv(name, value)
+    from locked_sweep import SWEEP
+
+    from sweeps import _launch
+    from sweeps._stop import Stopper
+
+    launch = _launch._Launch("locked_sweep", SWEEP, _launch.parser(SWEEP).parse_args([]), Stopper())
+    assert launch.storage == launch.arguments.storage == "locked://vault/ledger"
+    assert launch.tracking_uri == "http://host:5000"
+    assert launch.done == set()
+    assert _secrets.http_login(launch.tracking_uri) == ("me", WORD)
+
+
+@pytest.mark.parametrize("name", ["password", "PWD", "access_token", "sslpassword"])
+def test_passwords_in_a_query_are_refused_and_not_repeated(name: str) -> None:
+    with pytest.raises(UserError, match=rf"^--tracking-uri postgresql://h/db\?user=u has {name}=… behind") as refused:
+        _secrets.given(f"postgresql://h/db?user=u&{name}={WORD}", "--tracking-uri")
+    assert WORD not in str(refused.value)
+    assert _secrets.given("postgresql://h/db?sslmode=require", "--tracking-uri").endswith("?sslmode=require")
+
+
 def test_servers_listen_on_loopback_unless_told() -> None:
     from sweeps import _cluster, _where
 
@@ -318,6 +352,9 @@ def test_password_in_addresses_is_nowhere_on_disk_or_screen(mlflow_stub: tuple[s
             driver.send_signal(signal.SIGKILL)
             driver.wait()
         assert list(folder.glob("plumbline-tune-*/*")), "Tune wrote nothing to look at"
+        at = command.index("--storage")  # the other way to name it
+        env["PLUMBLINE_STORAGE"] = command[at + 1]
+        del command[at : at + 2]
         again = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=480)
         assert again.returncode == 0, again.stderr
         assert "4/4 published" in again.stdout

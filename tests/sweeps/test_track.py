@@ -13,12 +13,13 @@ import pytest
 from benchmarks import scale
 from sweeps._claims import Claims
 from sweeps._ledger import Ledger
-from sweeps._track import Tracker
+from sweeps._sweep import UserError
+from sweeps._track import Tracker, _quoted
 
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
-    ledger = Ledger(str(tmp_path / "ledger"), "scale", "1")
+    ledger = Ledger(str(tmp_path / "o'ledger"), "scale", "1")  # a quote that the searches must survive
     scale.fill(ledger, scale.cells_of(3))
     return ledger
 
@@ -63,6 +64,16 @@ class Slow(Tracker):
         self.copying.set()
         assert self.go_on.wait(60)
         return super()._copy(key, unfinished, lapses)
+
+
+def test_texts_with_quotes_are_found_as_they_are(ledger: Ledger) -> None:
+    from mlflow.utils.search_utils import SearchUtils
+
+    for text in ("/a b/c_%d", "/o'b", "/o'b/d'e", '/x"y'):
+        assert [f["value"] for f in SearchUtils.parse_search_filter(f"tags.x = {_quoted(text)}")] == [text]
+    both = Ledger(f"{ledger.store.root}/'\"", "scale", "1")
+    with pytest.raises(UserError, match="has both ' and \" in its path"):
+        Tracker("sqlite:///x.db", both, Claims(ledger.store), artifact_mb=1.0, say=print)
 
 
 def test_the_end_does_not_copy_what_the_thread_is_copying(ledger: Ledger) -> None:
