@@ -167,13 +167,6 @@ class Rig:
         self.machines[name] = self._start("node", name, [sys.prefix, str(self.shared)])
         wait_for(f"sshd of {name}", lambda: self.run(f"true < /dev/tcp/{self.address[name]}/22").returncode == 0, 20.0)
 
-    def power_off(self, name: str) -> None:
-        """Kill everything on a pod at once and take it off the network."""
-        machine = self.machines.pop(name)
-        os.kill(machine.pid, signal.SIGKILL)
-        machine.popen.wait()
-        self.check(f"ip link del v-{name}; ip netns del {name}")
-
     def link(self, name: str, *, up: bool) -> None:
         """Join a pod to the network, or part it from it: packets vanish, nothing is told."""
         self.check(f"ip link set v-{name} {'up' if up else 'down'}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import io
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,13 +136,7 @@ def assert_tidy(ledger: Ledger) -> None:
         assert found == sizes
     for name in ledger.store.names():
         assert name[0] in "_." or name in ledger.done(), f"{name} is visible and no published cell"
-    assert ledger.failures(ledger.done()) == {}
-
-
-def litter(ledger: Ledger) -> list[str]:
-    """Hidden temporary files and folders that killed processes left."""
-    root = Path(ledger.store.root)
-    return sorted(str(p.relative_to(root)) for p in root.rglob("*") if re.search(r"\.tmp(-|$)", p.name))
+    assert ledger.store.names("_failed") == []
 
 
 def assert_tracked(tiny: Tiny, uri: str, place: str, expected: Results, launches: int) -> None:

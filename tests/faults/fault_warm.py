@@ -17,7 +17,6 @@ from faultpoints import Fault
 from sweeps._ledger import Ledger
 
 MakeBench = Callable[..., "Bench"]
-TOO_LONG = -1000  # exit code of a launch that had to be killed for taking too long
 
 
 class Warm:
@@ -57,7 +56,7 @@ class Warm:
         return self._ask(do="start", out=str(out), lease=lease, **order)
 
     def wait(self, pid: int, seconds: float) -> int:
-        """Exit code, or minus the signal that ended it; a launch that takes longer is killed and gives TOO_LONG."""
+        """Exit code, or minus the signal that ended it; a launch that takes longer is killed and gives -1000."""
         return self._ask(do="wait", pid=pid, seconds=seconds)
 
     def close(self) -> None:
