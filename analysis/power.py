@@ -112,10 +112,22 @@ def advice(
     tests: int = 1,
     seed: int = 0,
 ) -> str:
-    """One sentence: is the ratio decided with `runs` runs, and what it would take."""
+    """One sentence: is the ratio decided with `runs` runs, what it would take, and the power of the draws at hand.
+
+    `nulls` maps a name to draws whose last axis are those of one run. Power is that of one run against the hardest
+    null, at the level alpha/tests of Holm's first step.
+
+    Raises:
+        ValueError: see `ratio_precision`, `draws_needed` and `power`.
+    """
     now = ratio_precision(observed_R, nulls, runs, seed=seed)
     band = f"95% band {now.lo:.2f} to {now.hi:.2f} with {runs} runs"
-    draws = f"p < {alpha:g} over {tests} tests needs {draws_needed(alpha, tests)} null draws or more"
+    drawn = min(np.shape(values)[-1] for values in nulls.values())
+    reached = min(power(observed_R, values, drawn, alpha / tests, seed=seed) for values in nulls.values())
+    draws = (
+        f"p < {alpha:g} over {tests} {'test' if tests == 1 else 'tests'} needs {draws_needed(alpha, tests)} null draws "
+        f"or more, one run with {drawn} has power {reached:.2f}"
+    )
     if now.decided:
         return f"ratio decided: {band} excludes 1; {draws}"
     needed = runs_needed(observed_R, nulls, seed=seed)

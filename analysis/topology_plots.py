@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from analysis import plots
-from analysis.topology_tables import FULL_TABLE, Unit
+from analysis.topology_unit import FULL_TABLE, Unit
 from analysis.verdict import ALPHA
 
 _MAX_PANELS = 12

@@ -10,7 +10,8 @@ import pandas as pd
 
 from analysis import topology_plots
 from analysis.markdown import table
-from analysis.topology_tables import Audit, Unit
+from analysis.topology_tables import Audit
+from analysis.topology_unit import Unit
 
 PUBLISHED = {("curated", "bits_r4", "jaccard", "direct", "top1_ratio"): 2.445}
 
@@ -26,7 +27,7 @@ def write_report(
     correlations: pd.DataFrame,
     utility: pd.DataFrame,
 ) -> None:
-    """Write report.md, cells.parquet, cells.csv and figures into `out`.
+    """Write report.md, cells.parquet, cells.csv, universal.parquet and figures into `out`.
 
     `members` has columns table, member, auroc_test, auroc_val; `correlations` a, b, spearman; `utility` table,
     representation, metric, split, neighbours_in_training, target, family, r2_geometry, r2_both, delta, delta_lo,
@@ -35,12 +36,17 @@ def write_report(
     out.mkdir(parents=True, exist_ok=True)
     result.cells.to_parquet(out / "cells.parquet", index=False)
     result.cells.to_csv(out / "cells.csv", index=False)
+    result.universal.to_parquet(out / "universal.parquet", index=False)
     text = [f"# Topology audit: {preset}", "", *[f"- {fact}" for fact in facts], ""]
     if units:
         text += ["## Verdicts", "", *([_PUBLISHED_RULE, ""] if result.published_rule else []), *_verdicts(result), ""]
         text += ["## Ratios and tests", "", _RATIO_NOTE, "", _markdown(_ratio_table(result.cells)), ""]
         text += ["![ratios](ratios.png)", "", "![nulls](nulls.png)", ""]
-        text += ["## Stability over runs", "", _markdown(_stability_table(result.cells)), ""]
+        text += ["## Stability over runs", "", _markdown(_wide(_own(result.cells), _STABILITY)), ""]
+        if not (matched := _wide(result.cells, _CHECKPOINTS)).empty:
+            text += ["## Matching over checkpoints", "", _CHECKPOINT_NOTE, "", _markdown(matched), ""]
+        if not (loops := _wide(result.cells, _UNIVERSAL)).empty:
+            text += ["## Universal null", "", _UNIVERSAL_NOTE, "", _markdown(loops), ""]
         text += ["## Diagrams", "", "![diagrams](diagrams.png)", "", "![barcodes](barcodes.png)", ""]
         topology_plots.ratios(result.cells, out / "ratios.png")
         topology_plots.nulls(units, out / "nulls.png")
@@ -64,8 +70,26 @@ def write_report(
 _RATIO_NOTE = (
     "Top-1 ratio: mean over runs of the largest finite H1 persistence, divided by the largest over nulls of the 95th "
     "percentile of the nulls' largest persistence; interval over null draws. p: Monte-Carlo, the largest over the "
-    "nulls; Holm: adjusted over the representations of a table, one test each."
+    "nulls; Holm: adjusted over the representations of a table, one test each. Pooled ratio: over the 95th percentile "
+    "of all loops of a null together, a far lower bar."
 )
+_CHECKPOINT_NOTE = (
+    "The same rows under each checkpoint of a model: the full table where all have it, else the mean over the runs "
+    "that all have. *_relative: distance between the ten largest loops of two checkpoints over their mean top "
+    "persistence; *_recurrence: how often the largest loop of one has a partner in the other; spreads of the largest "
+    "loop's birth and death over its persistence."
+)
+_UNIVERSAL_NOTE = (
+    "Each loop against the loops of its own diagram (Bobrowski & Skraba 2023), which is another question than whether "
+    "the largest loop beats its matched nulls. Loops born at 0 have no p-value and are left out. Every loop's p: "
+    "universal.parquet."
+)
+_STABILITY = (
+    *("birth_spread", "death_spread", "bottleneck_relative", "bottleneck_recurrence"),
+    *("wasserstein_relative", "wasserstein_recurrence", "image_cosine"),
+)
+_CHECKPOINTS = ("checkpoint_count", *(f"checkpoint_{name}" for name in _STABILITY))
+_UNIVERSAL = tuple(f"universal_{name}" for name in ("loops", "left_out", "significant_bonferroni", "significant_bh"))
 _PUBLISHED_RULE = (
     "These draws are too few for any Holm-adjusted p below 0.05, so “above its nulls” here is the study's own rule, a "
     "top-1 ratio above 1, which is biased upward; `--preset audit` tests it."
@@ -95,6 +119,11 @@ def _verdicts(result: Audit) -> list[str]:
     return lines
 
 
+def _own(cells: pd.DataFrame) -> pd.DataFrame:
+    """Without the rows of a model's checkpoints together, which have no diagrams of their own."""
+    return cells[~cells["statistic"].isin(_CHECKPOINTS)]
+
+
 def _places(cells: pd.DataFrame) -> pd.DataFrame:
     return cells[["table", "representation", "metric", "route"]].drop_duplicates()
 
@@ -106,7 +135,7 @@ def _pick(cells: pd.DataFrame, place: pd.Series, statistic: str) -> pd.Series | 
 
 def _ratio_table(cells: pd.DataFrame) -> pd.DataFrame:
     rows = []
-    for _, place in _places(cells).iterrows():
+    for _, place in _places(_own(cells)).iterrows():
         ratio = _pick(cells, place, "top1_ratio")
         test, adjusted = _pick(cells, place, "p_max_over_nulls"), _pick(cells, place, "p_holm")
         observed, full = _pick(cells, place, "observed_top1_mean"), _pick(cells, place, "observed_top1_full")
@@ -120,6 +149,7 @@ def _ratio_table(cells: pd.DataFrame) -> pd.DataFrame:
                 "top-1 ratio": _value(ratio),
                 "95% CI": "" if ratio is None else f"[{ratio.lo:.3f}, {ratio.hi:.3f}]",
                 "hardest null": "" if ratio is None else ratio["null"],
+                "pooled ratio": _value(_pick(cells, place, "pooled_ratio")),
                 "runs above": _value(share),
                 "p": _value(test),
                 "p Holm": _value(adjusted),
@@ -133,13 +163,12 @@ def _value(row: pd.Series | None) -> float:
     return float("nan") if row is None else float(row["value"])
 
 
-def _stability_table(cells: pd.DataFrame) -> pd.DataFrame:
-    wanted = (
-        *("birth_spread", "death_spread", "bottleneck_relative", "bottleneck_recurrence"),
-        *("wasserstein_relative", "image_cosine", "universal_significant_bonferroni", "universal_significant_bh"),
+def _wide(cells: pd.DataFrame, statistics: Sequence[str]) -> pd.DataFrame:
+    """A row a place that has any of these statistics, a column a statistic."""
+    places = _places(cells[cells["statistic"].isin(statistics)])
+    return pd.DataFrame(
+        [
+            {**place.to_dict(), **{name: _value(_pick(cells, place, name)) for name in statistics}}
+            for _, place in places.iterrows()
+        ]
     )
-    rows = [
-        {**place.to_dict(), **{name: _value(_pick(cells, place, name)) for name in wanted}}
-        for _, place in _places(cells).iterrows()
-    ]
-    return pd.DataFrame(rows)

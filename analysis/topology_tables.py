@@ -6,77 +6,41 @@ Shapes: R runs, B null draws a run, P diagram points (`pairs_P2`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from analysis.audit import Ratio, beats_nulls, holm, pooled_ratio, top1_ratio
-from analysis.diagram_stability import birth_death, image_cosine, match
+from analysis.audit import Ratio, beats_nulls, holm, pooled_ratio, top1, top1_ratio
+from analysis.diagram_stability import birth_death
 from analysis.power import advice, draws_needed
+from analysis.topology_stability import checkpoints, stability
+from analysis.topology_unit import FULL_TABLE, Place, Unit
 from analysis.universal_null import universal_null
 from analysis.verdict import ALPHA, Criteria, Verdict, criteria, judge
 
-OBSERVED, FULL_TABLE = "observed", -1
 COLUMNS = ("table", "representation", "metric", "route", "statistic", "value", "lo", "hi", "p", "null")
+UNIVERSAL_COLUMNS = (*COLUMNS[:4], "birth", "death", "p", "bonferroni", "bh")
 BASELINES = ("bits_r4", "bits_r2", "counts_r4", "physchem")
 _COMPRESSED = ("pca256", "rp256", "ae256")
-Place = tuple[str, str, str, str]  # table, representation, metric, route
-
-
-@dataclass
-class Unit:
-    """All draws of one (table, representation, metric, route).
-
-    `observed` maps a run to its diagram; `nulls` maps a null and a run to the top 1 of its draws, `null_diagrams` a
-    null to all its diagrams.
-    """
-
-    place: Place
-    observed: dict[int, np.ndarray] = field(default_factory=dict)
-    nulls: dict[str, dict[int, list[float]]] = field(default_factory=dict)
-    null_diagrams: dict[str, list[np.ndarray]] = field(default_factory=dict)
-
-    @property
-    def runs(self) -> list[int]:
-        """Subsamples, without the full table."""
-        return sorted(run for run in self.observed if run != FULL_TABLE)
-
-    def top1(self, runs: Sequence[int]) -> np.ndarray:
-        return np.array([_top1(self.observed[run]) for run in runs])
-
-    def tested_runs(self) -> list[int]:
-        """Runs that every null was drawn for."""
-        drawn = [set(by_run) for by_run in self.nulls.values()]
-        return sorted(set.intersection(*drawn) & set(self.runs)) if drawn else []
-
-    def null_RB(self, runs: Sequence[int]) -> dict[str, np.ndarray]:
-        """{null: top 1 of the draws [R, B] of these runs}, cut to the number of draws that all runs have."""
-        out = {}
-        for name, by_run in self.nulls.items():
-            draws = min(len(by_run[run]) for run in runs)
-            out[name] = np.array([by_run[run][:draws] for run in runs])
-        return out
 
 
 @dataclass(frozen=True)
 class Audit:
     """The long table (COLUMNS), verdicts by (table, representation), and sentences on how far the data reach.
 
+    `universal` holds every loop that the universal null judges (UNIVERSAL_COLUMNS), with its raw and adjusted p.
     `published_rule` says that verdicts rest on "ratio above 1", the study's own rule, because the draws at hand are
     too few for any Monte-Carlo p below ALPHA.
     """
 
     cells: pd.DataFrame
+    universal: pd.DataFrame
     verdicts: dict[tuple[str, str], Verdict]
     advice: list[str]
     published_rule: bool
-
-
-def _top1(pairs_P2: np.ndarray) -> float:
-    return float((pairs_P2[:, 1].astype(np.float64) - pairs_P2[:, 0]).max(initial=0.0))
 
 
 def audit(units: Sequence[Unit]) -> Audit:
@@ -86,10 +50,13 @@ def audit(units: Sequence[Unit]) -> Audit:
     other metrics and routes count for the criterion of that name, unadjusted.
     """
     rows: list[dict[str, object]] = []
-    sentences: list[str] = []
+    loops: list[pd.DataFrame] = []
     p_of: dict[Place, float] = {}
     for unit in units:
-        rows += _unit_rows(unit, p_of, sentences)
+        rows += _unit_rows(unit, p_of)
+        rows += _universal_rows(unit, loops)
+    for place, found in checkpoints(units).items():
+        rows += [_row(place, f"checkpoint_{name}", value=value) for name, value in found.items()]
     adjusted: dict[Place, float] = {}
     first: dict[tuple[str, str], Unit] = {}
     for unit in units:
@@ -98,16 +65,28 @@ def audit(units: Sequence[Unit]) -> Audit:
         family = [u.place for (name, _), u in first.items() if name == table and u.place in p_of]
         adjusted |= holm({place: p_of[place] for place in family})
     rows += [_row(place, "p_holm", value=p, p=p) for place, p in adjusted.items()]
-    cells = pd.DataFrame(rows, columns=list(COLUMNS))
     tests = {table: sum(place[0] == table for place in adjusted) for table in {place[0] for place in adjusted}}
-    if any(_draws(u) < draws_needed(ALPHA, tests[u.place[0]]) for u in first.values() if u.place in adjusted):
-        yes_no = {u.place: 0.0 if _ratio(u).value > 1 else 1.0 for u in units if u.tested_runs()}
-        return Audit(cells, _verdicts(units, yes_no, yes_no), sentences, published_rule=True)
-    return Audit(cells, _verdicts(units, p_of, adjusted), sentences, published_rule=False)
+    few = any(_draws(u) < draws_needed(ALPHA, tests[u.place[0]]) for u in first.values() if u.place in adjusted)
+    above_1 = {u.place: 0.0 if _ratio(u).value > 1 else 1.0 for u in units if few and u.tested_runs()}
+    return Audit(
+        cells=pd.DataFrame(rows, columns=list(COLUMNS)),
+        universal=pd.concat(loops, ignore_index=True) if loops else pd.DataFrame(columns=list(UNIVERSAL_COLUMNS)),
+        verdicts=_verdicts(units, above_1 or p_of, above_1 or adjusted),
+        advice=[
+            f"{' '.join(u.place)}: {_advice(u, tests[u.place[0]] if u.place in adjusted else 1)}"
+            for u in units
+            if u.tested_runs() and len(u.runs) > 1
+        ],
+        published_rule=few,
+    )
 
 
 def _draws(unit: Unit) -> int:
     return min(values.shape[1] for values in unit.null_RB(unit.tested_runs()).values())
+
+
+def _advice(unit: Unit, tests: int) -> str:
+    return advice(unit.top1(unit.runs), unit.null_RB(unit.tested_runs()), runs=len(unit.runs), alpha=ALPHA, tests=tests)
 
 
 def _ratio(unit: Unit) -> Ratio:
@@ -118,10 +97,10 @@ def _row(place: Place, statistic: str, **values: object) -> dict[str, object]:
     return {**dict(zip(COLUMNS[:4], place, strict=True)), "statistic": statistic, **values}
 
 
-def _unit_rows(unit: Unit, p_of: dict[Place, float], sentences: list[str]) -> list[dict[str, object]]:
+def _unit_rows(unit: Unit, p_of: dict[Place, float]) -> list[dict[str, object]]:
     place, rows = unit.place, []
     if FULL_TABLE in unit.observed:
-        rows.append(_row(place, "observed_top1_full", value=_top1(unit.observed[FULL_TABLE])))
+        rows.append(_row(place, "observed_top1_full", value=top1(unit.observed[FULL_TABLE])))
     if unit.runs:
         top = unit.top1(unit.runs)
         lo, hi = _mean_interval(top)
@@ -140,31 +119,27 @@ def _unit_rows(unit: Unit, p_of: dict[Place, float], sentences: list[str]) -> li
         p_of[place] = test.p
         rows.append(_row(place, "p_max_over_nulls", value=test.p, lo=test.p_lo, hi=test.p_hi, p=test.p, null=test.null))
         rows += [_row(place, "p_null", value=p, p=p, null=name) for name, p in test.p_by_null.items()]
-        label = " ".join(place)
-        if len(unit.runs) > 1:
-            sentences.append(f"{label}: {advice(unit.top1(unit.runs), nulls, runs=len(unit.runs))}")
     diagrams = [unit.observed[run] for run in unit.runs]
-    if len(diagrams) >= 2 and all(len(d) for d in diagrams):
-        spread = birth_death(diagrams)
-        rows.append(_row(place, "birth_spread", value=spread.birth_spread))
-        rows.append(_row(place, "death_spread", value=spread.death_spread))
-        for distance in ("bottleneck", "wasserstein"):
-            matched = match(diagrams, distance=distance)
-            rows.append(_row(place, f"{distance}_relative", value=matched.relative))
-            rows.append(_row(place, f"{distance}_recurrence", value=matched.recurrence))
-        rows.append(_row(place, "image_cosine", value=image_cosine(diagrams)))
-    rows += _universal_rows(unit)
+    if len(diagrams) >= 2:
+        rows += [_row(place, name, value=value) for name, value in stability(diagrams).items()]
     return rows
 
 
-def _universal_rows(unit: Unit) -> list[dict[str, object]]:
+def _universal_rows(unit: Unit, loops: list[pd.DataFrame]) -> list[dict[str, object]]:
+    """Counts of a unit; its loops, each with its p, are appended to `loops`."""
     try:
         found = universal_null(unit.observed[min(unit.observed)])  # the full table (-1) where there is one
     except ValueError:  # fewer than two usable loops: nothing to centre the statistic with
         return []
+    place = dict(zip(COLUMNS[:4], unit.place, strict=True))
+    judged = {"birth": found.pairs_P2[:, 0], "death": found.pairs_P2[:, 1], "p": found.p}
+    adjusted = {"bonferroni": found.bonferroni, "bh": found.benjamini_hochberg}
+    loops.append(pd.DataFrame({**place, **judged, **adjusted}, columns=list(UNIVERSAL_COLUMNS)))
     bonferroni, hochberg = found.significant(ALPHA)
     smallest = float(found.p.min())
     return [
+        _row(unit.place, "universal_loops", value=len(found.p), null="universal"),
+        _row(unit.place, "universal_left_out", value=found.left_out, null="universal"),
         _row(unit.place, "universal_significant_bonferroni", value=bonferroni, p=smallest, null="universal"),
         _row(unit.place, "universal_significant_bh", value=hochberg, p=smallest, null="universal"),
     ]
@@ -199,7 +174,7 @@ def _verdicts(
                 share_above=ratio.share_above if ratio else None,
                 p_by_metric={f"{u.place[2]} {u.place[3]}": p_of[u.place] for u in mine if u.place in p_of},
                 p_by_compression=compressed or None,
-                spread=birth_death(diagrams).spread if len(diagrams) >= 2 and all(map(len, diagrams)) else None,
+                spread=birth_death(diagrams).spread if len(diagrams) >= 2 else None,
             )
     return {
         (table, name): judge(name, by_name, [b for b in BASELINES if b in by_name])

@@ -19,8 +19,12 @@ RIPS_SCALE = 1.0  # the paper's A
 
 @dataclass(frozen=True, kw_only=True)
 class UniversalNull:
-    """p-values of the loops of one diagram, in its order; `left_out` counts loops with birth 0 or death <= birth."""
+    """The loops [P, 2] of one diagram that have a p-value, in its order, and those values [P].
 
+    `left_out` counts the others: born at 0, dead at or before their birth, or never.
+    """
+
+    pairs_P2: np.ndarray
     p: np.ndarray
     bonferroni: np.ndarray
     benjamini_hochberg: np.ndarray
@@ -48,6 +52,7 @@ def universal_null(diagram: np.ndarray) -> UniversalNull:
     ell = RIPS_SCALE * (loglog - loglog.mean()) - np.euler_gamma
     p = stats.gumbel_l.sf(ell)
     return UniversalNull(
+        pairs_P2=kept,
         p=p,
         bonferroni=np.minimum(1.0, p * len(p)),
         benjamini_hochberg=stats.false_discovery_control(p),

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from analysis.topology_report import write_report
-from analysis.topology_tables import OBSERVED, Unit, audit, ensemble_correlations
+from analysis.topology_tables import audit, ensemble_correlations
+from analysis.topology_unit import OBSERVED, Unit
 from sweeps._published import files_of
 from sweeps._sweep import PublishedCell
 from sweeps._topology_run import read_diagrams

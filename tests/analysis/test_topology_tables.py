@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from unittest.mock import MagicMock
+
 import numpy as np
+import pandas as pd
 import pytest
 
-from analysis.topology_tables import COLUMNS, FULL_TABLE, Unit, audit, ensemble_correlations
+from analysis import topology_report
+from analysis.diagram_stability import match
+from analysis.topology_tables import COLUMNS, UNIVERSAL_COLUMNS, audit, ensemble_correlations
+from analysis.topology_unit import FULL_TABLE, Unit
 
 
 def diagram(top: float, rng: np.random.Generator, birth: float = 0.3, loops: int = 12) -> np.ndarray:
@@ -59,6 +66,85 @@ def test_verdicts_follow_the_rule() -> None:
     assert result.verdicts["t", "physchem"].label == "not distinguishable"
     both = audit([unit("mine", 0.4, draws=199), unit("physchem", 0.5, draws=199, seed=2)])
     assert both.verdicts["t", "mine"].label == "real but not unique"
+
+
+def test_a_subsample_without_a_loop_is_not_stable() -> None:
+    made = unit("mine", 0.4, draws=199, runs=5)
+    made.observed[4] = np.empty((0, 2), np.float32)
+    result = audit([made])
+    assert value(result, "mine", "death_spread") == np.inf
+    assert 0 < value(result, "mine", "bottleneck_relative") < np.inf
+    assert result.verdicts["t", "mine"].label == "fragile"
+    assert "but not at a stable birth and death" in result.verdicts["t", "mine"].sentence
+
+
+def test_checkpoints_of_a_model_are_matched_on_the_same_rows() -> None:
+    same = [unit(f"pom_{m}", 0.4, draws=1, seed=m) for m in range(3)]
+    apart = [unit(f"file:gnn_{m}-0123456789ab", 0.4, draws=1, seed=m) for m in range(2)]
+    for made in apart:
+        del made.observed[FULL_TABLE]
+    for run in apart[1].runs:
+        apart[1].observed[run] = apart[1].observed[run] + np.float32(0.7)  # the loop is born elsewhere
+    result = audit([*same, *apart, unit("ae256_0", 0.4, draws=1), unit("rp256_0", 0.4, draws=1)])
+    full = match([made.observed[FULL_TABLE] for made in same])
+    assert value(result, "pom_*", "checkpoint_count") == 3
+    assert value(result, "pom_*", "checkpoint_bottleneck_relative") == pytest.approx(full.relative)
+    assert value(result, "pom_*", "checkpoint_bottleneck_recurrence") == 1.0
+    runs = [match([made.observed[run] for made in apart], distance="wasserstein").relative for run in apart[0].runs]
+    assert value(result, "file:gnn_*", "checkpoint_wasserstein_relative") == pytest.approx(np.mean(runs))
+    assert value(result, "file:gnn_*", "checkpoint_bottleneck_recurrence") == 0.0
+    assert value(result, "file:gnn_*", "checkpoint_birth_spread") > value(result, "pom_*", "checkpoint_birth_spread")
+    families = result.cells[result.cells["statistic"].str.startswith("checkpoint")]
+    assert set(families["representation"]) == {"pom_*", "file:gnn_*"}
+
+
+def test_report_has_the_checkpoints_and_the_pooled_ratio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topology_report, "topology_plots", MagicMock())
+    units = [unit(f"pom_{m}", 0.4, draws=1, seed=m) for m in range(2)]
+    result, empty = audit(units), pd.DataFrame()
+    topology_report.write_report(
+        units, result, tmp_path, preset="x", facts=[], members=empty, correlations=empty, utility=empty
+    )
+    text = (tmp_path / "report.md").read_text()
+    matched, others = text.split("## Matching over checkpoints")[1].split("## Universal null")
+    relative = value(result, "pom_*", "checkpoint_bottleneck_relative")
+    assert f"| {relative:.4g} |" in matched
+    assert "pom_*" not in text.split("## Matching over checkpoints")[0] + others
+    assert "| pooled ratio |" in text
+    assert f"| {value(result, 'pom_0', 'pooled_ratio'):.4g} |" in text
+    kept = pd.read_parquet(tmp_path / "universal.parquet")
+    assert list(kept.columns) == list(UNIVERSAL_COLUMNS)
+    assert len(kept) == len(result.universal) > 0
+
+
+def test_every_loop_of_the_full_table_gets_a_universal_p() -> None:
+    made = unit("mine", 0.4, draws=1)
+    made.observed[FULL_TABLE] = np.vstack([made.observed[FULL_TABLE], [[0.0, 0.1]]])
+    result = audit([made])
+    loops = result.universal
+    np.testing.assert_array_equal(loops[["birth", "death"]].to_numpy(), made.observed[FULL_TABLE][:-1])
+    assert loops["p"].idxmin() == 0
+    assert loops["bonferroni"].tolist() == pytest.approx(np.minimum(1, len(loops) * loops["p"]).tolist())
+    assert value(result, "mine", "universal_loops") == len(loops) == 13
+    assert value(result, "mine", "universal_left_out") == 1
+    assert value(result, "mine", "universal_significant_bonferroni") == (loops["bonferroni"] < 0.05).sum() == 1
+    assert value(result, "mine", "universal_significant_bh") == (loops["bh"] < 0.05).sum()
+
+
+def test_pooled_ratio_is_over_all_loops_of_a_null() -> None:
+    made = unit("mine", 0.4, draws=5)
+    lives = [np.concatenate([d[:, 1].astype(float) - d[:, 0] for d in drawn]) for drawn in made.null_diagrams.values()]
+    expected = made.top1(made.runs).mean() / max(np.quantile(life, 0.95) for life in lives)
+    assert value(audit([made]), "mine", "pooled_ratio") == pytest.approx(expected)
+
+
+def test_advice_counts_the_tests_of_the_table_and_says_the_power() -> None:
+    names = ("one", "two", "three")
+    other = unit("one", 0.4, draws=39)
+    other.place = ("t", "one", "cosine", "direct")
+    lines = audit([*(unit(name, 0.4, draws=39, seed=i) for i, name in enumerate(names)), other]).advice
+    assert "p < 0.05 over 3 tests needs 60 null draws or more, one run with 39 has power 0.00" in lines[0]
+    assert "p < 0.05 over 1 test needs 20 null draws or more, one run with 39 has power 1.00" in lines[-1]
 
 
 def test_too_few_draws_fall_back_on_the_published_rule_and_say_so() -> None:

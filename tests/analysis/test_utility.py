@@ -235,5 +235,7 @@ def test_bad_input_is_a_one_line_error() -> None:
         utility.folds(9)
     with pytest.raises(ValueError, match="20 group labels of 4 groups for 20 rows and 5 folds"):
         utility.folds(20, np.arange(20) % 4)
+    with pytest.raises(ValueError, match="permutations=-5; choose permutations >= 0"):
+        utility.compare(*blocks, permutations=-5)
     with pytest.raises(ValueError, match="block=5 cuts 20 rows into 4 runs; choose block <= 4"):
         utility.compare(*blocks, permutations=1, order_N=np.arange(20), block=5)

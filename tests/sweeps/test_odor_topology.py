@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import uuid
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 
 from analysis import utility
 from data import molecules, odor_sources
+from models import bottleneck
 from sweeps import _topology_run, _topology_sources
 from sweeps._context import PackContext
 from sweeps._ledger import Ledger
@@ -51,6 +53,10 @@ def test_known_shapes_get_their_verdicts(tmp_path: Path) -> None:
     assert {"table", "representation", "metric", "route", "statistic", "value", "lo", "hi", "p", "null"} <= set(table)
     ratio = table[(table["table"] == "cloud:circle") & (table["statistic"] == "top1_ratio")].iloc[0]
     assert ratio["lo"] > 1
+    loops = pd.read_parquet(tmp_path / "universal.parquet").set_index("table")
+    circle, blob = loops.loc["cloud:circle"], loops.loc["cloud:gaussian_blob"]
+    assert circle["p"].to_numpy().argmin() == (circle["death"] - circle["birth"]).to_numpy().argmax()
+    assert circle["p"].min() < blob["p"].min()
     for name in ("report.md", "ratios.png", "nulls.png", "diagrams.png", "barcodes.png"):
         assert (tmp_path / name).stat().st_size > 500
 
@@ -216,6 +222,23 @@ def test_embeddings_that_do_not_fit_are_refused_before_the_run(tmp_path: Path) -
         SWEEP.plan(replace(OWN, embedding=(good, short)))
     with pytest.raises(UserError, match="has no rows of cloud:circle"):
         SWEEP.plan(replace(OWN, table="cloud:circle", embedding=(good,)))
+
+
+def test_bottlenecks_are_those_of_the_bits_with_the_seed_in_their_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bottleneck.METHODS, "ae256", partial(bottleneck.autoencoder, epochs=1, hidden=16))
+    names = ("pca256", "rp256_1", "ae256_0", "ae256_1")
+    ledger = run(replace(PRESETS["bottleneck"], representations=names, runs=1, draws=1, rows=30, metrics=("cosine",)))
+    top = {
+        c.identity["representation"]: c.rows["value"].max()
+        for c in ledger.read_many(sorted(ledger.done()))
+        if c.identity["null"] == "observed"
+    }
+    assert set(top) == set(names)
+    assert top["ae256_0"] != top["ae256_1"]
+    bits = molecules.morgan(molecules.embedded().smiles)
+    projected = _topology_sources.matrix("embedded", "rp256_1", "")
+    np.testing.assert_array_equal(projected, bottleneck.random_projection(bits, seed=1))
+    assert projected.shape == (432, 256)
 
 
 def test_large_tables_are_featurised_by_ray_data(monkeypatch: pytest.MonkeyPatch) -> None:

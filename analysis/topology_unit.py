@@ -1,0 +1,51 @@
+"""What the topology audit compares: the diagrams and null draws of one place.
+
+Shapes: R runs, B null draws a run, P diagram points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from analysis.audit import top1
+
+OBSERVED, FULL_TABLE = "observed", -1
+Place = tuple[str, str, str, str]  # table, representation, metric, route
+
+
+@dataclass
+class Unit:
+    """All draws of one (table, representation, metric, route).
+
+    `observed` maps a run to its diagram; `nulls` maps a null and a run to the top 1 of its draws, `null_diagrams` a
+    null to all its diagrams.
+    """
+
+    place: Place
+    observed: dict[int, np.ndarray] = field(default_factory=dict)
+    nulls: dict[str, dict[int, list[float]]] = field(default_factory=dict)
+    null_diagrams: dict[str, list[np.ndarray]] = field(default_factory=dict)
+
+    @property
+    def runs(self) -> list[int]:
+        """Subsamples, without the full table."""
+        return sorted(run for run in self.observed if run != FULL_TABLE)
+
+    def top1(self, runs: Sequence[int]) -> np.ndarray:
+        return np.array([top1(self.observed[run]) for run in runs])
+
+    def tested_runs(self) -> list[int]:
+        """Runs that every null was drawn for."""
+        drawn = [set(by_run) for by_run in self.nulls.values()]
+        return sorted(set.intersection(*drawn) & set(self.runs)) if drawn else []
+
+    def null_RB(self, runs: Sequence[int]) -> dict[str, np.ndarray]:
+        """{null: top 1 of the draws [R, B] of these runs}, cut to the number of draws that all runs have."""
+        out = {}
+        for name, by_run in self.nulls.items():
+            draws = min(len(by_run[run]) for run in runs)
+            out[name] = np.array([by_run[run][:draws] for run in runs])
+        return out
