@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Generator, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -37,13 +37,6 @@ class Position:
     index: int
     shard: int
     rank: int
-
-    def to_json(self) -> dict[str, int]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, stored: dict[str, int]) -> Position:
-        return cls(index=stored["index"], shard=stored["shard"], rank=stored["rank"])
 
 
 @dataclass(frozen=True, kw_only=True)

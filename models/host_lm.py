@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -32,7 +31,6 @@ __all__ = [
     "host_lm_spec",
     "lm_flops_per_token",
     "load_host_lm",
-    "n_parameters",
 ]
 
 
@@ -64,24 +62,10 @@ class HostLM:
         """TransformerLens' name of the residual stream after block ``layer`` (0-based)."""
         return f"blocks.{check_layer(self.name, layer, self.n_layers)}.hook_resid_post"
 
-    def fingerprint(self) -> str:
-        """Hash of every weight (as float32 on the CPU when the trunk is float32): which LM this really is."""
-        digest = hashlib.sha256()
-        for key, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()[:16]
-
     @torch.no_grad()
     def activations(self, tokens_BT: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
         """Residual stream after each of ``layers``, {layer: a_BTD}; no block above the deepest one runs."""
         return {layer: a_BTD.float() for layer, a_BTD in self._climb(tokens_BT, self._checked(layers))}
-
-    @torch.no_grad()
-    def loss(self, tokens_BT: Tensor, *, logits_dtype: torch.dtype = torch.float32) -> Tensor:
-        """Mean next-token cross-entropy of each sequence over its T−1 predictions, [B] nats."""
-        hidden_BTD = self._segment(0, self.n_layers, norm=True)(input_ids=tokens_BT)
-        return self._mean_loss(hidden_BTD, tokens_BT, logits_dtype)
 
     def loss_and_gradients(
         self,
@@ -93,10 +77,10 @@ class HostLM:
     ) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
         """One forward and one backward of the unpatched model, shared by all ``layers``.
 
-        Returns (loss_B as in `loss`, {layer: a_BTD}, {layer: g_BTD}) with g = ∂L/∂a, L the SUM of the
-        sequence's T−1 next-token cross-entropies. So gᵀδ at a token is the first-order change, in nats, of the
-        whole sequence's loss when that token's activation moves by δ, independent of B; divide g by T−1 for the
-        gradient of the mean loss. The same pass gives the activations, without gradients, of the layers in ``also``.
+        Returns (loss_B, {layer: a_BTD}, {layer: g_BTD}) with loss_B each sequence's mean next-token cross-entropy over
+        its T−1 predictions, in nats, and g = ∂L/∂a, L the SUM of these cross-entropies. So gᵀδ at a token is the
+        first-order change, in nats, of the whole sequence's loss when that token's activation moves by δ, independent
+        of B; divide g by T−1 for the gradient of the mean loss. The same pass gives the activations, without gradients, of the layers in ``also``.
         """
         wanted = self._checked(layers)
         stops = self._checked([*layers, *also])
@@ -119,9 +103,9 @@ class HostLM:
     def patched_loss(
         self, a_BTD: Tensor, layer: int, tokens_BT: Tensor, *, logits_dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """`loss` with the residual stream after block ``layer`` replaced by ``a_BTD``; only later blocks run.
+        """The mean losses [B] with the residual stream after block ``layer`` replaced by ``a_BTD``.
 
-        B is free: stack several cells' reconstructions (and repeat the tokens) to run them in one pass. The
+        Only later blocks run. B is free: stack several cells' reconstructions (and repeat the tokens) to run them in one pass. The
         zero-ablated loss is that of zeros; `zero_loss` gives it for the price of one token.
         """
         check_layer(self.name, layer, self.n_layers)
@@ -210,11 +194,6 @@ def check_layer(name: str, layer: int, n_layers: int | None = None) -> int:
     if not 0 <= layer < n_layers:
         raise ValueError(f"layer={layer} is out of range for {name} (0..{n_layers - 1})")
     return layer
-
-
-def n_parameters(name: str, *, lm_path: str | Path | None = None) -> int:
-    """Number of parameters, from sizes alone."""
-    return host_lm_spec(name, lm_path).n_parameters
 
 
 def lm_flops_per_token(

@@ -284,12 +284,6 @@ class SAEBank:
         self.layers = {key: self.layers[key] for key in cells}
         self.trainers = {key: self.trainers[key] for key in cells}
 
-    def add(self, key: Hashable, layer: int, trainer: SparseTrainer) -> None:
-        """Let a trainer (a decay branch, say) ride along under `key`. Raises ValueError when the key is taken."""
-        if key in self.trainers:
-            raise ValueError(f"cell {key!r} is in the bank already; choose another key")
-        self.layers[key], self.trainers[key] = layer, trainer
-
     def pop(self, key: Hashable) -> SparseTrainer:
         """Take a cell out of the bank and return its trainer."""
         del self.layers[key]
@@ -309,15 +303,3 @@ class SAEBank:
         for key, trainer in self.trainers.items():
             trainer._check_shape(acts_BD[self.layers[key]])
         return {key: trainer._step(acts_BD[self.layers[key]]) for key, trainer in self.trainers.items()}
-
-    def state_dict(self) -> dict[Hashable, dict[str, Any]]:
-        """`SparseTrainer.state_dict()` of every cell by key."""
-        return {key: trainer.state_dict() for key, trainer in self.trainers.items()}
-
-    def load_state_dict(self, state: Mapping[Hashable, Mapping[str, Any]]) -> None:
-        """Counterpart of `state_dict`. Raises ValueError when the cells differ."""
-        if set(state) != set(self.trainers):
-            odd = sorted(map(str, set(state) ^ set(self.trainers)))
-            raise ValueError(f"state and bank have different cells: {', '.join(odd)} in one of them only")
-        for key, trainer in self.trainers.items():
-            trainer.load_state_dict(state[key])

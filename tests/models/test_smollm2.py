@@ -40,12 +40,12 @@ def test_dequantised_copy_is_the_model_in_the_wheel(tmp_path):
         logits_BTV[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten(), reduction="none"
     )
     expected_B = flat.view(2, -1).mean(1)
-    loss_B = lm.loss(tokens_BT)
+    loss_B = lm.loss_and_gradients(tokens_BT, [25])[0]
     torch.testing.assert_close(loss_B, expected_B, rtol=1e-5, atol=1e-5)
     assert loss_B.mean() < 3.3
     a = lm.activations(tokens_BT, [5, 25])
     torch.testing.assert_close(lm.patched_loss(a[25], 25, tokens_BT), loss_B, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lm.patched_loss(a[5], 5, tokens_BT), loss_B, rtol=1e-5, atol=1e-5)
     # bfloat16 logits round the normaliser only
-    rounded_B = lm.loss(tokens_BT, logits_dtype=torch.bfloat16)
+    rounded_B = lm.loss_and_gradients(tokens_BT, [25], logits_dtype=torch.bfloat16)[0]
     torch.testing.assert_close(rounded_B.mean(), loss_B.mean(), rtol=5e-4, atol=0)  # over 510 predictions

@@ -269,24 +269,6 @@ def test_packed_is_alone(backend: str) -> None:
         assert_same_state(bank.trainers[key], alone)
 
 
-def test_bank_state_and_travelling_branches() -> None:
-    config = config_of(schedule="wsd", decay_steps=2)
-    bank = SAEBank({"a": (0, config), "b": (2, config_of())}, backend="torch")
-    batch = {0: activations(64, 32, 0), 2: activations(64, 32, 1)}
-    bank.step(batch)
-    copy = SAEBank({"a": (0, config), "b": (2, config_of())}, backend="torch")
-    copy.load_state_dict(bank.state_dict())
-    bank.add("a@2", 0, bank.trainers["a"].branch())
-    with pytest.raises(ValueError, match="in the bank already"):
-        bank.add("a", 0, bank.trainers["a"])
-    bank.step(batch)
-    copy.step(batch)
-    assert_same_state(bank.trainers["a"], copy.trainers["a"])
-    assert bank.pop("a@2").decay_from == 1
-    with pytest.raises(ValueError, match="different cells: b"):
-        SAEBank({"a": (0, config)}, backend="torch").load_state_dict(copy.state_dict())
-
-
 @pytest.mark.parametrize("backend", ["dense", *SPARSE])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
 def test_bad_activations_are_named_before_any_weight_moves(backend: str, poison: float) -> None:
