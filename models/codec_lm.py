@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import Attention
-from models.cache_health import CacheHealth, GateSums, gate_sums
+from models.cache_health import GateSums, gate_sums
 from models.codebook_loss import CodebookLoss, check_tokens, codebook_loss
 from models.gated_delta import GatedDeltaNet, SimpleDeltaNet
 from models.layers import FusedLinear, Mixer, RMSNorm, SwiGLU
@@ -109,7 +109,10 @@ class CodecLMConfig:
 
     @property
     def vocabulary(self) -> int:
-        """Tokens a codebook: its codes and three special ones."""
+        """Tokens a codebook: its codes, pad, bos, and the published vocabulary's end of a clip, which stays unused.
+
+        Clips are pieces of recordings, so that their ends mean nothing.
+        """
         return self.codebook_size + 3
 
     @property
@@ -121,11 +124,6 @@ class CodecLMConfig:
     def bos(self) -> int:
         """First input column."""
         return self.codebook_size + 1
-
-    @property
-    def eos(self) -> int:
-        """End of a clip."""
-        return self.codebook_size + 2
 
 
 def build_mixer(config: CodecLMConfig, layer: int) -> Mixer:
@@ -300,10 +298,6 @@ class CodecLM(nn.Module):
                 sums.append(gate_sums(layer, block.mixer, block.mixer_norm(x), length_B))
             x = block(x)
         return sums
-
-    def cache_health(self, tokens_BKT: Tensor) -> list[CacheHealth]:
-        """How each layer with memory caching uses its caches on these tokens; empty without such layers."""
-        return [sums.health() for sums in self.gate_sums(tokens_BKT)]
 
 
 def build_codec_lm(config: CodecLMConfig, *, device: torch.device | str = "cpu", seed: int = 0) -> CodecLM:

@@ -86,13 +86,11 @@ def draw(probability: Tensor, generator: torch.Generator) -> Tensor:
 class Generation:
     """Samples, prompt included.
 
-    codes: [B, K, T] codes below codebook_size; frames from lengths[b] on are pad. lengths: [B] frames before the end.
-    log_probability: [B] mean over the drawn tokens of log p at temperature 1 without filters, nats. When the best of
-    N was kept, codes are the kept ones. backend: what took the steps.
+    codes: [B, K, T] codes below codebook_size. log_probability: [B] mean over the drawn tokens of log p at temperature
+    1 without filters, nats. When the best of N was kept, codes are the kept ones. backend: what took the steps.
     """
 
     codes: Tensor
-    lengths: Tensor
     log_probability: Tensor
     backend: Literal["numba", "torch"]
 
@@ -105,11 +103,10 @@ def generate(
     batch: int = 1,
     best_of: int = 1,
     sampling: Sampling | None = None,
-    stop_at_eos: bool = False,
     seed: int = 0,
     backend: Backend = "auto",
 ) -> Generation:
-    """Continue prompts, or start from nothing, by `n_frames` frames.
+    """Continue prompts, or start from nothing, by `n_frames` frames; special tokens are never drawn.
 
     Every step reads one column with a recurrent state and a key/value cache; nothing is read twice.
 
@@ -120,7 +117,6 @@ def generate(
         batch: number of samples without a prompt.
         best_of: samples drawn for each one kept, by log_probability. Likelihood favours repetitive audio.
         sampling: how tokens are drawn; temperature 1 without filters when None.
-        stop_at_eos: let the first codebook end a clip by the EOS token; otherwise EOS is never drawn.
         seed: of the random draws; the same seed, model, device and backend give the same samples.
         backend: "numba" takes the steps in compiled kernels, for float32 models on a CPU; "torch" with the model's own
             operations, anywhere; "auto" is numba where it can be. Both compute the same function; in an autocast
@@ -148,44 +144,37 @@ def generate(
             f"holds {config.max_frames} frames; choose a prompt and n_frames of at most {config.max_frames} together"
         )
     prompt = prompt.to(device).long().repeat_interleave(best_of, 0)
-    decoder = _Decoder(config, prompt, n_frames, sampling, stop_at_eos, seed)
+    decoder = _Decoder(config, prompt, n_frames, sampling, seed)
     taken_by = decoding_backend(model, backend)
     with torch.inference_mode(), decoding(model, decoder.known(), decoder.columns, taken_by) as (logits, step):
-        codes, lengths, score = decoder.run(logits, step)
+        codes, score = decoder.run(logits, step)
     if best_of > 1:
         score = score.unflatten(0, (-1, best_of))
         best = score.argmax(1)
         rows = torch.arange(len(best), device=device) * best_of + best
-        codes, lengths, score = codes[rows], lengths[rows], score.flatten()[rows]
-    return Generation(codes, lengths, score, taken_by)
+        codes, score = codes[rows], score.flatten()[rows]
+    return Generation(codes, score, taken_by)
 
 
 class _Decoder:
     """One batch of samples in the making, on the delayed grid [B, K, L]."""
 
-    def __init__(
-        self, config: CodecLMConfig, prompt_BKT: Tensor, n_frames: int, sampling: Sampling, stop_at_eos: bool, seed: int
-    ) -> None:
-        self.config, self.sampling, self.stop_at_eos = config, sampling, stop_at_eos
+    def __init__(self, config: CodecLMConfig, prompt_BKT: Tensor, n_frames: int, sampling: Sampling, seed: int) -> None:
+        self.config, self.sampling = config, sampling
         B, K, self.given = prompt_BKT.shape
         self.n_frames = self.given + n_frames
         device = prompt_BKT.device
         self.generator = torch.Generator(device).manual_seed(seed)
         frames = torch.cat([prompt_BKT, prompt_BKT.new_zeros(B, K, n_frames)], -1)
         self.grid = delay(frames, pad=self.config.pad)
-        self.length = torch.full((B,), self.n_frames, device=device)
         self.log_probability = torch.zeros(B, dtype=torch.float64, device=device)
-        self.drawn = torch.zeros(B, device=device)
+        self.drawn = torch.zeros((), device=device)
         self.codebooks = torch.arange(K, device=device)
         self.seen: Tensor | None = None
         if sampling.repetition_penalty != 1:
             self.seen = torch.zeros(B, K, self.config.vocabulary, dtype=torch.bool, device=device)
             self.seen.scatter_(2, prompt_BKT, True)
-        excluded = torch.zeros(K, self.config.vocabulary, dtype=torch.bool, device=device)
-        excluded[:, self.config.codebook_size :] = True
-        if stop_at_eos:
-            excluded[0, self.config.eos] = False
-        self.excluded_KV = excluded
+        self.special_V = torch.arange(self.config.vocabulary, device=device) >= self.config.codebook_size
 
     @property
     def columns(self) -> int:
@@ -197,35 +186,24 @@ class _Decoder:
         first = torch.full_like(self.grid[..., :1], self.config.bos)
         return torch.cat([first, self.grid[..., : self.given]], -1)
 
-    def run(self, logits: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+    def run(self, logits: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """Draw column after column, beginning with the logits [B, K, V] after the known ones."""
         for column in range(self.given, self.columns):
             self._draw(logits, column)
-            over = self.stop_at_eos and bool((self.length + len(self.codebooks) - 2 <= column).all())
-            if over or column + 1 == self.columns:
-                break
-            logits = step(self.grid[..., column])
-        codes = undelay(self.grid)
-        ended = torch.arange(self.n_frames, device=codes.device) >= self.length[:, None]
-        codes = codes.masked_fill(ended[:, None], self.config.pad)
-        return codes, self.length, self.log_probability / self.drawn.clamp(min=1)
+            if column + 1 < self.columns:
+                logits = step(self.grid[..., column])
+        return undelay(self.grid), self.log_probability / self.drawn
 
     def _draw(self, logits_BKV: Tensor, column: int) -> None:
         """Fill a column: codebook k holds frame column - k; frames of the prompt and outside the clip stay."""
         frame_K = column - self.codebooks
         new_K = (frame_K >= self.given) & (frame_K < self.n_frames)
-        open_BK = new_K & (frame_K < self.length[:, None])
         logits = logits_BKV.to(torch.promote_types(logits_BKV.dtype, torch.float32))
         log_p = logits.log_softmax(-1)
-        allowed = filtered_logits(logits.masked_fill(self.excluded_KV, -torch.inf), self.sampling, self.seen)
+        allowed = filtered_logits(logits.masked_fill(self.special_V, -torch.inf), self.sampling, self.seen)
         drawn = draw(allowed.softmax(-1), self.generator)
-        if self.stop_at_eos:
-            ends = open_BK[:, 0] & (drawn[:, 0] == self.config.eos)
-            self.length = torch.where(ends, column, self.length)
-        self.log_probability += (log_p.gather(-1, drawn[..., None])[..., 0] * open_BK).double().sum(1)
-        self.drawn += open_BK.sum(1)
+        self.log_probability += (log_p.gather(-1, drawn[..., None])[..., 0] * new_K).double().sum(1)
+        self.drawn += new_K.sum()
         if self.seen is not None:
-            self.seen.scatter_(2, drawn[..., None], open_BK[..., None] | self.seen.gather(2, drawn[..., None]))
-        ended_BK = new_K & (frame_K >= self.length[:, None])
-        filled = torch.where(open_BK & ~ended_BK, drawn, self.grid[..., column])
-        self.grid[..., column] = filled.masked_fill(ended_BK, self.config.pad)
+            self.seen.scatter_(2, drawn[..., None], new_K[:, None] | self.seen.gather(2, drawn[..., None]))
+        self.grid[..., column] = torch.where(new_K, drawn, self.grid[..., column])

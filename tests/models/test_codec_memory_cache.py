@@ -195,14 +195,14 @@ def test_batches_pool_to_the_numbers_of_all_clips():
 
 
 def test_health_of_a_model_lists_its_cached_layers(tiny_codec_lm, codec_tokens):
-    health = tiny_codec_lm("mc_la").cache_health(codec_tokens())
+    health = [sums.health() for sums in tiny_codec_lm("mc_la").gate_sums(codec_tokens())]
     assert [h.layer for h in health] == [2, 3]
     assert all(0 < h.cache_mass < 1 and 0 < h.entropy_share <= 1 for h in health)
     assert all(h.gate_bias == pytest.approx(0.5, abs=0.5) for h in health)
-    (paper, _) = tiny_codec_lm("mc_la_paper_gate").cache_health(codec_tokens())
+    paper = tiny_codec_lm("mc_la_paper_gate").gate_sums(codec_tokens())[0].health()
     assert paper.openness == 1.0
     assert math.isnan(paper.gate_bias)
-    assert tiny_codec_lm("gdn_hybrid").cache_health(codec_tokens()) == []
+    assert tiny_codec_lm("gdn_hybrid").gate_sums(codec_tokens()) == []
 
 
 def test_impossible_options_are_named():
