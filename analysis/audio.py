@@ -1,54 +1,22 @@
 """What a codec language model knows: likelihood and accuracy by codebook, bits a second, long-range coherence.
 
-Shape suffixes: B clips in a batch, K codebooks, T frames, V vocabulary, C clips in all, W windows.
+Shape suffixes: B clips added at once, K codebooks, T frames, C clips in all, W windows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import torch
-from torch import Tensor
 
 from analysis.bootstrap import Interval, bootstrap_ci
 
 Floats = npt.NDArray[np.float64]
 _SUMS = ("nll", "uniform", "count", "top1", "top5")
-
-
-def token_scores(logits_BKTV: Tensor, targets_BKT: Tensor, pad: int) -> dict[str, Floats]:
-    """Sums over the frames of each clip, [B, K]: nll and uniform (nats), count, top1, top5; padding is left out.
-
-    nll is -log p(target); uniform is the mean over the vocabulary of -log p, from which the label-smoothed loss
-    follows. A target counts for top-n when fewer than n tokens are strictly likelier.
-    Raises ValueError for shapes that disagree or a target outside the vocabulary.
-    """
-    if logits_BKTV.shape[:3] != targets_BKT.shape:
-        raise ValueError(
-            f"logits {tuple(logits_BKTV.shape)} and targets {tuple(targets_BKT.shape)} disagree in B, K or T"
-        )
-    vocabulary = logits_BKTV.shape[-1]
-    valid = targets_BKT != pad
-    real = targets_BKT[valid]
-    if real.numel() and not 0 <= int(real.min()) <= int(real.max()) < vocabulary:
-        worst = int(real.max()) if int(real.max()) >= vocabulary else int(real.min())
-        raise ValueError(f"target {worst} is outside the vocabulary of {vocabulary}; check the codec's codebook size")
-    log_p = torch.log_softmax(logits_BKTV.double(), dim=-1)
-    picked = log_p.gather(-1, targets_BKT.masked_fill(~valid, 0).long()[..., None])
-    rank = (log_p > picked).sum(-1)
-    parts = {
-        "nll": -picked[..., 0],
-        "uniform": -log_p.mean(-1),
-        "count": torch.ones_like(log_p[..., 0]),
-        "top1": (rank < 1).double(),
-        "top5": (rank < 5).double(),
-    }
-    return {name: part.masked_fill(~valid, 0).sum(-1).cpu().numpy() for name, part in parts.items()}
 
 
 @dataclass
@@ -61,12 +29,11 @@ class CodebookScores:
     n_codebooks: int
     _rows: list[dict[str, Floats]] = field(default_factory=list)
 
-    def update(self, logits_BKTV: Tensor, targets_BKT: Tensor, pad: int) -> None:
-        """Add a batch; see `token_scores` for what is raised."""
-        self.add(token_scores(logits_BKTV, targets_BKT, pad))
+    def add(self, sums: Mapping[str, npt.ArrayLike]) -> None:
+        """Add sums [B, K] over each clip's tokens, named nll, uniform, count, top1, top5; see `models.codebook_loss`.
 
-    def add(self, sums: dict[str, Floats]) -> None:
-        """Add sums [B, K] (one row a clip) named nll, uniform, count, top1, top5 that were computed elsewhere."""
+        Raises ValueError for another shape.
+        """
         arrays = {name: np.atleast_2d(np.asarray(sums[name], dtype=np.float64)) for name in _SUMS}
         shapes = {a.shape for a in arrays.values()}
         if len(shapes) != 1 or next(iter(shapes))[1] != self.n_codebooks:
@@ -75,7 +42,7 @@ class CodebookScores:
 
     def _sums(self, name: str) -> Floats:
         if not self._rows:
-            raise ValueError("no batch was added; update() the scores first")
+            raise ValueError("no clip was added; add() its sums first")
         return np.concatenate([row[name] for row in self._rows])
 
     def val_nll(self) -> float:
@@ -163,33 +130,3 @@ def coherence(
         return float("nan")
     unit_WKV = histogram_WKV / np.linalg.norm(histogram_WKV, axis=2, keepdims=True)
     return float((unit_WKV[first] * unit_WKV[second]).sum(2).mean())
-
-
-@dataclass(frozen=True)
-class Coherence:
-    """Mean coherence over clips with its bootstrap interval; ``n_short`` clips had no two windows apart."""
-
-    mean: float
-    interval: Interval
-    n_clips: int
-    n_short: int
-
-
-def coherence_of_set(
-    clips: Sequence[npt.ArrayLike],
-    frame_rate_hz: float,
-    codebook_size: int,
-    *,
-    window_s: float = 4.0,
-    hop_s: float = 2.0,
-    seed: int = 0,
-) -> Coherence:
-    """Coherence of many clips codes_KT (samples of a model, or real audio), resampled by clip.
-
-    Clips too short for it are counted, not averaged; with fewer than two others the interval is NaN.
-    """
-    values = np.array([coherence(c, frame_rate_hz, codebook_size, window_s=window_s, hop_s=hop_s) for c in clips])
-    long = values[np.isfinite(values)]
-    interval = bootstrap_ci(long, seed=seed) if len(long) >= 2 else Interval(float("nan"), float("nan"))
-    mean = float(long.mean()) if len(long) else float("nan")
-    return Coherence(mean, interval, len(long), len(values) - len(long))

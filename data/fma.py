@@ -16,8 +16,6 @@ from data.audio_files import AudioFiles, FolderFiles, ZipFiles, below
 from data.audio_io import AudioSet, Oddity, Recording
 
 SAMPLE_RATE = 44_100
-CHUNK_S = 24.0
-MIN_S = 12.0
 
 Subset = Literal["small", "medium", "large", "full"]
 _NESTED: tuple[Subset, ...] = ("small", "medium", "large", "full")

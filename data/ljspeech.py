@@ -12,8 +12,6 @@ from data.audio_files import below, open_files
 from data.audio_io import AudioSet, Oddity, Recording
 
 SAMPLE_RATE = 22_050
-CHUNK_S = 8.0
-MIN_S = 1.0
 
 
 def parse_metadata(text: str) -> tuple[dict[str, str], list[Oddity]]:

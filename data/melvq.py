@@ -233,29 +233,3 @@ def train(
             errors.append(float(np.sqrt(np.mean(residual_RM**2))) * 20 / math.log(10))
     codec = MelVQ(spec, mean_M, torch.stack(centroids))
     return codec, TrainReport(n_frames, len(frames_RM), tuple(errors), time.perf_counter() - started)
-
-
-def log_spectral_distance(
-    reference_N: npt.NDArray[np.float32], wave_N: npt.NDArray[np.float32], n_fft: int = 512, floor_db: float = -60.0
-) -> float:
-    """Log-spectral distance in dB: RMS over bins of the difference of log power spectra, averaged over frames.
-
-    Levels are limited below at ``floor_db`` under the reference's loudest bin; the longer wave is cut.
-    """
-    n = min(len(reference_N), len(wave_N))
-    both = torch.from_numpy(np.stack([reference_N[:n], wave_N[:n]]).astype(np.float32))
-    power = torch.stft(both, n_fft, n_fft // 4, window=torch.hann_window(n_fft), return_complex=True).abs().square()
-    floor = float(power[0].max()) * 10 ** (floor_db / 10)
-    decibels = 10 * torch.log10(power.clamp_min(max(floor, 1e-20)))
-    return float((decibels[0] - decibels[1]).square().mean(0).sqrt().mean())
-
-
-def spectral_convergence_db(
-    reference_N: npt.NDArray[np.float32], wave_N: npt.NDArray[np.float32], n_fft: int = 512
-) -> float:
-    """Signal-to-noise ratio in dB of the magnitude spectrogram: -20 log10(‖|S| - |Ŝ|‖ / ‖|S|‖), phase ignored."""
-    n = min(len(reference_N), len(wave_N))
-    both = torch.from_numpy(np.stack([reference_N[:n], wave_N[:n]]).astype(np.float32))
-    magnitude = torch.stft(both, n_fft, n_fft // 4, window=torch.hann_window(n_fft), return_complex=True).abs()
-    error = (magnitude[0] - magnitude[1]).norm() / magnitude[0].norm()
-    return float(-20 * torch.log10(error.clamp_min(1e-12)))

@@ -54,7 +54,7 @@ class SpecialTokens:
 class TokenBatch:
     """codes_BKT int64, PAD after each clip's end; length_B in frames; ``index`` of the batch in its epoch.
 
-    ``seconds`` of real audio, ``real_tokens`` of the ``codes_BKT.numel()`` computed.
+    ``real_tokens`` of the ``codes_BKT.numel()`` computed are content.
     """
 
     index: int
@@ -62,13 +62,7 @@ class TokenBatch:
     length_B: Tensor
     clip_ids: tuple[str, ...]
     texts: tuple[str, ...]
-    seconds: float
     real_tokens: int
-
-    @property
-    def efficiency(self) -> float:
-        """Share of the batch that is content."""
-        return self.real_tokens / self.codes_BKT.numel()
 
 
 class TokenClips:
@@ -93,7 +87,7 @@ class TokenClips:
         self.clip_ids: list[str] = []
         self.recording_ids: list[str] = []
         self.texts: list[str] = []
-        shard, row, frames, seconds = [], [], [], []
+        shard, row, frames = [], [], []
         for s, file in enumerate(self._files):
             _facts, table = read_facts(self._folder, file)
             for r, record in enumerate(table.to_pylist()):
@@ -105,13 +99,11 @@ class TokenClips:
                 shard.append(s)
                 row.append(r)
                 frames.append(record["n_frames"])
-                seconds.append(record["duration_s"])
         if not shard:
             raise ValueError(f"no clip of {tokens.folder} is in {side}; {manifest['n_clips']} clips, holdout={holdout}")
         self.shard_C = np.array(shard)
         self._row_C = np.array(row)
         self.n_frames_C = np.array(frames)
-        self.duration_C = np.array(seconds)
 
     def __len__(self) -> int:
         return len(self.clip_ids)
@@ -129,7 +121,7 @@ class TokenClips:
         some._cache = OrderedDict()
         for name in ("clip_ids", "recording_ids", "texts"):
             setattr(some, name, [getattr(self, name)[c] for c in chosen])
-        for name in ("shard_C", "_row_C", "n_frames_C", "duration_C"):
+        for name in ("shard_C", "_row_C", "n_frames_C"):
             setattr(some, name, getattr(self, name)[chosen])
         return some
 
@@ -189,7 +181,6 @@ def plan_epoch(
 def collate(clips: TokenClips, chosen: Sequence[int], index: int, max_frames: int | None, seed: int) -> TokenBatch:
     """One batch, as wide as its longest clip; clips longer than ``max_frames`` are cropped at a seeded place."""
     pieces = []
-    seconds = 0.0
     for clip in chosen:
         codes_KT = clips.codes(int(clip))
         n = codes_KT.shape[1]
@@ -198,7 +189,6 @@ def collate(clips: TokenClips, chosen: Sequence[int], index: int, max_frames: in
                 np.random.default_rng([seed, identity_hash(clips.clip_ids[int(clip)])]).integers(n - max_frames + 1)
             )
             codes_KT = codes_KT[:, start : start + max_frames]
-        seconds += float(clips.duration_C[clip]) * codes_KT.shape[1] / n
         pieces.append(codes_KT)
     width = max(p.shape[1] for p in pieces)
     codes_BKT = torch.full((len(pieces), clips.n_codebooks, width), clips.special.pad, dtype=torch.int64)
@@ -210,58 +200,13 @@ def collate(clips: TokenClips, chosen: Sequence[int], index: int, max_frames: in
         length_B=torch.tensor([p.shape[1] for p in pieces]),
         clip_ids=tuple(clips.clip_ids[int(c)] for c in chosen),
         texts=tuple(clips.texts[int(c)] for c in chosen),
-        seconds=seconds,
         real_tokens=sum(p.size for p in pieces),
     )
 
 
-def token_batches(
-    clips: TokenClips,
-    batch_size: int,
-    *,
-    seed: int = 0,
-    epoch: int = 0,
-    start: int = 0,
-    max_frames: int | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-    drop_partial: bool = False,
-) -> Iterator[TokenBatch]:
-    """Batches ``start + rank``, ``start + rank + world_size``, ... of one epoch, for every rank equally many.
-
-    Args:
-        start: batches of the epoch already used, over all ranks; the rest is then the same, whatever the world size.
-        max_frames: crop longer clips (the model's context less K - 1 for the delay pattern).
-        drop_partial: leave out batches smaller than ``batch_size`` (one a window of shards).
-    Raises:
-        ValueError: impossible sizes; the epoch has no batch left for every rank.
-    """
-    plan = epoch_batches(clips, batch_size, seed=seed, epoch=epoch, drop_partial=drop_partial)
-    if not 0 <= rank < world_size or start < 0:
-        raise ValueError(f"rank={rank} must lie in 0..world_size-1 (world_size={world_size}) and start={start} be >= 0")
-    if max_frames is not None and max_frames < 1:
-        raise ValueError(f"max_frames={max_frames} must be >= 1; is the context shorter than the delay pattern?")
-    if len(plan) < world_size:
-        raise ValueError(
-            f"{len(plan)} batches of {batch_size} from {len(clips)} clips cannot feed {world_size} workers; "
-            "use a smaller batch or more audio"
-        )
-    stop = start + (len(plan) - start) // world_size * world_size
-    for index in range(start + rank, stop, world_size):
-        yield collate(clips, plan[index].tolist(), index, max_frames, seed + 1_000_003 * epoch)
-
-
-def epoch_batches(
-    clips: TokenClips, batch_size: int, *, seed: int = 0, epoch: int = 0, drop_partial: bool = False
-) -> list[npt.NDArray[np.int64]]:
-    """The plan behind `token_batches`: clip numbers of every batch of the epoch."""
-    plan = plan_epoch(clips.n_frames_C, clips.shard_C, batch_size, seed=seed, epoch=epoch)
-    return [b for b in plan if len(b) == batch_size] if drop_partial else plan
-
-
-def planned_efficiency(length_C: npt.NDArray[np.integer], plan: Sequence[npt.NDArray[np.int64]]) -> float:
-    """Share of the computed frames that is content, over a plan."""
-    return float(sum(length_C[b].sum() for b in plan) / sum(length_C[b].max() * len(b) for b in plan))
+def epoch_batches(clips: TokenClips, batch_size: int, *, seed: int = 0, epoch: int = 0) -> list[npt.NDArray[np.int64]]:
+    """Clip numbers of every batch of the epoch; raises ValueError for a batch size below 1."""
+    return plan_epoch(clips.n_frames_C, clips.shard_C, batch_size, seed=seed, epoch=epoch)
 
 
 def evaluation_batches(

@@ -8,7 +8,6 @@ Shapes: N rows (batch times time), D width, K codebooks, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,24 +33,6 @@ class CodebookLoss:
     count_K: Tensor
     top1_K: Tensor | None = None
     top5_K: Tensor | None = None
-
-    def val_nll(self) -> float:
-        """True mean negative log-likelihood a token, in nats."""
-        return float(self.nll_K.sum() / self.count_K.sum())
-
-    def val_loss_smoothed(self, label_smoothing: float = 0.1) -> float:
-        """The published convention, comparable with the source study: not a likelihood."""
-        s = label_smoothing
-        return float(((1 - s) * self.nll_K + s * self.uniform_K).sum() / self.count_K.sum())
-
-    def val_nll_K(self) -> list[float]:
-        """True mean negative log-likelihood a token of each codebook, in nats; NaN where there is no target."""
-        return (self.nll_K / self.count_K).tolist()
-
-
-def bits_per_second(val_nll: float, n_codebooks: int, frame_rate_hz: float) -> float:
-    """Code length of audio under the model: mean nats a token -> bits a second."""
-    return val_nll / math.log(2) * n_codebooks * frame_rate_hz
 
 
 def _slice(

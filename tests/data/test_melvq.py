@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.melvq import MelVQ, MelVQSpec, log_spectral_distance, spectral_convergence_db, train
+from data.melvq import MelVQ, MelVQSpec, train
 from data.synthetic_speech import SpeechSpec, utterance
 
 SPEC = MelVQSpec(n_mels=40, n_codebooks=4, codebook_size=64)
@@ -94,8 +94,14 @@ def test_decoded_speech_resembles_the_original_and_nothing_else(codec: MelVQ, wa
     logmel = codec.log_mel(torch.from_numpy(wave)[None])[0]
     decoded = codec.synthesise(codec.dequantise(codec.quantise(logmel))).numpy()
     assert len(decoded) == 256 * codec.frames(len(wave))
-    assert log_spectral_distance(wave, decoded) < 0.6 * log_spectral_distance(wave, other)
-    assert spectral_convergence_db(wave, decoded) > 3.0 > spectral_convergence_db(wave, other)
+    n = min(map(len, (wave, decoded, other)))
+    cut = torch.from_numpy(np.stack([wave[:n], decoded[:n], other[:n]]))
+    loud_3FT = torch.stft(cut, 512, 128, window=torch.hann_window(512), return_complex=True).abs()
+    log_3FT = torch.log10(loud_3FT.clamp_min(1e-3 * float(loud_3FT[0].max())))  # 60 dB below the loudest
+    own, others = ((log_3FT[0] - x).square().mean(0).sqrt().mean() for x in log_3FT[1:])
+    assert own < 0.6 * others  # log-spectral distances
+    error, foreign = ((loud_3FT[0] - x).norm() / loud_3FT[0].norm() for x in loud_3FT[1:])
+    assert error < 0.7 < foreign  # 3 dB of the magnitudes, their phases left out
     assert np.array_equal(decoded, codec.synthesise(codec.dequantise(codec.quantise(logmel))).numpy())
 
 
@@ -104,14 +110,6 @@ def test_a_few_frames_can_be_decoded(codec: MelVQ, n_frames: int) -> None:
     wave = codec.synthesise(codec.mean_M.expand(n_frames, -1))
     assert wave.shape == (256 * n_frames,)
     assert bool(torch.isfinite(wave).all())
-
-
-def test_spectral_distances_of_a_gain_are_closed_form(waves: list[np.ndarray]) -> None:
-    rng = np.random.default_rng(0)
-    noise = rng.standard_normal(16_000).astype(np.float32)
-    assert abs(log_spectral_distance(noise, 0.5 * noise, floor_db=-200.0) - 20 * np.log10(2)) < 1e-3
-    assert abs(spectral_convergence_db(noise, 0.9 * noise) - 20.0) < 1e-3
-    assert log_spectral_distance(waves[0], waves[0]) == 0.0
 
 
 def test_impossible_training(tmp_path: Path) -> None:
