@@ -14,6 +14,7 @@ from sweeps._topology_sources import (
     member_of,
     metrics_of,
     n_rows,
+    open_table,
     place_of,
     table_name,
 )
@@ -65,6 +66,12 @@ def _of_representation(preset: Audit, table: str, representation: str) -> list[T
     kind_of(representation)
     cells: list[TopologyCell] = []
     member = member_of(representation)
+    if (member is not None or preset.study == "utility") and not open_table(table, place_of(preset)).labels:
+        needs = "the utility study" if member is None else representation
+        raise UserError(
+            f"table {table} has 0 label columns and {needs} needs them; choose a labelled table, or the audit without "
+            "pom_M (--set representations=bits_r4,bits_r2,counts_r4,physchem)"
+        )
     if member is not None:
         cells.append(MemberCell(table=table, representation=representation, member=member, epochs=preset.pom_epochs))
     if preset.study == "utility":

@@ -338,6 +338,11 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             SWEEP.plan(replace(PRESETS["audit"], **change))
         assert line in str(caught.value)
+    bare = tmp_path / "bare.csv"
+    bare.write_text("smiles\nCO\nCCO\nCCCO\n")
+    for change, needs in (({}, "pom_0"), ({"study": "utility", "representations": ("bits_r4",)}, "the utility study")):
+        with pytest.raises(UserError, match=f"has 0 label columns and {needs} needs them; choose"):
+            SWEEP.plan(replace(PRESETS["audit"], table=str(bare), **change))
     empty = tmp_path / "t.csv"
     empty.write_text("name\nx\n")
     with pytest.raises(UserError, match="smiles"):
