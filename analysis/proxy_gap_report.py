@@ -223,7 +223,7 @@ def _notes(study: Study) -> list[str]:
     if study.published:
         notes.append("“Published” columns: the source study's numbers; blank where it printed none for that cell.")
     else:
-        notes.append("“Published” columns are blank: this preset does not run the study's models on its stream.")
+        notes.append("“Published” columns are blank: these are not the study's settings.")
     return notes
 
 

@@ -80,7 +80,8 @@ class HostLM:
         Returns (loss_B, {layer: a_BTD}, {layer: g_BTD}) with loss_B each sequence's mean next-token cross-entropy over
         its T−1 predictions, in nats, and g = ∂L/∂a, L the SUM of these cross-entropies. So gᵀδ at a token is the
         first-order change, in nats, of the whole sequence's loss when that token's activation moves by δ, independent
-        of B; divide g by T−1 for the gradient of the mean loss. The same pass gives the activations, without gradients, of the layers in ``also``.
+        of B; divide g by T−1 for the gradient of the mean loss. The same pass gives the activations, without
+        gradients, of the layers in ``also``.
         """
         wanted = self._checked(layers)
         stops = self._checked([*layers, *also])
@@ -105,8 +106,8 @@ class HostLM:
     ) -> Tensor:
         """The mean losses [B] with the residual stream after block ``layer`` replaced by ``a_BTD``.
 
-        Only later blocks run. B is free: stack several cells' reconstructions (and repeat the tokens) to run them in one pass. The
-        zero-ablated loss is that of zeros; `zero_loss` gives it for the price of one token.
+        Only later blocks run. B is free: stack several cells' reconstructions (and repeat the tokens) to run them in
+        one pass. The zero-ablated loss is that of zeros; `zero_loss` gives it for the price of one token.
         """
         check_layer(self.name, layer, self.n_layers)
         hidden_BTD = self._segment(layer + 1, self.n_layers, norm=True)(inputs_embeds=a_BTD.to(self.dtype))

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from analysis import published
 from analysis.proxy_gap_report import write_report
 from models.registry import HOST_LMS
 from sweeps._published import recorded, tables_of
 from sweeps._sae_sources import banner
 from sweeps._sweep import PublishedCell
 
-PAPER_PRESETS = ("fast2", "fast3", "phase2", "budget_k32", "bridge")
+if TYPE_CHECKING:
+    from sweeps.proxy_gap import Grid
+
+_SELECTION = ("models", "k", "tokens", "depths", "layers", "seeds")  # fields that choose among cells
 _GEOMETRY = {"pr_of_layer": "pr", "pr_deflated_of_layer": "pr_deflated"}
 
 
@@ -46,13 +52,22 @@ def _local_sources(cells: Sequence[PublishedCell]) -> dict[str, str]:
     return {what: ", ".join(paths) for what, paths in found.items() if paths}
 
 
-def write(cells: Sequence[PublishedCell], preset_name: str, models: Sequence[str], out: Path) -> list[str]:
-    """Write the report folder; returns the headline lines for the screen."""
+def is_the_studys(name: str, grid: Grid, original: Grid) -> bool:
+    """Whether published numbers may stand beside a grid's: a paper preset of which at most other cells were chosen."""
+    rest = [f.name for f in fields(grid) if f.name not in _SELECTION]
+    return name in published.PRESETS and all(getattr(grid, n) == getattr(original, n) for n in rest)
+
+
+def write(cells: Sequence[PublishedCell], preset_name: str, grid: Grid, original: Grid, out: Path) -> list[str]:
+    """Write the report folder; returns the headline lines for the screen.
+
+    `grid` is the preset with the changes of `--set`, `original` without.
+    """
     frame, sequences, geometry = tables(cells)
     stream = str(cells[0].identity["stream"])
-    notes = [f"{m}: {HOST_LMS[m].note}" for m in models if m in HOST_LMS and HOST_LMS[m].note]
+    notes = [f"{m}: {HOST_LMS[m].note}" for m in grid.models if m in HOST_LMS and HOST_LMS[m].note]
     facts = {
-        "ran on": ". ".join(banner(preset_name, models, stream)),
+        "ran on": ". ".join(banner(preset_name, grid.models, stream)),
         **_local_sources(cells),
         "cells": str(len(cells)),
         "hardware": recorded(cells, "hardware"),
@@ -66,7 +81,7 @@ def write(cells: Sequence[PublishedCell], preset_name: str, models: Sequence[str
         preset=preset_name,
         facts=facts,
         notes=notes,
-        published=preset_name in PAPER_PRESETS,
+        published=is_the_studys(preset_name, grid, original),
     )
     best = frame.sort_values("ce_rec").to_dict("records")[-1]
     return [

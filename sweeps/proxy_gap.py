@@ -262,7 +262,7 @@ class ProxyGap:
     def report(self, cells: Sequence[PublishedCell], preset_name: str, preset: Grid, out: Path) -> list[str]:
         from sweeps._sae_report import write
 
-        return write(cells, preset_name, preset.models, out)
+        return write(cells, preset_name, preset, self.presets[preset_name], out)
 
     def banner(self, preset_name: str, preset: Grid) -> list[str]:
         from sweeps._sae_sources import banner

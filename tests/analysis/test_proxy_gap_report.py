@@ -133,7 +133,7 @@ def test_one_cell_says_what_it_needs_and_leaves_published_blank(make_grid, tmp_p
     assert "It needs at least three cells." in text
     assert "It needs at least two k at the same model, depth and budget." in text
     assert _table(text, "Headline").loc[0, "CE_rec published"] == ""
-    assert "columns are blank: this preset does not run the study's models" in text
+    assert "columns are blank: these are not the study's settings" in text
     assert "delta.png" not in text
     assert not (tmp_path / "delta.png").exists()
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from analysis import published
 from models.sae_io import load_saelens
 from sweeps import _launch, _sae_sources
 from sweeps._ledger import Ledger
+from sweeps._sae_report import is_the_studys
 from sweeps._where import Machine, RunSettings
 from sweeps.proxy_gap import PRESETS, SWEEP
 from tests.sweeps.tiny_proxy_gap import MODEL, save_lm, save_shards, settings, tiny_grid
@@ -121,6 +123,22 @@ def test_plan_of_every_preset(
 def test_smallest_budget_of_a_preset_outlasts_the_warm_up(preset: str) -> None:
     grid = PRESETS[preset]
     assert min(grid.tokens) // grid.batch_tokens > 2 * grid.warmup_steps
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "answer"),
+    [
+        ("fast2", {}, True),
+        ("fast2", {"k": (8,), "depths": ("mid",), "models": ("pythia-70m",), "seeds": (1,)}, True),
+        ("fast2", {"stream": "embedded"}, False),
+        ("bridge", {"expansion": 8}, False),
+        ("local", {}, False),
+    ],
+)
+def test_published_numbers_stand_beside_the_studys_settings_alone(
+    preset: str, changes: dict[str, Any], answer: bool
+) -> None:
+    assert is_the_studys(preset, replace(PRESETS[preset], **changes), PRESETS[preset]) is answer
 
 
 @pytest.mark.parametrize(
@@ -264,9 +282,9 @@ class TestPythia:
         assert cell["ce_rec"] == pytest.approx(2 - cell["loss_recon"] / cell["loss_orig"], abs=1e-6)
         report = (out / "report.md").read_text()
         assert report.startswith("# ")  # below which the launcher says that cells are missing
-        assert "R² published" in report
+        assert "“Published” columns are blank: these are not the study's settings" in report
         assert str(sources[0]) in report
-        assert str(published.PARTICIPATION_RATIO[("pythia-70m", 1)][0]) in report
+        assert str(published.PARTICIPATION_RATIO[("pythia-70m", 1)][0]) not in report
 
     @pytest.mark.slow
     def test_saelens_opens_the_published_sae(self, local: Path) -> None:
