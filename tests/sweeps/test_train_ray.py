@@ -150,14 +150,12 @@ def test_kill_9_of_a_worker_continues_to_the_same_bits(two: tuple[Ledger, str], 
 
 @pytest.mark.slow
 def test_sigterm_of_a_worker_saves_and_continues_to_the_same_bits(alone: Ledger, tmp_path: Path, cache: Path) -> None:
-    job = start(tmp_path, cache, "--set", "checkpoint_steps=4", "--set", "checkpoint_seconds=1000")
+    job = start(tmp_path, cache, "--set", "checkpoint_seconds=1000")
     work = WorkStore(ledger_in(tmp_path).store)
-    wait_for(job, lambda: work.step(CELL.key) >= 8)
+    wait_for(job, lambda: work.step(CELL.key, "best") > 0)
     (worker,) = workers_of(job)
     worker.terminate()
-    wait_for(
-        job, lambda: work.step(CELL.key) % 4 != 0 or not worker.is_running() or CELL.key in ledger_in(tmp_path).done()
-    )
+    wait_for(job, lambda: work.step(CELL.key) > 0)  # nothing else saves: it had 1000 s to the next checkpoint
     out, _ = job.communicate(timeout=500)
     assert job.returncode == 0, out
     assert_same_bits(ledger_in(tmp_path), alone)
@@ -165,10 +163,10 @@ def test_sigterm_of_a_worker_saves_and_continues_to_the_same_bits(alone: Ledger,
 
 @pytest.mark.slow
 def test_sigterm_of_the_launch_saves_and_the_same_command_continues(alone: Ledger, tmp_path: Path, cache: Path) -> None:
-    job = start(tmp_path, cache, "--set", "checkpoint_seconds=1000", "--set", "checkpoint_steps=8")
+    job = start(tmp_path, cache, "--set", "checkpoint_seconds=1000")
     ledger = ledger_in(tmp_path)
     work = WorkStore(ledger.store)
-    wait_for(job, lambda: work.step(CELL.key) == 8)
+    wait_for(job, lambda: work.step(CELL.key, "best") > 0)
     told = time.monotonic()
     job.send_signal(signal.SIGTERM)
     out, _ = job.communicate(timeout=120)
@@ -178,7 +176,7 @@ def test_sigterm_of_the_launch_saves_and_the_same_command_continues(alone: Ledge
     assert "Traceback" not in out
     assert ledger.done() == set()
     assert ledger.failures([CELL.key]) == {}
-    assert work.step(CELL.key) > 8  # it had 1000 s to the next checkpoint by time
+    assert 20 <= work.step(CELL.key) < 60  # nothing else saves: it had 1000 s to the next checkpoint
     assert ledger.store.names("_stop") == []
     again = start(tmp_path, cache, "--set", "checkpoint_seconds=1000")
     out, _ = again.communicate(timeout=500)
