@@ -19,9 +19,11 @@ from data.codec import CODECS, CodecSpec, MelVQCodec
 from data.codec_shards import ShardPlan
 from data.ljspeech import open_ljspeech
 from data.melvq import MelVQ, MelVQSpec
+from data.pack import TokenClips
 from data.split import side_of
 from sweeps import _codec_data, _codec_tokenise
 from sweeps._codec_report import _missing, _published, _resampled
+from sweeps._codec_run import TrainingStream
 from sweeps._sweep import PublishedCell, UserError
 from sweeps._where import RunSettings
 from sweeps.codec_lm import PRESETS, SWEEP, Study, with_settings
@@ -70,7 +72,8 @@ def test_the_codec_is_trained_on_the_training_side_alone(tmp_path: Path, monkeyp
 
 def test_a_launch_without_a_gpu_lets_actors_code_on_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLUMBLINE_CACHE", str(tmp_path / "cache"))
-    model = MelVQ(SmallStudy.melvq(study_at(tmp_path)), torch.zeros(8), torch.zeros(2, 16, 8))
+    spec = MelVQSpec(sample_rate=RATE, hop=64, n_mels=8, n_codebooks=2, codebook_size=16)
+    model = MelVQ(spec, torch.zeros(8), torch.zeros(2, 16, 8))
     loaded_on, actors_on = set(), []
 
     def load(spec: CodecSpec) -> MelVQCodec:
@@ -84,11 +87,29 @@ def test_a_launch_without_a_gpu_lets_actors_code_on_theirs(tmp_path: Path, monke
 
     monkeypatch.setitem(CODECS, "on_a_gpu", load)
     monkeypatch.setattr(codec_shards, "_make_with_ray", actors)
-    rate = model.spec.sample_rate
-    study = replace(study_at(layout(tmp_path / "a", rate=rate)), codec="on_a_gpu", codec_weights="random")
+    study = replace(study_at(layout(tmp_path / "a")), codec="on_a_gpu", codec_weights="random")
     _codec_data.open_source(study, "cuda", quiet, actors=1, gpus_per_actor=1)
     assert loaded_on == {"cpu"}
     assert actors_on == ["cuda"]
+
+
+def test_a_batch_follows_from_its_step_alone(tmp_path: Path) -> None:
+    spec = MelVQSpec(n_mels=8, n_codebooks=2, codebook_size=16)
+    codec = MelVQCodec(MelVQ(spec, torch.zeros(8), torch.zeros(2, 16, 8)))
+    rng = np.random.default_rng(0)
+    codes = {f"c{i}": rng.integers(0, 16, (2, 20 + i)).astype(np.uint16) for i in range(11)}
+    clips = TokenClips(codec_shards.save_codes("made up", codec, codes, str(tmp_path / "t")), None)
+    cell = replace(SWEEP.plan(PRESETS["local"])[0], batch_size=4)
+    config = replace(cell.lm_config(), n_codebooks=2, codebook_size=16, context=25)
+    walked = TrainingStream(clips, cell, config, "cpu")
+    batches = [walked(step) for step in range(9)]  # three epochs, with clips longer than the context
+    jumped = TrainingStream(clips, cell, config, "cpu")
+    for step in (7, 2, 8, 0):
+        assert torch.equal(jumped(step).inputs_BKT, batches[step].inputs_BKT)
+        assert torch.equal(jumped(step).targets_BKT, batches[step].targets_BKT)
+    assert len({str(b.targets_BKT) for b in batches}) == 9
+    tokens = sum(2 * min(c.shape[1], config.max_frames) for c in codes.values())
+    assert [sum(b.real_tokens for b in batches[e : e + 3]) for e in (0, 3, 6)] == [tokens] * 3
 
 
 def test_audio_is_never_raised_to_a_higher_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
