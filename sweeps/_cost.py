@@ -102,9 +102,8 @@ def cost_lines(
         return f" = {hours * rate:.2f} at {rate:g} a {unit} hour" if rate else ""
 
     left = estimate.seconds / 3600 * number
-    lines = []
-    if price:
-        lines.append(f"cost         {left:.2f} {unit} hours to finish{money(left, price)}")
+    priced = money(left, price) or "; --set price_per_hour=PRICE for the money"
+    lines = [f"cost         {left:.2f} {unit} hours to finish{priced}"]
     spent, unknown = spent_hours(work)
     for rented, (hours, attempts) in spent.items():
         text = f"spent        {hours:.2f} {rented} hours in {attempts} packs that published"

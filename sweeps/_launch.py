@@ -173,6 +173,7 @@ class _Launch:
 
     def _execute(self) -> int:
         self.ledger.store.check_writable()
+        self.ledger.store.remove_leftovers()
         started = time.monotonic()
         print(f"{self.sweep.name} --preset {self.arguments.preset} → {self.ledger.store.uri}")
         self._print_banner()

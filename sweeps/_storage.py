@@ -7,11 +7,13 @@ stores (where a PUT is atomic) a commit marker written last, a PUT, and a condit
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,6 +28,7 @@ from sweeps._secrets import remember, with_login, without_password
 from sweeps._sweep import UserError
 
 MARKER = "_PUBLISHED"
+_ASIDE, _LEFT_SECONDS = ".tmp-", 86_400.0  # folders that are being made, and when they are taken for dead
 _PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
 _ANSWERS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, NotImplementedError)
 _MISTAKES = (ValueError, TypeError, KeyError, AttributeError)
@@ -107,6 +110,17 @@ class Store:
                 f"storage {self.uri} is not writable ({type(error).__name__}: {without_password(str(error))}); "
                 "choose another place with --storage"
             ) from error
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed processes left of folders that they were publishing a day ago or earlier."""
+        if not self.local or not os.path.isdir(self.root):
+            return
+        with os.scandir(self.root) as found:
+            aside = [entry.path for entry in found if entry.name.startswith(_ASIDE)]
+        for path in aside:
+            with contextlib.suppress(FileNotFoundError):  # published meanwhile
+                if time.time() - os.stat(path).st_mtime > _LEFT_SECONDS:
+                    shutil.rmtree(path, ignore_errors=True)
 
     @_request
     def read(self, name: str) -> bytes:
@@ -256,7 +270,7 @@ class Store:
             self.fs.pipe_file(self.path(f"{folder}/{MARKER}"), b"")
             return True
         target = self.path(folder)
-        aside = f"{os.path.dirname(target)}/.tmp-{os.path.basename(target)}-{uuid.uuid4().hex}"
+        aside = f"{os.path.dirname(target)}/{_ASIDE}{os.path.basename(target)}-{uuid.uuid4().hex}"
         try:
             for name, data in contents.items():
                 self.path(name)  # refuses a name that leaves the folder

@@ -178,6 +178,7 @@ def connect(address: str | None, storage: str) -> Machine:
         for name in (
             "OMP_WAIT_POLICY",
             "NUMBA_CACHE_DIR",
+            "PLUMBLINE_CACHE",
             "TOKENIZERS_PARALLELISM",
             "HF_HUB_OFFLINE",
             "HF_ENDPOINT",

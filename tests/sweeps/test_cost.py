@@ -58,7 +58,8 @@ def test_price_is_a_gpus_where_there_are_gpus_else_a_machines() -> None:
     assert "4.00 GPU hours to finish = 10.00 at 2.5 a GPU hour" in line
     _, spent = cost_lines(estimate, EIGHT, run, [("a", 3600.0, 2.0, "cuda")])
     assert "2.00 GPU hours in 1 packs that published = 5.00 at 2.5 a GPU hour; with what is left 15.00" in spent
-    assert cost_lines(estimate, ONE, RunSettings(), []) == []
+    (line,) = cost_lines(estimate, ONE, RunSettings(), [])
+    assert line.endswith("hours to finish; --set price_per_hour=PRICE for the money")
 
 
 def test_hours_of_gpus_are_not_priced_as_hours_of_a_machine_without_them() -> None:

@@ -283,6 +283,16 @@ def test_an_address_that_names_no_storage_is_one_line(uri: str, line: str, monke
         Store(uri)
 
 
+def test_what_a_killed_publication_left_is_removed_a_day_later(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    for name, hours in ((".tmp-a-1", 25), (".tmp-b-2", 1), ("published", 25)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows").write_bytes(b"x")
+        os.utime(tmp_path / name, times=(time.time() - 3600 * hours,) * 2)
+    store.remove_leftovers()
+    assert {p.name for p in tmp_path.iterdir()} == {".tmp-b-2", "published"}
+
+
 PUBLISH_LOOP = """
 import sys
 sys.path[:0] = [{root!r}, {here!r}]
