@@ -401,6 +401,17 @@ def test_a_pid_of_another_container_with_the_same_host_name_tells_nothing(
         near.release()
 
 
+def test_a_released_launch_makes_no_lease_again_and_takes_nobody_for_dead(tmp_path: Path) -> None:
+    """Its thread for MLflow may still ask about others when SIGTERM has ended the lease."""
+    store = Store(str(tmp_path))
+    other, gone = Claims(store), Claims(store)
+    gone.release()
+    gone._renewed -= 10  # long ago enough for a look at the clock
+    assert gone.alive(other.launch_id)
+    other.release()
+    assert store.names("_claims/launches") == []
+
+
 def test_a_lease_is_judged_by_the_clock_of_the_storage(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store, true_time = Store(storage), time.time
     monkeypatch.setattr("sweeps._claims._boot_id", lambda: "elsewhere@1")
