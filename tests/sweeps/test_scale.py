@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -288,24 +289,25 @@ def test_claims_of_interleaved_launches_have_one_holder() -> None:
 
 @pytest.mark.parametrize("step", ["plan", "scan", "claim"])
 def test_cpu_time_grows_as_the_number_of_cells(step: str, tmp_path: Path) -> None:
-    """Log-log slope of CPU time at most 1.1 (constant parts only lower it); the best of three runs a size."""
+    """Log-log slope of CPU time at most 1.1 (constant parts only lower it); the best of 3 to 9 runs a size."""
     sizes = [1500, 9000] if step != "scan" else [400, 3200]
 
-    def seconds(n: int) -> float:
-        times = []
-        for attempt in range(3):
-            if step == "scan":
-                shutil.rmtree(tmp_path / f"ledger{n}" / "scale" / "1" / FOLDER, ignore_errors=True)
-            folder = tmp_path if step == "scan" else tmp_path / f"{n}-{attempt}"
-            began = time.process_time()
-            scale.STEPS[step](n, folder)
-            times.append(time.process_time() - began)
-        return min(times)
+    def seconds(n: int, attempt: int) -> float:
+        if step == "scan":
+            shutil.rmtree(tmp_path / f"ledger{n}" / "scale" / "1" / FOLDER, ignore_errors=True)
+        folder = tmp_path if step == "scan" else tmp_path / f"{n}-{attempt}"
+        began = time.process_time()
+        scale.STEPS[step](n, folder)
+        return time.process_time() - began
 
     if step == "scan":
         for n in sizes:
             filled(Ledger(str(tmp_path / f"ledger{n}"), "scale", "1"), n)
     if step == "plan":
         scale.plan(100, tmp_path)  # imports
-    times = [seconds(n) for n in sizes]
-    assert scale.slope(sizes, times) <= 1.1, dict(zip(sizes, times, strict=True))
+    best = [math.inf] * len(sizes)
+    for attempt in range(9):  # what else the machine runs only adds to a time
+        best = [min(b, seconds(n, attempt)) for b, n in zip(best, sizes, strict=True)]
+        if attempt >= 2 and scale.slope(sizes, best) <= 1.1:
+            return
+    pytest.fail(f"slope {scale.slope(sizes, best):.3f}: {dict(zip(sizes, best, strict=True))}")
