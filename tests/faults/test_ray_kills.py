@@ -138,14 +138,14 @@ def test_sigterm_then_kills_of_worker_and_driver(
     launches: Launches, sources, reference: References, survived: Survived
 ) -> None:
     chain = Chain(launches, SWEEPS["codec_lm"](sources), "codec_lm on Ray")
-    driver = chain.start(slowed(1.0), slow_steps(2.0))
+    driver = chain.start(slowed(1.0), slow_steps(0.5))
     chain.worked(driver)
     driver.send_signal(signal.SIGTERM)
     assert driver.wait(PATIENCE) == 1, chain.failing(launches.output())
     assert "run the same command to continue" in launches.output()
     chain.events.append("SIGTERM of the driver")
     launches.gone()
-    driver = chain.start(slowed(1.0), slow_steps(2.0))
+    driver = chain.start(slowed(1.0), slow_steps(0.5))
     chain.kill_worker(driver)
     chain.worked(driver)
     assert chain.kill(lambda: driver, driver, "the driver") == -9
