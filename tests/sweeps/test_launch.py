@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sweeps import _launch
 from sweeps._ledger import Ledger
-from sweeps._sweep import Row
-from sweeps._where import Machine
+from sweeps._sweep import Row, UserError
+from sweeps._where import Machine, connect
 
 TOY = Path(__file__).with_name("toy_sweep.py")
 
@@ -300,6 +301,23 @@ def test_a_pack_given_up_for_its_nodes_or_the_storages_sake_fails_no_cell(
     assert ("what is published stays: run the same command again" in run.err) != failed
     ledger = Ledger(str(tmp_path / "runs/ledger"), "toy", "1")
     assert list(ledger.failures([Square(n=1).key])) == [Square(n=1).key] * failed
+
+
+@pytest.mark.parametrize("error", [ConnectionError, ValueError])
+def test_workers_get_the_drivers_cache_and_a_cluster_that_is_away_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: type[Exception]
+) -> None:
+    given: dict[str, Any] = {}
+
+    def init(**options: Any) -> None:
+        given.update(options)
+        raise error("nobody\nthere")
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setenv("PLUMBLINE_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=r"no Ray cluster answers at far:1 \(nobody there\); start one"):
+        connect("far:1", "s3://bucket/ledger")
+    assert given["runtime_env"]["env_vars"]["PLUMBLINE_CACHE"] == str(tmp_path)
 
 
 def test_a_cell_that_the_grid_names_twice_is_planned_once(main: Main) -> None:
