@@ -9,6 +9,15 @@ from typing import Any
 from data._atomic import write_whole
 
 
+def file_sha256(*paths: str | Path) -> str:
+    """Hexadecimal SHA-256 of the files' bytes, one after another."""
+    total = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            hashlib.file_digest(file, lambda: total)
+    return total.hexdigest()
+
+
 def content_of(filesystem: Any, path: str, cache: Path | None = None) -> str:
     """SHA-256 of a file on an fsspec filesystem, or the ETag of a store that lists one: nothing is read then.
 

@@ -11,12 +11,13 @@ Shapes: N rows, D dimensions (`x_ND`).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
+from data._content import file_sha256
 
 
 def load(path: str | Path) -> tuple[list[str], np.ndarray]:
@@ -84,8 +85,7 @@ def content_sha256(path: str | Path) -> str:
         FileNotFoundError: no file, or no ids beside a `.npy`.
     """
     path = Path(path)
-    parts = [path, _ids_beside(path)] if path.suffix == ".npy" else [path]
-    return hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()
+    return file_sha256(path, _ids_beside(path)) if path.suffix == ".npy" else file_sha256(path)
 
 
 def _ids_beside(path: Path) -> Path:

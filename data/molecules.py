@@ -17,6 +17,7 @@ from rdkit.Chem import Descriptors, rdFingerprintGenerator
 from rdkit.Chem.Scaffolds import MurckoScaffold
 
 from data import odor_sources
+from data._content import file_sha256
 
 CURATED_ROWS = 4983
 BROADER_ROWS = 5862
@@ -127,7 +128,7 @@ def curated(path: str | Path | None = None) -> MoleculeTable:
     name = "curated_GS_LF_merged_4983.csv"
     path = odor_sources.fetch(name) if path is None else Path(path)
     table = read_table(path, "curated")
-    if odor_sources.sha256(path) == odor_sources.SOURCES[name].sha256:
+    if file_sha256(path) == odor_sources.SOURCES[name].sha256:
         note = f"curated GS/LF table of OpenPOM, {len(table)} molecules, {len(table.labels)} labels"
     else:
         note = f"{path.name}: {len(table)} molecules, NOT the published curated table of {CURATED_ROWS} (checksum)"

@@ -6,12 +6,13 @@ curated GoodScents/Leffingwell table; pyrfume-data (github.com/pyrfume/pyrfume-d
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import os
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+
+from data._content import file_sha256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +55,6 @@ def cache_folder() -> Path:
     return Path(base) / "plumbline" / "odor"
 
 
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def fetch(name: str, folder: Path | None = None, timeout_s: float = 30.0) -> Path:
     """Path of the checked, cached copy of SOURCES[name]; downloads it when the cache has none.
 
@@ -74,7 +69,7 @@ def fetch(name: str, folder: Path | None = None, timeout_s: float = 30.0) -> Pat
     path = (folder or cache_folder()) / name
     if not path.exists():
         _download(source, path, timeout_s)
-    found = sha256(path)
+    found = file_sha256(path)
     if found != source.sha256:
         raise ValueError(
             f"{path} has sha256 {found[:12]}…, expected {source.sha256[:12]}…; delete it to download again, "
@@ -95,7 +90,7 @@ def _download(source: Source, path: Path, timeout_s: float) -> None:
             f"cannot download {source.name} from {source.url} ({error}); "
             f"get the file yourself and pass it with --set table=PATH, or --set table_path=FOLDER for several"
         ) from error
-    found = sha256(partial)
+    found = file_sha256(partial)
     if found != source.sha256:
         partial.unlink()
         raise ValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
 
+from data._content import file_sha256
 from data.split import identity_hash, side_of
 from sweeps._sweep import UserError, digest
 from sweeps._where import user_cache
@@ -297,8 +297,7 @@ def _codec_facts(codec: str, weights: str) -> str:
     """Identity of the codec's weights: the bytes of a file, else their hash after loading."""
     if weights not in ("", "random"):
         try:
-            with open(weights, "rb") as f:
-                return f"{codec} {hashlib.file_digest(f, 'sha256').hexdigest()}"
+            return f"{codec} {file_sha256(weights)}"
         except OSError as error:
             raise UserError(f"codec_weights={weights}: {error.strerror}; give a file, random, or nothing") from error
     return str(digest(open_weights(codec, weights).describe()))

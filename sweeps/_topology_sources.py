@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from data import embeddings, molecules, odor_sources
+from data._content import file_sha256
 from data.point_clouds import CLOUDS
 from sweeps._sweep import UserError, digest, nearest
 
@@ -59,7 +60,7 @@ def table_name(text: str) -> str:
         raise UserError(
             f"table {text!r} is no file and no known table{nearest(text, known)}; tables: {', '.join(known)}"
         )
-    sha = odor_sources.sha256(path)
+    sha = file_sha256(path)
     if sha == odor_sources.SOURCES[_CURATED].sha256:
         return "curated"
     return _file_name(path, sha)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from data import molecules, odor_sources
+from data._content import file_sha256
 from sweeps._sweep import UserError
 from sweeps._topology_sources import open_table
 from sweeps.odor_topology import PRESETS, SWEEP
@@ -67,7 +68,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
         original = tmp_path / name
         original.write_bytes(body)
         source = odor_sources.SOURCES[name]
-        local = replace(source, url=f"{host.url}/{name}", sha256=odor_sources.sha256(original))
+        local = replace(source, url=f"{host.url}/{name}", sha256=file_sha256(original))
         monkeypatch.setitem(odor_sources.SOURCES, name, local)
         original.unlink()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from analysis import utility
-from data import molecules, odor_sources
+from data import molecules
+from data._content import file_sha256
 from models import bottleneck
 from sweeps import _topology_run, _topology_sources
 from sweeps._context import PackContext
@@ -201,7 +202,7 @@ def test_embeddings_of_ones_own_share_a_ledger_and_are_named_in_banner_and_repor
     ledger = run(replace(OWN, embedding=(one,)))
     both = replace(OWN, embedding=(one, two))
     run(both, ledger)
-    names = [f"file:{Path(path).stem}-{odor_sources.sha256(Path(path))[:12]}" for path in both.embedding]
+    names = [f"file:{Path(path).stem}-{file_sha256(path)[:12]}" for path in both.embedding]
     published = ledger.read_many(c.key for c in SWEEP.plan(both))
     assert {c.identity["representation"] for c in published} == set(names)
     assert len({SWEEP.fingerprint(c, both, RunSettings()) for c in SWEEP.plan(both)}) == len(published)
