@@ -115,8 +115,9 @@ def preflight(cells: Sequence[SAECell], run: RunSettings) -> None:
             for context, longest, n_eval in _needs(cells):
                 stream = open_stream(next(c for c in cells if c.context == context), run)
                 stream.require(longest, n_eval)
+                tokens_ST = stream.eval_sequences(n_eval)
                 for model in sorted({c.model for c in cells if c.stream == "pile" and c.context == context}):
-                    require_ids(stream.eval_sequences(n_eval), model, vocabularies[model], stream.source)
+                    require_ids(tokens_ST, model, vocabularies[model], stream.source)
     except CorruptShard as error:
         raise corrupt(error) from error
     except (LMUnavailable, StreamUnavailable, ValueError) as error:
