@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -60,17 +60,24 @@ def with_errno(error: Exception) -> Exception:
     return OSError(number, f"{type(error).__name__}: {without_password(' '.join(str(error).split()))}")
 
 
+@contextlib.contextmanager
+def _numbered() -> Iterator[None]:
+    """Errors of the block, or of the function it decorates, as `with_errno` tells them."""
+    try:
+        yield
+    except Exception as error:
+        if (told := with_errno(error)) is error:
+            raise
+        raise told from error
+
+
 def _request(method: Callable[Concatenate[Store, _P], _R]) -> Callable[Concatenate[Store, _P], _R]:
     """A method that asks the storage: tried again where that may help, with errors that have a number."""
 
     @functools.wraps(method)
     def call(store: Store, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        try:
+        with contextlib.nullcontext() if store.local else _numbered():
             return method(store, *args, **kwargs)
-        except Exception as error:
-            if store.local or (told := with_errno(error)) is error:
-                raise
-            raise told from error
 
     return _retry(call)
 
@@ -294,6 +301,7 @@ class Store:
             shutil.rmtree(aside, ignore_errors=True)
 
 
+@_numbered()  # sftp:// and their like connect at once
 def _open(uri: str, address: str) -> tuple[Any, str]:
     """(file system, root path) of an address; `uri` is the same without its login, for the messages."""
     try:
@@ -308,7 +316,3 @@ def _open(uri: str, address: str) -> tuple[Any, str]:
             f"storage {uri} cannot be opened ({without_password(str(error))}); choose a folder, s3://BUCKET/PREFIX or "
             "another address that fsspec knows"
         ) from error
-    except Exception as error:  # sftp:// and their like connect at once
-        if (told := with_errno(error)) is error:
-            raise
-        raise told from error
