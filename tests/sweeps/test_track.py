@@ -66,6 +66,16 @@ class Slow(Tracker):
         return super()._copy(key, unfinished, lapses)
 
 
+def held_in_a_copy(ledger: Ledger, said: list[str] | None = None) -> Slow:
+    """A tracker that was asked for all cells and whose thread is in its first copy."""
+    slow = tracker(ledger, [] if said is None else said, Slow)
+    assert isinstance(slow, Slow)
+    slow.start({}, {})
+    slow.want(ledger.done())
+    assert slow.copying.wait(60)
+    return slow
+
+
 def test_texts_with_quotes_are_found_as_they_are(ledger: Ledger) -> None:
     from mlflow.utils.search_utils import SearchUtils
 
@@ -78,11 +88,7 @@ def test_texts_with_quotes_are_found_as_they_are(ledger: Ledger) -> None:
 
 def test_the_end_does_not_copy_what_the_thread_is_copying(ledger: Ledger) -> None:
     said: list[str] = []
-    slow = tracker(ledger, said, Slow)
-    assert isinstance(slow, Slow)
-    slow.start({}, {})
-    slow.want(ledger.done())
-    assert slow.copying.wait(60)
+    slow = held_in_a_copy(ledger, said)
     threading.Timer(1.0, slow.go_on.set).start()
     assert not slow.finish("FINISHED", {}, [], timeout=0.1)
     assert any("a copy did not end within" in line for line in said)
@@ -102,11 +108,7 @@ def test_a_launch_that_leaves_copies_nothing_more(ledger: Ledger, monkeypatch: p
     client = MagicMock()
     monkeypatch.setattr(Slow, "_open", lambda self: vars(self).update(_parent="launch", _client=client))
     monkeypatch.setattr(Slow, "_look_up", lambda self, keys: None)
-    slow = tracker(ledger, [], Slow)
-    assert isinstance(slow, Slow)
-    slow.start({}, {})
-    slow.want(ledger.done())
-    assert slow.copying.wait(60)
+    slow = held_in_a_copy(ledger)
     slow.claims.release()
     threading.Timer(0.2, slow.go_on.set).start()
     slow.leave("KILLED", {}, 60)
@@ -118,11 +120,7 @@ def test_a_launch_that_leaves_copies_nothing_more(ledger: Ledger, monkeypatch: p
 def test_leaving_does_not_wait_for_a_copy(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Slow, "_open", lambda self: None)
     monkeypatch.setattr(Slow, "_look_up", lambda self, keys: None)
-    slow = tracker(ledger, [], Slow)
-    assert isinstance(slow, Slow)
-    slow.start({}, {})
-    slow.want(ledger.done())
-    assert slow.copying.wait(60)
+    slow = held_in_a_copy(ledger)
     slow.leave("KILLED", {}, 0.1)
     assert slow._thread is not None
     assert slow._thread.is_alive()
