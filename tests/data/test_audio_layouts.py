@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,20 @@ def test_prompts_become_an_ljspeech_folder(tmp_path: Path) -> None:
     (voice / "digits").mkdir(parents=True)
     soundfile.write(voice / "agent-pass.wav", tone(1.5, 8_000), 8_000)
     soundfile.write(voice / "digits" / "7.wav", tone(1.2, 8_000), 8_000)
-    assert fetch_test_audio.lay_out_speech(tmp_path / "tree", tmp_path / "lj") == 2
+    soundfile.write(voice / "beep.wav", tone(1.1, 8_000), 8_000)
+    soundfile.write(voice / "unlisted.wav", tone(1.1, 8_000), 8_000)
+    listed = "; Sounds\n\nagent-pass: Enter: the | key.\nbeep: [a tone]\ndigits/7: seven\n"
+    (tmp_path / "tree" / "core-sounds-en.txt.gz").write_bytes(gzip.compress(listed.encode()))
+    assert fetch_test_audio.lay_out_speech(tmp_path / "tree", tmp_path / "lj") == 4
     audio = open_ljspeech(tmp_path / "lj", nominal_rate=8_000)
     assert audio.oddities == ()
-    assert {r.recording_id: r.text for r in audio.recordings} == {"agent-pass": "agent pass", "digits_7": "7"}
+    texts = {r.recording_id: r.text for r in audio.recordings}
+    assert texts == {"agent-pass": "Enter: the   key.", "digits_7": "seven", "beep": "", "unlisted": ""}
+
+
+def test_a_missing_list_of_transcripts_is_said(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"no core-sounds-en\.txt\.gz in asterisk-core-sounds-en-wav"):
+        fetch_test_audio.transcripts(tmp_path)
 
 
 def test_pieces_become_an_fma_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,4 +59,4 @@ def test_what_apt_get_cannot_find_is_said(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(fetch_test_audio.subprocess, "run", lambda *_a, **_k: Failed())
     with pytest.raises(RuntimeError, match=r"run apt-get update first\.\nE: Unable to locate"):
-        fetch_test_audio.unpack("no-such-package", tmp_path / "x")
+        fetch_test_audio.unpack(["no-such-package"], tmp_path / "x")
