@@ -11,7 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import FusedLinear, GatedHeadNorm, Mixer, RMSNorm, conv_weight_, log_uniform_dt_bias_, widen
+from models._head_kernels import CpuUnitHeads
+from models.layers import (
+    FusedLinear,
+    GatedHeadNorm,
+    Mixer,
+    RMSNorm,
+    conv_weight_,
+    log_uniform_dt_bias_,
+    trains_on_cpu,
+    widen,
+)
 from models.ops import gated_delta, gated_delta_step, short_conv, short_conv_step
 
 
@@ -64,6 +74,8 @@ class GatedDeltaNet(Mixer):
             nn.init.xavier_uniform_(part, generator=generator)
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if trains_on_cpu(qkv):
+            return CpuUnitHeads.apply(qkv, self.n_heads, self.head_k)
         q, k, v = (part.unflatten(-1, (self.n_heads, -1)) for part in qkv.split(self.qkv_sizes, dim=-1))
         return F.normalize(widen(q), dim=-1), F.normalize(widen(k), dim=-1), v
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models._head_kernels import CpuGatedNorm
 from models._norm_kernels import CpuRMSNorm
 from models._swiglu_kernels import CpuSwiGLU
 
@@ -41,8 +42,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         x = widen(x)
-        # the compiled pass is for training, where it also saves the many passes of the backward
-        if torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
+        if trains_on_cpu(x) and x.dtype == self.weight.dtype:
             return CpuRMSNorm.apply(x, self.weight, self.eps)
         return super().forward(x)
 
@@ -87,7 +87,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         joint = F.linear(x, self.gate_up.weight)
-        if torch.is_grad_enabled() and joint.device.type == "cpu" and joint.dtype in (torch.float32, torch.bfloat16):
+        if trains_on_cpu(joint):
             return self.down(CpuSwiGLU.apply(joint))
         gate, up = joint.chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
@@ -100,8 +100,16 @@ class GatedHeadNorm(nn.Module):
         super().__init__()
         self.norm = RMSNorm(width, eps=eps)
 
-    def forward(self, x_V: Tensor, gate_V: Tensor) -> Tensor:
-        return self.norm(x_V) * F.silu(gate_V)
+    def forward(self, x_HV: Tensor, gate_HV: Tensor) -> Tensor:
+        if trains_on_cpu(x_HV, gate_HV) and self.norm.weight.dtype == torch.float32:
+            return CpuGatedNorm.apply(x_HV, gate_HV, self.norm.weight, self.norm.eps)
+        return self.norm(x_HV) * F.silu(gate_HV)
+
+
+def trains_on_cpu(*tensors: Tensor) -> bool:
+    """Whether the compiled passes are for these: they save the many passes of a backward, and take two types."""
+    kernel_types = (torch.float32, torch.bfloat16)
+    return torch.is_grad_enabled() and all(x.device.type == "cpu" and x.dtype in kernel_types for x in tensors)
 
 
 def widen(x: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ Inside a chunk that starts from state S (Yang et al. 2024, "Gated Delta Networks
     O = e^gamma Q S + (D * Q K^T) V'                    S_next = P S + R
     P = e^gamma_C I - K_out^T W    R = K_out^T U        K_out = e^(gamma_C - gamma) K
 
-Only S_next = P S + R is sequential. The backward pass recomputes everything from the inputs and the states S.
+Only S_next = P S + R is sequential. The backward pass recomputes everything from
+the inputs and the states S at the start of each span of time.
 
 Shapes: B batch, R rows, T time, h query/key heads, H value heads, K, V head widths, N chunks, C chunk length,
 G = R*H, M = G*N matrices of one chunk each.
@@ -33,7 +34,7 @@ from models.ops._layout import (
 )
 
 CHUNK = 32
-SPAN = 512  # tokens
+SPAN = 128  # tokens
 SOLVE_BLOCK = 16
 
 
@@ -123,22 +124,24 @@ def _prepare(
     return _Chunks(q, k, v, beta, decay_in, decay_out, decay_all, D, kk, qk, inverse, UW, k_out, P)
 
 
-def _chunks_of(tokens: slice, chunk: int, states_RHNKV: Tensor) -> Tensor:
-    """States that enter the chunks of these tokens, as a view [G, n, K, V]."""
-    part = states_RHNKV[:, :, tokens.start // chunk : -(-tokens.stop // chunk)]
-    return part.view(-1, *part.shape[2:])
+def _states(c: _Chunks, start_GKV: Tensor) -> tuple[Tensor, Tensor]:
+    """States that enter the chunks [G*N, K, V], and the one that leaves the last [G, K, V]."""
+    G, K, V = start_GKV.shape
+    P_GNKK = c.P_MKK.view(G, -1, K, K)
+    R_GNKV = torch.bmm(c.k_out_MCK.transpose(1, 2), c.UW_MCX[..., :V]).view(G, -1, K, V)
+    N = R_GNKV.shape[1]
+    # chunks come first: a batched product with a contiguous result is one call, any other a call for each matrix
+    states_nGKV = start_GKV.new_empty(N + 1, G, K, V)
+    states_nGKV[0] = start_GKV
+    for n in range(N):
+        torch.baddbmm(R_GNKV[:, n], P_GNKK[:, n], states_nGKV[n], out=states_nGKV[n + 1])
+    return states_nGKV[:N].transpose(0, 1).reshape(G * N, K, V), states_nGKV[N]
 
 
-def _forward_span(c: _Chunks, states_GNKV: Tensor, start_GKV: Tensor) -> tuple[Tensor, Tensor]:
-    """Fill `states_GNKV` with the state that enters each chunk; return the outputs [M, C, V] and the last state."""
-    G, N, K, V = states_GNKV.shape
-    P = c.P_MKK.view(G, N, K, K)
-    R = torch.bmm(c.k_out_MCK.transpose(1, 2), c.UW_MCX[..., :V]).view(G, N, K, V)
-    states_GNKV[:, 0] = start_GKV
-    for n in range(N - 1):
-        torch.baddbmm(R[:, n], P[:, n], states_GNKV[:, n], out=states_GNKV[:, n + 1])
-    final = torch.baddbmm(R[:, N - 1], P[:, N - 1], states_GNKV[:, N - 1])
-    S = states_GNKV.reshape(G * N, K, V)
+def _forward_span(c: _Chunks, start_GKV: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs [M, C, V] and the state after the last chunk."""
+    V = c.v_MCV.shape[2]
+    S, final = _states(c, start_GKV)
     v_new = torch.baddbmm(c.UW_MCX[..., :V], c.UW_MCX[..., V:], S, alpha=-1)
     o = torch.bmm(c.q_MCK * c.decay_in_MC1, S).baddbmm_(c.qk_MCC, v_new)
     return o, final
@@ -153,22 +156,22 @@ class _SpanGrads(NamedTuple):
     initial_GKV: Tensor
 
 
-def _backward_span(c: _Chunks, states_GNKV: Tensor, do_MCV: Tensor, dfinal_GKV: Tensor) -> _SpanGrads:
-    G, N, K, V = states_GNKV.shape
-    S = states_GNKV.reshape(G * N, K, V)
+def _backward_span(c: _Chunks, start_GKV: Tensor, do_MCV: Tensor, dfinal_GKV: Tensor) -> _SpanGrads:
+    G, K, V = start_GKV.shape
+    S, _ = _states(c, start_GKV)
     W = c.UW_MCX[..., V:]
     v_new = torch.baddbmm(c.UW_MCX[..., :V], W, S, alpha=-1)
     q_in = c.q_MCK * c.decay_in_MC1
 
     dv_new = torch.bmm(c.qk_MCC.transpose(1, 2), do_MCV)
     read = torch.bmm(q_in.transpose(1, 2), do_MCV).baddbmm_(W.transpose(1, 2), dv_new, alpha=-1)
-    read_GNKV, P_GNKK = read.view(G, N, K, V), c.P_MKK.view(G, N, K, K)
-    dnext_GNKV = torch.empty_like(states_GNKV, memory_format=torch.contiguous_format)
-    dnext_GNKV[:, N - 1] = dfinal_GKV
-    for n in range(N - 1, 0, -1):
-        torch.baddbmm(read_GNKV[:, n], P_GNKK[:, n].transpose(1, 2), dnext_GNKV[:, n], out=dnext_GNKV[:, n - 1])
-    dinitial = torch.baddbmm(read_GNKV[:, 0], P_GNKK[:, 0].transpose(1, 2), dnext_GNKV[:, 0])
-    dnext = dnext_GNKV.view(G * N, K, V)
+    read_GNKV, P_GNKK = read.view(G, -1, K, V), c.P_MKK.view(G, -1, K, K)
+    N = read_GNKV.shape[1]
+    dstates_nGKV = read.new_empty(N + 1, G, K, V)
+    dstates_nGKV[N] = dfinal_GKV
+    for n in reversed(range(N)):
+        torch.baddbmm(read_GNKV[:, n], P_GNKK[:, n].transpose(1, 2), dstates_nGKV[n + 1], out=dstates_nGKV[n])
+    dnext, dinitial = dstates_nGKV[1:].transpose(0, 1).reshape(G * N, K, V), dstates_nGKV[0]
 
     dv_new.baddbmm_(c.k_out_MCK, dnext)
     dUW = torch.empty_like(c.UW_MCX)
@@ -203,8 +206,22 @@ def _backward_span(c: _Chunks, states_GNKV: Tensor, do_MCV: Tensor, dfinal_GKV: 
     return _SpanGrads(dq, dk, dv_beta * c.beta_MC1, dg.unsqueeze(2), dbeta, dinitial)
 
 
+def _store(d: _SpanGrads, grads: list[Tensor]) -> None:
+    """Write a span's gradients where they belong in those of q, k, v, g and beta."""
+    dq, dk, dv, dg, dbeta = grads
+    R, T, H, _ = dv.shape
+    for x_MCK, out in ((d.q_MCK, dq), (d.k_MCK, dk)):
+        h, K = out.shape[2:]
+        per_head = torch.empty(R, T, H, K, dtype=x_MCK.dtype, device=out.device)
+        from_chunks(x_MCK, per_head)
+        out.copy_(per_head.unflatten(2, (h, H // h)).sum(3) if h < H else per_head)
+    from_chunks(d.v_MCV, dv)
+    from_chunks(d.g_MC1, dg.unsqueeze(3))
+    from_chunks(d.beta_MC1, dbeta.unsqueeze(3))
+
+
 class _ChunkedGatedDelta(torch.autograd.Function):
-    """Saves the inputs and one state a chunk; on a CPU one batch row and one span of time at once."""
+    """Saves the inputs and one state a span of time; on a CPU one batch row and one span at once."""
 
     @staticmethod
     def forward(
@@ -212,51 +229,42 @@ class _ChunkedGatedDelta(torch.autograd.Function):
         chunk: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         B, T, H, V = v.shape
-        K, N = k.shape[3], -(-T // chunk)
-        dtype = compute_dtype(q, k, v)
+        spans = time_spans(T, SPAN, v.device)
         o = torch.empty_like(v, memory_format=torch.contiguous_format)
-        final = torch.empty(B, H, K, V, dtype=dtype, device=v.device)
-        states = torch.empty(B, H, N, K, V, dtype=dtype, device=v.device)
+        states = torch.zeros(len(spans) + 1, B, H, k.shape[3], V, dtype=compute_dtype(q, k, v), device=v.device)
+        if initial is not None:
+            states[0] = initial
         with no_autocast(v):
             for r in row_groups(B, v.device):
-                S_GKV = torch.zeros_like(states[r, :, 0]) if initial is None else initial[r].to(dtype)
-                S_GKV = S_GKV.flatten(0, 1)
-                for t in time_spans(T, SPAN, v.device):
+                for i, t in enumerate(spans):
                     c = _prepare(q[r, t], k[r, t], v[r, t], g[r, t], beta[r, t], scale, chunk)
-                    o_MCV, S_GKV = _forward_span(c, _chunks_of(t, chunk, states[r]), S_GKV)
+                    o_MCV, next_GKV = _forward_span(c, states[i, r].flatten(0, 1))
+                    states[i + 1, r] = next_GKV.view_as(states[i + 1, r])
                     from_chunks(o_MCV, o[r, t])
-                final[r] = S_GKV.view_as(final[r])
-        ctx.save_for_backward(q, k, v, g, beta, states)
+                    del c, o_MCV  # before the next span makes its own
+        ctx.save_for_backward(q, k, v, g, beta, states[:-1])
         ctx.scale, ctx.chunk = scale, chunk
         ctx.initial_dtype = None if initial is None else initial.dtype
         ctx.set_materialize_grads(False)
-        return o, final
+        return o, states[-1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, g, beta, states = ctx.saved_tensors
-        B, H, _, K, V = states.shape
-        h, chunk = k.shape[2], ctx.chunk
+        spans = list(enumerate(time_spans(v.shape[1], SPAN, v.device)))
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, g, beta)]
-        dinitial = torch.empty(B, H, K, V, dtype=states.dtype, device=v.device)
+        dinitial = torch.zeros_like(states[0]) if dfinal is None else dfinal.to(states.dtype, copy=True)
         with no_autocast(v):
-            for r in row_groups(B, v.device):
-                dS_GKV = torch.zeros_like(states[r, :, 0]) if dfinal is None else dfinal[r]
-                dS_GKV = dS_GKV.flatten(0, 1)
-                for t in reversed(time_spans(v.shape[1], SPAN, v.device)):
-                    c = _prepare(q[r, t], k[r, t], v[r, t], g[r, t], beta[r, t], ctx.scale, chunk)
-                    do_MCV = torch.zeros_like(c.v_MCV) if do is None else to_chunks(do[r, t], chunk, states.dtype)
-                    d = _backward_span(c, _chunks_of(t, chunk, states[r]), do_MCV, dS_GKV)
-                    for x_MCK, out in ((d.q_MCK.mul_(ctx.scale), grads[0][r, t]), (d.k_MCK, grads[1][r, t])):
-                        per_head = torch.empty(*out.shape[:2], H, K, dtype=states.dtype, device=out.device)
-                        from_chunks(x_MCK, per_head)
-                        out.copy_(per_head.unflatten(2, (h, H // h)).sum(3) if h < H else per_head)
-                    from_chunks(d.v_MCV, grads[2][r, t])
-                    from_chunks(d.g_MC1, grads[3][r, t].unsqueeze(3))
-                    from_chunks(d.beta_MC1, grads[4][r, t].unsqueeze(3))
-                    dS_GKV = d.initial_GKV
-                dinitial[r] = dS_GKV.view_as(dinitial[r])
+            for r in row_groups(v.shape[0], v.device):
+                for i, t in reversed(spans):
+                    c = _prepare(q[r, t], k[r, t], v[r, t], g[r, t], beta[r, t], ctx.scale, ctx.chunk)
+                    do_MCV = torch.zeros_like(c.v_MCV) if do is None else to_chunks(do[r, t], ctx.chunk, states.dtype)
+                    d = _backward_span(c, states[i, r].flatten(0, 1), do_MCV, dinitial[r].flatten(0, 1))
+                    d.q_MCK.mul_(ctx.scale)
+                    dinitial[r] = d.initial_GKV.view_as(dinitial[r])
+                    _store(d, [x[r, t] for x in grads])
+                    del c, do_MCV, d  # before the next span makes its own
         dstart = None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype)
         return (*grads, dstart, None, None)
 

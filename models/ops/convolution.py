@@ -57,7 +57,12 @@ def short_conv(
     if initial_state is None:
         initial_state = x.new_zeros(B, W - 1, D)
     check_shape("initial_state", initial_state, (B, W - 1, D), "[B, W - 1, D]")
-    y = _ShortConv.apply(x, weight, bias, initial_state, activation)
+    if _compiles(x, weight, initial_state):
+        from models.ops._convolution_cpu import CpuShortConv  # numba takes a second to import
+
+        y = CpuShortConv.apply(x, weight, bias, initial_state, activation == "silu")
+    else:
+        y = _ShortConv.apply(x, weight, bias, initial_state, activation)
     tail = torch.cat([initial_state, x[:, max(0, T - W + 1) :]], 1)
     return y, tail[:, tail.shape[1] - (W - 1) :]
 
@@ -78,6 +83,12 @@ def short_conv_step(
 def _check_activation(activation: str | None) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is neither 'silu' nor None; choose one of these")
+
+
+def _compiles(x: Tensor, weight: Tensor, initial: Tensor) -> bool:
+    """Whether the kernel for CPUs takes these types; it is for the precisions of training."""
+    on_cpu = x.device.type == weight.device.type == "cpu"
+    return on_cpu and x.dtype == initial.dtype and {x.dtype, weight.dtype} <= {torch.float32, torch.bfloat16}
 
 
 def _extend(x_RTD: Tensor, initial_RwD: Tensor, dtype: torch.dtype) -> Tensor:

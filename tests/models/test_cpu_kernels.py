@@ -13,7 +13,8 @@ from numba import njit
 from models._float32 import exp32, read_row, write_row
 from models._threads import torch_threads
 from models.codebook_loss import codebook_loss
-from models.layers import RMSNorm, SwiGLU
+from models.gated_delta import GatedDeltaNet
+from models.layers import GatedHeadNorm, RMSNorm, SwiGLU
 
 
 def randn(seed, *shape):
@@ -83,6 +84,56 @@ def test_rms_norm(shape):
         torch.testing.assert_close(norm(x), actual[0])
     with torch_threads(3):
         again = norm_run(norm, x, dy)
+    assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
+
+
+def unit_heads(heads, joint, grads):
+    joint = joint.detach().requires_grad_()
+    out = heads(joint)
+    return [*(x.detach() for x in out), *torch.autograd.grad(out, joint, grads)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+def test_unit_heads(dtype, tolerance):
+    """Split and normalised as by F.normalize, rows that are a part of wider ones too, and shorter than its floor."""
+    mixer = GatedDeltaNet(8, 3, 5, 7, conv_width=4, norm_eps=1e-6)
+    joint = randn(0, 2, 11, 60).to(dtype)
+    joint[0, 3, :5] *= 1e-14
+    joint[1, 2, 15:20] = 0
+    grads = [randn(1, 2, 11, 3, 5), randn(2, 2, 11, 3, 5), randn(3, 2, 11, 3, 7).to(dtype)]
+    grads[0][0, 3, 0] *= 1e-12
+    grads[1][1, 2, 0] = 0
+    part = joint[..., :51]
+    actual = unit_heads(mixer._heads, part, grads)
+    expected = unit_heads(mixer._heads, part.double(), [g.double() for g in grads])
+    assert [x.dtype for x in actual] == [torch.float32, torch.float32, dtype, dtype]
+    assert all(relative(a, b) < tolerance for a, b in zip(actual, expected, strict=True))
+    with torch_threads(3):
+        again = unit_heads(mixer._heads, part, grads)
+    assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
+
+
+def gated_run(norm, x, gate, dy):
+    x, gate = x.detach().requires_grad_(), gate.detach().requires_grad_()
+    y = norm(x, gate)
+    return [y.detach(), *torch.autograd.grad(y, (x, gate, norm.norm.weight), dy)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 5), (3, 7, 2, 96), (2, 6, 3, 13)])
+def test_gated_head_norm(shape, dtype, tolerance):
+    norm, reference = GatedHeadNorm(shape[-1], 1e-3), GatedHeadNorm(shape[-1], 1e-3).double()
+    with torch.no_grad():
+        norm.norm.weight.copy_(randn(1, shape[-1]))
+    reference.load_state_dict(norm.state_dict())
+    x, gate, dy = (3 * randn(seed, *shape).transpose(0, 1).to(dtype) for seed in (2, 3, 4))
+    actual, expected = gated_run(norm, x, gate, dy), gated_run(reference, x.double(), gate.double(), dy.double())
+    assert [a.dtype for a in actual] == [dtype, dtype, dtype, torch.float32]
+    assert all(relative(a, b) < tolerance for a, b in zip(actual, expected, strict=True))
+    with torch.no_grad():
+        assert relative(norm(x, gate), actual[0]) < 2 * tolerance
+    with torch_threads(3):
+        again = gated_run(norm, x, gate, dy)
     assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models._threads import torch_threads
 from models.ops import short_conv, short_conv_step
 
 
@@ -40,6 +41,29 @@ def test_equals_conv1d_with_gradients(T: int, activation: str | None, with_bias:
     fast = torch.autograd.grad([y, final], leaves, loss_weights)
     for a, b in zip(fast, slow, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize(("T", "W", "D"), [(1, 4, 3), (2, 4, 600), (300, 4, 1200), (40, 1, 5)])
+@pytest.mark.parametrize("activation", ["silu", None])
+def test_compiled_equals_the_same_in_float64(T: int, W: int, D: int, activation: str | None, dtype, tolerance) -> None:
+    """Outputs and gradients of the kernel for CPUs, blocks of channels and rows apart; threads change no bit."""
+    gen = torch.Generator().manual_seed(T)
+    x, weight, bias, state = (torch.randn(*s, generator=gen) for s in ((2, T, D + 2), (D, W), (D,), (2, W - 1, D)))
+    arguments = [x[..., :D].to(dtype), weight, bias, state.to(dtype)]
+    dy = torch.randn(2, T, D, generator=gen).to(dtype)
+
+    def run(*arguments: Tensor) -> list[Tensor]:
+        leaves = x, weight, bias, state = [z.detach().requires_grad_() for z in arguments]
+        y, _ = short_conv(x, weight, bias=bias, activation=activation, initial_state=state)
+        return [y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
+
+    actual, expected = run(*arguments), run(*(z.double() for z in arguments))
+    for a, b in zip(actual, expected, strict=True):
+        assert float((a.double() - b).detach().norm()) <= tolerance * float(b.detach().norm())
+    with torch_threads(3):
+        again = run(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
 
 
 @pytest.mark.parametrize("W", [1, 2, 4])
