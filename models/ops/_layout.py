@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+CACHED_FLOATS = 2**18  # 1 MiB in float32
 IMPLS = ("auto", "recurrent", "chunked")
 
 
@@ -24,13 +25,13 @@ def no_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast(device_type=x.device.type, enabled=False)
 
 
-def row_groups(batch: int, device: torch.device) -> Iterable[slice]:
-    """Batch rows to process together.
+def row_groups(batch: int, device: torch.device, floats: int) -> Iterable[slice]:
+    """Batch rows to process together, `floats` being the numbers of a row that are read at a time.
 
-    On a CPU one row at a time keeps every chunk-sized temporary in cache and peak memory independent of the
-    batch; a GPU needs the whole batch to be busy.
+    On a CPU few rows at a time, one of a large model, keep every temporary in cache and peak memory independent of the
+    batch; many rows of a small model save calls. A GPU needs the whole batch to be busy.
     """
-    step = 1 if device.type == "cpu" else max(batch, 1)
+    step = max(1, CACHED_FLOATS // max(floats, 1)) if device.type == "cpu" else max(batch, 1)
     return (slice(start, start + step) for start in range(0, batch, step))
 
 

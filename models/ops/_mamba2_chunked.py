@@ -134,6 +134,12 @@ def _backward_span(k: _Chunks, dy_RHncP: Tensor, dfinal_RHNP: Tensor) -> _SpanGr
     return _SpanGrads(du, dlog_decay, dB, dC, dsources[:, :, 0])
 
 
+def _floats(x_BTHP: Tensor, B_BTGN: Tensor) -> int:
+    """Inputs of a row and a span."""
+    H, P = x_BTHP.shape[2:]
+    return min(SPAN, x_BTHP.shape[1]) * (H * P + 2 * B_BTGN[0, 0].numel())
+
+
 class _ChunkedSSD(torch.autograd.Function):
     """Saves its inputs and one state a span; on a CPU one batch row and one span of time at once."""
 
@@ -147,7 +153,7 @@ class _ChunkedSSD(torch.autograd.Function):
         entering = initial_BHNP.new_empty(batch, len(spans), *initial_BHNP.shape[1:])
         final = torch.empty_like(initial_BHNP, memory_format=torch.contiguous_format)
         with no_autocast(x):
-            for r in row_groups(batch, x.device):
+            for r in row_groups(batch, x.device, _floats(x, B)):
                 state_RHNP = initial_BHNP[r]
                 for i, t in enumerate(spans):
                     entering[r, i] = state_RHNP
@@ -171,7 +177,7 @@ class _ChunkedSSD(torch.autograd.Function):
         dA = torch.zeros_like(A, dtype=torch.float64)
         dinitial = torch.empty_like(entering[:, 0], memory_format=torch.contiguous_format)
         with no_autocast(x):
-            for r in row_groups(x.shape[0], x.device):
+            for r in row_groups(x.shape[0], x.device, _floats(x, B)):
                 dstate_RHNP = torch.zeros_like(dinitial[r]) if dfinal is None else dfinal[r]
                 for i, t in reversed(spans):
                     k = _prepare(x[r, t], dt[r, t], A, B[r, t], C[r, t], entering[r, i])

@@ -121,7 +121,7 @@ class _ShortConv(torch.autograd.Function):
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         taps_WD = weight.to(dtype).t().contiguous()
         with no_autocast(x):
-            for r in row_groups(x.shape[0], x.device):
+            for r in row_groups(x.shape[0], x.device, x[0].numel()):
                 x_RED = _extend(x[r], initial[r], dtype)
                 for tokens in _blocks(x.shape[1], x.device):
                     z = _convolve(x_RED, taps_WD, bias, tokens)
@@ -142,7 +142,7 @@ class _ShortConv(torch.autograd.Function):
         dtaps_WD = torch.zeros_like(taps_WD)
         dbias_D = torch.zeros_like(taps_WD[0])
         with no_autocast(x):
-            for r in row_groups(x.shape[0], x.device):
+            for r in row_groups(x.shape[0], x.device, x[0].numel()):
                 x_RED = _extend(x[r], initial[r], dtype)
                 dx_RED = torch.zeros_like(x_RED)
                 for tokens in _blocks(x.shape[1], x.device):

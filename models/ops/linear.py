@@ -233,7 +233,7 @@ class _ChunkedLinearAttention(torch.autograd.Function):
         z_cached = torch.empty(B, L, H, K, dtype=dtype, device=v.device)
         initial = torch.cat([S0, z0.unsqueeze(3)], 3)
         with no_autocast(v):
-            for r in row_groups(B, v.device):
+            for r in row_groups(B, v.device, T * H * (2 * K + V)):
                 q_MCK = to_chunks(q[r], chunk, dtype).mul_(scale)
                 k_MCK, v_MCX = to_chunks(k[r], chunk, dtype), _with_ones(v[r], chunk, dtype)
                 start = initial[r].flatten(0, 1)
@@ -263,12 +263,13 @@ class _ChunkedLinearAttention(torch.autograd.Function):
         q, k, v, initial = ctx.saved_tensors
         scale, normalize, eps, chunk, per_segment, cumulative = ctx.options
         dS_final, dz_final, dS_cached, dz_cached = dstates
-        B, _, K, X = initial.shape
+        B, H, K, X = initial.shape
+        T = v.shape[1]
         V, dtype = X - 1, initial.dtype
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         dinitial = torch.empty_like(initial)
         with no_autocast(v):
-            for r in row_groups(B, v.device):
+            for r in row_groups(B, v.device, T * H * (2 * K + V)):
                 q_MCK = to_chunks(q[r], chunk, dtype).mul_(scale)
                 k_MCK, v_MCX = to_chunks(k[r], chunk, dtype), _with_ones(v[r], chunk, dtype)
                 start = initial[r].flatten(0, 1)

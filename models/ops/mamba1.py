@@ -129,7 +129,7 @@ class _ChunkedScan(torch.autograd.Function):
         entering = torch.empty(batch, -(-T // CHUNK), *A_ND.shape, dtype=dtype, device=x.device)
         final = torch.empty_like(initial_BND, memory_format=torch.contiguous_format)
         with no_autocast(x):
-            for r in row_groups(batch, x.device):
+            for r in row_groups(batch, x.device, CHUNK * A.numel()):
                 h = initial_BND[r].contiguous()
                 for n, tokens in enumerate(_chunks(T)):
                     entering[r, n] = h
@@ -153,7 +153,7 @@ class _ChunkedScan(torch.autograd.Function):
         dA_RND = torch.zeros(batch, *A_ND.shape, dtype=dtype, device=x.device)
         dinitial = torch.empty_like(entering[:, 0])
         with no_autocast(x):
-            for r in row_groups(batch, x.device):
+            for r in row_groups(batch, x.device, CHUNK * A.numel()):
                 dh = torch.zeros_like(entering[r, 0]) if dfinal is None else dfinal[r].contiguous()
                 for n, tokens in reversed(list(enumerate(_chunks(T)))):
                     h = entering[r, n]

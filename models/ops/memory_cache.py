@@ -160,7 +160,7 @@ class _ChunkedRetrieval(torch.autograd.Function):
         V = states.shape[4]
         out = torch.zeros(B, T, H, V, dtype=q.dtype, device=q.device)
         with no_autocast(q):
-            for r in row_groups(B, q.device):
+            for r in row_groups(B, q.device, states[0].numel() + q[0].numel() * states.shape[1]):
                 S_GLKV = states[r].transpose(1, 2).flatten(0, 1)
                 q_GTK = q[r].transpose(1, 2).to(states.dtype).flatten(0, 1)
                 w_GTL = _per_head(weights[r], H)
@@ -179,7 +179,7 @@ class _ChunkedRetrieval(torch.autograd.Function):
         B, T, H, K = q.shape
         dq, dstates, dweights = (torch.zeros_like(x) for x in (q, states, weights))
         with no_autocast(q):
-            for r in row_groups(B, q.device):
+            for r in row_groups(B, q.device, states[0].numel() + q[0].numel() * states.shape[1]):
                 S_GLKV = states[r].transpose(1, 2).flatten(0, 1)
                 q_GTK = q[r].transpose(1, 2).to(states.dtype).flatten(0, 1)
                 d_GTV = dout[r].transpose(1, 2).to(states.dtype).flatten(0, 1)

@@ -7,10 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.ops import _delta_rule_chunked, gated_delta, gated_delta_step
-from models.ops._delta_rule_chunked import unit_lower_inverse
+from models._threads import torch_threads
+from models.ops import _delta_rule_chunked, _delta_rule_torch, gated_delta, gated_delta_step
+from models.ops._delta_rule_torch import unit_lower_inverse
 
 NAMES = ("q", "k", "v", "g", "beta")
+# float32 takes the compiled passes, float64 the operations for any device
+both_precisions = pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)], ids=["float64", "float32"]
+)
 
 
 def make_inputs(
@@ -59,24 +64,57 @@ def test_chunked_float32_equals_recurrent_float64(decay: str, correlation: float
     assert max(errors.values()) <= limit, errors
 
 
+@both_precisions
 @pytest.mark.parametrize("T", [1, 15, 16, 17, 31, 32, 33, 64, 95])
-def test_any_length_and_grouped_heads(T: int) -> None:
+def test_any_length_and_grouped_heads(T: int, dtype: torch.dtype, tolerance: float) -> None:
     inputs = make_inputs(T=T, H=4, h=2, V=7, seed=T)
     start = torch.randn(2, 4, 12, 7, dtype=torch.float64)
     expected = run_with_gradients(inputs, start, torch.float64, "recurrent")
-    actual = run_with_gradients(inputs, start, torch.float64, "chunked")
+    actual = run_with_gradients(inputs, start, dtype, "chunked")
     errors = {name: relative(actual[name], expected[name]) for name in expected}
-    assert max(errors.values()) <= 1e-12, errors
+    assert max(errors.values()) <= tolerance, errors
 
 
-def test_spans_of_time_carry_states_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+@both_precisions
+def test_spans_of_time_carry_states_and_gradients(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float
+) -> None:
     monkeypatch.setattr(_delta_rule_chunked, "SPAN", 64)
     inputs = make_inputs(T=150, H=4, h=2)
     start = torch.randn(2, 4, 12, 20, dtype=torch.float64)
     expected = run_with_gradients(inputs, start, torch.float64, "recurrent")
-    actual = run_with_gradients(inputs, start, torch.float64, "chunked")
+    actual = run_with_gradients(inputs, start, dtype, "chunked")
     errors = {name: relative(actual[name], expected[name]) for name in expected}
-    assert max(errors.values()) <= 1e-12, errors
+    assert max(errors.values()) <= tolerance, errors
+
+
+def test_threads_change_no_bit_of_the_compiled_passes() -> None:
+    inputs = make_inputs(T=70, H=4, h=2)
+    start = torch.zeros(2, 4, 12, 20)
+    one = run_with_gradients(inputs, start, torch.float32, "chunked")
+    with torch_threads(3):
+        three = run_with_gradients(inputs, start, torch.float32, "chunked")
+    assert all(torch.equal(one[name], three[name]) for name in one)
+
+
+def test_compiled_and_other_passes_agree_in_every_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients have the types of their inputs; NaN reaches the output."""
+    inputs, start = make_inputs(T=40, H=4, h=2), torch.zeros(2, 4, 12, 20, dtype=torch.float64)
+    compiled = run_with_gradients(inputs, start, torch.bfloat16, "chunked")
+    monkeypatch.setattr(_delta_rule_chunked, "_elementwise", lambda *_: _delta_rule_torch)
+    other = run_with_gradients(inputs, start, torch.bfloat16, "chunked")
+    for name in compiled:
+        assert compiled[name].dtype == other[name].dtype
+        assert relative(compiled[name], other[name].double()) <= 2**-7, name
+
+
+def test_nan_reaches_the_outputs_after_it() -> None:
+    for position in range(5):
+        inputs = [x.float() for x in make_inputs(T=50)]
+        inputs[position][:, 20] = torch.nan
+        o, final = gated_delta(*inputs, impl="chunked")
+        assert o[:, 20].isnan().any()
+        assert position == 0 or final.isnan().any()
 
 
 def test_gradcheck() -> None:
@@ -123,16 +161,18 @@ def test_steps_equal_the_sequence() -> None:
     torch.testing.assert_close(state, final, rtol=1e-5, atol=1e-5)
 
 
-def test_no_gradient_from_the_future() -> None:
-    leaves = [x.requires_grad_() for x in make_inputs(T=80)]
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_no_gradient_from_the_future(dtype: torch.dtype) -> None:
+    leaves = [x.to(dtype).requires_grad_() for x in make_inputs(T=80)]
     o, _ = gated_delta(*leaves, impl="chunked")
     for x in torch.autograd.grad(o[:, :45].square().sum(), leaves):
         assert x[:, 45:].abs().max() == 0
         assert x[:, :45].abs().max() > 0
 
 
-def test_batch_rows_are_independent() -> None:
-    inputs = make_inputs(B=3, T=40)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_batch_rows_are_independent(dtype: torch.dtype) -> None:
+    inputs = [x.to(dtype) for x in make_inputs(B=3, T=40)]
     together, final = gated_delta(*inputs, impl="chunked")
     alone, final_alone = gated_delta(*(x[1:2] for x in inputs), impl="chunked")
     assert torch.equal(together[1:2], alone)
