@@ -37,6 +37,18 @@ def chunked_linear_attention(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> tup
     return o, S_BHLKV.transpose(1, 2)
 
 
+def segment_gate_logits(u: Tensor, x: Tensor, segment: int) -> Tensor:
+    """<u_t, mean of segment i> of the segments before t's, and of t's own up to t, by cumulative sums."""
+    x_BLSD = x.unflatten(1, (-1, segment))
+    sums_BLSD = x_BLSD.cumsum(2)
+    means_BLD = sums_BLSD[:, :, -1] / segment
+    counts = torch.arange(1, segment + 1)[:, None]
+    current = (u * (sums_BLSD / counts).flatten(1, 2)).sum(-1, keepdim=True)
+    own_T = torch.arange(x.shape[1]) // segment
+    unseen_TL = torch.arange(x_BLSD.shape[1]) >= own_T[:, None]
+    return torch.cat([(u @ means_BLD.mT).masked_fill(unseen_TL, -torch.inf), current], -1)
+
+
 def memory_cache_reads(q: Tensor, states: Tensor, gates: Tensor) -> Tensor:
     """Every token reads every cache, then the gates weigh the [B, T, L, H, V] answers (arXiv 2602.24281)."""
     reads_BTLHV = torch.einsum("bthk,blhkv->btlhv", q, states)

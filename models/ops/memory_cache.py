@@ -107,9 +107,47 @@ def segment_gate_logits(u: Tensor, x: Tensor, *, segment: int) -> Tensor:
         position = torch.arange(T, device=x.device)
         unseen_TL = torch.arange(L, device=x.device) >= (position // segment).unsqueeze(1)
         cached = torch.matmul(u, means_BLD.transpose(1, 2)).masked_fill(unseen_TL, -torch.inf)
-        sums = [part.cumsum(1) for part in x.split(segment, 1)]
-        current = (u * torch.cat(sums, 1)).sum(-1, keepdim=True) / (position % segment + 1).unsqueeze(1)
-    return torch.cat([cached, current], -1)
+        return torch.cat([cached, _RunningMeanDot.apply(u, x, segment).unsqueeze(2)], -1)
+
+
+class _RunningMeanDot(torch.autograd.Function):
+    """[B, T] of <u_t, mean of x over its segment up to and including t>.
+
+    Running means are products with a triangular matrix, a row of the batch at a time: less than half the time of
+    cumulative sums, whose backward reverses its operand twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, x: Tensor, segment: int) -> Tensor:
+        ctx.save_for_backward(u, x)
+        ctx.segment = segment
+        y = u.new_empty(u.shape[:2])
+        for b, t, mean_SS in _pieces(x, segment):
+            torch.sum(u[b, t] * torch.matmul(mean_SS, x[b, t]), -1, out=y[b, t])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        u, x = ctx.saved_tensors
+        du, dx = torch.empty_like(u), torch.empty_like(x)
+        with no_autocast(x):
+            for b, t, mean_SS in _pieces(x, ctx.segment):
+                d_S1 = dy[b, t].unsqueeze(1)
+                torch.mul(torch.matmul(mean_SS, x[b, t]), d_S1, out=du[b, t])
+                torch.matmul(mean_SS.t(), u[b, t] * d_S1, out=dx[b, t])
+        return du, dx, None
+
+
+def _pieces(x_BTD: Tensor, segment: int) -> Iterator[tuple[int, slice, Tensor]]:
+    """Row, tokens and the matrix of running means of every segment, the last of which may be short."""
+    B, T, _ = x_BTD.shape
+    size = min(segment, T)
+    mean_SS = x_BTD.new_ones(size, size).tril_().div_(torch.arange(1, size + 1, device=x_BTD.device).unsqueeze(1))
+    for b in range(B):
+        for start in range(0, T, segment):
+            S = min(segment, T - start)
+            yield b, slice(start, start + S), mean_SS[:S, :S]
 
 
 def _check(q: Tensor, states: Tensor, gates: Tensor, segment: int, normalizers: Tensor | None) -> None:
@@ -191,11 +229,11 @@ class _ChunkedRetrieval(torch.autograd.Function):
                     gated = (w_nsK * q_n1K).flatten(2)
                     dS_GLKV[:, :s] += torch.bmm(gated.transpose(1, 2), d).unflatten(1, (s, K))
                     dgated = torch.bmm(d, S_GLKV[:, :s].flatten(1, 2).transpose(1, 2)).unflatten(2, (s, K))
-                    dw = torch.matmul(dgated, q_n1K.transpose(2, 3)).squeeze(3)
+                    dw = (dgated * q_n1K).sum(3)
                     dw_RnsH = dw.unflatten(0, (-1, H)).permute(0, 2, 3, 1)
                     shared = weights.shape[3] == 1
                     dweights[r, tokens, :s] = dw_RnsH.sum(3, keepdim=True) if shared else dw_RnsH
-                    dq_GnK = torch.matmul(w_nsK.transpose(2, 3), dgated).squeeze(2)
+                    dq_GnK = dgated.mul_(w_nsK).sum(2)
                     dq[r, tokens] = dq_GnK.unflatten(0, (-1, H)).transpose(1, 2).to(q.dtype)
                 dstates[r] = dS_GLKV.unflatten(0, (-1, H)).transpose(1, 2)
         return dq, dstates, dweights, None
