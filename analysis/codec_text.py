@@ -1,0 +1,173 @@
+"""What a transcript is worth to a model of audio tokens: paired differences of the held-out likelihood, and a verdict.
+
+text - none: a model with text conditioning less the one without, of the same architecture, size, clips and seeds, each
+at its own best learning rate. right - shuffled and right - no text: one model given the clips' own texts, less the same
+model given other clips' texts, or none. The first says what conditioning is worth, the others whether a text is read.
+
+Every clip (and seed) is its own control: differences of a clip are taken first and the two-level bootstrap of
+`analysis.codec_contrasts` resamples them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from analysis import plots
+from analysis.audit import holm
+from analysis.bootstrap import percentile_interval
+from analysis.codec_contrasts import arm_resamples, two_sided_p
+from analysis.markdown import table
+
+WORTH, SHUFFLED, NO_TEXT = "text - none", "right - shuffled", "right - no text"
+_KEYS = ["seed", "clip_id"]
+_ALPHA = 0.05
+
+
+def text_effects(clips: pd.DataFrame, texts: pd.DataFrame, with_text: Mapping[str, str]) -> pd.DataFrame:
+    """One row a contrast and architecture: contrast, architecture, difference (nats a token), lo, hi (95%), p, p_holm,
+    n_clips, n_seeds. Holm's correction is over the architectures of a contrast.
+
+    Args:
+        clips: averaged weights at the chosen learning rates; architecture, seed, clip_id, nll (sum), tokens.
+        texts: the models with text; the same columns, and text: right, shuffled or no_text.
+        with_text: the name of each architecture's model with text. One whose model without text is not in `clips` has
+            no row of the first contrast.
+    Raises:
+        ValueError: models of a contrast that were scored on other clips.
+    """
+
+    def given(arm: str, kind: str) -> pd.DataFrame:
+        return texts[(texts["architecture"] == arm) & (texts["text"] == kind)]
+
+    def model(arm: str) -> pd.DataFrame:
+        return clips[clips["architecture"] == arm]
+
+    pairs: dict[str, dict[str, tuple[pd.DataFrame, pd.DataFrame]]] = {
+        WORTH: {name: (model(arm), model(name)) for name, arm in with_text.items() if len(model(name))},
+        SHUFFLED: {name: (given(arm, "right"), given(arm, "shuffled")) for name, arm in with_text.items()},
+        NO_TEXT: {name: (given(arm, "right"), given(arm, "no_text")) for name, arm in with_text.items()},
+    }
+    return pd.concat([_contrast(name, some) for name, some in pairs.items() if some], ignore_index=True)
+
+
+def _contrast(contrast: str, pairs: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]]) -> pd.DataFrame:
+    differences = []
+    for name, (a, b) in pairs.items():
+        both = a.merge(b, on=[*_KEYS, "tokens"], suffixes=("_a", "_b"))
+        if not len(both) == len(a) == len(b):
+            raise ValueError(
+                f"{contrast} of {name}: {len(both)} of {len(a)} and {len(b)} scored clips are in both; run the study again"
+            )
+        differences.append(both.assign(nll=both["nll_a"] - both["nll_b"], architecture=name))
+    arms = arm_resamples(pd.concat(differences, ignore_index=True))
+    records = []
+    for name, value, value_R, n_seeds in zip(arms.names, arms.value_A, arms.value_RA.T, arms.n_seeds_A, strict=True):
+        lo, hi = percentile_interval(value_R)
+        records.append(
+            {
+                "contrast": contrast,
+                "architecture": name,
+                "difference": float(value),
+                "lo": lo,
+                "hi": hi,
+                "p": two_sided_p(value_R),
+                "n_clips": arms.n_clips,
+                "n_seeds": n_seeds,
+            }
+        )
+    frame = pd.DataFrame(records)
+    return frame.assign(p_holm=list(holm(dict(enumerate(frame["p"]))).values()))
+
+
+def verdict(effects: pd.DataFrame) -> str:
+    """In words: which architectures the transcript helps, hurts, or makes no measurable difference to, and which read it.
+
+    By Holm-adjusted p < 0.05 and the sign of the difference.
+    """
+    worth = _sorted_out(effects[effects["contrast"] == WORTH])
+    said = {
+        "helps": "the transcript helps {}",
+        "hurts": "the model of the same size without text is better for {}",
+        "neither": "the transcript does not help measurably: {}",
+    }
+    parts = [text.format(", ".join(worth[kind])) for kind, text in said.items() if worth[kind]]
+    read = _sorted_out(effects[effects["contrast"] == SHUFFLED])
+    if read["helps"]:
+        parts.append(f"the right text is better than another clip's for {', '.join(read['helps'])}")
+    if others := [*read["neither"], *read["hurts"]]:
+        parts.append(f"it makes no measurable difference which text is given to {', '.join(others)}")
+    return "; ".join(parts)
+
+
+def _sorted_out(rows: pd.DataFrame) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {"helps": [], "hurts": [], "neither": []}
+    for r in rows.to_dict("records"):
+        sure = r["p_holm"] < _ALPHA
+        found[("helps" if r["difference"] < 0 else "hurts") if sure else "neither"].append(str(r["architecture"]))
+    return found
+
+
+def text_section(effects: pd.DataFrame, facts: Sequence[str], figure: str) -> list[str]:
+    """Lines of the report: verdict, table, figure."""
+    names = list(dict.fromkeys(effects["architecture"]))
+    found = {(r["contrast"], r["architecture"]): r for r in effects.to_dict("records")}
+    contrasts = [c for c in (WORTH, SHUFFLED, NO_TEXT) if c in set(effects["contrast"])]
+    rows = [[name, *(_cell(found.get((contrast, name))) for contrast in contrasts)] for name in names]
+    seeds = sorted(set(effects["n_seeds"]))
+    over = "over clips alone: one seed" if seeds == [1] else f"over clips and seeds ({'/'.join(map(str, seeds))})"
+    note = (
+        f"val_nll of EMA weights in nats a token, paired by clip and seed on {effects['n_clips'].iloc[0]} held-out clips, "
+        f"95% interval {over}; \\*: p < 0.05 after Holm's correction over the architectures; below 0 is better. "
+        f"{WORTH}: at the same number of parameters, each model at its own best learning rate. {SHUFFLED}, {NO_TEXT}: "
+        "one model, its input text changed."
+    )
+    head = ["architecture", *contrasts]
+    return [
+        "## Does the transcript help?",
+        "",
+        f"**{verdict(effects)}.**",
+        "",
+        *[f"- {fact}" for fact in facts],
+        "",
+        note,
+        "",
+        table(head, rows),
+        "",
+        f"![what the text is worth]({figure})",
+        "",
+    ]
+
+
+def _cell(r: Mapping[str, object] | None) -> str:
+    if r is None:
+        return "–"
+    star = "\\*" if float(str(r["p_holm"])) < _ALPHA else ""
+    return "{difference:.4f} [{lo:.4f}, {hi:.4f}]".format(**r) + star
+
+
+def text_figure(effects: pd.DataFrame, path: Path) -> None:
+    """Each contrast's difference with its 95% interval, an architecture a line; filled where Holm leaves p < 0.05."""
+    names = list(dict.fromkeys(effects["architecture"]))
+    contrasts = list(dict.fromkeys(effects["contrast"]))
+    with plots.style():
+        figure, axes = plots.panels(1, len(contrasts), width=3.4, height=0.4 * len(names) + 0.9, sharex=False)
+        for axis, contrast in zip(axes[0], contrasts, strict=True):
+            for r in effects[effects["contrast"] == contrast].to_dict("records"):
+                axis.errorbar(
+                    r["difference"],
+                    len(names) - 1 - names.index(r["architecture"]),
+                    xerr=plots.error_lengths([r["difference"]], [r["lo"]], [r["hi"]]),
+                    fmt="o",
+                    color=plots.PALETTE[0],
+                    mfc=plots.PALETTE[0] if r["p_holm"] < _ALPHA else "white",
+                )
+            axis.axvline(0, color=plots.GREY, linewidth=1)
+            axis.set_yticks(np.arange(len(names)), names[::-1])
+            axis.set_ylim(-0.6, len(names) - 0.4)
+            axis.set_title(contrast)
+        plots.outer_labels(axes, "difference (nats a token)", "")
+        plots.save(figure, path)
