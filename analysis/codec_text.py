@@ -60,7 +60,7 @@ def _contrast(contrast: str, pairs: Mapping[str, tuple[pd.DataFrame, pd.DataFram
         both = a.merge(b, on=[*_KEYS, "tokens"], suffixes=("_a", "_b"))
         if not len(both) == len(a) == len(b):
             raise ValueError(
-                f"{contrast} of {name}: {len(both)} of {len(a)} and {len(b)} scored clips are in both; run the study again"
+                f"{contrast} of {name}: of {len(a)} and {len(b)} scored clips {len(both)} are in both; run it again"
             )
         differences.append(both.assign(nll=both["nll_a"] - both["nll_b"], architecture=name))
     arms = arm_resamples(pd.concat(differences, ignore_index=True))
@@ -84,7 +84,7 @@ def _contrast(contrast: str, pairs: Mapping[str, tuple[pd.DataFrame, pd.DataFram
 
 
 def verdict(effects: pd.DataFrame) -> str:
-    """In words: which architectures the transcript helps, hurts, or makes no measurable difference to, and which read it.
+    """In words: which architectures the transcript helps, hurts, or makes no difference to, and which of them read it.
 
     By Holm-adjusted p < 0.05 and the sign of the difference.
     """
@@ -120,8 +120,8 @@ def text_section(effects: pd.DataFrame, facts: Sequence[str], figure: str) -> li
     seeds = sorted(set(effects["n_seeds"]))
     over = "over clips alone: one seed" if seeds == [1] else f"over clips and seeds ({'/'.join(map(str, seeds))})"
     note = (
-        f"val_nll of EMA weights in nats a token, paired by clip and seed on {effects['n_clips'].iloc[0]} held-out clips, "
-        f"95% interval {over}; \\*: p < 0.05 after Holm's correction over the architectures; below 0 is better. "
+        f"val_nll of EMA weights in nats a token, paired by clip and seed on {effects['n_clips'].iloc[0]} held-out "
+        f"clips, 95% interval {over}; \\*: p < 0.05 after Holm's correction over the architectures; below 0 is better. "
         f"{WORTH}: at the same number of parameters, each model at its own best learning rate. {SHUFFLED}, {NO_TEXT}: "
         "one model, its input text changed."
     )

@@ -325,8 +325,8 @@ class CodecLMSweep:
 
     def plan(self, preset: Study) -> Sequence[LMCell]:
         preset.check_source(CORPORA)
-        for architecture in preset.architectures:
-            _config(preset.scale, architecture)
+        for architecture, kind in product(preset.architectures, preset.text or (NONE,)):
+            _config(preset.scale, architecture, text=kind != NONE)
         varied = ("architecture", "lr", "seed")
         shared = {f.name: getattr(preset, f.name) for f in fields(LMCell) if f.name not in varied}
         cells = [
