@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -142,11 +143,10 @@ def text_section(effects: pd.DataFrame, facts: Sequence[str], figure: str) -> li
     ]
 
 
-def _cell(r: Mapping[str, object] | None) -> str:
+def _cell(r: Mapping[Any, Any] | None) -> str:
     if r is None:
         return "–"
-    star = "\\*" if float(str(r["p_holm"])) < _ALPHA else ""
-    return "{difference:.4f} [{lo:.4f}, {hi:.4f}]".format(**r) + star
+    return f"{r['difference']:.4f} [{r['lo']:.4f}, {r['hi']:.4f}]" + ("\\*" if r["p_holm"] < _ALPHA else "")
 
 
 def text_figure(effects: pd.DataFrame, path: Path) -> None:

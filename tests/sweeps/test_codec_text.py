@@ -26,7 +26,7 @@ from sweeps._where import RunSettings
 from sweeps.codec_lm import PRESETS, SWEEP, LMCell
 from tests.sweeps.test_codec_lm import TINY, context_on
 
-STUDY = replace(TINY, architectures=("transformer",), text=("none", "bytes"), text_dropout=0.5)
+STUDY = replace(TINY, architectures=("transformer",), text=("none", "bytes"), text_dropout=0.5, sample_s=0.0)
 
 
 @pytest.fixture(scope="module")
