@@ -115,7 +115,8 @@ def write_report(
     if len(results.gates):
         text += ["## Memory caches", "", _GATE_NOTE, "", _gate_table(at(results.gates, chosen)), ""]
     if results.samples:
-        text += ["## Samples", "", "From nothing, EMA weights; the WAV files lie beside this page.", ""]
+        given = ", models with text given one of a held-out clip (in the .txt files)" if len(results.texts) else ""
+        text += ["## Samples", "", f"From nothing{given}, EMA weights; the WAV files lie beside this page.", ""]
         text += [line for name, file in results.samples for line in (f"![{name}]({file})", "")]
     (out / "report.md").write_text("\n".join(text))
     return main

@@ -35,8 +35,8 @@ def text_effects(clips: pd.DataFrame, texts: pd.DataFrame, with_text: Mapping[st
     Args:
         clips: averaged weights at the chosen learning rates; architecture, seed, clip_id, nll (sum), tokens.
         texts: the models with text; the same columns, and text: right, shuffled or no_text.
-        with_text: the name of each architecture's model with text. One whose model without text is not in `clips` has
-            no row of the first contrast.
+        with_text: the name of each architecture's model with text. The first contrast takes the seeds that it shares
+            with the model without text, and has no row where there are none.
     Raises:
         ValueError: models of a contrast that were scored on other clips.
     """
@@ -48,11 +48,17 @@ def text_effects(clips: pd.DataFrame, texts: pd.DataFrame, with_text: Mapping[st
         return clips[clips["architecture"] == arm]
 
     pairs: dict[str, dict[str, tuple[pd.DataFrame, pd.DataFrame]]] = {
-        WORTH: {name: (model(arm), model(name)) for name, arm in with_text.items() if len(model(name))},
+        WORTH: {name: both for name, arm in with_text.items() if len((both := _shared(model(arm), model(name)))[0])},
         SHUFFLED: {name: (given(arm, "right"), given(arm, "shuffled")) for name, arm in with_text.items()},
         NO_TEXT: {name: (given(arm, "right"), given(arm, "no_text")) for name, arm in with_text.items()},
     }
     return pd.concat([_contrast(name, some) for name, some in pairs.items() if some], ignore_index=True)
+
+
+def _shared(a: pd.DataFrame, b: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rows of the seeds that both have: a study that is not finished may lack some."""
+    seeds = set(a["seed"]) & set(b["seed"])
+    return a[a["seed"].isin(seeds)], b[b["seed"].isin(seeds)]
 
 
 def _contrast(contrast: str, pairs: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]]) -> pd.DataFrame:

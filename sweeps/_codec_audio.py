@@ -93,7 +93,7 @@ def cell_audio(
     """Files of a cell: WAVs, a spectrogram, the samples' codes, and audio.npz (see `AudioSets`).
 
     The model's samples start from nothing; they are drawn with the cell's seed. With text conditioning they are given
-    texts of held-out clips.
+    texts of held-out clips, and samples.txt holds those of the WAVs, a line each.
     """
     codec = source.codec
     frames = sample_frames(codec, model, study.sample_s)
@@ -110,6 +110,8 @@ def cell_audio(
         f"held-out audio through {codec.name}": reference_N,
     }
     files["spectrogram.png"] = spectrogram_png(titles, codec.sample_rate)
+    if model.config.text is not None:
+        files["samples.txt"] = "\n".join(spoken[i % len(spoken)] for i in range(_WAVS)).encode()
     files["samples.npz"] = _npz({"codes_NKT": codes_NKT})
     arrays = dict(_real_arrays(source, study, held_out, training, frames))
     arrays |= _embedded("samples", waves, embedders(codec))

@@ -177,6 +177,8 @@ def write(cells: Sequence[PublishedCell], preset_name: str, study: Study, out: P
         wavs = ["sample.wav", *sorted(f for f in cell.files if f.startswith("samples/"))]
         for i, file in enumerate(wavs):
             (out / f"{name}-{i}.wav").write_bytes(file_of(cell, file))
+        if "samples.txt" in cell.files:
+            (out / f"{name}.txt").write_bytes(file_of(cell, "samples.txt"))
         (out / "reference.wav").write_bytes(file_of(cell, "reference.wav"))
         samples.append((name, f"{name}.png"))
     effects = _text_effects(results, study)
