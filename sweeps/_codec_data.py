@@ -78,9 +78,15 @@ def banner(study: Study) -> list[str]:
 
 
 def check(study: Study) -> None:
-    """Raise UserError when the audio or the codec's weights are out of reach."""
+    """Raise UserError when the audio, the texts of a text study or the codec's weights are out of reach."""
     if study.corpus not in (SYNTHETIC, RECALL):
         _codec_origin(study)
+        recordings = _audio(study).recordings
+        if study.text and not any(r.text.strip() for r in recordings):
+            raise UserError(
+                f"none of {len(recordings)} recordings at {_audio_path(study)} has a text, and text="
+                f"{','.join(study.text)} needs transcripts; add them to metadata.csv, or set text to nothing"
+            )
 
 
 def fingerprint(cell: LMCell, study: Study) -> str:

@@ -293,10 +293,21 @@ PRESETS: dict[str, Study] = {
 }
 _TEXT = ("none", "bytes")
 PRESETS |= {
+    # utterances of a word or three: what letters sound like must be learned in minutes, before the clips are by heart
     "text_local": replace(
         PRESETS["local"],
         architectures=("olmo_hybrid", "transformer"),
+        lr=(8e-3,),
         text=_TEXT,
+        corpus_clips=800,
+        chunk_s=0.9,
+        min_s=0.5,
+        steps=240,
+        batch_size=24,
+        warmup_steps=20,
+        eval_every=120,
+        eval_clips=128,
+        sample_s=0.8,
     ),
     "text_asterisk": replace(
         PRESETS["asterisk"],
