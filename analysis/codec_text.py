@@ -3,6 +3,8 @@
 text - none: a model with text conditioning less the one without, of the same architecture, size, clips and seeds, each
 at its own best learning rate. right - shuffled and right - no text: one model given the clips' own texts, less the same
 model given other clips' texts, or none. The first says what conditioning is worth, the others whether a text is read.
+no text - none: the model with text conditioning, given none, less the model without: what the first holds that no text
+has brought (another shape at the same size, another draw of training).
 
 Every clip (and seed) is its own control: differences of a clip are taken first and the two-level bootstrap of
 `analysis.codec_contrasts` resamples them.
@@ -23,7 +25,7 @@ from analysis.bootstrap import percentile_interval
 from analysis.codec_contrasts import arm_resamples, two_sided_p
 from analysis.markdown import table
 
-WORTH, SHUFFLED, NO_TEXT = "text - none", "right - shuffled", "right - no text"
+WORTH, SHUFFLED, NO_TEXT, REST = "text - none", "right - shuffled", "right - no text", "no text - none"
 _KEYS = ["seed", "clip_id"]
 _ALPHA = 0.05
 
@@ -35,8 +37,8 @@ def text_effects(clips: pd.DataFrame, texts: pd.DataFrame, with_text: Mapping[st
     Args:
         clips: averaged weights at the chosen learning rates; architecture, seed, clip_id, nll (sum), tokens.
         texts: the models with text; the same columns, and text: right, shuffled or no_text.
-        with_text: the name of each architecture's model with text. The first contrast takes the seeds that it shares
-            with the model without text, and has no row where there are none.
+        with_text: the name of each architecture's model with text. Contrasts with the model without take the seeds
+            that it shares with it, and have no row where there are none.
     Raises:
         ValueError: models of a contrast that were scored on other clips.
     """
@@ -47,10 +49,15 @@ def text_effects(clips: pd.DataFrame, texts: pd.DataFrame, with_text: Mapping[st
     def model(arm: str) -> pd.DataFrame:
         return clips[clips["architecture"] == arm]
 
-    pairs: dict[str, dict[str, tuple[pd.DataFrame, pd.DataFrame]]] = {
-        WORTH: {name: both for name, arm in with_text.items() if len((both := _shared(model(arm), model(name)))[0])},
+    def beside_none(kind: str) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
+        pairs = {name: _shared(given(arm, kind), model(name)) for name, arm in with_text.items()}
+        return {name: both for name, both in pairs.items() if len(both[0])}
+
+    pairs = {
+        WORTH: beside_none("right"),
         SHUFFLED: {name: (given(arm, "right"), given(arm, "shuffled")) for name, arm in with_text.items()},
         NO_TEXT: {name: (given(arm, "right"), given(arm, "no_text")) for name, arm in with_text.items()},
+        REST: beside_none("no_text"),
     }
     return pd.concat([_contrast(name, some) for name, some in pairs.items() if some], ignore_index=True)
 
@@ -93,21 +100,23 @@ def _contrast(contrast: str, pairs: Mapping[str, tuple[pd.DataFrame, pd.DataFram
 def verdict(effects: pd.DataFrame) -> str:
     """In words: which architectures the transcript helps, hurts, or makes no difference to, and which of them read it.
 
-    By Holm-adjusted p < 0.05 and the sign of the difference.
+    By Holm-adjusted p < 0.05 and the sign of the difference. A transcript helps where the model with text is better
+    than the one without, and better with the text than without it; a gain that is there without a text is told apart.
     """
-    worth = _sorted_out(effects[effects["contrast"] == WORTH])
+    worth, kept, read, rest = (
+        _sorted_out(effects[effects["contrast"] == name]) for name in (WORTH, NO_TEXT, SHUFFLED, REST)
+    )
+    helped = [name for name in worth["helps"] if name in kept["helps"]]
     said = {
-        "helps": "the transcript helps {}",
-        "hurts": "the model of the same size without text is better for {}",
-        "neither": "the transcript does not help measurably: {}",
+        "the transcript helps {}": helped,
+        "{}: better with text conditioning, but not by the text": [n for n in worth["helps"] if n not in helped],
+        "the model of the same size without text is better for {}": worth["hurts"],
+        "the transcript does not help measurably: {}": worth["neither"],
+        "the right text is better than another clip's for {}": read["helps"],
+        "it makes no measurable difference which text is given to {}": [*read["neither"], *read["hurts"]],
+        f"part of the gain is not the text's ({REST}) for {{}}": [n for n in helped if n in rest["helps"]],
     }
-    parts = [text.format(", ".join(worth[kind])) for kind, text in said.items() if worth[kind]]
-    read = _sorted_out(effects[effects["contrast"] == SHUFFLED])
-    if read["helps"]:
-        parts.append(f"the right text is better than another clip's for {', '.join(read['helps'])}")
-    if others := [*read["neither"], *read["hurts"]]:
-        parts.append(f"it makes no measurable difference which text is given to {', '.join(others)}")
-    return "; ".join(parts)
+    return "; ".join(text.format(", ".join(names)) for text, names in said.items() if names)
 
 
 def _sorted_out(rows: pd.DataFrame) -> dict[str, list[str]]:
@@ -122,7 +131,7 @@ def text_section(effects: pd.DataFrame, facts: Sequence[str], figure: str) -> li
     """Lines of the report: verdict, table, figure."""
     names = list(dict.fromkeys(effects["architecture"]))
     found = {(r["contrast"], r["architecture"]): r for r in effects.to_dict("records")}
-    contrasts = [c for c in (WORTH, SHUFFLED, NO_TEXT) if c in set(effects["contrast"])]
+    contrasts = [c for c in (WORTH, SHUFFLED, NO_TEXT, REST) if c in set(effects["contrast"])]
     rows = [[name, *(_cell(found.get((contrast, name))) for contrast in contrasts)] for name in names]
     seeds = sorted(set(effects["n_seeds"]))
     over = "over clips alone: one seed" if seeds == [1] else f"over clips and seeds ({'/'.join(map(str, seeds))})"
@@ -130,7 +139,8 @@ def text_section(effects: pd.DataFrame, facts: Sequence[str], figure: str) -> li
         f"val_nll of EMA weights in nats a token, paired by clip and seed on {effects['n_clips'].iloc[0]} held-out "
         f"clips, 95% interval {over}; \\*: p < 0.05 after Holm's correction over the architectures; below 0 is better. "
         f"{WORTH}: at the same number of parameters, each model at its own best learning rate. {SHUFFLED}, {NO_TEXT}: "
-        "one model, its input text changed."
+        f"one model, its input text changed. {REST}: what {WORTH} holds besides the text, narrower MLPs and "
+        "another draw of training (which only several seeds can tell from the rest)."
     )
     head = ["architecture", *contrasts]
     return [

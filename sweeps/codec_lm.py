@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sweeps._codec_text import KINDS, NONE, after_dropout, with_own_text
+from sweeps._codec_text import KINDS, NONE, after_dropout, arm_name, with_own_text
 from sweeps._lm_plan import CPU_FLOPS, CURVE_CLIPS, GPU_BASIS, TokenStudy, packs, work
 from sweeps._sweep import Cell, Estimate, Pack, PublishedCell, UserError, nearest
 from sweeps._where import Machine, RunSettings
@@ -296,16 +296,16 @@ PRESETS |= {
     # utterances of a word or three: what letters sound like must be learned in minutes, before the clips are by heart
     "text_local": replace(
         PRESETS["local"],
-        architectures=("olmo_hybrid", "transformer"),
+        architectures=("transformer", "mamba"),
         lr=(8e-3,),
         text=_TEXT,
         corpus_clips=800,
         chunk_s=0.9,
         min_s=0.5,
-        steps=240,
+        steps=200,
         batch_size=24,
         warmup_steps=20,
-        eval_every=120,
+        eval_every=100,
         eval_clips=128,
         sample_s=0.8,
     ),
@@ -365,14 +365,14 @@ class CodecLMSweep:
         ]
 
     def pack(self, cells: Sequence[Cell], preset: Study, machine: Machine, run: RunSettings) -> list[Pack]:
-        """Units: an architecture and seed. Learning rates that compete stay together, with all their seeds."""
+        """Units: an architecture, with or without text, and seed. Rates that compete stay together, with all seeds."""
         units: dict[tuple[str, int], list[LMCell]] = {}
         for cell in cells:
             assert isinstance(cell, LMCell)
-            units.setdefault((cell.architecture, -1 if cell.rival_seeds else cell.seed), []).append(cell)
+            units.setdefault((arm_name(cell.identity()), -1 if cell.rival_seeds else cell.seed), []).append(cell)
 
         def name(number: int, group: Sequence[LMCell]) -> str:
-            return f"{group[0].architecture}-{group[0].seed}" if preset.needs_gpu else f"pack{number}"
+            return f"{arm_name(group[0].identity())}-{group[0].seed}" if preset.needs_gpu else f"pack{number}"
 
         return packs(units.values(), preset, machine, run, name)
 

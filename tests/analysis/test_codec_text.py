@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.codec_text import NO_TEXT, SHUFFLED, WORTH, text_effects, text_section, verdict
+from analysis.codec_text import NO_TEXT, REST, SHUFFLED, WORTH, text_effects, text_section, verdict
 
 N, TOKENS = 60, 100
 
@@ -32,8 +32,8 @@ def study(worth: float, read: float, seeds: tuple[int, ...] = (0, 1)) -> pd.Data
 
 
 def test_planted_differences_are_found_although_clips_differ_far_more() -> None:
-    effects = study(worth=0.05, read=0.1).set_index("contrast")
-    for contrast, planted in {WORTH: -0.05, SHUFFLED: -0.1, NO_TEXT: -0.05}.items():
+    effects = study(worth=0.06, read=0.1).set_index("contrast")
+    for contrast, planted in {WORTH: -0.06, SHUFFLED: -0.1, NO_TEXT: -0.05, REST: -0.01}.items():
         row = effects.loc[contrast]
         assert row["difference"] == pytest.approx(planted, abs=0.005)
         assert row["lo"] < row["difference"] < row["hi"] < 0
@@ -45,6 +45,8 @@ def test_planted_differences_are_found_although_clips_differ_far_more() -> None:
     ("worth", "read", "words"),
     [
         (0.05, 0.1, ["the transcript helps x", "the right text is better than another clip's for x"]),
+        (0.09, 0.1, ["the transcript helps x", "part of the gain is not the text's (no text - none) for x"]),
+        (0.05, 0.0, ["x: better with text conditioning, but not by the text", "which text is given to x"]),
         (0.0, 0.0, ["does not help measurably: x", "no measurable difference which text is given to x"]),
         (-0.05, 0.1, ["the model of the same size without text is better for x", "better than another clip's for x"]),
     ],
@@ -58,7 +60,7 @@ def test_the_verdict_says_what_the_differences_say(worth: float, read: float, wo
 
 def test_seeds_that_only_one_of_the_models_has_are_left_out() -> None:
     effects = study(worth=0.05, read=0.1, seeds=(1, 7)).set_index("contrast")
-    assert effects["n_seeds"].to_dict() == {WORTH: 1, SHUFFLED: 2, NO_TEXT: 2}
+    assert effects["n_seeds"].to_dict() == {WORTH: 1, SHUFFLED: 2, NO_TEXT: 2, REST: 1}
     assert WORTH not in set(study(worth=0.05, read=0.1, seeds=(8,))["contrast"])
 
 

@@ -188,9 +188,7 @@ def test_texts_enter_a_cells_fingerprint_and_nothing_else_changes_without(tmp_pa
     assert prints[0]["text"] != prints[1]["text"]
     (tmp_path / "metadata.csv").write_text("a||\nb| | \n")
     _codec_data._listed.cache_clear()
-    with pytest.raises(
-        UserError, match=r"none of 2 recordings at .* has a text, and text=none,bytes needs"
-    ):
+    with pytest.raises(UserError, match=r"none of 2 recordings at .* has a text, and text=none,bytes needs"):
         _codec_data.check(study)
 
 
