@@ -80,15 +80,13 @@ class ArmResamples:
     def differences(self) -> pd.DataFrame:
         """One row a pair (a, b), a the better: difference val_nll(b) - val_nll(a), lo, hi (95%), p, p_holm.
 
-        p is the bootstrap's two-sided one, twice the smaller share of resamples on a side of 0 (Davison & Hinkley 1997,
-        sec. 4.4, with one added to counts); p_holm controls the error of all pairs together (Holm 1979).
+        p is the bootstrap's two-sided one; p_holm controls the error of all pairs together (Holm 1979).
         """
         order = np.argsort(self.value_A, kind="stable")
         records = []
         for a, b in combinations(order.tolist(), 2):
             d_R = self.value_RA[:, b] - self.value_RA[:, a]
             interval = percentile_interval(d_R)
-            tail = min(int((d_R <= 0).sum()), int((d_R >= 0).sum()))
             records.append(
                 {
                     "a": self.names[a],
@@ -96,12 +94,18 @@ class ArmResamples:
                     "difference": float(self.value_A[b] - self.value_A[a]),
                     "lo": interval.lo,
                     "hi": interval.hi,
-                    "p": min(1.0, 2 * (tail + 1) / (len(d_R) + 1)),
+                    "p": two_sided_p(d_R),
                 }
             )
         table = pd.DataFrame(records, columns=["a", "b", "difference", "lo", "hi", "p"])
         table["p_holm"] = list(holm(dict(enumerate(table["p"]))).values())
         return table
+
+
+def two_sided_p(value_R: Floats) -> float:
+    """Twice the smaller share of resamples on a side of 0 (Davison & Hinkley 1997, sec. 4.4, one added to counts)."""
+    tail = min(int((value_R <= 0).sum()), int((value_R >= 0).sum()))
+    return min(1.0, 2 * (tail + 1) / (len(value_R) + 1))
 
 
 def arm_resamples(clips: pd.DataFrame, *, n_resamples: int = _N_RESAMPLES, seed: int = 0) -> ArmResamples:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,8 @@ class Results:
     audio: embedder, architecture, clips, vectors, and frechet, kernel and coherence with _lo and _hi, frechet_limit;
         the rows REAL are training audio against held-out audio; may be empty.
     samples: architecture, and the name of a spectrogram beside the report.
+    texts: of models with text conditioning, the rows of clips with the averaged weights and other texts too, told apart
+        by text (right, shuffled, no_text); may be empty.
     """
 
     models: pd.DataFrame
@@ -44,6 +46,7 @@ class Results:
     gates: pd.DataFrame
     audio: pd.DataFrame
     samples: Sequence[tuple[str, str]]
+    texts: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
 def at(frame: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
@@ -61,6 +64,7 @@ def write_report(
     published: str = "",
     curve_clips: int = 0,
     tried: Mapping[str, Sequence[float]] | None = None,
+    texts: Sequence[str] = (),
 ) -> pd.DataFrame:
     """Write report.md, its figures and the tables as Parquet and CSV into `out`; returns the main table.
 
@@ -70,6 +74,7 @@ def write_report(
             why they are not.
         curve_clips: held-out clips that a measurement during training is taken on; 0: all.
         tried: learning rates planned for each architecture, where some of them left no cell.
+        texts: lines on what a transcript is worth (`analysis.codec_text.text_section`).
     """
     out.mkdir(parents=True, exist_ok=True)
     chosen = choose_lr(results.models, tried=tried)
@@ -87,7 +92,7 @@ def write_report(
     codec_plots.codebook_figure(at(results.codebooks, chosen), order, out / "codebooks.png")
     text = [f"# Audio-token language models: {preset}", "", *[f"- {fact}" for fact in facts], ""]
     text += ["## Held-out likelihood at matched size", "", _TABLE_NOTE, "", _main_table(main), ""]
-    text += _lr_section(chosen)
+    text += [*texts, *_lr_section(chosen)]
     if len(order) > 1:
         codec_plots.difference_figure(pairs, reference, out / "differences.png")
         text += ["## Differences", "", _difference_note(arms), "", _pair_table(pairs, order), ""]
@@ -110,7 +115,8 @@ def write_report(
     if len(results.gates):
         text += ["## Memory caches", "", _GATE_NOTE, "", _gate_table(at(results.gates, chosen)), ""]
     if results.samples:
-        text += ["## Samples", "", "From nothing, EMA weights; the WAV files lie beside this page.", ""]
+        given = ", models with text given one of a held-out clip (in the .txt files)" if len(results.texts) else ""
+        text += ["## Samples", "", f"From nothing{given}, EMA weights; the WAV files lie beside this page.", ""]
         text += [line for name, file in results.samples for line in (f"![{name}]({file})", "")]
     (out / "report.md").write_text("\n".join(text))
     return main

@@ -87,7 +87,7 @@ class TokenClips:
         self.clip_ids: list[str] = []
         self.recording_ids: list[str] = []
         self.texts: list[str] = []
-        shard, row, frames = [], [], []
+        shard, row, frames, chunks, seconds = [], [], [], [], []
         for s, file in enumerate(self._files):
             _facts, table = read_facts(self._folder, file)
             for r, record in enumerate(table.to_pylist()):
@@ -99,11 +99,15 @@ class TokenClips:
                 shard.append(s)
                 row.append(r)
                 frames.append(record["n_frames"])
+                chunks.append(record["n_chunks"])
+                seconds.append(record["duration_s"])
         if not shard:
             raise ValueError(f"no clip of {tokens.folder} is in {side}; {manifest['n_clips']} clips, holdout={holdout}")
         self.shard_C = np.array(shard)
         self._row_C = np.array(row)
         self.n_frames_C = np.array(frames)
+        self.n_chunks_C = np.array(chunks)  # of the clip's recording
+        self.duration_s_C = np.array(seconds)
 
     def __len__(self) -> int:
         return len(self.clip_ids)
@@ -116,14 +120,25 @@ class TokenClips:
         if not 1 <= n <= len(self):
             raise ValueError(f"{n} clips asked for, but this side has {len(self)}; choose 1..{len(self)}")
         by_hash = sorted(range(len(self)), key=lambda c: identity_hash(self.clip_ids[c], salt="take"))
-        chosen = np.sort(by_hash[:n])
+        return self.subset(np.sort(by_hash[:n]))
+
+    def subset(self, chosen: npt.NDArray[np.integer]) -> TokenClips:
+        """The clips of these numbers, in this order."""
         some = copy.copy(self)
         some._cache = OrderedDict()
         for name in ("clip_ids", "recording_ids", "texts"):
             setattr(some, name, [getattr(self, name)[c] for c in chosen])
-        for name in ("shard_C", "_row_C", "n_frames_C"):
+        for name in ("shard_C", "_row_C", "n_frames_C", "n_chunks_C", "duration_s_C"):
             setattr(some, name, getattr(self, name)[chosen])
         return some
+
+    def with_texts(self, texts: Sequence[str]) -> TokenClips:
+        """The same clips with other texts, one a clip; raises ValueError for another number of them."""
+        if len(texts) != len(self):
+            raise ValueError(f"{len(texts)} texts were given for {len(self)} clips; give one a clip")
+        other = copy.copy(self)
+        other.texts = list(texts)
+        return other
 
     def codes(self, clip: int) -> npt.NDArray[np.uint16]:
         """codes_KT of one clip; raises ValueError naming the shard when a token is outside the codebook."""

@@ -1,7 +1,7 @@
 """The step of a codec language model on a CPU, block by block in compiled kernels.
 
 The weights are packed once a sample; the residual stream, the states and all scratch live in preallocated arrays. A
-mixer without a kernel takes its own step in torch between the compiled parts.
+mixer without a kernel takes its own step in torch between the compiled parts, and so does cross-attention to a text.
 
 Shapes: B batch, K codebooks, V vocabulary, D model width, F hidden width of the MLP, C convolved channels, P positions.
 """
@@ -22,6 +22,7 @@ from models._decode_products import pack, padded, panels_of
 from models.attention import Attention, KVCache
 from models.codec_lm import Block, CodecLM, DecodeState
 from models.gated_delta import GatedDeltaNet, GatedDeltaState
+from models.text import TextKeys
 
 Floats = npt.NDArray[np.float32]
 
@@ -30,8 +31,8 @@ class CompiledStep:
     """`CodecLM.step` in float32 with weights in float32 or bfloat16, for a model whose parameters are float32.
 
     Activations and states stay float32 in either case, where an autocast region would round them to bfloat16 too.
-    The model's parameters must not change between construction and the last call; those of `torch_mixers`, the mixers
-    without a kernel, are read anew in each call.
+    The model's parameters must not change between construction and the last call; those of `torch_parts`, the mixers
+    without a kernel and cross-attention to a text, are read anew in each call.
     """
 
     def __init__(self, model: CodecLM, state: DecodeState, batch: int, weights: torch.dtype) -> None:
@@ -43,12 +44,18 @@ class CompiledStep:
         self.layers: list[Any] = []
         self._parts: list[Callable[[], None]] = []
         room = _Scratch(batch, padded(D), np.float32(config.norm_eps), weights)
-        for block, layer in zip(model.blocks, state.layers, strict=True):
+        self.torch_parts = nn.ModuleList()
+        for block, layer, keys in zip(model.blocks, state.layers, state.keys, strict=True):
             assert isinstance(block, Block)
             mixer = _COMPILED.get(type(block.mixer), _TorchMixer)(block, layer, self._x_BD, room)
             self.layers.append(mixer)
-            self._parts += [mixer, _SwiGLU(block, self._x_BD, room)]
-        self.torch_mixers = nn.ModuleList(m.block.mixer for m in self.layers if isinstance(m, _TorchMixer))
+            self._parts.append(mixer)
+            if isinstance(mixer, _TorchMixer):
+                self.torch_parts.append(block.mixer)
+            if block.cross is not None and keys is not None:
+                self.torch_parts.append(block.cross)
+                self._parts.append(_Cross(block, keys, self._x_BD))
+            self._parts.append(_SwiGLU(block, self._x_BD, room))
         out_BN = _zeros(batch, padded(K * V))
         heads = pack([model.heads.detach().view(K * V, D)], weights)
         self._head = (self._x_BD, _floats(model.norm.weight), room.eps, heads, room.normed_BD, out_BN)
@@ -104,6 +111,18 @@ class _TorchMixer:
     def __call__(self) -> None:
         y_BD, self.state = self.block.mixer.step(self.block.mixer_norm(self._x_BD), self.state)
         self._x_BD += y_BD
+
+
+class _Cross:
+    """Between the two halves of a block: cross-attention to the text, in torch."""
+
+    def __init__(self, block: Block, keys: TextKeys, x_BD: Floats) -> None:
+        self._norm, self._cross, self._keys = block.cross_norm, block.cross, keys
+        self._x_B1D = torch.from_numpy(x_BD)[:, None, : block.cross_norm.weight.shape[0]]
+
+    def __call__(self) -> None:
+        assert self._cross is not None
+        self._x_B1D += self._cross(self._norm(self._x_B1D), self._keys)
 
 
 class _GatedDelta:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models._threads import torch_threads
 from models.codec_lm import CodecLM
+from models.text import Texts
 
 Backend = Literal["auto", "numba", "torch"]
 BACKENDS: tuple[Backend, ...] = ("auto", "numba", "torch")
@@ -52,26 +53,26 @@ def _weights_dtype(device: str) -> torch.dtype:
 
 @contextmanager
 def decoding(
-    model: CodecLM, tokens_BKT: Tensor, max_steps: int, backend: Backend = "auto"
+    model: CodecLM, tokens_BKT: Tensor, max_steps: int, backend: Backend = "auto", texts: Texts | None = None
 ) -> Iterator[tuple[Tensor, Step]]:
     """Read T >= 1 columns at once: logits [B, K, V] for the next, and step(tokens [B, K]) -> logits [B, K, V].
 
     max_steps: columns that can be read in all. The logits of a step are valid until the next one. In an autocast
-    region projections have its precision. The model must not change inside the block.
+    region projections have its precision. The model must not change inside the block. texts: as in `CodecLM.text_keys`.
 
-    Raises ValueError as `decoding_backend` does, and when T exceeds max_steps.
+    Raises ValueError as `decoding_backend` and `text_keys` do, and when T exceeds max_steps.
     """
     if decoding_backend(model, backend) == "torch":
         with decoding_weights(model):
-            logits, state = model.prefill(tokens_BKT, max_steps)
+            logits, state = model.prefill(tokens_BKT, max_steps, texts)
             yield logits, lambda tokens_BK: model.step(tokens_BK, state)[0]
         return
     from models._decode_step import CompiledStep  # numba takes a second to import
 
-    logits, state = model.prefill(tokens_BKT, max_steps)
+    logits, state = model.prefill(tokens_BKT, max_steps, texts)
     step = CompiledStep(model, state, len(tokens_BKT), _weights_dtype("cpu"))
-    if len(step.torch_mixers):
-        with decoding_weights(step.torch_mixers):
+    if len(step.torch_parts):
+        with decoding_weights(step.torch_parts):
             yield logits, step
         return
     with torch_threads(1):  # the small operations of a draw gain nothing, and threads that wait for the next one spin

@@ -1,6 +1,7 @@
 """Language models over residual-vector-quantised audio tokens, one column of K codebooks a step.
 
 input: sum over codebooks of their embeddings; blocks: x + mixer(norm(x)), x + SwiGLU(norm(x)); output: K linear heads.
+With text conditioning, chosen blocks add x + cross_attention(norm(x), text) between the two.
 
 Shapes: B batch, K codebooks, T steps, D model width, V vocabulary a codebook (codes, then pad, BOS, EOS).
 """
@@ -8,7 +9,8 @@ Shapes: B batch, K codebooks, T steps, D model width, V vocabulary a codebook (c
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -23,6 +25,7 @@ from models.layers import FusedLinear, Mixer, RMSNorm, SwiGLU
 from models.linear_attention import LinearAttention
 from models.mamba import Mamba, Mamba2
 from models.memory_cache import CachedLinearAttention, CachedMixer, CachedOutput, MemoryCacheConfig
+from models.text import CrossAttention, TextConfig, TextEncoder, TextKeys, Texts, no_texts
 
 MixerName = Literal["attention", "gated_delta", "deltanet_simple", "linear_attention", "mamba", "mamba2"]
 MIXERS: tuple[MixerName, ...] = (
@@ -42,7 +45,7 @@ class CodecLMConfig:
     mixer: of the layers that are not attention. attention_every: every n-th layer (counted from 1) is attention,
     None for no attention; force_final_attention makes the last layer attention too. head_k, head_v: widths of a
     Gated DeltaNet head. delta_rule: of linear attention. d_state, expand, mamba2_head: of the two Mambas.
-    impl: kernel of the mixers (see models.ops); it changes speed, not the function.
+    impl: kernel of the mixers (see models.ops); it changes speed, not the function. text: conditioning on texts.
     """
 
     d_model: int
@@ -67,6 +70,7 @@ class CodecLMConfig:
     rope_base: float = 500_000.0
     norm_eps: float = 1e-6
     impl: str = "auto"
+    text: TextConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "n_codebooks", "context", "codebook_size"):
@@ -91,6 +95,8 @@ class CodecLMConfig:
                 f"start_layer={cache.start_layer} exceeds n_layers={self.n_layers}, so no layer would cache; "
                 f"choose start_layer <= {self.n_layers}"
             )
+        if self.text is not None:
+            self.text.check_blocks(self.n_layers)
 
     @property
     def mixers(self) -> tuple[MixerName, ...]:
@@ -124,6 +130,24 @@ class CodecLMConfig:
     def bos(self) -> int:
         """First input column."""
         return self.codebook_size + 1
+
+
+def config_facts(config: CodecLMConfig) -> dict[str, Any]:
+    """The configuration as JSON values, as checkpoints hold it; without text conditioning they do not mention it."""
+    facts = asdict(config)
+    if config.text is None:
+        del facts["text"]
+    return facts
+
+
+def config_of(facts: Mapping[str, Any]) -> CodecLMConfig:
+    """The inverse of `config_facts`. Raises TypeError for unknown or missing fields, ValueError for bad values."""
+    own = dict(facts)
+    if own.get("memory_cache") is not None:
+        own["memory_cache"] = MemoryCacheConfig(**own["memory_cache"])
+    if own.get("text") is not None:
+        own["text"] = TextConfig(**{**own["text"], "blocks": tuple(own["text"]["blocks"])})
+    return CodecLMConfig(**own)
 
 
 def build_mixer(config: CodecLMConfig, layer: int) -> Mixer:
@@ -160,37 +184,50 @@ def build_mixer(config: CodecLMConfig, layer: int) -> Mixer:
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + SwiGLU(norm(x))."""
+    """x + mixer(norm(x)), in some x + cross_attention(norm(x), text), then x + SwiGLU(norm(x)).
+
+    keys: of the text, see `CodecLM.text_keys`; None in a block without cross-attention.
+    """
 
     def __init__(self, config: CodecLMConfig, layer: int) -> None:
         super().__init__()
         self.mixer_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.mixer = build_mixer(config, layer)
+        self.cross: CrossAttention | None = None
+        if config.text is not None and layer in config.text.blocks:
+            self.cross_norm = RMSNorm(config.d_model, eps=config.norm_eps)
+            self.cross = CrossAttention(config.d_model, config.text.width, config.n_heads, norm_eps=config.norm_eps)
         self.mlp_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.mlp = SwiGLU(config.d_model, config.d_ff)
 
-    def _mlp(self, x: Tensor) -> Tensor:
-        return x + self.mlp(self.mlp_norm(x))
+    def _after_mixer(self, x_BTD: Tensor, keys: TextKeys | None) -> Tensor:
+        if self.cross is not None:
+            assert keys is not None
+            x_BTD = x_BTD + self.cross(self.cross_norm(x_BTD), keys)
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self._mlp(x_BTD + self.mixer(self.mixer_norm(x_BTD)))
+    def forward(self, x_BTD: Tensor, keys: TextKeys | None = None) -> Tensor:
+        return self._after_mixer(x_BTD + self.mixer(self.mixer_norm(x_BTD)), keys)
 
-    def prefill(self, x_BTD: Tensor, max_steps: int) -> tuple[Tensor, Any]:
+    def prefill(self, x_BTD: Tensor, max_steps: int, keys: TextKeys | None = None) -> tuple[Tensor, Any]:
         y, state = self.mixer.prefill(self.mixer_norm(x_BTD), max_steps)
-        return self._mlp(x_BTD + y), state
+        return self._after_mixer(x_BTD + y, keys), state
 
-    def step(self, x_BD: Tensor, state: Any) -> tuple[Tensor, Any]:
+    def step(self, x_BD: Tensor, state: Any, keys: TextKeys | None = None) -> tuple[Tensor, Any]:
         y, state = self.mixer.step(self.mixer_norm(x_BD), state)
-        return self._mlp(x_BD + y), state
+        if self.cross is None:
+            return self._after_mixer(x_BD + y, None), state
+        return self._after_mixer((x_BD + y)[:, None], keys)[:, 0], state
 
 
 @dataclass
 class DecodeState:
-    """State of every layer after `length` steps, with room for `max_steps`."""
+    """State of every layer after `length` steps, with room for `max_steps`, and its keys of the text."""
 
     layers: list[Any]
     length: int
     max_steps: int
+    keys: list[TextKeys | None]
 
 
 class CodecLM(nn.Module):
@@ -203,9 +240,15 @@ class CodecLM(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(1, config.n_layers + 1))
         self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.heads = nn.Parameter(torch.empty(config.n_codebooks, config.vocabulary, config.d_model))
+        self.text_encoder: TextEncoder | None = None
+        if config.text is not None:
+            self.text_encoder = TextEncoder(config.text, rope_base=config.rope_base, norm_eps=config.norm_eps)
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """Embeddings N(0, 0.02), Glorot projections, those that write to the residual times 1 / sqrt(2 layers)."""
+        """Embeddings N(0, 0.02), Glorot projections, those that write to the residual times 1 / sqrt(2 layers).
+
+        Bytes N(0, 1): a text's symbols have nothing but their own embedding to be told apart by.
+        """
         nn.init.normal_(self.embedding, std=0.02, generator=generator)
         for head in self.heads:
             nn.init.xavier_uniform_(head, generator=generator)
@@ -219,10 +262,14 @@ class CodecLM(nn.Module):
         for module in self.modules():
             if isinstance(module, Mixer):
                 module.init_own_parameters(generator)
+        layers = {"text_encoder": 0, "blocks": self.config.n_layers}
+        if self.text_encoder is not None and self.config.text is not None:
+            nn.init.normal_(self.text_encoder.embedding, generator=generator)
+            layers["text_encoder"] = self.config.text.n_layers
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if name.endswith(("out.weight", "mlp.down.weight")):
-                    parameter.mul_(1 / math.sqrt(2 * self.config.n_layers))
+                    parameter.mul_(1 / math.sqrt(2 * layers[name.split(".")[0]]))
 
     def embed(self, tokens_BKT: Tensor) -> Tensor:
         """[B, K, T] tokens -> [B, T, D]. Raises ValueError for a wrong K or a token outside the vocabulary."""
@@ -235,10 +282,26 @@ class CodecLM(nn.Module):
         rows_NK = rows.transpose(1, 2).reshape(B * T, K)
         return F.embedding_bag(rows_NK, self.embedding.view(K * V, D), mode="sum").view(B, T, D)
 
-    def decode_embedded(self, x_BTD: Tensor) -> Tensor:
-        """Embedded steps -> hidden states [B, T, D] after the final norm."""
-        for block in self.blocks:
-            x_BTD = block(x_BTD)
+    def text_keys(self, texts: Texts | None, batch: int) -> list[TextKeys | None]:
+        """Keys and values of `batch` texts for each block, None where it has no cross-attention.
+
+        texts: None for clips without a text. Raises ValueError for texts without an encoder, or another number of them.
+        """
+        if self.text_encoder is None:
+            if texts is not None:
+                raise ValueError("texts were given to a model without a text encoder; give none, or set config.text")
+            return [None] * len(self.blocks)
+        texts = no_texts(batch, self.heads.device) if texts is None else texts
+        if len(texts.length_B) != batch:
+            raise ValueError(f"{len(texts.length_B)} texts were given for {batch} clips; give one a clip")
+        memory = self.text_encoder(texts)
+        crosses = [block.cross for block in self.blocks]
+        return [cross.keys(memory) if isinstance(cross, CrossAttention) else None for cross in crosses]
+
+    def decode_embedded(self, x_BTD: Tensor, texts: Texts | None = None) -> Tensor:
+        """Embedded steps -> hidden states [B, T, D] after the final norm; texts as in `text_keys`."""
+        for block, keys in zip(self.blocks, self.text_keys(texts, len(x_BTD)), strict=True):
+            x_BTD = block(x_BTD, keys)
         return self.norm(x_BTD)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -246,33 +309,39 @@ class CodecLM(nn.Module):
         K, V, D = self.heads.shape
         return F.linear(hidden, self.heads.view(K * V, D)).unflatten(-1, (K, V))
 
-    def forward(self, tokens_BKT: Tensor) -> Tensor:
-        """[B, K, T] tokens -> logits [B, T, K, V] for the column after each step."""
-        return self.logits(self.decode_embedded(self.embed(tokens_BKT)))
+    def forward(self, tokens_BKT: Tensor, texts: Texts | None = None) -> Tensor:
+        """[B, K, T] tokens -> logits [B, T, K, V] for the column after each step; texts as in `text_keys`."""
+        return self.logits(self.decode_embedded(self.embed(tokens_BKT), texts))
 
     def loss(
-        self, inputs_BKT: Tensor, targets_BKT: Tensor, *, label_smoothing: float = 0.1, accuracy: bool = False
+        self,
+        inputs_BKT: Tensor,
+        targets_BKT: Tensor,
+        texts: Texts | None = None,
+        *,
+        label_smoothing: float = 0.1,
+        accuracy: bool = False,
     ) -> CodebookLoss:
         """Loss over targets that are not pad (see `codebook_loss`), without materialising the logits."""
-        hidden = self.decode_embedded(self.embed(inputs_BKT))
+        hidden = self.decode_embedded(self.embed(inputs_BKT), texts)
         return codebook_loss(
             hidden, self.heads, targets_BKT, pad=self.config.pad, label_smoothing=label_smoothing, accuracy=accuracy
         )
 
     @torch.no_grad()
-    def prefill(self, tokens_BKT: Tensor, max_steps: int) -> tuple[Tensor, DecodeState]:
+    def prefill(self, tokens_BKT: Tensor, max_steps: int, texts: Texts | None = None) -> tuple[Tensor, DecodeState]:
         """Read T >= 1 columns at once: logits [B, K, V] for the next, and a state with room for `max_steps` in all.
 
-        Raises ValueError when T exceeds max_steps.
+        Raises ValueError when T exceeds max_steps, and as `text_keys` does.
         """
         T = tokens_BKT.shape[-1]
         if max_steps < T:
             raise ValueError(f"{T} steps exceed max_steps={max_steps}; choose a larger max_steps")
-        x, layers = self.embed(tokens_BKT), []
-        for block in self.blocks:
-            x, state = block.prefill(x, max_steps)  # type: ignore[operator]
+        x, layers, keys = self.embed(tokens_BKT), [], self.text_keys(texts, len(tokens_BKT))
+        for block, own in zip(self.blocks, keys, strict=True):
+            x, state = block.prefill(x, max_steps, own)  # type: ignore[operator]
             layers.append(state)
-        return self.logits(self.norm(x[:, -1])), DecodeState(layers, T, max_steps)
+        return self.logits(self.norm(x[:, -1])), DecodeState(layers, T, max_steps, keys)
 
     @torch.no_grad()
     def step(self, tokens_BK: Tensor, state: DecodeState) -> tuple[Tensor, DecodeState]:
@@ -284,19 +353,21 @@ class CodecLM(nn.Module):
             raise ValueError(f"step {state.length + 1} exceeds max_steps={state.max_steps}; prefill with more")
         x = self.embed(tokens_BK[..., None]).squeeze(1)
         for i, block in enumerate(self.blocks):
-            x, state.layers[i] = block.step(x, state.layers[i])  # type: ignore[operator]
+            x, state.layers[i] = block.step(x, state.layers[i], state.keys[i])  # type: ignore[operator]
         state.length += 1
         return self.logits(self.norm(x)), state
 
     @torch.no_grad()
-    def gate_sums(self, tokens_BKT: Tensor, length_B: Tensor | None = None) -> list[GateSums]:
+    def gate_sums(
+        self, tokens_BKT: Tensor, length_B: Tensor | None = None, texts: Texts | None = None
+    ) -> list[GateSums]:
         """Use of the caches by each layer with memory caching and each clip of `length_B` real steps (all of T)."""
-        sums, x = [], self.embed(tokens_BKT)
-        for layer, block in enumerate(self.blocks, start=1):
+        sums, x, keys = [], self.embed(tokens_BKT), self.text_keys(texts, len(tokens_BKT))
+        for layer, (block, own) in enumerate(zip(self.blocks, keys, strict=True), start=1):
             assert isinstance(block, Block)
             if isinstance(block.mixer, CachedMixer):
                 sums.append(gate_sums(layer, block.mixer, block.mixer_norm(x), length_B))
-            x = block(x)
+            x = block(x, own)
         return sums
 
 

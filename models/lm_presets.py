@@ -41,6 +41,7 @@ from dataclasses import dataclass, replace
 from models.codec_lm import CodecLMConfig, MixerName
 from models.lm_cost import lm_cost, match_parameters
 from models.memory_cache import MemoryCacheConfig
+from models.text import TextConfig
 
 SPEECH = CodecLMConfig(
     d_model=384,
@@ -145,10 +146,12 @@ MC_LA_SIZES: Mapping[str, CodecLMConfig] = {
 @dataclass(frozen=True)
 class Scale:
     """Configurations whose parameter count is a contract (the first is what the others are matched to), and the
-    caching options of the architectures with memory caching."""
+    caching options of the architectures with memory caching. text: of the models that are given texts, where the scale
+    has some."""
 
     fixed: Mapping[str, CodecLMConfig]
     memory_cache: MemoryCacheConfig
+    text: TextConfig | None = None
 
     @property
     def reference(self) -> CodecLMConfig:
@@ -156,12 +159,16 @@ class Scale:
         return next(iter(self.fixed.values()))
 
 
+# a sentence of LJ Speech has at most 187 characters; the encoder and cross-attention take a sixth of the parameters
+SPEECH_TEXT = TextConfig(width=192, n_layers=4, n_heads=6, d_ff=512, max_bytes=256, blocks=(2, 4, 6, 8))
+LOCAL_TEXT = TextConfig(width=32, n_layers=2, n_heads=4, d_ff=64, max_bytes=128, blocks=(2, 4))
+
 SCALES: dict[str, Scale] = {
-    "speech": Scale({"olmo_hybrid": SPEECH}, MemoryCacheConfig(segment=128, rank=96)),
+    "speech": Scale({"olmo_hybrid": SPEECH}, MemoryCacheConfig(segment=128, rank=96), SPEECH_TEXT),
     "music": Scale({"olmo_hybrid": MUSIC, "gdn_hybrid": MUSIC_FULL_MIXER}, MemoryCacheConfig(segment=256, rank=256)),
     "48m": Scale({"mc_la": MC_LA_48M}, MemoryCacheConfig(segment=256, rank=88)),
     "95m": Scale({"mc_la": MC_LA_95M}, MemoryCacheConfig(segment=128, start_layer=10)),
-    "local": Scale({"olmo_hybrid": LOCAL}, MemoryCacheConfig(segment=64, rank=16)),
+    "local": Scale({"olmo_hybrid": LOCAL}, MemoryCacheConfig(segment=64, rank=16), LOCAL_TEXT),
 }
 
 
@@ -189,17 +196,41 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-def scale_config(scale: str, architecture: str) -> CodecLMConfig:
+def text_config(scale: str) -> TextConfig:
+    """Text conditioning at a scale. Raises ValueError for an unknown scale, or one without."""
+    text = _scale(scale).text
+    if text is None:
+        having = ", ".join(name for name, s in SCALES.items() if s.text is not None)
+        raise ValueError(f"scale={scale!r} has no text conditioning; choose one of {having}")
+    return text
+
+
+def _scale(name: str) -> Scale:
+    if name not in SCALES:
+        raise ValueError(f"scale={name!r} is not one of {', '.join(SCALES)}; choose one of these")
+    return SCALES[name]
+
+
+def scale_config(scale: str, architecture: str, *, text: bool = False) -> CodecLMConfig:
     """The configuration of an architecture at a scale, d_ff solved so that parameters agree within 1%.
 
-    Raises ValueError for an unknown scale or architecture, for a hybrid too deep for the scale's layers, and when
-    no d_ff matches.
+    text: with the scale's text conditioning, whose parameters the MLPs give up.
+    Raises ValueError for an unknown scale or architecture, for a hybrid too deep for the scale's layers, when
+    no d_ff matches, and for text at a scale without.
     """
-    if scale not in SCALES:
-        raise ValueError(f"scale={scale!r} is not one of {', '.join(SCALES)}; choose one of these")
-    s = SCALES[scale]
+    s = _scale(scale)
+    conditioning = text_config(scale) if text else None
     if architecture in s.fixed:
-        return s.fixed[architecture]
+        config = s.fixed[architecture]
+        if conditioning is None:
+            return config
+    else:
+        config = _replaced(s, scale, architecture)
+    return match_parameters(replace(config, text=conditioning), lm_cost(s.reference).parameters)
+
+
+def _replaced(s: Scale, scale: str, architecture: str) -> CodecLMConfig:
+    """The scale's reference with an architecture's mixers in place of its own."""
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture={architecture!r} is not one of {', '.join(ARCHITECTURES)}; choose one of these")
     a, reference = ARCHITECTURES[architecture], s.reference
@@ -208,7 +239,7 @@ def scale_config(scale: str, architecture: str) -> CodecLMConfig:
             f"{architecture} has attention every {a.attention_every} layers, but scale {scale!r} has "
             f"{reference.n_layers}; choose a larger scale"
         )
-    config = replace(
+    return replace(
         reference,
         mixer=a.mixer,
         attention_every=a.attention_every,
@@ -216,4 +247,3 @@ def scale_config(scale: str, architecture: str) -> CodecLMConfig:
         memory_cache=s.memory_cache if a.cached else None,
         n_kv_heads=reference.n_heads if a.mixer == "attention" else reference.n_kv_heads,
     )
-    return match_parameters(config, lm_cost(reference).parameters)

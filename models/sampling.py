@@ -15,6 +15,7 @@ from models._decoding import Backend, Step, decoding, decoding_backend
 from models.codebook_loss import check_tokens
 from models.codec_lm import CodecLM, CodecLMConfig
 from models.delay import delay, undelay
+from models.text import Texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,7 @@ def generate(
     sampling: Sampling | None = None,
     seed: int = 0,
     backend: Backend = "auto",
+    texts: Texts | None = None,
 ) -> Generation:
     """Continue prompts, or start from nothing, by `n_frames` frames; special tokens are never drawn.
 
@@ -121,10 +123,12 @@ def generate(
         backend: "numba" takes the steps in compiled kernels, for float32 models on a CPU; "torch" with the model's own
             operations, anywhere; "auto" is numba where it can be. Both compute the same function; in an autocast
             region both round the weights, but only torch the activations.
+        texts: one a sample (before best_of), for a model with text conditioning; None: samples without a text.
 
     Raises:
         ValueError: a prompt longer than the context or too long for it with the new frames, a code outside the
-            codebook, a wrong number of codebooks, counts below 1, or a backend that cannot serve this model.
+            codebook, a wrong number of codebooks or texts, counts below 1, texts for a model without a text encoder,
+            or a backend that cannot serve this model.
     """
     config, device = model.config, model.heads.device
     sampling = sampling or Sampling()
@@ -144,9 +148,11 @@ def generate(
             f"holds {config.max_frames} frames; choose a prompt and n_frames of at most {config.max_frames} together"
         )
     prompt = prompt.to(device).long().repeat_interleave(best_of, 0)
+    texts = None if texts is None else texts.to(device).repeated(best_of)
     decoder = _Decoder(config, prompt, n_frames, sampling, seed)
     taken_by = decoding_backend(model, backend)
-    with torch.inference_mode(), decoding(model, decoder.known(), decoder.columns, taken_by) as (logits, step):
+    reading = decoding(model, decoder.known(), decoder.columns, taken_by, texts)
+    with torch.inference_mode(), reading as (logits, step):
         codes, score = decoder.run(logits, step)
     if best_of > 1:
         score = score.unflatten(0, (-1, best_of))

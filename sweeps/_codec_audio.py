@@ -27,6 +27,7 @@ from data.pack import TokenClips, evaluation_batches
 from models.codec_lm import CodecLM
 from models.sampling import Sampling, generate
 from sweeps._codec_data import TokenSource
+from sweeps._codec_text import arm_name, given_texts
 from sweeps._sweep import digest
 from sweeps._train import autocast
 
@@ -91,22 +92,26 @@ def cell_audio(
 ) -> dict[str, bytes]:
     """Files of a cell: WAVs, a spectrogram, the samples' codes, and audio.npz (see `AudioSets`).
 
-    The model's samples start from nothing; they are drawn with the cell's seed.
+    The model's samples start from nothing; they are drawn with the cell's seed. With text conditioning they are given
+    texts of held-out clips, and samples.txt holds those of the WAVs, a line each.
     """
     codec = source.codec
     frames = sample_frames(codec, model, study.sample_s)
-    codes_NKT = draw(model, frames, study.sample_n, cell.seed, cell.precision)
+    spoken = held_out.take(min(study.sample_n, len(held_out))).texts
+    codes_NKT = draw(model, frames, study.sample_n, cell.seed, cell.precision, spoken)
     waves = list(_decoded(codec, codes_NKT))
     longest = int(np.argmax(held_out.n_frames_C))
     reference_N = codec.decode(held_out.codes(longest)[None, :, :frames])[0]
     files = {"sample.wav": wav(waves[0], codec.sample_rate), "reference.wav": wav(reference_N, codec.sample_rate)}
     files |= {f"samples/{i:02d}.wav": wav(wave, codec.sample_rate) for i, wave in enumerate(waves[1:_WAVS], start=1)}
     titles = {
-        f"{cell.architecture}: a sample": waves[0],
-        f"{cell.architecture}: another": waves[1],
+        f"{arm_name(cell.identity())}: a sample": waves[0],
+        f"{arm_name(cell.identity())}: another": waves[1],
         f"held-out audio through {codec.name}": reference_N,
     }
     files["spectrogram.png"] = spectrogram_png(titles, codec.sample_rate)
+    if model.config.text is not None:
+        files["samples.txt"] = "\n".join(spoken[i % len(spoken)] for i in range(_WAVS)).encode()
     files["samples.npz"] = _npz({"codes_NKT": codes_NKT})
     arrays = dict(_real_arrays(source, study, held_out, training, frames))
     arrays |= _embedded("samples", waves, embedders(codec))
@@ -115,13 +120,22 @@ def cell_audio(
     return files
 
 
-def draw(model: CodecLM, frames: int, n: int, seed: int, precision: str) -> npt.NDArray[np.uint16]:
-    """codes_NKT of `n` samples from nothing, in blocks of 32; whole blocks do not depend on n."""
+def draw(
+    model: CodecLM, frames: int, n: int, seed: int, precision: str, spoken: Sequence[str]
+) -> npt.NDArray[np.uint16]:
+    """codes_NKT of `n` samples from nothing, in blocks of 32; whole blocks do not depend on n.
+
+    spoken: texts that a model with text conditioning is given in turn.
+    """
     model.eval()
     parts = []
     with autocast(model.heads.device, precision):
         for block, start in enumerate(range(0, n, _AT_ONCE)):
-            made = generate(model, frames, batch=min(_AT_ONCE, n - start), sampling=SAMPLING, seed=seed + 7919 * block)
+            batch = min(_AT_ONCE, n - start)
+            texts = given_texts(
+                model.config, [spoken[i % len(spoken)] for i in range(start, start + batch)], model.heads.device
+            )
+            made = generate(model, frames, batch=batch, sampling=SAMPLING, seed=seed + 7919 * block, texts=texts)
             parts.append(made.codes.cpu().numpy().astype(np.uint16))
     return np.concatenate(parts)
 
@@ -171,6 +185,7 @@ def _real_arrays(
         codec.weights_hash,
         [e.name for e in with_these],
         len(training),
+        *(["clips with a text of their own"] if study.text else []),
     ]
     place = Path(source.tokens.folder).parent / f"real-{digest(facts)[:16]}.npz"
     with FileLock(f"{place}.lock"):

@@ -65,17 +65,14 @@ def load_model(state: dict[str, Any], weights: str) -> CodecLM:
 
     Raises UserError for weights that do not fit their configuration.
     """
-    from models.codec_lm import CodecLMConfig, build_codec_lm
-    from models.memory_cache import MemoryCacheConfig
+    from models.codec_lm import CodecLMConfig, build_codec_lm, config_of
 
     config = json.loads(state["config"])
     unknown = sorted(set(config) - {f.name for f in fields(CodecLMConfig)})
     try:
         if unknown:
             raise TypeError(f"fields {', '.join(unknown)} are not known")
-        if config["memory_cache"] is not None:
-            config["memory_cache"] = MemoryCacheConfig(**config["memory_cache"])
-        model = build_codec_lm(CodecLMConfig(**config))
+        model = build_codec_lm(config_of(config))
         model.load_state_dict(state["ema" if weights == "best" and "best" not in state else weights])
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[-1].strip()

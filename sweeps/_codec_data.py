@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from data.codec import Codec, CodecSpec
     from data.codec_shards import Tokens
     from data.melvq import MelVQSpec
+    from data.pack import TokenClips
     from data.synthetic_speech import SpeechSpec
     from sweeps.codec_lm import LMCell, Study
 
@@ -38,6 +39,10 @@ STAND_IN_AUDIO = (
 PLANTED = (
     "recall is a PLANTED task of random symbols, made by this program to check the instrument; it says nothing of audio"
 )
+TEXTS = {
+    SYNTHETIC: "the synthesiser's own spelling of its invented words",
+    ASTERISK: "the words of each file's name, close to what is said for most prompts, but NO transcripts",
+}
 STAND_IN_CODEC = "the codec is melvq, a stand-in (log-mel residual k-means, Griffin-Lim), not EnCodec or DAC"
 
 
@@ -65,20 +70,31 @@ def banner(study: Study) -> list[str]:
         lines.append(STAND_IN_CODEC + trained)
     elif study.codec_weights == "random":
         lines.append(f"{study.codec} has RANDOM weights: its tokens carry no audio, only the path is tried")
+    if study.text:
+        lines.append(f"texts: {TEXTS.get(study.corpus, 'the transcripts that come with the audio')}")
     if study.needs_gpu:
         lines.append("this preset is sized for a GPU and was not run where it was written")
     return lines
 
 
 def check(study: Study) -> None:
-    """Raise UserError when the audio or the codec's weights are out of reach."""
+    """Raise UserError when the audio, the texts of a text study or the codec's weights are out of reach."""
     if study.corpus not in (SYNTHETIC, RECALL):
         _codec_origin(study)
+        recordings = _audio(study).recordings
+        if study.text and not any(r.text.strip() for r in recordings):
+            raise UserError(
+                f"none of {len(recordings)} recordings at {_audio_path(study)} has a text, and text="
+                f"{','.join(study.text)} needs transcripts; add them to metadata.csv, or set text to nothing"
+            )
 
 
 def fingerprint(cell: LMCell, study: Study) -> str:
-    """Digest of the cell and of all that makes its tokens."""
-    return digest([cell.identity(), _origin(study)])
+    """Digest of the cell and of all that makes its tokens, and its texts where it is given some."""
+    parts = [cell.identity(), _origin(study)]
+    if study.text and study.corpus != SYNTHETIC:  # the synthesiser's own follow from what makes its audio
+        parts.append(digest([[r.recording_id, r.text] for r in _audio(study).recordings]))
+    return digest(parts)
 
 
 def _origin(study: Study) -> list[str]:
@@ -311,11 +327,8 @@ def open_weights(codec: str, weights: str) -> Codec:
         raise UserError(re.sub(r"--codec (\w)", r"--set codec=\1", str(error))) from error
 
 
-def unigram_nll(source: TokenSource, holdout: float) -> float:
+def unigram_nll(train: TokenClips, held: TokenClips) -> float:
     """Nats a token of held-out codes under each codebook's training frequencies (add-one): what an LM must beat."""
-    from data.pack import TokenClips
-
-    train, held = (TokenClips(source.tokens, side, holdout=holdout) for side in ("train", "validation"))
     size = train.special.codebook_size
     counts_KV = np.ones((train.n_codebooks, size))
     offsets = np.arange(train.n_codebooks)[:, None] * size

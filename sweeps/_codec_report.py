@@ -15,8 +15,10 @@ from analysis.audio_distance import Embeddings, frechet_distance, kernel_distanc
 from analysis.bootstrap import bootstrap_ci
 from analysis.codec_contrasts import choose_lr
 from analysis.codec_report import REAL, Results, at, write_report
+from analysis.codec_text import text_effects, text_figure, text_section, verdict
 from sweeps._codec_audio import SAMPLING, AudioSets
 from sweeps._codec_data import banner
+from sweeps._codec_text import NONE, RIGHT, arm_name, text_arm
 from sweeps._lm_plan import CURVE_CLIPS
 from sweeps._published import file_of, files_of, recorded, tables_of
 from sweeps._sweep import PublishedCell, UserError
@@ -37,10 +39,10 @@ def final_scores(rows: pd.DataFrame) -> pd.DataFrame:
 
 def results_of(cells: Sequence[PublishedCell]) -> Results:
     """The tables of all published cells; the generated audio of each architecture's best learning rate."""
-    models, curves, codebooks, clips, spikes, gates = [], [], [], [], [], []
+    models, curves, codebooks, clips, spikes, gates, texts = [], [], [], [], [], [], []
     gated = [cell for cell in cells if "gates.parquet" in cell.files]
     for cell, table in zip(cells, tables_of(cells, "clips.parquet"), strict=True):
-        rows, who = cell.rows, {name: cell.identity[name] for name in _TUNED}
+        rows, who = cell.rows, _who(cell)
         books = rows[rows["codebook"].notna()].assign(metric=lambda t: t["metric"].str.removeprefix("codebook_"))
         wide = books.pivot_table(index=["weights", "codebook"], columns="metric", values="value").reset_index()
         codebooks.append(wide.assign(**who))
@@ -56,9 +58,12 @@ def results_of(cells: Sequence[PublishedCell]) -> Results:
         curves.append(points[["metric", "weights", "group", "step", "value"]].assign(**who))
         jumps = rows[rows["metric"] == "grad_spikes"]
         spikes.append(jumps[["group", "value"]].assign(**who))
+        if "text" in table:
+            texts.append(table[table["weights"] == "ema"].assign(**who))
+            table = table[table["text"] == RIGHT].drop(columns="text")
         clips.append(table.assign(**who))
     for cell, table in zip(gated, tables_of(gated, "gates.parquet"), strict=True):
-        gates.append(table.assign(**{name: cell.identity[name] for name in _TUNED}))
+        gates.append(table.assign(**_who(cell)))
     frame = pd.DataFrame(models)
     return Results(
         models=frame,
@@ -69,7 +74,13 @@ def results_of(cells: Sequence[PublishedCell]) -> Results:
         gates=pd.concat(gates, ignore_index=True) if gates else pd.DataFrame(),
         audio=_audio_table(_chosen(cells, frame)),
         samples=(),
+        texts=pd.concat(texts, ignore_index=True) if texts else pd.DataFrame(),
     )
+
+
+def _who(cell: PublishedCell) -> dict[str, Any]:
+    """What tells a model from others; its architecture as `arm_name` has it."""
+    return {name: cell.identity[name] for name in _TUNED} | {"architecture": arm_name(cell.identity)}
 
 
 def _shown(cells: Sequence[PublishedCell]) -> Iterator[tuple[str, PublishedCell]]:
@@ -77,7 +88,7 @@ def _shown(cells: Sequence[PublishedCell]) -> Iterator[tuple[str, PublishedCell]
     first: dict[str, PublishedCell] = {}
     for cell in sorted(cells, key=lambda c: c.identity["seed"]):
         if "spectrogram.png" in cell.files:
-            first.setdefault(cell.identity["architecture"], cell)
+            first.setdefault(arm_name(cell.identity), cell)
     yield from first.items()
 
 
@@ -86,7 +97,7 @@ def _audio_table(cells: Sequence[PublishedCell]) -> pd.DataFrame:
     by_name: dict[str, list[AudioSets]] = {}
     with_audio = [cell for cell in cells if "audio.npz" in cell.files]
     for cell, data in zip(with_audio, files_of(with_audio, "audio.npz"), strict=True):
-        by_name.setdefault(cell.identity["architecture"], []).append(AudioSets.read(data))
+        by_name.setdefault(arm_name(cell.identity), []).append(AudioSets.read(data))
     if not by_name:
         return pd.DataFrame()
     first = next(iter(by_name.values()))[0]
@@ -166,8 +177,14 @@ def write(cells: Sequence[PublishedCell], preset_name: str, study: Study, out: P
         wavs = ["sample.wav", *sorted(f for f in cell.files if f.startswith("samples/"))]
         for i, file in enumerate(wavs):
             (out / f"{name}-{i}.wav").write_bytes(file_of(cell, file))
+        if "samples.txt" in cell.files:
+            (out / f"{name}.txt").write_bytes(file_of(cell, "samples.txt"))
         (out / "reference.wav").write_bytes(file_of(cell, "reference.wav"))
         samples.append((name, f"{name}.png"))
+    effects = _text_effects(results, study)
+    if len(effects):
+        effects.to_csv(out / "texts.csv", index=False)
+        text_figure(effects, out / "texts.png")
     main = write_report(
         replace(results, samples=samples),
         out,
@@ -177,6 +194,7 @@ def write(cells: Sequence[PublishedCell], preset_name: str, study: Study, out: P
         published=_published(study),
         curve_clips=CURVE_CLIPS,
         tried=tried,
+        texts=text_section(effects, _text_facts(tokens[0], study), "texts.png") if len(effects) else [],
     )
     lines = [
         f"val_nll      {r['val_nll']:.4f} [{r['lo']:.4f}, {r['hi']:.4f}] {r['architecture']} (lr {r['lr']:g}"
@@ -187,6 +205,27 @@ def write(cells: Sequence[PublishedCell], preset_name: str, study: Study, out: P
         *banner(study),
         *lines,
         f"unigram      {main['unigram_nll'].iloc[0]:.4f} nats a token: what a model must beat",
+        *([f"text         {verdict(effects)}"] if len(effects) else []),
+    ]
+
+
+def _text_effects(results: Results, study: Study) -> pd.DataFrame:
+    """See `analysis.codec_text.text_effects`; no row without a model with text."""
+    if results.texts.empty:
+        return pd.DataFrame()
+    chosen = choose_lr(results.models)
+    clips, texts = (at(frame, chosen) for frame in (results.clips, results.texts))
+    done = set(texts["architecture"])
+    with_text = {name: text_arm(name) for name in study.architectures if text_arm(name) in done}
+    return text_effects(clips[clips["weights"] == "ema"], texts, with_text)
+
+
+def _text_facts(tokens: dict[str, Any], study: Study) -> list[str]:
+    left_out = ", ".join(f"{n} {reason}" for reason, n in tokens["left_out"].items()) or "none"
+    return [
+        "a text is bytes (UTF-8, NFC) through a small bidirectional encoder; chosen blocks attend to it; in training "
+        f"{study.text_dropout:g} of the texts are dropped",
+        f"clips left out for all models, as they have no text of their own: {left_out}",
     ]
 
 
@@ -228,9 +267,15 @@ def _missing(cells: Sequence[PublishedCell], study: Study) -> list[str]:
     """Planned models without a published cell, by architecture and learning rate; with halving none is missed."""
     if study.rungs:
         return []
-    found = {tuple(c.identity[name] for name in _TUNED) for c in cells}
-    grid = [(name, lr) for name in study.architectures for lr in study.rates(name)]
-    return [f"{name} at lr {lr:g}" for name, lr in grid if any((name, lr, s) not in found for s in study.seeds)]
+    found = {tuple(_who(c).values()) for c in cells}
+    kinds = study.text or (NONE,)
+    grid = [
+        (arm_name({"architecture": name, "text": kind}), lr)
+        for name in study.architectures
+        for kind in kinds
+        for lr in study.rates(name)
+    ]
+    return [f"{arm} at lr {lr:g}" for arm, lr in grid if any((arm, lr, s) not in found for s in study.seeds)]
 
 
 def _resampled(rates: dict[int, int], rate: int) -> str:
@@ -253,7 +298,7 @@ def _audio_facts(cells: Sequence[PublishedCell], results: Results, study: Study)
         f"samples of {sets.sample_s:g} s from nothing, EMA weights, temperature {SAMPLING.temperature:g}, top-k "
         f"{SAMPLING.top_k}, all seeds of the chosen learning rate; real clips are cut to the same length, and "
         "both have "
-        "been through the codec",
+        "been through the codec" + ("; models with text are given texts of held-out clips" if study.text else ""),
         f"reference set of the distances: {int(real.get('reference_clips', 0))} held-out clips "
         f"({int(real.get('reference_vectors', 0))} vectors); `{REAL}` is as many training clips against the same "
         "reference: what two sets of real audio differ by",
@@ -275,4 +320,6 @@ def _published(study: Study) -> str:
         return f"{study.corpus} coded by {study.codec} is not LJ Speech coded by EnCodec"
     if study.codec_weights == "random":
         return "EnCodec has random weights here"
+    if study.text:
+        return "a text study takes whole sentences, not chunks of 8 s"
     return "same"

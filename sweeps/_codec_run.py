@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -18,13 +18,14 @@ import torch
 from analysis.audio import CodebookScores
 from data.pack import TokenClips, collate, epoch_batches, evaluation_batches
 from models.codebook_loss import codebook_loss
-from models.codec_lm import CodecLM, CodecLMConfig, build_codec_lm
+from models.codec_lm import CodecLM, CodecLMConfig, build_codec_lm, config_facts
 from models.delay import training_pair
 from models.lm_cost import lm_cost
 from sweeps._codec_audio import cell_audio
 from sweeps._codec_checkpoint import checkpoint_facts
 from sweeps._codec_data import TokenSource, open_source, unigram_nll
 from sweeps._codec_halving import compete
+from sweeps._codec_text import NO_TEXT, SHUFFLED, given_texts, shuffled_texts
 from sweeps._context import PackContext
 from sweeps._memory_health import EVAL_BATCH, LAYER, clip_table, gate_numbers, gate_table
 from sweeps._stop import PackStopped
@@ -60,7 +61,8 @@ class TrainingStream:
         seed = self.cell.seed + 1_000_003 * self._epoch
         batch = collate(self.clips, self._plan[place].tolist(), place, self.config.max_frames, seed)
         inputs, targets = training_pair(batch.codes_BKT, pad=self.config.pad, bos=self.config.bos)
-        return Batch(inputs.to(self.device), targets.to(self.device), batch.real_tokens)
+        texts = given_texts(self.config, self.cell.texts_at(step, batch.texts), self.device)
+        return Batch(inputs.to(self.device), targets.to(self.device), batch.real_tokens, texts)
 
 
 def evaluate(model: CodecLM, clips: TokenClips, n_clips: int, precision: str, world: World = ALONE) -> CodebookScores:
@@ -73,7 +75,8 @@ def evaluate(model: CodecLM, clips: TokenClips, n_clips: int, precision: str, wo
             if batch.index % world.size != world.rank:
                 continue
             inputs, targets = training_pair(batch.codes_BKT, pad=config.pad, bos=config.bos)
-            hidden = model.decode_embedded(model.embed(inputs.to(device)))
+            texts = given_texts(config, batch.texts, device)
+            hidden = model.decode_embedded(model.embed(inputs.to(device)), texts)
             for h_TD, target_KT in zip(hidden, targets.to(device), strict=True):
                 r = codebook_loss(h_TD[None], model.heads, target_KT[None], pad=config.pad, accuracy=True)
                 sums = {"nll": r.nll_K, "uniform": r.uniform_K, "count": r.count_K, "top1": r.top1_K, "top5": r.top5_K}
@@ -105,10 +108,11 @@ def run_pack(cells: Sequence[LMCell], study: Study, context: PackContext) -> Non
         sides = [TokenClips(source.tokens, side, holdout=study.holdout) for side in ("train", "validation")]
     except ValueError as error:
         raise UserError(f"{error}; choose another holdout or more audio") from error
-    baseline = unigram_nll(source, study.holdout)
+    (training, held_out), left_out = _usable(cells[0], sides, context)
+    baseline = unigram_nll(training, held_out)
 
     def open_run(cell: LMCell) -> _CellRun:
-        return _CellRun(cell, study, source, cell.training_clips(sides[0]), sides[1], context, baseline)
+        return _CellRun(cell, study, source, cell.training_clips(training), held_out, context, baseline, left_out)
 
     halved: dict[str, list[HalvedCell]] = {}
     for cell in cells:
@@ -125,6 +129,19 @@ def run_pack(cells: Sequence[LMCell], study: Study, context: PackContext) -> Non
                 _give_up(cell, error, context)
     for rivals in halved.values():
         compete(rivals, open_run, lambda cell, error: _give_up(cell, error, context), context)
+
+
+def _usable(cell: LMCell, sides: Sequence[TokenClips], context: PackContext) -> tuple[list[TokenClips], dict[str, int]]:
+    """(clips of each side that the study uses, how many others there are by reason); says so where there are some."""
+    kept, left_out = [], Counter[str]()
+    for side in sides:
+        clips, others = cell.usable_clips(side)
+        kept.append(clips)
+        left_out.update(others)
+    if left_out and context.world.first:
+        why = ", ".join(f"{n} {reason}" for reason, n in left_out.items())
+        context.note(f"text: {left_out.total()} of {sum(map(len, sides))} clips are left out for all models: {why}")
+    return kept, dict(left_out)
 
 
 def _give_up(cell: LMCell, error: AnomalyError, context: PackContext) -> None:
@@ -145,8 +162,9 @@ class _CellRun:
         held_out: TokenClips,
         context: PackContext,
         baseline: float,
+        left_out: dict[str, int],
     ) -> None:
-        self.baseline = baseline
+        self.baseline, self.left_out = baseline, left_out
         self.cell, self.study, self.source, self.held_out, self.context = cell, study, source, held_out, context
         self.config = cell.lm_config()
         codec = source.codec
@@ -223,6 +241,7 @@ class _CellRun:
         scores = {w: self._scores(model, cell.eval_clips) for w, model in models.items()}
         best = self._best()
         best_scores = None if best is None else self._scores(best, cell.eval_clips)
+        other_texts = self._scores_with_other_texts()
         if not context.world.first:
             return
         rows = [Row("unigram_nll", self.baseline, "nats a token")]
@@ -235,8 +254,10 @@ class _CellRun:
             rows += self._score_rows(some, weights)
         if best_scores is not None:
             rows += self._score_rows(best_scores, "best")
+        for kind, some in other_texts.items():
+            rows += _nll_rows(some, f"final_val_nll_{kind}", {"weights": "ema"})
         files: dict[str, bytes] = {"model.pt": self._checkpoint(best)}
-        files["clips.parquet"] = clip_table(scores, self.held_out, cell.eval_clips)
+        files["clips.parquet"] = clip_table(scores, self.held_out, cell.eval_clips, other_texts)
         if self.config.memory_cache is not None:
             models["start"] = build_codec_lm(self.config, device=context.device, seed=cell.seed)
             files["gates.parquet"] = gate_table(models, self.held_out, cell.eval_clips, cell.precision)
@@ -259,6 +280,17 @@ class _CellRun:
 
     def _scores(self, model: CodecLM, n_clips: int) -> CodebookScores:
         return evaluate(model, self.held_out, n_clips, self.cell.precision, self.context.world)
+
+    def _scores_with_other_texts(self) -> dict[str, CodebookScores]:
+        """Of the averaged weights, given another clip's text and none; empty without text conditioning."""
+        if self.config.text is None:
+            return {}
+        wrong = {SHUFFLED: shuffled_texts(self.held_out), NO_TEXT: [""] * len(self.held_out)}
+        cell, world = self.cell, self.context.world
+        return {
+            kind: evaluate(self.trainer.ema, self.held_out.with_texts(t), cell.eval_clips, cell.precision, world)
+            for kind, t in wrong.items()
+        }
 
     def _numbers(self, model: CodecLM) -> dict[str, float]:
         scores = self._scores(model, self.cell.curve_clips)
@@ -308,11 +340,8 @@ class _CellRun:
 
     def _score_rows(self, scores: CodebookScores, weights: str) -> list[Row]:
         at = {"weights": weights}
-        interval = scores.val_nll_ci()
         rows = [
-            Row("final_val_nll", scores.val_nll(), "nats a token", at),
-            Row("final_val_nll_lo", interval.lo, "nats a token", at),
-            Row("final_val_nll_hi", interval.hi, "nats a token", at),
+            *_nll_rows(scores, "final_val_nll", at),
             Row("final_val_loss_smoothed", scores.val_loss_smoothed(), "nats a token", at),
             Row("perplexity", scores.perplexity(), "a token", at),
             Row("bits_per_second", scores.bits_per_second(self.source.codec.frame_rate_hz), "bit/s", at),
@@ -332,7 +361,7 @@ class _CellRun:
         if best is not None and self.trainer.best is not None:
             state |= {"best": best.state_dict(), "best_step": self.trainer.best[0]}
         facts = checkpoint_facts(self.cell, self.source.codec)
-        torch.save({"config": json.dumps(asdict(self.config)), **facts, **state}, sink)
+        torch.save({"config": json.dumps(config_facts(self.config)), **facts, **state}, sink)
         return sink.getvalue()
 
     def _tokens(self) -> dict[str, object]:
@@ -341,4 +370,11 @@ class _CellRun:
         train_clips = len(self.stream.clips)
         rates = {str(rate): files for rate, files in self.source.source_rates.items()}
         counts = {"train_clips": train_clips, "held_out_clips": len(self.held_out), "source_rates": rates}
-        return {n: manifest[n] for n in wanted} | counts
+        texts = {"left_out": self.left_out} if self.study.text else {}
+        return {n: manifest[n] for n in wanted} | counts | texts
+
+
+def _nll_rows(scores: CodebookScores, metric: str, params: dict[str, str]) -> list[Row]:
+    interval = scores.val_nll_ci()
+    values = {"": scores.val_nll(), "_lo": interval.lo, "_hi": interval.hi}
+    return [Row(metric + end, value, "nats a token", params) for end, value in values.items()]

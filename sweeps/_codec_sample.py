@@ -7,12 +7,15 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sweeps._codec_text import arm_name
 from sweeps._sweep import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from data.codec import Codec
+    from models.codec_lm import CodecLM
+    from models.text import Texts
 
 _CHECKPOINT = "model.pt"
 
@@ -24,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seconds", type=float, default=6.0, help="length of each sample, without the prompt")
     p.add_argument("--n", type=int, default=4, help="number of samples")
     p.add_argument("--out", type=Path, default=Path("samples"), help="folder for the WAV files")
+    p.add_argument("--text", metavar="WORDS", help="what the samples say; for a model with text conditioning")
     p.add_argument("--prompt", type=Path, metavar="AUDIO", help="audio file to continue; resampled to the codec's rate")
     p.add_argument(
         "--weights", choices=("ema", "raw", "best"), default="ema", help="averaged, last, or averaged at the best step"
@@ -73,6 +77,8 @@ def sample(arguments: argparse.Namespace) -> list[str]:
         repetition_penalty=arguments.repetition_penalty,
     )
     prompt, lines = None, [codec.caveat] if codec.caveat else []
+    texts, told = _texts(model, arguments.text, arguments.n)
+    lines += told
     if arguments.prompt is not None:
         prompt, said = _prompt(arguments.prompt, codec)
         prompt, lines = prompt.expand(arguments.n, -1, -1), lines + said
@@ -84,16 +90,33 @@ def sample(arguments: argparse.Namespace) -> list[str]:
         best_of=arguments.best_of,
         sampling=sampling,
         seed=arguments.seed,
+        texts=texts,
     )
     arguments.out.mkdir(parents=True, exist_ok=True)
-    architecture = json.loads(state["identity"])["architecture"]
+    name = arm_name(json.loads(state["identity"]))
     with torch.inference_mode():
         waves = codec.decode(made.codes.cpu().numpy())
     for i, wave_N in enumerate(waves):
-        file = arguments.out / f"{architecture}-seed{arguments.seed}-{i:02d}.wav"
+        file = arguments.out / f"{name}-seed{arguments.seed}-{i:02d}.wav"
         file.write_bytes(wav(wave_N, codec.sample_rate))
         lines.append(f"{file}  {len(wave_N) / codec.sample_rate:.2f} s, {made.log_probability[i]:.3f} nats a token")
     return lines
+
+
+def _texts(model: CodecLM, text: str | None, n: int) -> tuple[Texts | None, list[str]]:
+    """(the text for each of n samples, lines on what the samples are given)."""
+    from models.text import encode_texts
+
+    if model.config.text is None:
+        if text is not None:
+            raise UserError(
+                f"--text {text!r}: this model has no text conditioning (its cell is not of text=bytes); leave --text "
+                "out, or give a cell of a text study, `--preset text_local` for instance"
+            )
+        return None, []
+    if text is None:
+        return None, ["no --text: the model samples without a text, as it was trained to for dropped ones"]
+    return encode_texts([text] * max(1, n), model.config.text.max_bytes), [f"text: {text}"]
 
 
 def _bytes_of(place: str) -> tuple[bytes, str]:

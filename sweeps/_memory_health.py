@@ -13,6 +13,7 @@ from data.pack import TokenClips, evaluation_batches
 from models.cache_health import GateSums
 from models.codec_lm import CodecLM
 from models.delay import training_pair
+from sweeps._codec_text import RIGHT, given_texts
 from sweeps._published import parquet_bytes
 from sweeps._train import autocast
 
@@ -21,11 +22,24 @@ EVAL_BATCH = 8  # held-out clips scored at once; it decides their order too
 _FACTS = ("cache_mass", "effective_mass", "entropy", "entropy_share", "read_ratio", "openness", "gate_bias")
 
 
-def clip_table(scores: Mapping[str, CodebookScores], clips: TokenClips, n_clips: int) -> bytes:
-    """Parquet with a row for each held-out clip and kind of weights: weights, clip_id, nll (a sum, nats), tokens."""
+def clip_table(
+    scores: Mapping[str, CodebookScores],
+    clips: TokenClips,
+    n_clips: int,
+    other_texts: Mapping[str, CodebookScores] | None = None,
+) -> bytes:
+    """Parquet with a row for each held-out clip and kind of weights: weights, clip_id, nll (a sum, nats), tokens.
+
+    other_texts: scores of the averaged weights with other texts than the clips' own, by kind; with some, a column
+    `text` tells the kind, `right` for `scores`.
+    """
     batches = evaluation_batches(clips, EVAL_BATCH, max_frames=1, n_clips=n_clips)
     ids = [name for batch in batches for name in batch.clip_ids]
     tables = [some.clips().assign(weights=weights, clip_id=ids) for weights, some in scores.items()]
+    if other_texts:
+        tables = [some.assign(text=RIGHT) for some in tables]
+        for kind, some in other_texts.items():
+            tables.append(some.clips().assign(weights="ema", clip_id=ids, text=kind))
     return parquet_bytes(pd.concat(tables, ignore_index=True))
 
 
@@ -62,4 +76,6 @@ def _walk(
     with torch.inference_mode(), autocast(device, precision):
         for batch in evaluation_batches(clips, EVAL_BATCH, max_frames=config.max_frames, n_clips=n_clips):
             inputs, _ = training_pair(batch.codes_BKT, pad=config.pad, bos=config.bos)
-            yield batch.clip_ids, model.gate_sums(inputs.to(device), batch.length_B + config.n_codebooks - 1)
+            texts = given_texts(config, batch.texts, device)
+            length_B = batch.length_B + config.n_codebooks - 1
+            yield batch.clip_ids, model.gate_sums(inputs.to(device), length_B, texts)

@@ -27,8 +27,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models._allocator import keep_freed_memory
-from models.codec_lm import CodecLM
+from models.codec_lm import CodecLM, config_facts
 from models.lm_cost import names_by_group
+from models.text import Texts
 from sweeps._stop import PackStopped
 from sweeps._world import World
 
@@ -80,11 +81,15 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Batch:
-    """inputs and targets [B, K, T] of next-column prediction; `real_tokens` of the targets are not padding."""
+    """inputs and targets [B, K, T] of next-column prediction; `real_tokens` of the targets are not padding.
+
+    texts: one a clip, for a model with text conditioning.
+    """
 
     inputs_BKT: Tensor
     targets_BKT: Tensor
     real_tokens: int
+    texts: Texts | None = None
 
 
 @dataclass(frozen=True)
@@ -105,8 +110,8 @@ class _Loss(nn.Module):
         super().__init__()
         self.model, self.label_smoothing = model, label_smoothing
 
-    def forward(self, inputs_BKT: Tensor, targets_BKT: Tensor) -> Tensor:
-        return self.model.loss(inputs_BKT, targets_BKT, label_smoothing=self.label_smoothing).loss
+    def forward(self, inputs_BKT: Tensor, targets_BKT: Tensor, texts: Texts | None) -> Tensor:
+        return self.model.loss(inputs_BKT, targets_BKT, texts, label_smoothing=self.label_smoothing).loss
 
 
 class AnomalyError(ValueError):
@@ -234,12 +239,15 @@ class Trainer:
         idle = world.rank >= len(batch.targets_BKT)
         share = slice(0, 1) if idle else slice(world.rank, None, world.size)
         inputs_BKT, targets_BKT = batch.inputs_BKT[share], batch.targets_BKT[share]
+        texts = batch.texts and batch.texts.rows(share)
         size = self.config.micro_batch or len(targets_BKT)
-        parts = list(zip(inputs_BKT.split(size), targets_BKT.split(size), strict=True))
-        for number, (inputs_bKT, targets_bKT) in enumerate(parts):
-            with self._apart(last=number == len(parts) - 1):
+        starts = range(0, len(targets_BKT), size)
+        for start in starts:
+            some = slice(start, start + size)
+            inputs_bKT, targets_bKT = inputs_BKT[some], targets_BKT[some]
+            with self._apart(last=start == starts[-1]):
                 with autocast(self.device, self.config.precision):
-                    mean = self._loss(inputs_bKT, targets_bKT)
+                    mean = self._loss(inputs_bKT, targets_bKT, texts and texts.rows(some))
                 part = mean * (0 if idle else (targets_bKT != pad).sum() / total)
                 (part * world.size).backward()  # the processes' gradients are averaged
             loss += part.detach()
@@ -276,7 +284,7 @@ class Trainer:
         """All that a restart needs, as tensors, numbers and texts."""
         return {
             "maker": self.maker,
-            "architecture": json.dumps(asdict(self.model.config)),
+            "architecture": self._architecture_text(),
             "config": self._config_text(),
             "processes": self.world.size,
             "step": self.step_count,
@@ -290,6 +298,9 @@ class Trainer:
                 {"running": self.running, "spikes": self.spikes, "curve": self.curve, "best": self.best}
             ),
         }
+
+    def _architecture_text(self) -> str:
+        return json.dumps(config_facts(self.model.config))
 
     def _config_text(self) -> str:
         """The training configuration without what changes no more than rounding."""
@@ -305,7 +316,7 @@ class Trainer:
                 f"the checkpoint is of {state.get('maker') or 'an unnamed version'}, this is {self.maker}; remove it "
                 "(_work/ of the ledger) to train anew"
             )
-        for what, mine in (("architecture", json.dumps(asdict(self.model.config))), ("config", self._config_text())):
+        for what, mine in (("architecture", self._architecture_text()), ("config", self._config_text())):
             if state[what] != mine:
                 name = "training configuration" if what == "config" else what
                 raise ValueError(f"the checkpoint is of another {name}: {_difference(state[what], mine)}")

@@ -4,6 +4,7 @@ python sweeps/codec_lm.py                         synthetic speech, a stand-in c
 python sweeps/codec_lm.py --preset asterisk       real speech (benchmarks/fetch_test_audio.py), the same small models
 python sweeps/codec_lm.py --preset speech_a100 --set audio_path=LJSpeech-1.1     the study's 21.9M models (GPU)
 python sweeps/codec_lm.py --preset music_a100 --set audio_path=FMA               the study's 294M models (GPU)
+python sweeps/codec_lm.py --preset text_local     the same with and without each clip's transcript: does it help?
 python sweeps/codec_lm.py --sample runs/ledger/codec_lm/2/KEY --seconds 4 --n 4 --out DIR   WAVs of a finished model
 python sweeps/codec_lm.py --tokenise --preset speech_a100 --set audio_path=LJSpeech-1.1 --actors 4   tokens beforehand
 """
@@ -12,16 +13,17 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from sweeps._codec_text import KINDS, NONE, after_dropout, arm_name, with_own_text
 from sweeps._lm_plan import CPU_FLOPS, CURVE_CLIPS, GPU_BASIS, TokenStudy, packs, work
-from sweeps._sweep import Cell, Estimate, Pack, PublishedCell, UserError
+from sweeps._sweep import Cell, Estimate, Pack, PublishedCell, UserError, nearest
 from sweeps._where import Machine, RunSettings
 
 if TYPE_CHECKING:
@@ -107,6 +109,14 @@ class LMCell(Cell):
         """Those of the training side that the model is trained on: all of them."""
         return clips
 
+    def usable_clips(self, clips: TokenClips) -> tuple[TokenClips, dict[str, int]]:
+        """(clips of a side that the study uses, how many others there are by reason); the same for all its cells."""
+        return clips, {}
+
+    def texts_at(self, step: int, texts: Sequence[str]) -> Sequence[str]:
+        """Texts that a model with text conditioning is given in training beside the clips of a step."""
+        return texts
+
 
 @dataclass(frozen=True, kw_only=True)
 class HalvedCell(LMCell):
@@ -131,6 +141,37 @@ class HalvedCell(LMCell):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextCell(LMCell):
+    """A model of a text study: given the transcripts of its clips (text=bytes), or without them on the same clips."""
+
+    text: str
+    text_dropout: float  # share of clips in training whose text is left out
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.text not in KINDS:
+            raise UserError(f"text={self.text!r} is not known{nearest(self.text, KINDS)}; kinds: {', '.join(KINDS)}")
+        if not 0 <= self.text_dropout < 1:
+            raise UserError(f"text_dropout={self.text_dropout} must lie in 0..1, below 1; 0.1 drops one text in ten")
+
+    def lm_config(self) -> Any:
+        return _config(self.scale, self.architecture, text=self.text != NONE)
+
+    def usable_clips(self, clips: TokenClips) -> tuple[TokenClips, dict[str, int]]:
+        from models.lm_presets import text_config
+
+        try:
+            max_bytes = text_config(self.scale).max_bytes
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        max_frames = self.lm_config().max_frames
+        return with_own_text(clips, chunk_s=self.chunk_s, max_frames=max_frames, max_bytes=max_bytes)
+
+    def texts_at(self, step: int, texts: Sequence[str]) -> Sequence[str]:
+        return after_dropout(texts, self.text_dropout, self.seed, step)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Study(TokenStudy):
     """A preset. Every field can be changed with `--set field=value` (lists with commas)."""
 
@@ -143,6 +184,8 @@ class Study(TokenStudy):
     eta: int = 2
     sample_s: float = 6.0  # of each generated clip; 0: none
     sample_n: int = 32  # generated clips a model, for the distances to real audio
+    text: tuple[str, ...] = ()  # none, bytes: a text study, each architecture without and with transcripts
+    text_dropout: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -152,6 +195,11 @@ class Study(TokenStudy):
             raise UserError(
                 f"rungs={','.join(map(str, self.rungs))} with eta={self.eta}: rungs must rise and lie in "
                 f"1..{self.steps - 1} (steps), and eta be at least 2"
+            )
+        if self.rungs and self.text:
+            raise UserError(
+                f"rungs={','.join(map(str, self.rungs))} with text={','.join(self.text)}: learning rates do not "
+                "compete in a text study; set one of the two to nothing"
             )
         for entry in self.lr_of:
             name, _, rate = entry.partition(":")
@@ -173,7 +221,7 @@ class Study(TokenStudy):
         return MelVQSpec()
 
 
-PRESETS: Mapping[str, Study] = {
+PRESETS: dict[str, Study] = {
     "local": Study(
         scale="local",
         lr=(4e-3, 8e-3),
@@ -243,6 +291,37 @@ PRESETS: Mapping[str, Study] = {
         sample_s=20.0,
     ),
 }
+_TEXT = ("none", "bytes")
+PRESETS |= {
+    # utterances of a word or three: what letters sound like must be learned in minutes, before the clips are by heart
+    "text_local": replace(
+        PRESETS["local"],
+        architectures=("transformer", "mamba"),
+        lr=(8e-3,),
+        text=_TEXT,
+        corpus_clips=800,
+        chunk_s=0.9,
+        min_s=0.5,
+        steps=200,
+        batch_size=24,
+        warmup_steps=20,
+        eval_every=100,
+        eval_clips=128,
+        sample_s=0.8,
+    ),
+    "text_asterisk": replace(
+        PRESETS["asterisk"],
+        architectures=("olmo_hybrid", "transformer"),
+        text=_TEXT,
+    ),
+    "speech_text_a100": replace(
+        PRESETS["speech_a100"],
+        architectures=("olmo_hybrid", "transformer"),
+        seeds=(42, 43),
+        text=_TEXT,
+        chunk_s=10.2,  # above the longest sentence: every recording is one clip
+    ),
+}
 
 
 class CodecLMSweep:
@@ -257,8 +336,8 @@ class CodecLMSweep:
 
     def plan(self, preset: Study) -> Sequence[LMCell]:
         preset.check_source(CORPORA)
-        for architecture in preset.architectures:
-            _config(preset.scale, architecture)
+        for architecture, kind in product(preset.architectures, preset.text or (NONE,)):
+            _config(preset.scale, architecture, text=kind != NONE)
         varied = ("architecture", "lr", "seed")
         shared = {f.name: getattr(preset, f.name) for f in fields(LMCell) if f.name not in varied}
         cells = [
@@ -266,6 +345,12 @@ class CodecLMSweep:
             for architecture in preset.architectures
             for lr, seed in product(preset.rates(architecture), preset.seeds)
         ]
+        if preset.text:
+            return [
+                TextCell(**cell.identity(), text=kind, text_dropout=0.0 if kind == NONE else preset.text_dropout)
+                for cell in cells
+                for kind in dict.fromkeys(preset.text)
+            ]
         if not preset.rungs:
             return cells
         return [
@@ -280,14 +365,14 @@ class CodecLMSweep:
         ]
 
     def pack(self, cells: Sequence[Cell], preset: Study, machine: Machine, run: RunSettings) -> list[Pack]:
-        """Units: an architecture and seed. Learning rates that compete stay together, with all their seeds."""
+        """Units: an architecture, with or without text, and seed. Rates that compete stay together, with all seeds."""
         units: dict[tuple[str, int], list[LMCell]] = {}
         for cell in cells:
             assert isinstance(cell, LMCell)
-            units.setdefault((cell.architecture, -1 if cell.rival_seeds else cell.seed), []).append(cell)
+            units.setdefault((arm_name(cell.identity()), -1 if cell.rival_seeds else cell.seed), []).append(cell)
 
         def name(number: int, group: Sequence[LMCell]) -> str:
-            return f"{group[0].architecture}-{group[0].seed}" if preset.needs_gpu else f"pack{number}"
+            return f"{arm_name(group[0].identity())}-{group[0].seed}" if preset.needs_gpu else f"pack{number}"
 
         return packs(units.values(), preset, machine, run, name)
 
@@ -344,11 +429,11 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _config(scale: str, architecture: str) -> Any:
+def _config(scale: str, architecture: str, *, text: bool = False) -> Any:
     from models.lm_presets import scale_config
 
     try:
-        return scale_config(scale, architecture)
+        return scale_config(scale, architecture, text=text)
     except ValueError as error:
         raise UserError(str(error)) from error
 

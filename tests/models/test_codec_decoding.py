@@ -133,7 +133,7 @@ def test_the_speech_preset_decodes_in_kernels_alone(weights):
     with torch.inference_mode():
         state = reference.prefill(tokens[..., :3], 6)[1]
         step = CompiledStep(model, copy.deepcopy(state), 3, weights)
-        assert len(step.torch_mixers) == 0
+        assert len(step.torch_parts) == 0
         for t in range(3, 6):
             expected, state = reference.step(tokens[..., t], state)
             torch.testing.assert_close(step(tokens[..., t]), expected, rtol=0, atol=5e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -417,7 +418,8 @@ def test_checkpoints_by_time_by_steps_and_never_of_the_last() -> None:
 def test_every_preset_can_be_planned(preset: str) -> None:
     study = PRESETS[preset]
     cells = SWEEP.plan(study)
-    assert len({c.key for c in cells}) == len(cells) == len(study.architectures) * len(study.seeds) * len(study.lr)
+    grid = (study.architectures, study.seeds, study.lr, study.text or ("none",))
+    assert len({c.key for c in cells}) == len(cells) == math.prod(map(len, grid))
     estimate = SWEEP.estimate(cells, study, MACHINE, RunSettings())
     assert estimate.flops > 0
     assert estimate.seconds > 0

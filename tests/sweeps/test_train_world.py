@@ -87,11 +87,15 @@ def test_gradients_weigh_tokens_not_clips_or_processes() -> None:
     """The mean of the processes' own means would be another gradient: the clips have 4, 20 and 20 frames."""
     batch, t = batch_at(0), trainer(World())
     heads = t.model.heads
-    whole = t.model.loss(batch.inputs_BKT, batch.targets_BKT).loss
+    whole = t.model.loss(batch.inputs_BKT, batch.targets_BKT, batch.texts).loss
     t._accumulate(batch)
     assert heads.grad is not None
     (expected,) = torch.autograd.grad(whole, heads)
     torch.testing.assert_close(heads.grad, expected)
-    halves = [t.model.loss(batch.inputs_BKT[r::2], batch.targets_BKT[r::2]).loss / 2 for r in range(2)]
+    assert batch.texts is not None
+    halves = [
+        t.model.loss(batch.inputs_BKT[r::2], batch.targets_BKT[r::2], batch.texts.rows(slice(r, None, 2))).loss / 2
+        for r in range(2)
+    ]
     (by_process,) = torch.autograd.grad(halves[0] + halves[1], heads)
     assert float((heads.grad - by_process).abs().max()) > 1e-4

@@ -17,12 +17,13 @@ from models.codec_lm import build_codec_lm
 from models.delay import training_pair
 from models.lm_presets import LOCAL
 from models.memory_cache import MemoryCacheConfig
+from models.text import TextConfig, encode_texts
 from sweeps._stop import PackStopped
 from sweeps._train import AnomalyError, Batch, TrainConfig, Trainer, train
 from sweeps._world import World
 
 STEPS = 20
-# batches shorter than a segment leave the memory's own parameters without a gradient
+# batches shorter than a segment leave the memory's own parameters without a gradient; texts have different lengths
 CONFIG = replace(
     LOCAL,
     d_model=16,
@@ -34,6 +35,7 @@ CONFIG = replace(
     context=32,
     mixer="linear_attention",
     memory_cache=MemoryCacheConfig(segment=8),
+    text=TextConfig(width=8, n_layers=1, n_heads=2, d_ff=8, max_bytes=20, blocks=(2,)),
 )
 
 
@@ -44,7 +46,8 @@ def batch_at(step: int) -> Batch:
     codes = torch.randint(0, CONFIG.codebook_size, (clips, 2, frames), generator=generator)
     codes[0, :, 4:] = CONFIG.pad
     inputs, targets = training_pair(codes, pad=CONFIG.pad, bos=CONFIG.bos)
-    return Batch(inputs, targets, int((targets != CONFIG.pad).sum()))
+    texts = encode_texts(["longer than the next", "", "short"][:clips], 20)
+    return Batch(inputs, targets, int((targets != CONFIG.pad).sum()), texts)
 
 
 def trainer(world: World, **changes: Any) -> Trainer:

@@ -1,0 +1,70 @@
+"""What a transcript is worth: paired differences recover what was planted, and the verdict follows them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis.codec_text import NO_TEXT, REST, SHUFFLED, WORTH, text_effects, text_section, verdict
+
+N, TOKENS = 60, 100
+
+
+def scores(architecture: str, worth: float, seeds: tuple[int, ...] = (0, 1), text: str | None = None) -> pd.DataFrame:
+    """Clips of very different difficulty, the same for all models; a model is `worth` nats a token better, and a bit
+    of its own on every clip."""
+    clip_C = np.random.default_rng(0).normal(6.0, 1.0, N)
+    parts = []
+    for seed in seeds:
+        own_C = np.random.default_rng([3, seed, *architecture.encode(), *(text or "").encode()]).normal(0, 0.01, N)
+        nll = (clip_C - worth + own_C) * TOKENS
+        part = pd.DataFrame({"clip_id": [f"c{i}" for i in range(N)], "nll": nll, "tokens": TOKENS})
+        parts.append(part.assign(architecture=architecture, seed=seed, **({"text": text} if text else {})))
+    return pd.concat(parts, ignore_index=True)
+
+
+def study(worth: float, read: float, seeds: tuple[int, ...] = (0, 1)) -> pd.DataFrame:
+    clips = pd.concat([scores("x", 0.0), scores("x_text", worth, seeds)])
+    kinds = {"right": worth, "shuffled": worth - read, "no_text": worth - read / 2}
+    texts = pd.concat([scores("x_text", value, seeds, kind) for kind, value in kinds.items()])
+    return text_effects(clips, texts, {"x": "x_text"})
+
+
+def test_planted_differences_are_found_although_clips_differ_far_more() -> None:
+    effects = study(worth=0.06, read=0.1).set_index("contrast")
+    for contrast, planted in {WORTH: -0.06, SHUFFLED: -0.1, NO_TEXT: -0.05, REST: -0.01}.items():
+        row = effects.loc[contrast]
+        assert row["difference"] == pytest.approx(planted, abs=0.005)
+        assert row["lo"] < row["difference"] < row["hi"] < 0
+        assert row["hi"] - row["lo"] < 0.02
+        assert (row["n_clips"], row["n_seeds"]) == (N, 2)
+
+
+@pytest.mark.parametrize(
+    ("worth", "read", "words"),
+    [
+        (0.05, 0.1, ["the transcript helps x", "the right text is better than another clip's for x"]),
+        (0.09, 0.1, ["the transcript helps x", "part of the gain is not the text's (no text - none) for x"]),
+        (0.05, 0.0, ["x: better with text conditioning, but not by the text", "which text is given to x"]),
+        (0.0, 0.0, ["does not help measurably: x", "no measurable difference which text is given to x"]),
+        (-0.05, 0.1, ["the model of the same size without text is better for x", "better than another clip's for x"]),
+    ],
+)
+def test_the_verdict_says_what_the_differences_say(worth: float, read: float, words: list[str]) -> None:
+    effects = study(worth, read)
+    said = verdict(effects)
+    assert all(part in said for part in words), said
+    assert f"**{said}.**" in text_section(effects, ["fact"], "f.png")
+
+
+def test_seeds_that_only_one_of_the_models_has_are_left_out() -> None:
+    effects = study(worth=0.05, read=0.1, seeds=(1, 7)).set_index("contrast")
+    assert effects["n_seeds"].to_dict() == {WORTH: 1, SHUFFLED: 2, NO_TEXT: 2, REST: 1}
+    assert WORTH not in set(study(worth=0.05, read=0.1, seeds=(8,))["contrast"])
+
+
+def test_other_clips_are_refused() -> None:
+    texts = pd.concat([scores("x_text", 0, (0,), kind) for kind in ("right", "shuffled", "no_text")])
+    with pytest.raises(ValueError, match="text - none of x: of 60 and 59 scored clips 59 are in both"):
+        text_effects(pd.concat([scores("x", 0)[1:], scores("x_text", 0, (0,))]), texts, {"x": "x_text"})
