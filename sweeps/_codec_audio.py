@@ -121,7 +121,7 @@ def cell_audio(
 
 
 def draw(
-    model: CodecLM, frames: int, n: int, seed: int, precision: str, spoken: Sequence[str]
+    model: CodecLM, frames: int, n: int, seed: int, precision: str, spoken: Sequence[str] = ("",)
 ) -> npt.NDArray[np.uint16]:
     """codes_NKT of `n` samples from nothing, in blocks of 32; whole blocks do not depend on n.
 

@@ -116,7 +116,7 @@ def learned(model: CodecLM, texts: Texts | None) -> float:
 
 
 def test_tokens_that_follow_from_the_text_are_learned_with_it_and_not_without(tiny_config):
-    config = tiny_config("attention", text=TEXT)
+    config = tiny_config("attention", n_layers=1, text=replace(TEXT, n_layers=1, blocks=(1,)))
     texts = said("no", "on", "one two", "two one")  # two pairs of the same bytes: order must be read
     assert learned(build_codec_lm(config, seed=0), texts) < 0.05
     assert learned(build_codec_lm(config, seed=0), None) > math.log(4) - 0.05
