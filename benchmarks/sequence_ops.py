@@ -226,9 +226,9 @@ def memory_rows(benchmark: Benchmark) -> Iterator[str]:
     results = result_mib(benchmark)
     peaks = {arm: in_fresh_process([__file__, "--peak", benchmark.name, arm]) for arm in benchmark.arms}
     for arm, peak in peaks.items():
-        total, working = peak / peaks[OURS], (peak - results) / (peaks[OURS] - results)
+        total, working = peak / peaks[OURS], (peak - results) / max(peaks[OURS] - results, 1.0)
         target = benchmark.least_memory_ratio.get(arm)
-        cells = [f"{peak:.0f}", f"{total:.2f}", f"{peak - results:.0f}", f"{working:.2f}"]
+        cells = [f"{peak:.0f}", f"{total:.2f}", f"{max(peak - results, 0):.0f}", f"{working:.2f}"]
         cells += ["", "", ""] if target is None else [f"≥ {target:g}", _met(total, target), _met(working, target)]
         yield f"| {benchmark.name} | {arm} | {' | '.join(cells)} |"
 
@@ -236,7 +236,7 @@ def memory_rows(benchmark: Benchmark) -> Iterator[str]:
 MEMORY_HEAD = """## Memory of one forward and backward pass
 
 Peak: what the pass adds to a fresh process. Working memory: the peak without output, loss weights and gradients, which
-every arm has to hold. Both ratios are held against the target.
+every arm has to hold; ratios to 1 MiB where ours has less. Both ratios are held against the target.
 
 | case | arm | peak MiB | ratio to ours | working MiB | ratio to ours | target | peak met | working met |
 |---|---|---|---|---|---|---|---|---|"""

@@ -39,10 +39,7 @@ STAND_IN_AUDIO = (
 PLANTED = (
     "recall is a PLANTED task of random symbols, made by this program to check the instrument; it says nothing of audio"
 )
-TEXTS = {
-    SYNTHETIC: "the synthesiser's own spelling of its invented words",
-    ASTERISK: "the words of each file's name, close to what is said for most prompts, but NO transcripts",
-}
+INVENTED_TEXTS = "the synthesiser's own spelling of its invented words"
 STAND_IN_CODEC = "the codec is melvq, a stand-in (log-mel residual k-means, Griffin-Lim), not EnCodec or DAC"
 
 
@@ -71,7 +68,8 @@ def banner(study: Study) -> list[str]:
     elif study.codec_weights == "random":
         lines.append(f"{study.codec} has RANDOM weights: its tokens carry no audio, only the path is tried")
     if study.text:
-        lines.append(f"texts: {TEXTS.get(study.corpus, 'the transcripts that come with the audio')}")
+        own = "the transcripts that come with the audio"
+        lines.append(f"texts: {INVENTED_TEXTS if study.corpus == SYNTHETIC else own}")
     if study.needs_gpu:
         lines.append("this preset is sized for a GPU and was not run where it was written")
     return lines
