@@ -29,7 +29,7 @@ from sweeps._stop import PackStopped
 from sweeps._sweep import UserError
 from sweeps._train import AnomalyError, Batch, TrainConfig, Trainer, train
 from sweeps._where import Machine, RunSettings
-from sweeps.codec_lm import PRESETS, SWEEP, LMCell
+from sweeps.codec_lm import PRESETS, SWEEP, LMCell, Study
 
 MACHINE = Machine(nodes=1, cpus=2, gpus=0, memory_bytes=8 * 2**30, hardware="test")
 TINY = replace(
@@ -104,8 +104,8 @@ def test_end_to_end(finished: tuple[Ledger, list[LMCell]], tmp_path: Path) -> No
         assert (tmp_path / name).stat().st_size > 2000
 
 
-def test_a_killed_cell_continues_to_the_same_rows(finished: tuple[Ledger, list[LMCell]]) -> None:
-    ledger, cells = finished
+def killed_and_continued(cell: LMCell, study: Study, whole: Ledger) -> PackContext:
+    """Train a cell that dies after the checkpoint of step 4, continue it: its rows are those of `whole`."""
     context = context_on(f"memory://{uuid.uuid4().hex}", RunSettings(checkpoint_steps=2))
     save = context.work.save
 
@@ -116,15 +116,21 @@ def test_a_killed_cell_continues_to_the_same_rows(finished: tuple[Ledger, list[L
 
     context.work.save = save_and_die  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        run_pack(cells[:1], TINY, context)
-    assert context.work.step(cells[0].key) == 4
+        run_pack([cell], study, context)
+    assert context.work.step(cell.key) == 4
     context.work.save = save  # type: ignore[method-assign]
-    run_pack(cells[:1], TINY, context)
-    whole, resumed = (place.read(cells[0].key).rows for place in (ledger, context.ledger))
-    same = [rows[rows["metric"] != "tokens_per_second"] for rows in (whole, resumed)]
+    run_pack([cell], study, context)
+    found = [ledger.read(cell.key).rows for ledger in (whole, context.ledger)]
+    same = [rows[rows["metric"] != "tokens_per_second"] for rows in found]
     pd.testing.assert_frame_equal(same[0], same[1], check_exact=True)
-    assert ledger.file(cells[0].key, "sample.wav") == context.ledger.file(cells[0].key, "sample.wav")
-    assert context.work.step(cells[0].key) == 0
+    return context
+
+
+def test_a_killed_cell_continues_to_the_same_rows(finished: tuple[Ledger, list[LMCell]]) -> None:
+    ledger, (cell, *_) = finished
+    context = killed_and_continued(cell, TINY, ledger)
+    assert ledger.file(cell.key, "sample.wav") == context.ledger.file(cell.key, "sample.wav")
+    assert context.work.step(cell.key) == 0
 
 
 def test_a_diverging_cell_fails_in_one_line_and_keeps_its_batch(finished: tuple[Ledger, list[LMCell]]) -> None:

@@ -22,9 +22,8 @@ from sweeps._codec_text import after_dropout, arm_name, shuffled_texts, with_own
 from sweeps._context import PackContext
 from sweeps._ledger import Ledger
 from sweeps._sweep import UserError
-from sweeps._where import RunSettings
 from sweeps.codec_lm import PRESETS, SWEEP, LMCell
-from tests.sweeps.test_codec_lm import TINY, context_on
+from tests.sweeps.test_codec_lm import TINY, context_on, killed_and_continued
 
 STUDY = replace(TINY, architectures=("transformer",), text=("none", "bytes"), text_dropout=0.5, sample_s=0.0)
 
@@ -85,23 +84,8 @@ def test_the_report_answers_in_words(finished: tuple[PackContext, list[LMCell]],
 
 
 def test_a_killed_cell_continues_to_the_same_rows(finished: tuple[PackContext, list[LMCell]]) -> None:
-    whole, cells = finished
-    context = context_on(f"memory://{uuid.uuid4().hex}", RunSettings(checkpoint_steps=2))
-    save = context.work.save
-
-    def save_and_die(name: str, step: int, state: dict, kind: str = "latest") -> None:
-        save(name, step, state, kind)
-        if step == 4:
-            raise KeyboardInterrupt
-
-    context.work.save = save_and_die  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        run_pack(cells[1:], STUDY, context)
-    context.work.save = save  # type: ignore[method-assign]
-    run_pack(cells[1:], STUDY, context)
-    found = [c.ledger.read(cells[1].key).rows for c in (whole, context)]
-    same = [rows[rows["metric"] != "tokens_per_second"] for rows in found]
-    pd.testing.assert_frame_equal(same[0], same[1], check_exact=True)
+    context, cells = finished
+    killed_and_continued(cells[1], STUDY, context.ledger)
 
 
 def test_sampling_says_what_it_is_given(
