@@ -1,4 +1,4 @@
-"""Chunkwise Gated DeltaNet in plain PyTorch with a hand-written backward pass.
+"""Chunkwise Gated DeltaNet with a hand-written backward pass.
 
 Inside a chunk that starts from state S (Yang et al. 2024, "Gated Delta Networks", eqs. 8-10; UT transform of
 "Parallelizing Linear Transformers with the Delta Rule", eqs. 10-11), with gamma the running sum of the log decay:
@@ -9,8 +9,8 @@ Inside a chunk that starts from state S (Yang et al. 2024, "Gated Delta Networks
     P = e^gamma_C I - K_out^T W    R = K_out^T U        K_out = e^(gamma_C - gamma) K
 
 Only S_next = P S + R is sequential. Matrix products are made here, the rest in `_delta_rule_torch` or, in float32 on
-CPUs, by the compiled passes of `_delta_rule_cpu`. The backward pass recomputes everything from
-the inputs and the states S at the start of each span of time.
+CPUs, by the compiled passes of `_delta_rule_cpu`. The backward pass recomputes everything from the inputs and the
+states S at the start of each span of time.
 
 Shapes: B batch, R rows, T time, h query/key heads, H value heads, K, V head widths, N chunks, C chunk length,
 G = R*H, M = G*N matrices of one chunk each.
