@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import MaxNLocator
 
 from analysis import plots
 from analysis.audit import holm
@@ -182,6 +183,7 @@ def text_figure(effects: pd.DataFrame, path: Path) -> None:
                     mfc=plots.PALETTE[0] if r["p_holm"] < _ALPHA else "white",
                 )
             axis.axvline(0, color=plots.GREY, linewidth=1)
+            axis.xaxis.set_major_locator(MaxNLocator(3))  # small differences have long labels
             axis.set_yticks(np.arange(len(names)), names[::-1])
             axis.set_ylim(-0.6, len(names) - 0.4)
             axis.set_title(contrast)
