@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from models._float32 import exp32, read_row, write_row
 from models._norm_kernels import GROUPS
-from models._threads import even_split, run_kernel
+from models._threads import run_kernel, thread_shares
 
 _kernel = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz", "arcp"})
 _ZERO, _ONE = np.float32(0), np.float32(1)
@@ -143,7 +143,7 @@ class CpuUnitHeads(torch.autograd.Function):
         joint_NJ, D = _rows(joint, 1), n_heads * width
         q_ND, k_ND = (torch.empty(len(joint_NJ), D) for _ in range(2))
         v_NV = joint_NJ.new_empty(len(joint_NJ), joint_NJ.shape[1] - 2 * D)
-        bounds = even_split(len(joint_NJ), torch.get_num_threads())
+        bounds = thread_shares(len(joint_NJ))
         run_kernel(_unit_forward, bounds, joint_NJ, q_ND, k_ND, v_NV, width)
         ctx.save_for_backward(joint_NJ)
         ctx.width = width
@@ -155,7 +155,7 @@ class CpuUnitHeads(torch.autograd.Function):
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None, None]:
         (joint_NJ,) = ctx.saved_tensors
         djoint_NJ = torch.empty_like(joint_NJ)
-        bounds = even_split(len(joint_NJ), torch.get_num_threads())
+        bounds = thread_shares(len(joint_NJ))
         grads = (_rows(d, 2) for d in (dq, dk, dv))
         run_kernel(_unit_backward, bounds, joint_NJ, *grads, djoint_NJ, ctx.width)
         return djoint_NJ.view(*dq.shape[:-2], -1), None, None
@@ -171,7 +171,7 @@ class CpuGatedNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
         x_ND, gate_ND = _rows(x, 2), _rows(gate, 2)
         y_ND = torch.empty_like(gate_ND)
-        bounds = even_split(len(x_ND), torch.get_num_threads())
+        bounds = thread_shares(len(x_ND))
         run_kernel(_gated_forward, bounds, x_ND, gate_ND, weight.contiguous(), eps, y_ND)
         ctx.save_for_backward(x_ND, gate_ND, weight)
         ctx.eps = eps
@@ -183,7 +183,7 @@ class CpuGatedNorm(torch.autograd.Function):
         x_ND, gate_ND, weight = ctx.saved_tensors
         dx_ND, dgate_ND = torch.empty_like(x_ND), torch.empty_like(gate_ND)
         dweight_GE = weight.new_zeros(GROUPS, len(weight))
-        bounds = even_split(GROUPS, min(GROUPS, torch.get_num_threads()))
+        bounds = thread_shares(GROUPS)
         results = (dx_ND, dgate_ND, dweight_GE)
         run_kernel(_gated_backward, bounds, x_ND, gate_ND, weight.contiguous(), ctx.eps, _rows(dy, 2), *results)
         return dx_ND.view(dy.shape), dgate_ND.view(dy.shape), dweight_GE.sum(0), None

@@ -16,7 +16,7 @@ from numba import njit
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models._threads import even_split, run_kernel
+from models._threads import run_kernel, thread_shares
 
 GROUPS = 8  # the weight's gradient is summed in so many parts, whatever the number of threads
 
@@ -59,7 +59,7 @@ class CpuRMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
         x_ND = x.reshape(-1, x.shape[-1]).contiguous()
         y_ND, inverse_N = torch.empty_like(x_ND), x_ND.new_empty(len(x_ND))
-        bounds = even_split(len(x_ND), torch.get_num_threads())
+        bounds = thread_shares(len(x_ND))
         run_kernel(_forward, bounds, x_ND, weight.contiguous(), eps, y_ND, inverse_N)
         ctx.save_for_backward(x_ND, weight, inverse_N)
         return y_ND.view(x.shape)
@@ -69,7 +69,7 @@ class CpuRMSNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x_ND, weight, inverse_N = ctx.saved_tensors
         dx_ND, dweight_GD = torch.empty_like(x_ND), x_ND.new_zeros(GROUPS, x_ND.shape[1])
-        bounds = even_split(GROUPS, min(GROUPS, torch.get_num_threads()))
+        bounds = thread_shares(GROUPS)
         arguments = (x_ND, weight.contiguous(), inverse_N, dy.reshape(x_ND.shape).contiguous(), dx_ND, dweight_GD)
         run_kernel(_backward, bounds, *arguments)
         return dx_ND.view(dy.shape), dweight_GD.sum(0), None

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from models._float32 import exp32, read_row, write_row
-from models._threads import even_split, run_kernel
+from models._threads import run_kernel, thread_shares
 
 _kernel = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "nsz", "arcp"})
 _ONE = np.float32(1)
@@ -59,7 +59,7 @@ class CpuSwiGLU(torch.autograd.Function):
     def forward(ctx: Any, joint: Tensor) -> Tensor:  # type: ignore[override]
         joint_NJ = joint.reshape(-1, joint.shape[-1]).contiguous()
         y_NF = joint.new_empty(len(joint_NJ), joint.shape[-1] // 2)
-        run_kernel(_forward, even_split(len(joint_NJ), torch.get_num_threads()), joint_NJ, y_NF)
+        run_kernel(_forward, thread_shares(len(joint_NJ)), joint_NJ, y_NF)
         ctx.save_for_backward(joint_NJ)
         return y_NF.view(*joint.shape[:-1], -1)
 
@@ -69,5 +69,5 @@ class CpuSwiGLU(torch.autograd.Function):
         (joint_NJ,) = ctx.saved_tensors
         djoint_NJ = torch.empty_like(joint_NJ)
         dy_NF = dy.reshape(len(joint_NJ), -1).contiguous()
-        run_kernel(_backward, even_split(len(joint_NJ), torch.get_num_threads()), joint_NJ, dy_NF, djoint_NJ)
+        run_kernel(_backward, thread_shares(len(joint_NJ)), joint_NJ, dy_NF, djoint_NJ)
         return djoint_NJ.view(*dy.shape[:-1], -1)

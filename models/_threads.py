@@ -49,6 +49,11 @@ def even_split(size: int, parts: int) -> list[int]:
     return [size * part // parts for part in range(parts + 1)]
 
 
+def thread_shares(items: int) -> list[int]:
+    """Bounds of what each of torch's threads takes of `items`, none of them nothing."""
+    return even_split(items, max(1, min(items, torch.get_num_threads())))
+
+
 def run_kernel(kernel: Callable[..., None], bounds: Sequence[int], *arguments: Any) -> None:
     """kernel(*arguments, start, stop) over consecutive bounds, in a thread each when there are several."""
     arrays = [array(value) for value in arguments]

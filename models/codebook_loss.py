@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from models._codebook_kernels import losses_and_gradient
-from models._threads import even_split, run_kernel
+from models._threads import run_kernel, thread_shares
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def _compiled_slice(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """nll and uniform [N, K], and the gradient in the place of the float32 or bfloat16 logits; threads as torch has."""
     nll, uniform = torch.empty_like(share_NK), torch.empty_like(share_NK)
-    bounds = even_split(len(logits_NKV), torch.get_num_threads())
+    bounds = thread_shares(len(logits_NKV))
     run_kernel(losses_and_gradient, bounds, logits_NKV, target_NK, share_NK, smoothing, nll, uniform)
     return nll, uniform, logits_NKV
 

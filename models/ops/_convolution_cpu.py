@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from models._float32 import exp32, read_row, write_row
-from models._threads import even_split, run_kernel
+from models._threads import run_kernel, thread_shares
 
 CHANNELS = 576  # three windows of four rows are 27 KiB
 
@@ -133,8 +133,7 @@ def _write_oldest(dwindow_WC, e, dx_BTD, dinitial_BwD, b, first, last):
 
 def _bounds(B: int, D: int) -> list[int]:
     """Blocks of each thread."""
-    items = B * -(-D // CHANNELS)
-    return even_split(items, min(items, torch.get_num_threads()))
+    return thread_shares(B * -(-D // CHANNELS))
 
 
 class CpuShortConv(torch.autograd.Function):

@@ -14,7 +14,7 @@ from numba import njit
 from torch import Tensor
 
 from models._float32 import exp32, read_row, write_row
-from models._threads import even_split, run_kernel
+from models._threads import run_kernel, thread_shares
 from models.ops._delta_rule_torch import Backward, Rows
 
 _kernel = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "nsz", "arcp"})
@@ -200,14 +200,14 @@ def gather(
     )
     rows = Rows(q, k, v, beta, decay_in, decay_out, torch.empty(M), D, k_out)
     inputs = (x.contiguous() for x in (q_RThK, k_RThK, v_RTHV, g_RTH.float(), beta_RTH.float()))
-    run_kernel(_gather, _bounds(M), *inputs, np.float32(scale), *rows, writes)
+    run_kernel(_gather, thread_shares(M), *inputs, np.float32(scale), *rows, writes)
     return rows, writes
 
 
 def decay_and_invert(kk_MCC: Tensor, qk_MCC: Tensor, rows: Rows) -> Tensor:
     """See `_delta_rule_torch.decay_and_invert`."""
     inverse = torch.empty_like(kk_MCC)
-    run_kernel(_invert, _bounds(len(kk_MCC)), kk_MCC, qk_MCC, rows.D_MCC, rows.beta_MC1, inverse)
+    run_kernel(_invert, thread_shares(len(kk_MCC)), kk_MCC, qk_MCC, rows.D_MCC, rows.beta_MC1, inverse)
     return inverse
 
 
@@ -217,7 +217,7 @@ def through_products(
     """See `_delta_rule_torch.through_products`."""
     dbeta, dgamma = (kk_MCC.new_empty(kk_MCC.shape[:2]) for _ in range(2))
     factors = (kk_MCC, qk_MCC, rows.D_MCC, rows.beta_MC1)
-    run_kernel(_through_products, _bounds(len(kk_MCC)), minus_dA_MCC, dqk_MCC, *factors, dbeta, dgamma)
+    run_kernel(_through_products, thread_shares(len(kk_MCC)), minus_dA_MCC, dqk_MCC, *factors, dbeta, dgamma)
     return dbeta, dgamma
 
 
@@ -232,12 +232,7 @@ def finish(
     results[3:] = [x if x.dtype == torch.float32 else x.float() for x in grads[3:]]
     factors = (rows.q_MCK, rows.k_MCK, rows.v_MCV, rows.beta_MC1, rows.decay_in_MC1, rows.decay_out_MC1)
     arguments = (*factors, rows.decay_all_M, *back, dbeta_MC, dgamma_MC, np.float32(scale), *results)
-    run_kernel(_finish, _bounds(len(rows.q_MCK)), *arguments)
+    run_kernel(_finish, thread_shares(len(rows.q_MCK)), *arguments)
     for result, out in zip(results, grads, strict=True):
         if result is not out:
             out.copy_(result if result.shape == out.shape else result.unflatten(2, (h, H // h)).sum(3))
-
-
-def _bounds(M: int) -> list[int]:
-    """Chunks of each thread."""
-    return even_split(M, min(M, torch.get_num_threads()))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models._threads import even_split, run_kernel
+from models._threads import run_kernel, thread_shares
 from models.ops import _mamba1_kernels as kernels
 
 
@@ -59,5 +59,4 @@ def _contiguous(*tensors: Tensor) -> list[Tensor]:
 
 def _items(batch: int) -> list[int]:
     """Bounds of the items of each thread."""
-    items = batch * kernels.GROUPS
-    return even_split(items, min(items, torch.get_num_threads()))
+    return thread_shares(batch * kernels.GROUPS)
