@@ -21,7 +21,6 @@ from filelock import FileLock
 
 from analysis.audio import coherence
 from analysis.audio_distance import Embedder, Embeddings, LogMelStatistics, embed_set
-from analysis.codec_plots import spectrogram_png
 from data.codec import RANDOM, Codec, EncodecCodec
 from data.pack import TokenClips, evaluation_batches
 from models.codec_lm import CodecLM
@@ -95,6 +94,8 @@ def cell_audio(
     The model's samples start from nothing; they are drawn with the cell's seed. With text conditioning they are given
     texts of held-out clips, and samples.txt holds those of the WAVs, a line each.
     """
+    from analysis.codec_plots import spectrogram_png  # here: matplotlib takes seconds that a worker without sound saves
+
     codec = source.codec
     frames = sample_frames(codec, model, study.sample_s)
     spoken = held_out.take(min(study.sample_n, len(held_out))).texts

@@ -8,7 +8,9 @@ at the next safe point, a step or a cell: checkpoint, then `PackStopped`. A seco
 from __future__ import annotations
 
 import _thread
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from sweeps._storage import Store
 
 POLL_SECONDS = 1.0
+_AGAIN_SECONDS = 0.05
 _terminated = threading.Event()
 _under_way: list[None] = []  # one entry for each `working` block that is open
 
@@ -44,6 +47,21 @@ def listen() -> None:
     previous = signal.getsignal(signal.SIGTERM)
     if not isinstance(previous, _Note):
         signal.signal(signal.SIGTERM, _Note(previous))
+        sys.unraisablehook = _leave_in_spite
+
+
+def _leave_in_spite(lost: sys.UnraisableHookArgs) -> None:
+    """Hook for exceptions that nobody can catch; an exit among them is asked for again.
+
+    Ray's handler of SIGTERM raises SystemExit wherever the process is. In a callback of the garbage collector Python
+    would print that with a traceback, forget it and go on.
+    """
+    if not issubclass(lost.exc_type, SystemExit):
+        sys.__unraisablehook__(lost)
+        return
+    again = threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGTERM))
+    again.daemon = True
+    again.start()
 
 
 def terminated() -> bool:

@@ -7,6 +7,7 @@ the group again when a worker dies; a cell that keeps killing its workers is giv
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import json
 import os
@@ -22,6 +23,8 @@ import ray
 import torch.distributed as dist
 from ray.experimental import internal_kv
 from ray.train.torch import TorchConfig
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
@@ -128,10 +131,31 @@ class _Reserved:
 
 
 class _Trainer(TorchTrainer):
+    """Ray Train without the actors that these trials have no use for: each imports torch and pandas before it waits."""
+
     def _create_default_callbacks(self) -> list[Any]:
-        # it asks the dashboard, which a local Ray lacks; see _Reserved
-        kept = super()._create_default_callbacks()
-        return [c for c in kept if type(c).__name__ != "PlacementGroupCleanerCallback"]
+        # the cleaner asks the dashboard, which a local Ray lacks (see _Reserved); no worker asks for a data set
+        unused = ("PlacementGroupCleanerCallback", "DatasetsCallback")
+        return [c for c in super()._create_default_callbacks() if type(c).__name__ not in unused]
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        """The controller runs here, in the trial, which would otherwise wait for it."""
+        policy = parts["scaling_policy"]
+        if len(ray.nodes()) == 1 and isinstance(policy, FixedScalingPolicy):
+            parts["scaling_policy"] = _OnOneNode(policy.scaling_config)
+        controller = TrainController(**parts)
+        asyncio.run(controller.run())
+        return controller.get_result()
+
+
+class _OnOneNode(FixedScalingPolicy):
+    """Asks no autoscaler for the nodes of its workers: there is one, and `_require` knows that it is large enough."""
+
+    def _maybe_send_resource_request(self) -> None: ...
+
+    def _send_resource_request(self) -> None: ...
+
+    def _cancel_resource_request(self) -> None: ...
 
 
 class _Config(TorchConfig):

@@ -246,7 +246,7 @@ PRESETS: dict[str, Study] = {
     "asterisk": Study(
         scale="local",
         seeds=(0, 1),
-        lr=(2e-3, 4e-3, 8e-3),
+        lr=(4e-3, 8e-3, 1.6e-2),
         corpus="asterisk",
         codec="melvq",
         min_s=1.0,

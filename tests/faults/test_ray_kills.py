@@ -140,9 +140,13 @@ def test_sigterm_then_kills_of_worker_and_driver(
     chain = Chain(launches, SWEEPS["codec_lm"](sources), "codec_lm on Ray")
     driver = chain.start(slowed(1.0), slow_steps(0.5))
     chain.worked(driver)
+    told = time.monotonic()
     driver.send_signal(signal.SIGTERM)
     assert driver.wait(PATIENCE) == 1, chain.failing(launches.output())
+    assert time.monotonic() - told < 60
     assert "run the same command to continue" in launches.output()
+    assert "Traceback" not in launches.output(), launches.output()
+    assert chain.ledger.store.names("_stop") == chain.ledger.store.names("_failed") == []
     chain.events.append("SIGTERM of the driver")
     launches.gone()
     driver = chain.start(slowed(1.0), slow_steps(0.5))

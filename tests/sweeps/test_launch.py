@@ -130,29 +130,6 @@ def test_killed_worker_is_retried_and_keeps_what_was_published(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_kill_9_of_the_driver_then_the_same_command(tmp_path: Path) -> None:
-    arguments = ("--set", "n=1,2,3,4,5,6", "--set", "seconds=1", "--set", "pack_size=6", "--set", f"scratch={tmp_path}")
-    driver = subprocess.Popen(
-        command(*arguments), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    ledger = Ledger(str(tmp_path / "runs/ledger"), "toy", "1")
-    deadline = time.monotonic() + 120
-    while len(ledger.done()) < 2 and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert len(ledger.done()) >= 2
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    again = toy(tmp_path, *arguments)
-    assert again.returncode == 0, again.stderr
-    assert "6/6 published" in again.stdout
-    assert sum(tries(tmp_path).values()) <= 6 + 6  # the orphan may finish a cell or two before it is gone
-    assert {n: int(ledger.read(c).rows["value"][0]) for c in ledger.done() for n in [ledger.read(c).identity["n"]]} == {
-        n: n * n for n in range(1, 7)
-    }
-    assert cell_runs(f"sqlite:///{tmp_path}/runs/mlflow.db") == ["1", "2", "3", "4", "5", "6"]
-
-
-@pytest.mark.slow
 def test_ctrl_c_keeps_finished_cells(tmp_path: Path) -> None:
     arguments = ("--set", "n=1,2,3,4,5,6", "--set", "seconds=2", "--set", "pack_size=6")
     driver = subprocess.Popen(

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import psutil
 import pytest
 import torch
 
@@ -337,78 +336,6 @@ def hub(shards: Path, checkpoint: Path) -> Iterator[Any]:
 
     with module.HubServer(shards, checkpoint).running() as server:
         yield server
-
-
-def wait_for(what, seconds: float = 240.0):
-    """The first true value of `what()`."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := what():
-            return found
-        time.sleep(0.02)
-    raise AssertionError("waited in vain")
-
-
-def checkpointed(ledger: Ledger) -> int:
-    """Step of the newest checkpoint in the ledger."""
-    pointers = [ledger.store.read_json(f"_work/{name}/latest.json") for name in ledger.store.names("_work")]
-    return max((p["step"] for p in pointers if p), default=0)
-
-
-def trial_of(driver: int) -> psutil.Process | None:
-    """The worker process that runs the driver's pack."""
-    for process in psutil.Process(driver).children(recursive=True):
-        try:
-            if " ".join(process.cmdline()).startswith("ray::ResourceTrainable"):
-                return process
-        except psutil.Error:
-            continue
-    return None
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_killed_worker_and_killed_driver_give_the_undisturbed_bits(
-    tmp_path: Path, tiny_lms: Path, byte_shards: Path
-) -> None:
-    grid = tiny_grid(tiny_lms, byte_shards, checkpoint_seconds=0.2)
-    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
-    for folder in (undisturbed, disturbed):
-        folder.mkdir()
-    whole = cli(undisturbed, *grid)
-    assert whole.returncode == 0, whole.stderr
-
-    ledger = Ledger(str(disturbed / "runs" / "ledger"), "proxy_gap", "1")
-    with open(disturbed / "out", "w") as out:
-        driver = subprocess.Popen(
-            command(*grid), cwd=disturbed, env=environment(), stdout=out, stderr=out, start_new_session=True
-        )
-    try:
-        first = wait_for(lambda: checkpointed(ledger))
-        worker = wait_for(lambda: trial_of(driver.pid))
-        worker.kill()
-        wait_for(lambda: (p := trial_of(driver.pid)) is not None and p.pid != worker.pid)
-        second = wait_for(lambda: (step := checkpointed(ledger)) > first and step)
-        assert second < 768, "the grid is too small to be killed while it trains"
-        assert len(ledger.done()) < 4
-        workers = psutil.Process(driver.pid).children(recursive=True)
-    finally:
-        driver.kill()
-        driver.wait()
-    assert "crashed (attempt 1); a retry continues from its checkpoint" in (disturbed / "out").read_text()
-
-    again = cli(disturbed, *grid)
-    assert again.returncode == 0, again.stderr
-    assert "4/4 published" in again.stdout
-    _, left = psutil.wait_procs(workers, timeout=120)  # Ray's agents look for their raylet now and then
-    assert not left, "the killed driver's processes are still there"
-    expected = Ledger(str(undisturbed / "runs" / "ledger"), "proxy_gap", "1")
-    assert ledger.done() == expected.done()
-    for key in expected.done():
-        pd.testing.assert_frame_equal(ledger.read(key).rows, expected.read(key).rows, check_exact=True)
-        for name in ("sae/sae_weights.safetensors", "sequences.parquet"):
-            assert ledger.file(key, name) == expected.file(key, name)
-    assert ledger.store.names("_work") == []
 
 
 @pytest.mark.slow

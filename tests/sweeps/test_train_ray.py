@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +19,11 @@ import psutil
 import pytest
 import torch
 
+from sweeps import _train_ray
 from sweeps._codec_run import run_pack
 from sweeps._context import PackContext, WorkStore
 from sweeps._ledger import Ledger
+from sweeps._sweep import Pack, UserError
 from sweeps._where import RunSettings
 from sweeps.codec_lm import PRESETS, SWEEP, LMCell
 
@@ -162,31 +166,8 @@ def test_sigterm_of_a_worker_saves_and_continues_to_the_same_bits(alone: Ledger,
 
 
 @pytest.mark.slow
-def test_sigterm_of_the_launch_saves_and_the_same_command_continues(alone: Ledger, tmp_path: Path, cache: Path) -> None:
-    job = start(tmp_path, cache, "--set", "checkpoint_seconds=1000")
-    ledger = ledger_in(tmp_path)
-    work = WorkStore(ledger.store)
-    wait_for(job, lambda: work.step(CELL.key, "best") > 0)
-    told = time.monotonic()
-    job.send_signal(signal.SIGTERM)
-    out, _ = job.communicate(timeout=120)
-    assert job.returncode == 1, out
-    assert time.monotonic() - told < 60
-    assert "run the same command to continue" in out
-    assert "Traceback" not in out
-    assert ledger.done() == set()
-    assert ledger.failures([CELL.key]) == {}
-    assert 20 <= work.step(CELL.key) < 60  # nothing else saves: it had 1000 s to the next checkpoint
-    assert ledger.store.names("_stop") == []
-    again = start(tmp_path, cache, "--set", "checkpoint_seconds=1000")
-    out, _ = again.communicate(timeout=500)
-    assert again.returncode == 0, out
-    assert_same_bits(ledger_in(tmp_path), alone)
-
-
-@pytest.mark.slow
 def test_kill_9_of_the_trial_frees_what_its_workers_held(alone: Ledger, tmp_path: Path, cache: Path) -> None:
-    """The workers hold all cores: a retry has room only if Ray takes back what the dead controller had reserved."""
+    """The workers hold all cores: a retry has room only if Ray takes back what the dead one had reserved."""
     cores = len(os.sched_getaffinity(0))
     job = start(tmp_path, cache, "--set", f"threads={cores}", "--set", "checkpoint_steps=4")
     work = WorkStore(ledger_in(tmp_path).store)
@@ -224,14 +205,24 @@ def test_fewer_workers_than_wished_and_a_changed_number(alone: Ledger, tmp_path:
     assert final[0] == pytest.approx(final[1], rel=1e-3)
 
 
-@pytest.mark.slow
-def test_more_workers_than_the_machine_can_hold_are_refused(tmp_path: Path, cache: Path) -> None:
-    cores = len(os.sched_getaffinity(0))
-    job = start(tmp_path, cache, "--set", "workers=2", "--set", f"threads={cores}")
-    out, _ = job.communicate(timeout=300)
-    assert job.returncode == 1
-    assert "choose fewer with --set workers=N" in out
-    assert "Traceback" not in out
+@pytest.mark.parametrize(
+    ("workers", "cpus", "gpus", "least", "line"),
+    [
+        (2, 4, 0.0, 0, "workers=2 need 3.6 CPU and the cluster has 2; choose fewer with --set workers=N"),
+        (4, 4, 4.0, 2, "workers=2 need 2 GPU and the cluster has 1"),
+        (2, 4, 0.0, 1, ""),
+        (2, 2, 0.0, 0, ""),
+    ],
+)
+def test_more_workers_than_the_cluster_can_hold_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, workers: int, cpus: int, gpus: float, least: int, line: str
+) -> None:
+    monkeypatch.setattr(_train_ray.ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": 1.0})
+    ledger = Ledger(str(tmp_path), "codec_lm", LMCell.VERSION)
+    run = RunSettings(workers=workers, min_workers=least)
+    context = PackContext(ledger, run, threads=1, device="cpu", fingerprint=lambda cell: "f")
+    with pytest.raises(UserError, match=re.escape(line)) if line else nullcontext():
+        _train_ray._require(Pack(name="p", cells=(CELL,), cpus=cpus, gpus=gpus, workers=workers), context)
 
 
 @pytest.mark.slow
