@@ -189,6 +189,7 @@ class _CellRun:
             maker=f"{cell.SWEEP} version {cell.VERSION}",
         )
         self.stream = TrainingStream(train_clips, cell, self.config, context.device)
+        self._scored: dict[CodecLM, tuple[tuple[int, int], CodebookScores]] = {}
 
     def go(self) -> None:
         """Train to the last step and publish."""
@@ -279,7 +280,13 @@ class _CellRun:
         return model
 
     def _scores(self, model: CodecLM, n_clips: int) -> CodebookScores:
-        return evaluate(model, self.held_out, n_clips, self.cell.precision, self.context.world)
+        """Of a model's present weights; what the last measurement of the curve has is not computed again."""
+        asked = self.trainer.step_count, min(n_clips, len(self.held_out))
+        at, scores = self._scored.get(model, (None, None))
+        if scores is None or at != asked:
+            scores = evaluate(model, self.held_out, n_clips, self.cell.precision, self.context.world)
+            self._scored[model] = asked, scores
+        return scores
 
     def _scores_with_other_texts(self) -> dict[str, CodebookScores]:
         """Of the averaged weights, given another clip's text and none; empty without text conditioning."""

@@ -200,7 +200,14 @@ class _Launch:
 
     def _execute_with(self, claims: Claims, fingerprints: dict[str, str], board: Board, started: float) -> int:
         uri = self.tracking_uri
-        tracker = Tracker(uri, self.ledger, claims, artifact_mb=self.run.mlflow_artifact_mb, say=board.say)
+        tracker = Tracker(
+            uri,
+            self.ledger,
+            claims,
+            artifact_mb=self.run.mlflow_artifact_mb,
+            say=board.say,
+            named=getattr(self.sweep, "named", ()),
+        )
         tracker.start(
             {"preset": self.arguments.preset, "cells": len(self.cells), "storage": self.storage},
             {"plumbline.preset": self.arguments.preset, "plumbline.git_commit": git_commit()},

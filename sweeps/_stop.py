@@ -47,10 +47,10 @@ def listen() -> None:
     previous = signal.getsignal(signal.SIGTERM)
     if not isinstance(previous, _Note):
         signal.signal(signal.SIGTERM, _Note(previous))
-        sys.unraisablehook = _leave_in_spite
+        sys.unraisablehook = _exit_again
 
 
-def _leave_in_spite(lost: sys.UnraisableHookArgs) -> None:
+def _exit_again(lost: sys.UnraisableHookArgs) -> None:
     """Hook for exceptions that nobody can catch; an exit among them is asked for again.
 
     Ray's handler of SIGTERM raises SystemExit wherever the process is. In a callback of the garbage collector Python

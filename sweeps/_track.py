@@ -58,12 +58,20 @@ class Tracker:
     """
 
     def __init__(
-        self, uri: str, ledger: Ledger, claims: Claims, *, artifact_mb: float, say: Callable[[str], None]
+        self,
+        uri: str,
+        ledger: Ledger,
+        claims: Claims,
+        *,
+        artifact_mb: float,
+        say: Callable[[str], None],
+        named: Sequence[str] = (),
     ) -> None:
         self.uri, self.ledger, self.claims, self.say = remember(uri), ledger, claims, say
         _quoted(ledger.store.uri)
         self._group = f"track-{digest(self.uri)[:8]}"
         self._artifact_bytes = artifact_mb * 2**20
+        self._named = tuple(named)
         self._wanted: dict[str, None] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -317,7 +325,9 @@ class Tracker:
         }
         run_id, place = unfinished, ""
         if not run_id:
-            made = self._client.create_run(self._experiment, start_time=began, run_name=_name(cell), tags=tags)
+            made = self._client.create_run(
+                self._experiment, start_time=began, run_name=_name(cell, self._named), tags=tags
+            )
             run_id, place = made.info.run_id, made.info.artifact_uri
             if self.claims.lapses() != lapses and self._taken_over(key, run_id):
                 self._client.delete_run(run_id)
@@ -388,13 +398,11 @@ def _quoted(text: str) -> str:
     return f'"{text}"'
 
 
-_NAME_FIELDS = ("model", "arch", "representation", "table", "depth", "layer", "metric", "route", "k", "seed", "tokens")
-
-
-def _name(cell: PublishedCell) -> str:
-    """`pythia-70m mid layer=3 k=8 seed=0 tokens=10000000`: texts bare, numbers with the field's name."""
-    shown = {name: cell.identity[name] for name in _NAME_FIELDS if name in cell.identity}
-    return " ".join(v if isinstance(v, str) else f"{name}={v}" for name, v in shown.items()) or cell.key
+def _name(cell: PublishedCell, named: Sequence[str]) -> str:
+    """`pythia-70m mid layer=3 k=8 seed=0 tokens=10000000`: texts bare, all else with the field's name."""
+    shown = {name: cell.identity[name] for name in named if name in cell.identity}
+    bare = {name for name, value in shown.items() if isinstance(value, str)} - {"text"}
+    return " ".join(str(v) if name in bare else f"{name}={v}" for name, v in shown.items()) or cell.key
 
 
 def _points(cell: PublishedCell, began: int, published: int) -> Iterable[tuple[str, float, int, int]]:

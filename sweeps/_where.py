@@ -194,6 +194,8 @@ def connect(address: str | None, storage: str) -> Machine:
             "num_cpus": here.cpus,
             "include_dashboard": False,
             "object_store_memory": int(min(2e9, max(8e7, here.memory_bytes * 0.1))),
+            # else a worker a core starts that no trial can use, as trials have environments of their own
+            "_system_config": {"prestart_worker_first_driver": False},
         }
     runtime_env: dict[str, Any] = {"env_vars": env_vars}
     if address != "local":

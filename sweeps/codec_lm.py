@@ -246,7 +246,8 @@ PRESETS: dict[str, Study] = {
     "asterisk": Study(
         scale="local",
         seeds=(0, 1),
-        lr=(4e-3, 8e-3, 1.6e-2),
+        lr=(8e-3, 1.6e-2),
+        lr_of=("transformer:4e-3", "transformer:8e-3", "la:4e-3", "la:8e-3"),
         corpus="asterisk",
         codec="melvq",
         min_s=1.0,
@@ -312,6 +313,7 @@ PRESETS |= {
     "text_asterisk": replace(
         PRESETS["asterisk"],
         architectures=("olmo_hybrid", "transformer"),
+        lr_of=("transformer:4e-3", "transformer:8e-3"),
         text=_TEXT,
     ),
     "speech_text_a100": replace(
@@ -331,6 +333,7 @@ class CodecLMSweep:
     version = LMCell.VERSION
     question = "which architecture learns audio-codec tokens best at matched size?"
     headline = "nats below unigram"
+    named = ("architecture", "text", "lr", "seed")
     default_preset = "local"
     presets = PRESETS
 

@@ -150,6 +150,7 @@ class OdorTopology:
     version = TopologyCell.VERSION
     question = "does persistent H1 survive metric choice, subsampling, matched nulls and ordinary baselines?"
     headline = "top H1"
+    named = ("representation", "table", "metric", "route", "run", "null", "first_draw", "split", "member")
     default_preset = "audit"
     presets = PRESETS
 

@@ -179,6 +179,7 @@ class ProxyGap:
     version = SAECell.VERSION
     question = "does reconstruction fidelity (R²) rank SAEs as the patched language model does?"
     headline = "CE_rec"
+    named = ("model", "depth", "layer", "k", "seed", "tokens")
     default_preset = "local"
     presets = PRESETS
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,8 +25,10 @@ def survived(record_property: Callable[[str, object], None]) -> Survived:
 
 
 @pytest.fixture
-def launches(tmp_path: Path, cache: Path) -> Iterator[Launches]:
+def launches(tmp_path: Path, cache: Path, database: Path) -> Iterator[Launches]:
     """Launches in a folder of this test; none of their processes survives it."""
+    (tmp_path / "runs").mkdir()
+    shutil.copy(database, tmp_path / "runs" / "mlflow.db")
     these = Launches(tmp_path, PLUMBLINE_CACHE=str(cache))
     yield these
     these.close()

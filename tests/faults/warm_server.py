@@ -12,6 +12,7 @@ import functools
 import importlib
 import json
 import os
+import pkgutil
 import select
 import signal
 import sys
@@ -25,18 +26,17 @@ _CALLS = ("create_run", "log_batch", "log_artifacts", "log_artifact", "set_termi
 
 def _serve() -> None:
     """Read orders from stdin, a JSON line each, until it is closed."""
-    import mlflow.tracking  # noqa: F401 - what a launch imports, once for all
-    import numba  # noqa: F401
-    import pandas  # noqa: F401
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 - what a launch imports, once for all
     import pyarrow.parquet  # noqa: F401
-    import torch  # noqa: F401
     import transformers  # noqa: F401
 
-    import sweeps._execute
-    import sweeps._launch
+    import analysis
     import sweeps._train_ray
     from data.pile import TokenStream
 
+    for package in (analysis, sweeps):
+        for part in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            importlib.import_module(part.name)
     sweeps._train_ray.fit = _fit
     TokenStream.sequences = functools.partialmethod(TokenStream.sequences, use_ray=False)  # type: ignore[method-assign]
     for line in sys.stdin:

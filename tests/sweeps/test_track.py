@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
+import pandas as pd
 import pytest
 
 from benchmarks import scale
 from sweeps._claims import Claims
 from sweeps._ledger import Ledger
-from sweeps._sweep import UserError
-from sweeps._track import Tracker, _quoted
+from sweeps._sweep import PublishedCell, UserError
+from sweeps._track import Tracker, _name, _quoted
 
 
 @pytest.fixture
@@ -145,3 +147,19 @@ def test_a_run_left_without_its_files_gets_them(ledger: Ledger, monkeypatch: pyt
     assert after.finish("FINISHED", {}, [])
     after.claims.release()
     assert_copied_once(ledger, after.uri)
+
+
+@pytest.mark.parametrize(
+    ("sweep", "preset"),
+    [
+        *[("proxy_gap", "local"), ("codec_lm", "local"), ("codec_lm", "text_local"), ("memory_cache", "local")],
+        *[("odor_topology", "audit"), ("odor_topology", "ensemble"), ("odor_topology", "utility")],
+    ],
+)
+def test_names_tell_the_runs_of_a_preset_apart(sweep: str, preset: str) -> None:
+    study: Any = importlib.import_module(f"sweeps.{sweep}").SWEEP
+    cells = study.plan(study.presets[preset])
+    published = [PublishedCell(c.key, c.identity(), pd.DataFrame(), (), "", {}) for c in cells]
+    names = Counter(_name(cell, study.named) for cell in published)
+    assert max(names.values()) == 1, names.most_common(3)
+    assert not names.keys() & {c.key for c in cells}
