@@ -246,8 +246,7 @@ PRESETS: dict[str, Study] = {
     "asterisk": Study(
         scale="local",
         seeds=(0, 1),
-        lr=(8e-3, 1.6e-2),
-        lr_of=("transformer:4e-3", "transformer:8e-3", "la:4e-3", "la:8e-3"),
+        lr=(4e-3, 1.6e-2),
         corpus="asterisk",
         codec="melvq",
         min_s=1.0,
@@ -313,7 +312,6 @@ PRESETS |= {
     "text_asterisk": replace(
         PRESETS["asterisk"],
         architectures=("olmo_hybrid", "transformer"),
-        lr_of=("transformer:4e-3", "transformer:8e-3"),
         text=_TEXT,
     ),
     "speech_text_a100": replace(
