@@ -27,7 +27,7 @@ def survived(record_property: Callable[[str, object], None]) -> Survived:
 @pytest.fixture
 def launches(tmp_path: Path, cache: Path, database: Path) -> Iterator[Launches]:
     """Launches in a folder of this test; none of their processes survives it."""
-    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs").mkdir(exist_ok=True)
     shutil.copy(database, tmp_path / "runs" / "mlflow.db")
     these = Launches(tmp_path, PLUMBLINE_CACHE=str(cache))
     yield these
