@@ -1,6 +1,7 @@
 """Training and sampling of the 21.9M speech model against the published way: CPU-time ratios and peak memory.
 
-    python benchmarks/codec_lm.py [--repeats 3] [--only training|sampling] [--quick] [--out docs/benchmarks/codec_lm.md]
+    python benchmarks/codec_lm.py [--repeats 3] [--only training|sampling] [--precision float32|bfloat16] [--quick]
+                                  [--out docs/benchmarks/codec_lm.md]
 
 The published way has the same weights and computes the same loss and logits; it differs in how. Gated DeltaNet goes
 token by token through autograd, rows are padded to the context of 1,024 columns, logits are laid out whole, the
@@ -17,6 +18,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -31,11 +33,12 @@ from benchmarks._memory import added_peak_mib, in_fresh_process
 from benchmarks._paired import Arm, Worker, machine, markdown_table, paired, serve, timed, write_report
 from benchmarks._sequence_baselines import gated_delta_scan
 from models import gated_delta as gated_delta_layers
+from models._bfloat16 import multiplies_bfloat16
 from models.codec_lm import CodecLM
 from models.delay import training_pair
 from models.registry import build_lm
 from models.sampling import generate
-from sweeps._train import Batch, TrainConfig, Trainer, autocast, multiplies_bfloat16
+from sweeps._train import Batch, TrainConfig, Trainer, autocast
 
 PRESET = "speech_olmo_hybrid_a100_20m_ctx1024"
 PUBLISHED, OURS = "published", "ours"
@@ -43,8 +46,8 @@ FRAMES = 600  # 8 s of EnCodec at 75 Hz; 607 columns with the delay pattern
 CLIPS = 2  # the study's 24 need about 100 GB the published way
 SMOOTHING = 0.1
 EVERY = 40  # of the prefixes that the published sampler reads, those that are timed
-PRECISION = "bfloat16" if multiplies_bfloat16(torch.device("cpu")) else "float32"  # the faster one, for both arms
-CONFIG = TrainConfig(steps=12_000, lr=3e-4, lr_end=1e-5, warmup_steps=500, precision=PRECISION)
+PRECISION = "bfloat16" if multiplies_bfloat16(torch.device("cpu")) else "float32"  # the faster one
+CONFIG = TrainConfig(steps=12_000, lr=3e-4, lr_end=1e-5, warmup_steps=500)
 
 
 def use_published_scan() -> None:
@@ -77,7 +80,7 @@ def published_loss(model: CodecLM, inputs_BKT: Tensor, targets_BKT: Tensor) -> T
     )
 
 
-def published_step(frames: int) -> Callable[[], object]:
+def published_step(frames: int, precision: str) -> Callable[[], object]:
     """One training step as published."""
     use_published_scan()
     model = build_lm(PRESET)
@@ -87,7 +90,7 @@ def published_step(frames: int) -> Callable[[], object]:
 
     def step() -> None:
         optimizer.zero_grad()
-        with autocast(torch.device("cpu"), CONFIG.precision):
+        with autocast(torch.device("cpu"), precision):
             loss = published_loss(model, inputs, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CONFIG.grad_clip)
@@ -99,9 +102,9 @@ def published_step(frames: int) -> Callable[[], object]:
     return step
 
 
-def our_step(frames: int) -> Callable[[], object]:
+def our_step(frames: int, precision: str) -> Callable[[], object]:
     """One training step of the product's own trainer on trimmed rows."""
-    trainer = Trainer(build_lm(PRESET), CONFIG)
+    trainer = Trainer(build_lm(PRESET), replace(CONFIG, precision=precision))
     inputs, targets = clips(trainer.model, frames)
     batch = Batch(inputs, targets, int((targets != trainer.model.config.pad).sum()))
     return lambda: trainer.step(batch)
@@ -125,11 +128,11 @@ def check_agreement() -> None:
         raise AssertionError(f"the published way has loss {published}, ours {ours}; they must compute the same")
 
 
-def training(repeats: int, frames: int) -> str:
+def training(repeats: int, frames: int, precision: str) -> str:
     """Table of a training step, and of its peak memory."""
     check_agreement()
-    case = f"training step, {CLIPS} clips of {frames + 7} columns, {PRECISION}"
-    argv = [__file__, "--frames", str(frames)]
+    case = f"training step, {CLIPS} clips of {frames + 7} columns, {precision}"
+    argv = [__file__, "--frames", str(frames), "--precision", precision]
     with Worker([*argv, "--serve", PUBLISHED]) as theirs, Worker([*argv, "--serve", OURS]) as own:
         result = paired({PUBLISHED: theirs, OURS: own}, baseline=PUBLISHED, repeats=repeats)
     table = markdown_table({case: result}, baseline=PUBLISHED, targets={(case, OURS): 9.0})
@@ -220,6 +223,12 @@ def main() -> None:
     parser.add_argument("--only", choices=("training", "sampling"))
     parser.add_argument("--quick", action="store_true", help="one round on short clips, to see that it works")
     parser.add_argument("--frames", type=int, default=FRAMES, help="frames of a clip (600: 8 s of EnCodec)")
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        default=PRECISION,
+        help="of the training step, both arms; default: the faster one here",
+    )
     parser.add_argument("--out", type=Path, help="Markdown file to write besides printing")
     parser.add_argument("--serve", choices=tuple(STEPS), help=argparse.SUPPRESS)
     parser.add_argument("--peak", choices=tuple(STEPS), help=argparse.SUPPRESS)
@@ -227,14 +236,17 @@ def main() -> None:
     torch.set_num_threads(1)
     frames = 24 if args.quick else args.frames
     if args.serve:
-        serve(STEPS[args.serve](frames))
+        serve(STEPS[args.serve](frames, args.precision))
         return
     if args.peak:
-        step = STEPS[args.peak](frames)
+        step = STEPS[args.peak](frames, args.precision)
         print(added_peak_mib(step, step))
         return
     repeats = 1 if args.quick else args.repeats
-    parts = {"training": partial(training, repeats, frames), "sampling": partial(sampling, repeats, frames)}
+    parts = {
+        "training": partial(training, repeats, frames, args.precision),
+        "sampling": partial(sampling, repeats, frames),
+    }
     tables = [part() for name, part in parts.items() if args.only in (None, name)]
     write_report("\n\n".join([f"# Codec language model: {PRESET}", machine(), *tables]), args.out)
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from models._bfloat16 import Linear, attention
 from models.layers import FusedLinear, Mixer, RMSNorm
 
 
@@ -52,7 +52,7 @@ class Attention(Mixer):
         self.qkv = FusedLinear(d_model, (d_model, n_kv_heads * self.width, n_kv_heads * self.width))
         self.q_norm = RMSNorm(self.width, eps=norm_eps)
         self.k_norm = RMSNorm(self.width, eps=norm_eps)
-        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.out = Linear(d_model, d_model, bias=False)
 
     def _qkv(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (part.unflatten(-1, (-1, self.width)).transpose(1, 2) for part in self.qkv(x_BTD))
@@ -61,7 +61,7 @@ class Attention(Mixer):
     def _attend(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         cos, sin = rope_angles(x_BTD.shape[1], self.width, self.rope_base, x_BTD)
         q, k, v = self._qkv(x_BTD, cos, sin)
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.n_heads != self.n_kv_heads)
+        o = attention(q, k, v, is_causal=True, enable_gqa=self.n_heads != self.n_kv_heads)
         return self.out(o.transpose(1, 2).flatten(2)), k, v
 
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class Attention(Mixer):
         state.k[:, :, t], state.v[:, :, t] = k[:, :, 0], v[:, :, 0]
         # the G queries that share a key head stand where time would: no copy of the cache for each of them
         q_BhGE = q.reshape(-1, self.n_kv_heads, self.n_heads // self.n_kv_heads, self.width)
-        o = F.scaled_dot_product_attention(q_BhGE, state.k[:, :, : t + 1], state.v[:, :, : t + 1])
+        o = attention(q_BhGE, state.k[:, :, : t + 1], state.v[:, :, : t + 1])
         state.length = t + 1
         return self.out(o.reshape(x_BD.shape)), state
 

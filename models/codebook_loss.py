@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models._bfloat16 import product
 from models._codebook_kernels import losses_and_gradient
 from models._threads import run_kernel, thread_shares
 
@@ -93,7 +94,7 @@ class _SlicedLoss(torch.autograd.Function):
             h = hidden_ND[start : start + rows].to(dtype)
             valid = valid_NK[start : start + rows]
             target = targets_NK[start : start + rows].masked_fill(~valid, 0)
-            logits = (h @ weight.T).view(-1, K, V)
+            logits = product(h, weight.T).view(-1, K, V)
             share = valid.to(wide) / total
             if logits.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and not accuracy:
                 nll, uniform, d_logits = _compiled_slice(logits, target, share, smoothing)
@@ -103,8 +104,8 @@ class _SlicedLoss(torch.autograd.Function):
             sums += torch.stack([part.masked_fill(~valid, 0).double().sum(0) for part in parts])
             if d_hidden is not None and d_weight is not None:
                 d = d_logits.view(-1, K * V).to(dtype)
-                d_hidden[start : start + rows] = d @ weight
-                d_weight += d.T @ h
+                d_hidden[start : start + rows] = product(d, weight)
+                d_weight += product(d.T, h)
         loss = (((1 - smoothing) * sums[0] + smoothing * sums[1]).sum() / total).to(wide)
         if d_hidden is not None and d_weight is not None:
             ctx.save_for_backward(d_hidden, d_weight.view(K, V, D))

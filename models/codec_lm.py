@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models._bfloat16 import linear
 from models.attention import Attention
 from models.cache_health import GateSums, gate_sums
 from models.codebook_loss import CodebookLoss, check_tokens, codebook_loss
@@ -307,7 +308,7 @@ class CodecLM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., K, V]."""
         K, V, D = self.heads.shape
-        return F.linear(hidden, self.heads.view(K * V, D)).unflatten(-1, (K, V))
+        return linear(hidden, self.heads.view(K * V, D)).unflatten(-1, (K, V))
 
     def forward(self, tokens_BKT: Tensor, texts: Texts | None = None) -> Tensor:
         """[B, K, T] tokens -> logits [B, T, K, V] for the column after each step; texts as in `text_keys`."""

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models._bfloat16 import Linear
 from models._head_kernels import CpuUnitHeads
 from models.layers import (
     FusedLinear,
@@ -61,7 +62,7 @@ class GatedDeltaNet(Mixer):
         self.A_log = nn.Parameter(torch.empty(n_heads))
         self.dt_bias = nn.Parameter(torch.empty(n_heads))
         self.norm = GatedHeadNorm(head_v, norm_eps)
-        self.out = nn.Linear(values, d_model, bias=False)
+        self.out = Linear(values, d_model, bias=False)
 
     def init_own_parameters(self, generator: torch.Generator) -> None:
         conv_weight_(self.conv_weight, generator)
@@ -123,11 +124,11 @@ class SimpleDeltaNet(Mixer):
         self.n_heads, self.impl = n_heads, impl
         self.width = d_model // n_heads
         self.qkv = FusedLinear(d_model, (d_model, d_model, d_model))
-        self.decay_gate = nn.Linear(d_model, n_heads)
-        self.write_gate = nn.Linear(d_model, n_heads)
+        self.decay_gate = Linear(d_model, n_heads)
+        self.write_gate = Linear(d_model, n_heads)
         self.q_norm = RMSNorm(self.width, eps=norm_eps)
         self.k_norm = RMSNorm(self.width, eps=norm_eps)
-        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.out = Linear(d_model, d_model, bias=False)
 
     def init_own_parameters(self, generator: torch.Generator) -> None:
         # logsigmoid(5) = -0.0067 a step: at first a memory of about 150 steps, two seconds of audio

@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models._bfloat16 import Linear, linear
 from models._head_kernels import CpuGatedNorm
 from models._norm_kernels import CpuRMSNorm
 from models._swiglu_kernels import CpuSwiGLU
 
 
-class FusedLinear(nn.Linear):
+class FusedLinear(Linear):
     """Several bias-free projections of one input as one matrix product, returned separately.
 
     Each part is initialised as if it stood alone (Glorot, by its own fan-out).
@@ -83,10 +84,10 @@ class SwiGLU(nn.Module):
     def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__()
         self.gate_up = FusedLinear(d_model, (d_ff, d_ff))
-        self.down = nn.Linear(d_ff, d_model, bias=False)
+        self.down = Linear(d_ff, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        joint = F.linear(x, self.gate_up.weight)
+        joint = linear(x, self.gate_up.weight)
         if trains_on_cpu(joint):
             return self.down(CpuSwiGLU.apply(joint))
         gate, up = joint.chunk(2, dim=-1)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from models._bfloat16 import Linear
 from models.layers import FusedLinear, Mixer, widen
 from models.ops import (
     elu_feature_map,
@@ -56,7 +57,7 @@ class LinearAttention(Mixer):
         super().__init__()
         self.n_heads, self.width, self.delta_rule, self.impl = n_heads, d_model // n_heads, delta_rule, impl
         self.in_proj = FusedLinear(d_model, (d_model,) * 3 + ((n_heads,) if delta_rule else ()))
-        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.out = Linear(d_model, d_model, bias=False)
 
     def inputs(self, x: Tensor) -> LinearInputs:
         """Projected and feature-mapped [..., D]."""

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models._bfloat16 import Linear
 from models.layers import FusedLinear, Mixer, RMSNorm, conv_weight_, log_uniform_dt_bias_, widen
 from models.ops import selective_scan, selective_scan_step, short_conv, short_conv_step, ssd, ssd_step
 
@@ -36,10 +37,10 @@ class Mamba(Mixer):
         self.conv_weight = nn.Parameter(torch.empty(inner, conv_width))
         self.conv_bias = nn.Parameter(torch.empty(inner))
         self.x_proj = FusedLinear(inner, (rank, d_state, d_state))
-        self.dt_proj = nn.Linear(rank, inner)
+        self.dt_proj = Linear(rank, inner)
         self.A_log = nn.Parameter(torch.empty(inner, d_state))
         self.D = nn.Parameter(torch.empty(inner))
-        self.out = nn.Linear(inner, d_model, bias=False)
+        self.out = Linear(inner, d_model, bias=False)
 
     def init_own_parameters(self, generator: torch.Generator) -> None:
         conv_weight_(self.conv_weight, generator)
@@ -106,7 +107,7 @@ class Mamba2(Mixer):
         self.A_log = nn.Parameter(torch.empty(self.n_heads))
         self.D = nn.Parameter(torch.empty(self.n_heads))
         self.norm = RMSNorm(inner, eps=norm_eps)
-        self.out = nn.Linear(inner, d_model, bias=False)
+        self.out = Linear(inner, d_model, bias=False)
 
     def init_own_parameters(self, generator: torch.Generator) -> None:
         conv_weight_(self.conv_weight, generator)

@@ -24,9 +24,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models._bfloat16 import Linear
 from models.layers import Mixer, widen
 from models.linear_attention import LinearAttention, LinearInputs, LinearState
 from models.ops import memory_cache_retrieval, memory_cache_retrieval_step, segment_gate_logits
+from models.ops._layout import no_autocast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +94,9 @@ class SegmentGate(nn.Module):
         super().__init__()
         self.d_model, self.segment, self.bias_init = d_model, config.segment, config.gate_bias_init
         self.u: nn.Module = (
-            nn.Linear(d_model, d_model, bias=False)
+            Linear(d_model, d_model, bias=False)
             if config.rank is None
-            else nn.Sequential(nn.Linear(d_model, config.rank, bias=False), nn.Linear(config.rank, d_model, bias=False))
+            else nn.Sequential(Linear(d_model, config.rank, bias=False), Linear(config.rank, d_model, bias=False))
         )
         self.bias = None if config.gate_bias_init is None else nn.Parameter(torch.empty(()))
 
@@ -105,7 +107,9 @@ class SegmentGate(nn.Module):
     def step(self, x_BD: Tensor, means: SegmentMeans) -> Tensor:
         """Gates [B, s + 1] of the next token over the s caches it sees and its own segment."""
         seen_BLD = means.add(x_BD)
-        return (widen(seen_BLD) @ widen(self.u(x_BD))[..., None]).squeeze(-1).softmax(-1)
+        u_BD = self.u(x_BD)
+        with no_autocast(x_BD):
+            return (widen(seen_BLD) @ widen(u_BD)[..., None]).squeeze(-1).softmax(-1)
 
     def open(self, current: Tensor, mixed: Tensor) -> Tensor:
         """What the layer returns between the read without caches and the paper's mixture."""
@@ -267,7 +271,8 @@ class CachedOutput(CachedMixer):
 
     def _mix(self, x_BTD: Tensor, current_BTD: Tensor) -> tuple[Tensor, Tensor]:
         gates_BTL = self.gate(x_BTD)
-        read = gates_BTL[..., :-1] @ widen(self._kept(current_BTD))
+        with no_autocast(x_BTD):
+            read = gates_BTL[..., :-1] @ widen(self._kept(current_BTD))
         return gates_BTL, gates_BTL[..., -1:] * current_BTD + read
 
     def _kept(self, current_BTD: Tensor) -> Tensor:
@@ -293,7 +298,8 @@ class CachedOutput(CachedMixer):
         current, state.inner = self.inner.step(x_BD, state.inner)
         gates_BL = self.gate.step(x_BD, state.means)
         seen = gates_BL.shape[1] - 1
-        read = (gates_BL[:, None, :-1] @ widen(state.outputs[:, :seen])).squeeze(1)
+        with no_autocast(x_BD):
+            read = (gates_BL[:, None, :-1] @ widen(state.outputs[:, :seen])).squeeze(1)
         done = state.means.close_segment()
         if done is not None:
             state.outputs[:, done] = current

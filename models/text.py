@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models._bfloat16 import Linear, attention
 from models.attention import rope_angles, rotate
 from models.layers import FusedLinear, RMSNorm, SwiGLU
 
@@ -127,13 +128,13 @@ class TextAttention(nn.Module):
         self.qkv = FusedLinear(width, (width, width, width))
         self.q_norm = RMSNorm(self.head_width, eps=norm_eps)
         self.k_norm = RMSNorm(self.head_width, eps=norm_eps)
-        self.out = nn.Linear(width, width, bias=False)
+        self.out = Linear(width, width, bias=False)
 
     def forward(self, x_BSW: Tensor, visible_B11S: Tensor) -> Tensor:
         q, k, v = (part.unflatten(-1, (-1, self.head_width)).transpose(1, 2) for part in self.qkv(x_BSW))
         cos, sin = rope_angles(x_BSW.shape[1], self.head_width, self.rope_base, x_BSW)
         q, k = (rotate(x, cos, sin).to(v.dtype) for x in (self.q_norm(q), self.k_norm(k)))
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=visible_B11S)
+        o = attention(q, k, v, attn_mask=visible_B11S)
         return self.out(o.transpose(1, 2).flatten(2))
 
 
@@ -190,11 +191,11 @@ class CrossAttention(nn.Module):
     def __init__(self, d_model: int, width: int, n_heads: int, *, norm_eps: float) -> None:
         super().__init__()
         self.head_width = d_model // n_heads
-        self.q = nn.Linear(d_model, d_model, bias=False)
+        self.q = Linear(d_model, d_model, bias=False)
         self.kv = FusedLinear(width, (d_model, d_model))
         self.q_norm = RMSNorm(self.head_width, eps=norm_eps)
         self.k_norm = RMSNorm(self.head_width, eps=norm_eps)
-        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.out = Linear(d_model, d_model, bias=False)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
@@ -207,7 +208,7 @@ class CrossAttention(nn.Module):
     def forward(self, x_BTD: Tensor, keys: TextKeys) -> Tensor:
         """[B, T, D] -> [B, T, D]; every step sees the whole text and no other step."""
         q = self.q_norm(self._heads(self.q(x_BTD))).to(keys.v_BHSE.dtype)
-        o = F.scaled_dot_product_attention(q, keys.k_BHSE, keys.v_BHSE, attn_mask=keys.visible_B11S)
+        o = attention(q, keys.k_BHSE, keys.v_BHSE, attn_mask=keys.visible_B11S)
         return self.out(o.transpose(1, 2).flatten(2))
 
     def flops_per_text(self, symbols: int) -> float:

@@ -25,6 +25,7 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
+from models._bfloat16 import multiplies_bfloat16
 from models.topk_model import SAEConfig, TopKSAE, row_chunks
 
 Backend = Literal["numba", "torch", "dense"]
@@ -182,10 +183,8 @@ class DenseEngine(Engine):
 
 def screen_dtype(device: torch.device) -> torch.dtype:
     """Precision of the torch backend's screen: bfloat16 where the device multiplies it natively, else float32."""
-    if device.type == "cuda":
-        return torch.bfloat16
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if device.type == "cpu" and native else torch.float32
+    native = device.type in ("cuda", "cpu") and multiplies_bfloat16(device)
+    return torch.bfloat16 if native else torch.float32
 
 
 def dots(x_BD: torch.Tensor, W_MD: torch.Tensor, idx_Bk: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models._allocator import keep_freed_memory
+from models._bfloat16 import multiplies_bfloat16
 from models.codec_lm import CodecLM, config_facts
 from models.lm_cost import names_by_group
 from models.text import Texts
@@ -127,14 +128,6 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16; a processor without them emulates its products."""
-    if device.type != "cpu":
-        return True
-    has = torch.cpu.get_capabilities()
-    return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
 @dataclass
 class Trainer:
     """Model, optimizer and averaged weights at one step of a trajectory.
@@ -161,8 +154,8 @@ class Trainer:
             keep_freed_memory()
         if self.config.precision == "bfloat16" and not multiplies_bfloat16(self.device):
             warnings.warn(
-                "precision=bfloat16 on a processor without bfloat16 instructions takes about three times as long as "
-                "float32; choose precision=float32",
+                "precision=bfloat16 on a processor without bfloat16 instructions makes float32 products of rounded "
+                "numbers and takes longer than float32; choose precision=float32",
                 stacklevel=3,
             )
         self.groups: dict[str, list[Tensor]] = {}
