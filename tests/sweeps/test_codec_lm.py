@@ -438,7 +438,7 @@ def test_every_preset_can_be_planned(preset: str) -> None:
         ({"architectures": ("hybrid_1_7",)}, "choose a larger scale"),
         ({"corpus": "libri"}, "corpus 'libri' is not known"),
         ({"codec": "encodec"}, "synthetic_speech goes with its own melvq"),
-        ({"warmup_steps": 80}, "warmup_steps=80 leaves no step of 80"),
+        ({"warmup_steps": 50}, "warmup_steps=50 leaves no step of 50"),
         ({"lr": (0.0,)}, "lr=0.0 must be positive"),
         ({"precision": "int8"}, "precision='int8' is not known"),
         ({"eval_clips": 1}, "eval_clips=1 gives no interval"),
