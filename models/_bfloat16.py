@@ -62,16 +62,15 @@ class _RoundedLinear(torch.autograd.Function):
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
     def forward(ctx: Any, x: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x, weight_FD)
-        ctx.has_bias = bias_F is not None
         return F.linear(x.float(), weight_FD.float(), None if bias_F is None else bias_F.float()).bfloat16()
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_FD = ctx.saved_tensors
-        needs_x, needs_weight, _ = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         grad = grads[0].float()
         grad_NF = grad.reshape(-1, grad.shape[-1])
         d_x = (grad @ weight_FD.float()).bfloat16() if needs_x else None
         d_weight = grad_NF.T @ x.reshape(-1, x.shape[-1]).float() if needs_weight else None
-        return d_x, d_weight, grad_NF.sum(0) if ctx.has_bias else None
+        return d_x, d_weight, grad_NF.sum(0) if needs_bias else None

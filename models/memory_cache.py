@@ -87,6 +87,12 @@ class SegmentMeans:
         return index
 
 
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in at least float32; inside autocast widened operands alone would be narrowed again."""
+    with no_autocast(a):
+        return widen(a) @ widen(b)
+
+
 class SegmentGate(nn.Module):
     """gamma = softmax of <W_u x_t, segment means>, and the scalar openness sigmoid(b)."""
 
@@ -107,9 +113,7 @@ class SegmentGate(nn.Module):
     def step(self, x_BD: Tensor, means: SegmentMeans) -> Tensor:
         """Gates [B, s + 1] of the next token over the s caches it sees and its own segment."""
         seen_BLD = means.add(x_BD)
-        u_BD = self.u(x_BD)
-        with no_autocast(x_BD):
-            return (widen(seen_BLD) @ widen(u_BD)[..., None]).squeeze(-1).softmax(-1)
+        return _wide_product(seen_BLD, self.u(x_BD)[..., None]).squeeze(-1).softmax(-1)
 
     def open(self, current: Tensor, mixed: Tensor) -> Tensor:
         """What the layer returns between the read without caches and the paper's mixture."""
@@ -271,8 +275,7 @@ class CachedOutput(CachedMixer):
 
     def _mix(self, x_BTD: Tensor, current_BTD: Tensor) -> tuple[Tensor, Tensor]:
         gates_BTL = self.gate(x_BTD)
-        with no_autocast(x_BTD):
-            read = gates_BTL[..., :-1] @ widen(self._kept(current_BTD))
+        read = _wide_product(gates_BTL[..., :-1], self._kept(current_BTD))
         return gates_BTL, gates_BTL[..., -1:] * current_BTD + read
 
     def _kept(self, current_BTD: Tensor) -> Tensor:
@@ -298,8 +301,7 @@ class CachedOutput(CachedMixer):
         current, state.inner = self.inner.step(x_BD, state.inner)
         gates_BL = self.gate.step(x_BD, state.means)
         seen = gates_BL.shape[1] - 1
-        with no_autocast(x_BD):
-            read = (gates_BL[:, None, :-1] @ widen(state.outputs[:, :seen])).squeeze(1)
+        read = _wide_product(gates_BL[:, None, :-1], state.outputs[:, :seen]).squeeze(1)
         done = state.means.close_segment()
         if done is not None:
             state.outputs[:, done] = current
