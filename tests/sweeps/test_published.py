@@ -15,6 +15,8 @@ from sweeps._ledger import Ledger
 from sweeps._published import files_of, in_order, parquet_bytes, tables_of
 from sweeps._sweep import Row
 
+LATENCY = 0.1  # seconds
+
 
 class Slow(ModelStore):
     """An object store whose answers take their time; knows how many requests waited together."""
@@ -28,7 +30,7 @@ class Slow(ModelStore):
             Slow.now += 1
             Slow.most = max(Slow.most, Slow.now)
         try:
-            time.sleep(0.02)
+            time.sleep(LATENCY)
             return super().cat_file(path, *arguments, **named)
         finally:
             with Slow.lock:
@@ -55,7 +57,7 @@ def test_requests_for_the_files_of_cells_overlap_and_keep_their_order(ledger: Le
     Slow.most = 0
     began = time.monotonic()
     assert [int(data) for data in files_of(published, "n.txt")] == list(range(40))
-    assert time.monotonic() - began < 0.5 * 40 * 0.02
+    assert time.monotonic() - began < 0.5 * 40 * LATENCY
     assert Slow.most > 8
     assert [int(table["x"][0]) for table in tables_of(published, "n.parquet")] == list(range(40))
 
