@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models._bfloat16 import multiplies_bfloat16
+
 _ROWS, _COLUMNS = 1024, 2048  # a tile: 8 MiB of float32
 _LOG2_E = 1.0 / math.log(2.0)
 
@@ -108,7 +110,12 @@ class NextTokenLoss:
         if self._centred_bf16_VD is None:
             self._centred_bf16_VD = (self._weight_VD - self._mean_D).bfloat16()
         low_RC = self._buffer(torch.bfloat16, shape)
-        return bits_RC.copy_(torch.mm(h_RD.bfloat16(), self._centred_bf16_VD[columns].T, out=low_RC))
+        low_RD, weight_DC = h_RD.bfloat16(), self._centred_bf16_VD[columns].T
+        if multiplies_bfloat16(h_RD.device):
+            torch.mm(low_RD, weight_DC, out=low_RC)
+        else:
+            low_RC.copy_(torch.mm(low_RD.float(), weight_DC.float(), out=bits_RC))
+        return bits_RC.copy_(low_RC)
 
     def _buffer(self, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
         if dtype not in self._tiles:

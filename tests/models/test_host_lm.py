@@ -202,6 +202,14 @@ def test_bf16_logits_stay_near_float32(lm, tokens_BT):
     torch.testing.assert_close(rounded, exact, rtol=0, atol=5e-3)
 
 
+def test_bf16_logits_are_the_same_where_products_of_bf16_would_be_emulated(lm, tokens_BT, monkeypatch):
+    losses = []
+    for has in (True, False):
+        monkeypatch.setattr("models._next_token_loss.multiplies_bfloat16", lambda device, has=has: has)
+        losses.append(_loss(lm, tokens_BT, logits_dtype=torch.bfloat16))
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=1e-5)
+
+
 def test_uniform_head_gives_log_of_the_vocabulary(lm, tokens_BT):
     before = lm._head._weight_VD
     lm._head._weight_VD = torch.zeros_like(before)
