@@ -90,26 +90,27 @@ def make_packs(cells: Sequence[SAECell], machine: Machine, run: RunSettings) -> 
     Raises UserError when a single SAE does not fit.
     """
     groups = [list(g.values()) for g in _groups(cells).values()]
-    devices = machine.gpus or machine.nodes
-    per_node = max(1, machine.cpus // machine.nodes)
-    wanted = _shares([len(g) for g in groups], max(len(groups), devices))
+    wanted = _shares([len(g) for g in groups], max(len(groups), machine.gpus or machine.nodes))
+    cores = max(1, machine.cpus // machine.nodes)
     free = _device_bytes(machine, run) * _USABLE
-    most = 1 if machine.gpus else _placed(per_node, run.threads) if run.threads else per_node
-    side_by_side = min(most, -(-sum(wanted) // machine.nodes))
+    most = 1 if machine.gpus else _placed(cores, run.threads) if run.threads else cores
+
+    def on_a_node(packs: int) -> int:
+        return min(most, -(-packs // machine.nodes))
+
+    together = on_a_node(sum(wanted))
     while True:
-        out = _split_all(groups, wanted, free / side_by_side, side_by_side, run)
-        sizes = [pack_bytes(part, run) for part in out]
-        abreast = min(most, -(-len(out) // machine.nodes))
-        if not run.threads or abreast <= side_by_side or abreast * max(sizes) <= free:
+        parts = _split_all(groups, wanted, free / together, together, run)
+        sizes = [pack_bytes(part, run) for part in parts]
+        abreast = on_a_node(len(parts))
+        # with a set number of threads Ray runs all of `abreast` at once: memory must hold them, or be shared by more
+        if not run.threads or abreast <= together or abreast * max(sizes) <= free:
             break
-        side_by_side = abreast
-    cpus = run.threads
-    if not cpus and machine.gpus:
-        cpus = max(1, machine.cpus // machine.gpus)
-    elif not cpus:  # the cores of a node are shared by as many as its memory holds
-        cpus = max(1, per_node // abreast)
-        while min(abreast, _placed(per_node, cpus)) > max(side_by_side, free // max(sizes)):
-            cpus += 1
+        together = abreast
+    if machine.gpus:
+        cpus = run.threads or max(1, machine.cpus // machine.gpus)
+    else:
+        cpus = run.threads or _threads(cores, abreast, held=max(together, int(free // max(sizes))))
     return [
         Pack(
             name=f"{part[0].model}-{i:02d}",
@@ -118,7 +119,7 @@ def make_packs(cells: Sequence[SAECell], machine: Machine, run: RunSettings) -> 
             gpus=1.0 if machine.gpus else 0.0,
             memory_bytes=size,
         )
-        for i, (part, size) in enumerate(zip(out, sizes, strict=True))
+        for i, (part, size) in enumerate(zip(parts, sizes, strict=True))
     ]
 
 
@@ -127,15 +128,23 @@ def _placed(cores: int, cpus: int) -> int:
     return max(1, int(cores / (cpus * HEADROOM)))
 
 
+def _threads(cores: int, abreast: int, held: int) -> int:
+    """The fewest threads a pack, at least `cores` over `abreast`, with which Ray runs no more packs than `held`."""
+    cpus = max(1, cores // abreast)
+    while min(abreast, _placed(cores, cpus)) > held:
+        cpus += 1
+    return cpus
+
+
 def _split_all(
-    groups: Sequence[list[list[SAECell]]], wanted: Sequence[int], room: float, side_by_side: int, run: RunSettings
+    groups: Sequence[list[list[SAECell]]], wanted: Sequence[int], room: float, together: int, run: RunSettings
 ) -> list[list[SAECell]]:
-    """The cells of all packs, `side_by_side` of which share a node. Raises UserError when one SAE exceeds `room`."""
+    """The cells of all packs, `together` of which share a node. Raises UserError when one SAE exceeds `room`."""
     out: list[list[SAECell]] = []
     for trajectories, parts in zip(groups, wanted, strict=True):
         split, largest = _split_within(trajectories, parts, room, run)
         if largest > room:
-            alone = "; set threads to all cores of a node, and one pack has it alone" if side_by_side > 1 else ""
+            alone = "; set threads to all cores of a node, and one pack has it alone" if together > 1 else ""
             raise UserError(
                 f"one SAE of {split[0][0].model} with d_sae={split[0][0].d_sae} needs {largest / 2**30:.1f} GiB but "
                 f"{room / 2**30:.1f} GiB are free for a pack; choose a smaller expansion or batch_tokens{alone}"
