@@ -245,18 +245,18 @@ class _CellRun:
         other_texts = self._scores_with_other_texts()
         if not context.world.first:
             return
-        rows = [Row("unigram_nll", self.baseline, "nats a token")]
-        if rate == rate:
-            rows.append(Row("tokens_per_second", rate, "tokens/s"))
-        if self.trainer.step_count < cell.steps:
-            rows.append(Row("stopped_at", self.trainer.step_count, "steps"))
-        rows += self._static_rows() + self._curve_rows()
-        for weights, some in scores.items():
-            rows += self._score_rows(some, weights)
+        rows = []  # MLflow's compare page opens on the first of them
+        for weights in reversed(WEIGHTS):
+            rows += self._score_rows(scores[weights], weights)
         if best_scores is not None:
             rows += self._score_rows(best_scores, "best")
         for kind, some in other_texts.items():
             rows += _nll_rows(some, f"final_val_nll_{kind}", {"weights": "ema"})
+        rows += [*self._curve_rows(), *self._static_rows(), Row("unigram_nll", self.baseline, "nats a token")]
+        if rate == rate:
+            rows.append(Row("tokens_per_second", rate, "tokens/s"))
+        if self.trainer.step_count < cell.steps:
+            rows.append(Row("stopped_at", self.trainer.step_count, "steps"))
         files: dict[str, bytes] = {"model.pt": self._checkpoint(best)}
         files["clips.parquet"] = clip_table(scores, self.held_out, cell.eval_clips, other_texts)
         if self.config.memory_cache is not None:

@@ -207,6 +207,7 @@ class _Launch:
             artifact_mb=self.run.mlflow_artifact_mb,
             say=board.say,
             named=getattr(self.sweep, "named", ()),
+            tracked=getattr(self.sweep, "tracked", ()),
         )
         tracker.start(
             {"preset": self.arguments.preset, "cells": len(self.cells), "storage": self.storage},

@@ -66,12 +66,13 @@ class Tracker:
         artifact_mb: float,
         say: Callable[[str], None],
         named: Sequence[str] = (),
+        tracked: Sequence[str] = (),
     ) -> None:
         self.uri, self.ledger, self.claims, self.say = remember(uri), ledger, claims, say
         _quoted(ledger.store.uri)
         self._group = f"track-{digest(self.uri)[:8]}"
         self._artifact_bytes = artifact_mb * 2**20
-        self._named = tuple(named)
+        self._named, self._tracked = tuple(named), tuple(tracked)
         self._wanted: dict[str, None] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -335,7 +336,7 @@ class Tracker:
         if unfinished:
             self._client.log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()])
         params = [Param(k, str(v)) for k, v in cell.identity.items()]
-        self._log_points(run_id, list(_points(cell, began, published)), params)
+        self._log_points(run_id, list(_points(cell, began, published, self._tracked)), params)
         self._log_files(run_id, place, cell)
         self._client.set_terminated(run_id, "FINISHED", end_time=published)
         return run_id
@@ -405,8 +406,12 @@ def _name(cell: PublishedCell, named: Sequence[str]) -> str:
     return " ".join(str(v) if name in bare else f"{name}={v}" for name, v in shown.items()) or cell.key
 
 
-def _points(cell: PublishedCell, began: int, published: int) -> Iterable[tuple[str, float, int, int]]:
-    """(name, value, time in ms, step): rows with a `step` are curves; those with other parameters stay in the ledger.
+def _points(
+    cell: PublishedCell, began: int, published: int, tracked: Sequence[str]
+) -> Iterable[tuple[str, float, int, int]]:
+    """(name, value, time in ms, step): rows with a `step` are curves; `codebook_nll/ema/codebook 2` has `tracked` ones.
+
+    Rows with other parameters stay in the ledger.
 
     A curve's points are spread evenly over the pack's time, since rows do not record it: MLflow's pages open on
     time as the x axis, where points of one moment would fall on one vertical line.
@@ -415,13 +420,13 @@ def _points(cell: PublishedCell, began: int, published: int) -> Iterable[tuple[s
     last = max(1.0, float(rows["step"].max())) if "step" in rows.columns and rows["step"].notna().any() else 1.0
     parameters = [c for c in rows.columns if c not in ("metric", "value", "unit", "step")]
     for record in rows.to_dict("records"):
-        if (
-            any(record[p] is not None and record[p] == record[p] for p in parameters)
-            or record["value"] != record["value"]
-        ):
+        given = {p: record[p] for p in parameters if record[p] is not None and record[p] == record[p]}
+        if not given.keys() <= set(tracked) or record["value"] != record["value"]:
             continue
+        values = {p: v if isinstance(v, str) else f"{p} {v:g}" for p, v in given.items()}
+        name = "/".join([record["metric"], *(values[p] for p in tracked if p in values)])
         step = record.get("step")
         if step is None or step != step:
-            yield record["metric"], record["value"], published, 0
+            yield name, record["value"], published, 0
         else:
-            yield record["metric"], record["value"], int(began + (published - began) * step / last), int(step)
+            yield name, record["value"], int(began + (published - began) * step / last), int(step)

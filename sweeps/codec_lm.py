@@ -333,6 +333,7 @@ class CodecLMSweep:
     question = "which architecture learns audio-codec tokens best at matched size?"
     headline = "nats below unigram"
     named = ("architecture", "text", "lr", "seed")
+    tracked = ("weights", "group", "layer", "codebook")
     default_preset = "local"
     presets = PRESETS
 

@@ -94,6 +94,7 @@ class MemoryCacheSweep:
     question = "what opens or closes the memory-caching gate, and what is memory caching worth?"
     headline = "nats below unigram"
     named = ("architecture", *VARIABLES, "seed")
+    tracked = ("weights", "group", "layer", "codebook")
     default_preset = "local"
     presets = PRESETS
 

@@ -151,6 +151,7 @@ class OdorTopology:
     question = "does persistent H1 survive metric choice, subsampling, matched nulls and ordinary baselines?"
     headline = "top H1"
     named = ("representation", "table", "metric", "route", "run", "null", "first_draw", "split", "member")
+    tracked = ("target", "family")
     default_preset = "audit"
     presets = PRESETS
 

@@ -16,7 +16,7 @@ from benchmarks import scale
 from sweeps._claims import Claims
 from sweeps._ledger import Ledger
 from sweeps._sweep import PublishedCell, UserError
-from sweeps._track import Tracker, _name, _quoted
+from sweeps._track import Tracker, _name, _points, _quoted
 
 
 @pytest.fixture
@@ -86,6 +86,26 @@ def test_texts_with_quotes_are_found_as_they_are(ledger: Ledger) -> None:
     both = Ledger(f"{ledger.store.root}/'\"", "scale", "1")
     with pytest.raises(UserError, match="has both ' and \" in its path"):
         Tracker("sqlite:///x.db", both, Claims(ledger.store), artifact_mb=1.0, say=print)
+
+
+def test_rows_with_tracked_parameters_are_metrics_and_others_stay_in_the_ledger() -> None:
+    none = float("nan")
+    rows = pd.DataFrame(
+        [
+            ("loss", 3.0, 5.0, None, none, none),
+            ("loss", 2.0, 10.0, None, none, none),
+            ("nll", 1.5, none, "ema", none, none),
+            ("nll", 1.25, none, "ema", 2.0, none),
+            ("nll", none, none, "raw", none, none),
+            ("top1", 0.5, none, None, none, 3.0),
+        ],
+        columns=["metric", "value", "step", "weights", "codebook", "draw"],
+    )
+    cell = PublishedCell("key", {}, rows, (), "uri", {})
+    loss = [("loss", 3.0, 1500, 5), ("loss", 2.0, 2000, 10)]
+    assert list(_points(cell, 1000, 2000, ())) == loss
+    with_parameters = [("nll/ema", 1.5, 2000, 0), ("nll/ema/codebook 2", 1.25, 2000, 0)]
+    assert list(_points(cell, 1000, 2000, ("weights", "codebook"))) == loss + with_parameters
 
 
 def test_the_end_does_not_copy_what_the_thread_is_copying(ledger: Ledger) -> None:
