@@ -168,7 +168,8 @@ def prepare_process() -> None:
 def connect(address: str | None, storage: str) -> Machine:
     """Start Ray here, or join the cluster at `address` (`auto`, `HOST:PORT`, or $RAY_ADDRESS).
 
-    Raises UserError when no cluster answers there, or when it has several nodes and `storage` is a path of one of them.
+    Raises UserError when no cluster answers there, when it has several nodes and `storage` is a path of one of them,
+    and when the folder for temporary files has too long a name for Ray.
     """
     import ray
 
@@ -210,6 +211,13 @@ def connect(address: str | None, storage: str) -> Machine:
         raise UserError(
             f"no Ray cluster answers at {address} ({' '.join(str(error).split())}); start one with `ray start --head` "
             "or leave --address out"
+        ) from error
+    except OSError as error:
+        if "AF_UNIX" not in str(error):
+            raise
+        raise UserError(
+            f"the folder for temporary files has too long a name for Ray ({error}); give it a shorter one: "
+            "export RAY_TMPDIR=/tmp"
         ) from error
     nodes = [n for n in ray.nodes() if n["Alive"]]
     if len(nodes) > 1 and not _SHARED.match(storage) and Store(normal_storage(storage)).local:

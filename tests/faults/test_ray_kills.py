@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 
@@ -181,8 +182,9 @@ def test_drivers_killed_on_a_cluster_that_stays(
     launches: Launches, sources, reference: References, survived: Survived, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     head = Launches(tmp_path_factory.mktemp("head"), PLUMBLINE_CACHE=launches.env["PLUMBLINE_CACHE"])
+    short = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)  # a socket's name has 107 bytes
     try:
-        address = start_head(head, launches)
+        address = start_head(head, launches, short.name)
         chain = Chain(launches, SWEEPS["odor_topology"](sources), "driver on a cluster", "--address", address)
         for _ in range(2):
             driver = chain.start(slowed(1.0))
@@ -201,10 +203,14 @@ def test_drivers_killed_on_a_cluster_that_stays(
         survived.add("driver killed", f"{RANDOM}, cluster that stays{AGAIN} at once", "odor_topology", n=2)
     finally:
         head.close()
+        short.cleanup()
 
 
-def start_head(head: Launches, launches: Launches) -> str:
-    """A Ray head of this test alone, as a cluster's first node, with slow workers; returns its address."""
+def start_head(head: Launches, launches: Launches, folder: str) -> str:
+    """A Ray head of this test alone, as a cluster's first node, with slow workers and its files in `folder`.
+
+    Returns its address.
+    """
     import socket
 
     with socket.socket() as s:
@@ -212,7 +218,7 @@ def start_head(head: Launches, launches: Launches) -> str:
         port = s.getsockname()[1]
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--port={port}", "--num-cpus=2"),
-        *("--include-dashboard=false", "--node-ip-address=127.0.0.1", f"--temp-dir={head.folder}"),
+        *("--include-dashboard=false", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}"),
     ]
     head.arm(slowed(1.0), roots=[launches.folder / "runs" / "ledger"])
     env = head.env | {"PLUMBLINE_FAULTS": str(head.plan)}

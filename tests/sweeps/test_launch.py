@@ -297,6 +297,14 @@ def test_workers_get_the_drivers_cache_and_a_cluster_that_is_away_is_one_line(
     assert given["runtime_env"]["env_vars"]["PLUMBLINE_CACHE"] == str(tmp_path)
 
 
+def test_a_temporary_folder_with_too_long_a_name_for_ray_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("long" * 20)))
+    with pytest.raises(UserError, match=r"107 bytes: /.*/longlong.*; give it a shorter one: export RAY_TMPDIR=/tmp"):
+        connect(None, str(tmp_path))
+
+
 def test_a_cell_that_the_grid_names_twice_is_planned_once(main: Main) -> None:
     assert "2 planned, 0 done, 2 to do" in main("--plan", "--set", "n=3,4,3").out
 
