@@ -61,8 +61,10 @@ def run_packs(
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "3600"  # the ledger, not Tune's snapshot, is what restarts read
     import ray
     from ray import tune
+    from ray.air._internal import usage
     from ray.tune.trainable import wrap_function
 
+    usage.tag_callbacks = lambda callbacks: False  # for Ray's usage report, which is off; it imports wandb (2 s)
     by_name = {pack.name: pack for pack in packs}
     if len(by_name) != len(packs):
         raise ValueError("two packs share a name")

@@ -338,10 +338,16 @@ def test_the_part_is_named_below_the_heading(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_overhead_a_cell(tmp_path: Path) -> None:
-    """Ledger, MLflow and Tune together: at most 0.2 s a cell, from the first of 200 trivial cells to the last."""
+def test_overhead_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ledger, MLflow and Tune together: at most 0.2 s a cell, from the first of 200 trivial cells to the last.
+
+    And before the first no import of loggers that nobody asked for.
+    """
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
     run = toy(tmp_path, "--preset", "many")
     assert run.returncode == 0, run.stderr
+    assert "ray.tune" in run.stderr
+    assert "wandb" not in run.stderr
     assert len(cell_runs(f"sqlite:///{tmp_path}/runs/mlflow.db")) == 200
     ledger = Ledger(str(tmp_path / "runs/ledger"), "toy", "1")
     times = [cell.meta["published_unix"] for cell in ledger.read_many(sorted(ledger.done()))]
