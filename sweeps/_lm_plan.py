@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 CODECS = ("melvq", "encodec", "dac")
 _FRAME_HZ = {"melvq": 62.5, "encodec": 75.0, "dac": 44_100 / 512, "symbols": 1.0}
+TRACKED = ("weights", "group", "layer", "codebook")  # parameters of rows that MLflow shows, see `Sweep`
 CURVE_CLIPS = 64  # held-out clips of a measurement during training, where there are as many
 CPU_FLOPS = 16e9  # a core's rate on small models, forward and backward
 _GPU_FLOPS = 30e12  # assumed of an A100 in bfloat16; never measured

@@ -419,9 +419,10 @@ def _points(
     rows = cell.rows
     last = max(1.0, float(rows["step"].max())) if "step" in rows.columns and rows["step"].notna().any() else 1.0
     parameters = [c for c in rows.columns if c not in ("metric", "value", "unit", "step")]
+    shown = set(tracked)
     for record in rows.to_dict("records"):
         given = {p: record[p] for p in parameters if record[p] is not None and record[p] == record[p]}
-        if not given.keys() <= set(tracked) or record["value"] != record["value"]:
+        if not given.keys() <= shown or record["value"] != record["value"]:
             continue
         values = {p: v if isinstance(v, str) else f"{p} {v:g}" for p, v in given.items()}
         name = "/".join([record["metric"], *(values[p] for p in tracked if p in values)])

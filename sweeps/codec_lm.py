@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sweeps._codec_text import KINDS, NONE, after_dropout, arm_name, with_own_text
-from sweeps._lm_plan import CPU_FLOPS, CURVE_CLIPS, GPU_BASIS, TokenStudy, packs, work
+from sweeps._lm_plan import CPU_FLOPS, CURVE_CLIPS, GPU_BASIS, TRACKED, TokenStudy, packs, work
 from sweeps._sweep import Cell, Estimate, Pack, PublishedCell, UserError, nearest
 from sweeps._where import Machine, RunSettings
 
@@ -333,7 +333,7 @@ class CodecLMSweep:
     question = "which architecture learns audio-codec tokens best at matched size?"
     headline = "nats below unigram"
     named = ("architecture", "text", "lr", "seed")
-    tracked = ("weights", "group", "layer", "codebook")
+    tracked = TRACKED
     default_preset = "local"
     presets = PRESETS
 

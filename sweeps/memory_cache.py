@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sweeps._lm_plan import CPU_FLOPS, GPU_BASIS, packs, work
+from sweeps._lm_plan import CPU_FLOPS, GPU_BASIS, TRACKED, packs, work
 from sweeps._memory_plan import VARIABLES, CacheCell, CacheStudy, arms
 from sweeps._sweep import Cell, Estimate, Pack, PublishedCell
 from sweeps._where import Machine, RunSettings
@@ -94,7 +94,7 @@ class MemoryCacheSweep:
     question = "what opens or closes the memory-caching gate, and what is memory caching worth?"
     headline = "nats below unigram"
     named = ("architecture", *VARIABLES, "seed")
-    tracked = ("weights", "group", "layer", "codebook")
+    tracked = TRACKED
     default_preset = "local"
     presets = PRESETS
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from mlflow.tracking import MlflowClient
 
 from data.synthetic_speech import SpeechSpec, utterance
+from tests.sweeps.mlflow_runs import runs_of_cells
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
@@ -54,15 +54,6 @@ def run(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def metrics_of_a_cell(uri: str) -> list[str]:
-    """Names of a cell's metrics in MLflow, in its order."""
-    client = MlflowClient(uri)
-    experiment = client.get_experiment_by_name("plumbline/codec_lm")
-    assert experiment is not None
-    runs = client.search_runs([experiment.experiment_id], "tags.`plumbline.kind` = 'cell'")
-    return list(runs[0].data.metrics)
-
-
 def test_encodec_tokens_by_actors_then_a_sweep_on_them(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     cache.mkdir()
@@ -90,11 +81,11 @@ def test_encodec_tokens_by_actors_then_a_sweep_on_them(tmp_path: Path) -> None:
     assert report.startswith("# ")  # below which the launcher says that cells are missing
     assert rates in report
     assert (kept.stat().st_mtime_ns, len(list(folder.parent.parent.glob("*/tokens")))) == (before[1], 1)
-    shown = metrics_of_a_cell(f"sqlite:///{tmp_path}/mlflow.db")
+    (cell,) = runs_of_cells(f"sqlite:///{tmp_path}/mlflow.db", "codec_lm")
+    shown = list(cell.data.metrics)
     assert shown[0] == "final_val_nll/ema"  # what the compare page opens on
-    assert {"val_nll/ema", "perplexity/raw", "codebook_nll/ema/codebook 1", "train_loss", "grad_norm/heads"} <= set(
-        shown
-    )
+    wanted = {"val_nll/ema", "perplexity/raw", "codebook_nll/ema/codebook 1", "train_loss", "grad_norm/heads"}
+    assert wanted <= set(shown)
 
 
 def test_dac_tokens_of_music_by_an_actor(tmp_path: Path) -> None:

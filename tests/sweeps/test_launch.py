@@ -19,6 +19,7 @@ from sweeps import _launch
 from sweeps._ledger import Ledger
 from sweeps._sweep import Row, UserError
 from sweeps._where import Machine, connect
+from tests.sweeps.mlflow_runs import runs_of_cells
 
 TOY = Path(__file__).with_name("toy_sweep.py")
 
@@ -64,12 +65,7 @@ def tries(folder: Path) -> dict[int, int]:
 
 
 def cell_runs(uri: str) -> list[str]:
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(uri)
-    experiment = client.get_experiment_by_name("plumbline/toy")
-    assert experiment is not None
-    runs = client.search_runs([experiment.experiment_id], "tags.`plumbline.kind` = 'cell'")
+    runs = runs_of_cells(uri, "toy")
     assert all(r.info.status == "FINISHED" for r in runs)
     return sorted(r.data.tags["n"] for r in runs)
 

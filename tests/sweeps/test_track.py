@@ -17,6 +17,7 @@ from sweeps._claims import Claims
 from sweeps._ledger import Ledger
 from sweeps._sweep import PublishedCell, UserError
 from sweeps._track import Tracker, _name, _points, _quoted
+from tests.sweeps.mlflow_runs import runs_of_cells
 
 
 @pytest.fixture
@@ -31,22 +32,13 @@ def tracker(ledger: Ledger, said: list[str], kind: type[Tracker] = Tracker) -> T
     return kind(f"sqlite:///{folder}/mlflow.db", ledger, Claims(ledger.store), artifact_mb=1.0, say=said.append)
 
 
-def runs_of_cells(uri: str) -> list[Any]:
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(uri)
-    experiment = client.get_experiment_by_name("plumbline/scale")
-    assert experiment is not None
-    return list(client.search_runs([experiment.experiment_id], "tags.`plumbline.kind` = 'cell'"))
-
-
 def files_of(run: Any) -> dict[str, bytes]:
     folder = Path(run.info.artifact_uri.removeprefix("file://"))
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def assert_copied_once(ledger: Ledger, uri: str) -> None:
-    runs = runs_of_cells(uri)
+    runs = runs_of_cells(uri, "scale")
     cells = {cell.key: cell for cell in (ledger.read(key) for key in ledger.done())}
     assert Counter(run.data.tags["plumbline.cell_key"] for run in runs) == dict.fromkeys(cells, 1)
     for run in runs:
@@ -160,7 +152,7 @@ def test_a_run_left_without_its_files_gets_them(ledger: Ledger, monkeypatch: pyt
         broken.want(ledger.done())
         assert not broken.finish("FINISHED", {}, [])
         broken.claims.release()
-    assert {run.info.status for run in runs_of_cells(broken.uri)} == {"RUNNING"}
+    assert {run.info.status for run in runs_of_cells(broken.uri, "scale")} == {"RUNNING"}
     after = tracker(ledger, [])
     after.start({}, {})
     after.want(ledger.done())
