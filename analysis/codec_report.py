@@ -28,9 +28,10 @@ class Results:
         unigram_nll, and for W in raw and ema: val_nll_W, val_loss_smoothed_W, perplexity_W, bits_per_second_W.
     curves: architecture, lr, seed, metric, weights, group, step, value.
     codebooks: architecture, lr, seed, weights, codebook, nll, top1, top5.
-    clips: architecture, lr, seed, weights, clip_id, nll (sum), tokens.
+    clips: architecture, lr, seed, weights, clip_id, recording_id, nll (sum), tokens.
     spikes: architecture, lr, seed, group, value (steps whose gradient norm jumped).
-    gates: architecture, lr, seed, weights, clip_id, layer, steps and the numbers of models.cache_health; may be empty.
+    gates: architecture, lr, seed, weights, clip_id, recording_id, layer, steps and the numbers of models.cache_health;
+        may be empty.
     audio: embedder, architecture, clips, vectors, and frechet, kernel and coherence with _lo and _hi, frechet_limit;
         the rows REAL are training audio against held-out audio; may be empty.
     samples: architecture, and the name of a spectrogram beside the report.

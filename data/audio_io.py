@@ -70,6 +70,12 @@ class Clip:
         return len(self.wave_N) / self.sample_rate
 
 
+def recording_of(clip_id: str) -> str:
+    """Id of the recording that a clip of `read_clips` was cut from; an id of another form is its own recording."""
+    recording, mark, chunk = clip_id.rpartition("#")
+    return recording if mark and chunk.isascii() and chunk.isdigit() else clip_id
+
+
 def counts(oddities: Iterable[Oddity]) -> dict[str, int]:
     """How many recordings of each kind, e.g. ``{"unreadable (skipped)": 2, "channels (converted)": 1}``."""
     return dict(sorted(Counter(f"{o.kind} ({'skipped' if o.skipped else 'converted'})" for o in oddities).items()))

@@ -20,6 +20,7 @@ from sweeps._codec_audio import SAMPLING, AudioSets
 from sweeps._codec_data import banner
 from sweeps._codec_text import NONE, RIGHT, arm_name, text_arm
 from sweeps._lm_plan import CURVE_CLIPS
+from sweeps._memory_health import with_recordings
 from sweeps._published import file_of, files_of, recorded, tables_of
 from sweeps._sweep import PublishedCell, UserError
 
@@ -42,7 +43,7 @@ def results_of(cells: Sequence[PublishedCell]) -> Results:
     models, curves, codebooks, clips, spikes, gates, texts = [], [], [], [], [], [], []
     gated = [cell for cell in cells if "gates.parquet" in cell.files]
     for cell, table in zip(cells, tables_of(cells, "clips.parquet"), strict=True):
-        rows, who = cell.rows, _who(cell)
+        rows, who, table = cell.rows, _who(cell), with_recordings(table)
         books = rows[rows["codebook"].notna()].assign(metric=lambda t: t["metric"].str.removeprefix("codebook_"))
         wide = books.pivot_table(index=["weights", "codebook"], columns="metric", values="value").reset_index()
         codebooks.append(wide.assign(**who))
@@ -63,7 +64,7 @@ def results_of(cells: Sequence[PublishedCell]) -> Results:
             table = table[table["text"] == RIGHT].drop(columns="text")
         clips.append(table.assign(**who))
     for cell, table in zip(gated, tables_of(gated, "gates.parquet"), strict=True):
-        gates.append(table.assign(**_who(cell)))
+        gates.append(with_recordings(table).assign(**_who(cell)))
     frame = pd.DataFrame(models)
     return Results(
         models=frame,

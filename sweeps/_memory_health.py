@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 
 from analysis.audio import CodebookScores
+from data.audio_io import recording_of
 from data.pack import TokenClips, evaluation_batches
 from models.cache_health import GateSums
 from models.codec_lm import CodecLM
@@ -28,29 +29,44 @@ def clip_table(
     n_clips: int,
     other_texts: Mapping[str, CodebookScores] | None = None,
 ) -> bytes:
-    """Parquet with a row for each held-out clip and kind of weights: weights, clip_id, nll (a sum, nats), tokens.
+    """Parquet with a row for each held-out clip and kind of weights.
 
+    Columns: weights, clip_id, recording_id (of the recording it was cut from), nll (a sum, nats), tokens.
     other_texts: scores of the averaged weights with other texts than the clips' own, by kind; with some, a column
     `text` tells the kind, `right` for `scores`.
     """
     batches = evaluation_batches(clips, EVAL_BATCH, max_frames=1, n_clips=n_clips)
     ids = [name for batch in batches for name in batch.clip_ids]
-    tables = [some.clips().assign(weights=weights, clip_id=ids) for weights, some in scores.items()]
+    recordings = dict(zip(clips.clip_ids, clips.recording_ids, strict=True))
+    who = {"clip_id": ids, "recording_id": [recordings[name] for name in ids]}
+    tables = [some.clips().assign(weights=weights, **who) for weights, some in scores.items()]
     if other_texts:
         tables = [some.assign(text=RIGHT) for some in tables]
         for kind, some in other_texts.items():
-            tables.append(some.clips().assign(weights="ema", clip_id=ids, text=kind))
+            tables.append(some.clips().assign(weights="ema", **who, text=kind))
     return parquet_bytes(pd.concat(tables, ignore_index=True))
+
+
+def with_recordings(clips: pd.DataFrame) -> pd.DataFrame:
+    """A published table by clip with the column `recording_id`, which ledgers made before it was kept have not.
+
+    Clips of one `recording_id` are one unit of resampling: they share their room, voice and text.
+    """
+    if "recording_id" in clips:
+        return clips
+    return clips.assign(recording_id=clips["clip_id"].map(recording_of))
 
 
 def gate_table(models: Mapping[str, CodecLM], clips: TokenClips, n_clips: int, precision: str) -> bytes:
     """Parquet with a row for each kind of weights, held-out clip and layer with caches; see models.cache_health."""
     records: list[dict[str, Any]] = []
+    recordings = dict(zip(clips.clip_ids, clips.recording_ids, strict=True))
     for weights, model in models.items():
         for ids, layers in _walk(model, clips, n_clips, precision):
             for sums in layers:
                 for name, steps, health in zip(ids, sums.steps.tolist(), sums.clips(), strict=True):
-                    facts = {"weights": weights, "clip_id": name, "layer": health.layer, "steps": steps}
+                    who = {"weights": weights, "clip_id": name, "recording_id": recordings[name]}
+                    facts = who | {"layer": health.layer, "steps": steps}
                     records.append(facts | {f: getattr(health, f) for f in _FACTS})
     return parquet_bytes(pd.DataFrame(records))
 

@@ -13,6 +13,7 @@ from analysis.memory_cache_effects import ArmData, effects, layer_means
 from analysis.memory_cache_report import write_report
 from sweeps._codec_data import PLANTED, banner
 from sweeps._codec_report import final_scores
+from sweeps._memory_health import with_recordings
 from sweeps._memory_plan import BASE, VARIABLES, Arm, CacheCell, CacheStudy, arms
 from sweeps._published import file_of, recorded, tables_of
 from sweeps._sweep import PublishedCell, UserError
@@ -116,7 +117,9 @@ def _value(rows: pd.DataFrame, metric: str) -> float:
 
 def _parquet(cells: Sequence[CacheCell], published: Mapping[str, PublishedCell], name: str) -> pd.DataFrame:
     tables = tables_of([published[c.key] for c in cells], name)
-    return pd.concat([t.assign(seed=c.seed) for c, t in zip(cells, tables, strict=True)], ignore_index=True)
+    return pd.concat(
+        [with_recordings(t).assign(seed=c.seed) for c, t in zip(cells, tables, strict=True)], ignore_index=True
+    )
 
 
 def _scores(cells: Sequence[CacheCell], published: Mapping[str, PublishedCell]) -> pd.DataFrame:
