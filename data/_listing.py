@@ -30,4 +30,5 @@ def skipped_line(hidden: Sequence[str], what: str = "file") -> str:
     if not hidden:
         return ""
     shown = ", ".join(hidden[:_SHOWN]) + (", …" if len(hidden) > _SHOWN else "")
-    return f"skipped {len(hidden)} {what}{'s' * (len(hidden) > 1)} whose path has a part that begins with . or _: {shown}"
+    plural = "s" if len(hidden) > 1 else ""
+    return f"skipped {len(hidden)} {what}{plural} whose path has a part that begins with . or _: {shown}"
