@@ -7,15 +7,13 @@ Shapes: R runs (subsamples), B null draws a run (`observed_R`, `null_RB`).
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 from scipy import stats
 
 QUANTILE = 0.95
-_K = TypeVar("_K", bound=Hashable)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,16 +102,6 @@ def beats_nulls(observed_R: Sequence[float] | np.ndarray, nulls: Mapping[str, np
         p_lo=float(interval.low),
         p_hi=float(interval.high),
     )
-
-
-def holm(p_values: Mapping[_K, float]) -> dict[_K, float]:
-    """Adjusted p-values that control the family-wise error of all tests together (Holm 1979), by the tests' names."""
-    names = sorted(p_values, key=lambda name: p_values[name])
-    adjusted, running = {}, 0.0
-    for rank, name in enumerate(names):
-        running = max(running, min(1.0, (len(names) - rank) * p_values[name]))
-        adjusted[name] = running
-    return {name: adjusted[name] for name in p_values}
 
 
 def top1_ratio(

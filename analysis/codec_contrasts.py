@@ -16,8 +16,8 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
-from analysis.audit import holm
 from analysis.bootstrap import Floats, count_blocks, percentile_interval
+from analysis.multiplicity import holm
 
 _N_RESAMPLES = 10_000
 

@@ -21,10 +21,10 @@ import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
 from analysis import plots
-from analysis.audit import holm
 from analysis.bootstrap import percentile_interval
 from analysis.codec_contrasts import arm_resamples, two_sided_p
 from analysis.markdown import table
+from analysis.multiplicity import holm
 
 WORTH, SHUFFLED, NO_TEXT, REST = "text - none", "right - shuffled", "right - no text", "no text - none"
 _KEYS = ["seed", "clip_id"]

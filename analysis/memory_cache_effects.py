@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import stats
 
-from analysis.audit import holm
+from analysis.multiplicity import holm
 
 ALPHA = 0.05
 NO_EVIDENCE = "no evidence"

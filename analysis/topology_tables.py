@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from analysis.audit import Ratio, beats_nulls, holm, pooled_ratio, top1, top1_ratio
+from analysis.audit import Ratio, beats_nulls, pooled_ratio, top1, top1_ratio
 from analysis.diagram_stability import birth_death
+from analysis.multiplicity import holm
 from analysis.power import advice, draws_needed
 from analysis.topology_stability import checkpoints, stability
 from analysis.topology_unit import FULL_TABLE, Place, Unit

@@ -75,13 +75,6 @@ def test_runs_are_averaged_draw_by_draw() -> None:
     assert audit.beats_nulls([2.1, 2.1], {"n": null_RB}).p == pytest.approx((1 + 1) / 4)
 
 
-def test_holm_by_hand() -> None:
-    adjusted = audit.holm({"a": 0.04, "b": 0.01, "c": 0.03})
-    assert adjusted == pytest.approx({"a": 0.06, "b": 0.03, "c": 0.06})
-    assert list(adjusted) == ["a", "b", "c"]
-    assert audit.holm({"x": 0.7, "y": 0.9}) == {"x": 1.0, "y": 1.0}
-
-
 def test_ratio_is_the_published_one() -> None:
     rng = np.random.default_rng(2)
     observed = rng.uniform(1, 2, 8)

@@ -1,0 +1,219 @@
+"""Intervals and p-values for means over seeds and held-out units (clips, recordings, sequences) that are crossed.
+
+Every seed of an arm is a new training, every trained model scores the same units, and a statement about the arm must
+hold for other seeds and other units. A mean then carries two variance components: seeds (few, so that their variance
+is known badly) and units (many). Adding both and looking the sum up in one t table fails in the tails: with two seeds
+their variance is often estimated near zero by chance, and no choice of degrees of freedom mends that. Banerjee's
+interval (1961, "On confidence interval for two-means problem based on separate estimates of variances and tabulated
+values of t-table", Sankhya A 23) gives each component its own t quantile:
+
+    half width² = Σ_k t²(1 − α/2, df_k) · variance_k
+
+For independent normal components it covers with probability of at least 1 − α, at every α and whatever the components'
+true sizes (the distribution function of χ²₁ is concave; apply Jensen's inequality to the true shares). The price is
+width: docs/calibration.md lists it beside the ideal width. One component alone gives the ordinary t interval.
+
+The residual variation (seed × unit) is in both components, so their sum counts it twice. It is taken off the units'
+component where at least UNITS_FOR_RESIDUAL units estimate it well enough (simulated; with fewer the tails suffer).
+
+Shape suffixes: A arms, S seeds, U units, N statements, K variance components.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import special
+
+Floats = npt.NDArray[np.float64]
+LEVEL = 0.95
+UNITS_FOR_RESIDUAL = 20
+NEEDS_SEEDS = "needs ≥ 2 seeds"
+NEEDS_UNITS = "needs ≥ 2 held-out units"
+NEEDS_VARIATION = "needs values that vary"
+_SMALLEST_P = 1e-12  # far below what any family of comparisons asks for; the bisection ends there
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A mean, its 95% limits and two-sided p against 0; NaN limits and p where `needs` says what they would need."""
+
+    value: float
+    lo: float
+    hi: float
+    p: float
+    needs: str = ""
+
+
+@dataclass(frozen=True)
+class Component:
+    """An estimated variance of the mean, with its degrees of freedom."""
+
+    variance: float
+    df: float
+
+
+def banerjee(value_N: npt.ArrayLike, variance_NK: npt.ArrayLike, df_NK: npt.ArrayLike) -> tuple[Floats, Floats]:
+    """(half width of the 95% interval, two-sided p) of N values with K variance components each; see the file's head.
+
+    p is the smallest α whose interval leaves 0 out. Both are NaN where all components are 0.
+    """
+    value = np.abs(np.asarray(value_N, np.float64))
+    variance, df = np.broadcast_arrays(np.asarray(variance_NK, np.float64), np.asarray(df_NK, np.float64))
+    some = variance.sum(axis=-1) > 0
+
+    def half(alpha_N: Floats) -> Floats:
+        quantile = -special.stdtrit(df, alpha_N[..., None] / 2)
+        return np.sqrt((quantile**2 * variance).sum(axis=-1))
+
+    low, high = np.full(value.shape, math.log(_SMALLEST_P)), np.zeros(value.shape)
+    for _ in range(50):  # the half width falls as α rises
+        middle = (low + high) / 2
+        inside = half(np.exp(middle)) >= value
+        low, high = np.where(inside, middle, low), np.where(inside, high, middle)
+    width = half(np.full(value.shape, 1 - LEVEL))
+    return np.where(some, width, np.nan), np.where(some, np.exp(high), np.nan)
+
+
+def effect(value: float, components: Sequence[Component]) -> Effect:
+    """The Effect of one mean from its variance components (one or more)."""
+    width, p = banerjee([value], [[c.variance for c in components]], [[c.df for c in components]])
+    if math.isnan(width[0]):
+        return Effect(value, math.nan, math.nan, math.nan, NEEDS_VARIATION)
+    return Effect(value, value - float(width[0]), value + float(width[0]), float(p[0]))
+
+
+def units_mean(d_U: npt.ArrayLike) -> Effect:
+    """Mean over units alone: a statement about the trained model at hand, not about its seeds (t interval).
+
+    Raises ValueError for values that are not finite or of another rank.
+    """
+    d = _table(np.asarray(d_U, np.float64)[None])[0]
+    if len(d) < 2:
+        return Effect(float(d.mean()), math.nan, math.nan, math.nan, NEEDS_UNITS)
+    return effect(float(d.mean()), [Component(float(d.var(ddof=1)) / len(d), len(d) - 1)])
+
+
+def crossed_mean(d_SU: npt.ArrayLike) -> Effect:
+    """Mean of differences that are paired by seed and unit, for other seeds and other units.
+
+    One seed says nothing about other trainings: no limits, no p. One column (the differences were averaged over units
+    before) leaves the seeds' t interval.
+    Raises ValueError for another rank or for values that are not finite.
+    """
+    d = _table(d_SU)
+    seeds, units = d.shape
+    mean = float(d.mean())
+    if seeds < 2:
+        return Effect(mean, math.nan, math.nan, math.nan, NEEDS_SEEDS)
+    components = [Component(float(d.mean(axis=1).var(ddof=1)) / seeds, seeds - 1)]
+    if units > 1:
+        unit_variance = float(d.mean(axis=0).var(ddof=1)) / units
+        components.append(Component(_without_residual(unit_variance, residual([d]) / d.size, units), units - 1))
+    return effect(mean, components)
+
+
+@dataclass(frozen=True)
+class CrossedArms:
+    """Arms whose seeds are trainings of their own and whose models scored the same units: tables value_SU, one per arm.
+
+    The seeds' variance is pooled over all arms, with Σ(S − 1) degrees of freedom: it is taken to be equal in all of
+    them, as `seed_sd` shows. The mean of a table's row is the value of that trained model; where that value is a ratio
+    of sums over units, build the table by `ratio_influence`.
+
+    Raises ValueError for no arm, other numbers of units, or values that are not finite.
+    """
+
+    tables: tuple[Floats, ...]
+
+    def __post_init__(self) -> None:
+        tables = tuple(_table(t) for t in self.tables)
+        if len({t.shape[1] for t in tables}) != 1:
+            raise ValueError(f"arms of shapes {[t.shape for t in tables]}; give one or more, all with the same units")
+        object.__setattr__(self, "tables", tables)
+
+    @property
+    def units(self) -> int:
+        return int(self.tables[0].shape[1])
+
+    def seeds(self, arm: int) -> int:
+        return int(self.tables[arm].shape[0])
+
+    def value(self, arm: int) -> float:
+        return float(self.tables[arm].mean())
+
+    @property
+    def seed_df(self) -> int:
+        return sum(len(t) - 1 for t in self.tables)
+
+    @property
+    def seed_variance(self) -> float:
+        """Pooled variance of the trained models' values within an arm; NaN without a repeated arm."""
+        if not self.seed_df:
+            return math.nan
+        return sum(float(((t.mean(axis=1) - t.mean()) ** 2).sum()) for t in self.tables) / self.seed_df
+
+    def seed_sd(self, arm: int) -> float:
+        """Standard deviation of one arm's trained models; NaN for one seed."""
+        return float(self.tables[arm].mean(axis=1).std(ddof=1)) if self.seeds(arm) > 1 else math.nan
+
+    def mean(self, arm: int) -> Effect:
+        """One arm's value for other seeds and units. One seed: over units alone, for the trained model at hand."""
+        if self.seeds(arm) < 2:
+            return units_mean(self.tables[arm][0])
+        return self._effect(self.value(arm), self.tables[arm].mean(axis=0), 1 / self.seeds(arm))
+
+    def difference(self, a: int, b: int) -> Effect:
+        """Value of arm a less arm b, for other seeds and units; needs two seeds or more of both."""
+        value = self.value(a) - self.value(b)
+        if min(self.seeds(a), self.seeds(b)) < 2:
+            return Effect(value, math.nan, math.nan, math.nan, NEEDS_SEEDS)
+        paired_U = self.tables[a].mean(axis=0) - self.tables[b].mean(axis=0)
+        return self._effect(value, paired_U, 1 / self.seeds(a) + 1 / self.seeds(b))
+
+    def _effect(self, value: float, mean_U: Floats, per_seed: float) -> Effect:
+        """`mean_U`: averages over seeds whose mean is the value; `per_seed`: Σ 1/S over the arms in it."""
+        components = [Component(self.seed_variance * per_seed, self.seed_df)]
+        if self.units > 1:
+            twice = residual(self.tables) * per_seed / self.units
+            unit_variance = float(mean_U.var(ddof=1)) / self.units
+            components.append(Component(_without_residual(unit_variance, twice, self.units), self.units - 1))
+        return effect(value, components)
+
+
+def residual(tables_SU: Sequence[Floats]) -> float:
+    """Variance of seed × unit within arms, pooled over those with several seeds; 0 where there is none to measure."""
+    squares, df = 0.0, 0
+    for table in tables_SU:
+        seeds, units = table.shape
+        rest = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
+        squares += float((rest**2).sum())
+        df += (seeds - 1) * (units - 1)
+    return squares / df if df else 0.0
+
+
+def ratio_influence(numerator_SU: npt.ArrayLike, denominator_SU: npt.ArrayLike) -> Floats:
+    """A table whose row means are Σ numerator / Σ denominator: each unit's linearised influence on that ratio.
+
+    Cochran 1977, "Sampling Techniques", sec. 6: long units weigh more, and a ratio that is the same in every unit
+    varies with none.
+    """
+    top, bottom = np.atleast_2d(np.asarray(numerator_SU, float)), np.atleast_2d(np.asarray(denominator_SU, float))
+    total = bottom.sum(axis=1, keepdims=True)
+    ratio = top.sum(axis=1, keepdims=True) / total
+    return np.asarray(ratio + (top - ratio * bottom) * bottom.shape[1] / total)
+
+
+def _without_residual(unit_variance: float, twice: float, units: int) -> float:
+    return max(unit_variance - twice, 0.0) if units >= UNITS_FOR_RESIDUAL else unit_variance
+
+
+def _table(d_SU: npt.ArrayLike) -> Floats:
+    d = np.asarray(d_SU, dtype=np.float64)
+    if d.ndim != 2 or d.size == 0 or not np.isfinite(d).all():
+        raise ValueError(f"values of shape {d.shape}; give a finite table of seeds by units")
+    return d
