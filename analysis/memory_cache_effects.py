@@ -105,7 +105,8 @@ _SUMS = ("nll", "tokens")
 def layer_means(gates: pd.DataFrame) -> pd.DataFrame:
     """Step-weighted means over clips: weights, seed, layer, and every statistic of `models.cache_health`."""
     gates = gates[gates["steps"] > 0]
-    facts = [c for c in gates.columns if c not in ("weights", "seed", "layer", "clip_id", "steps")]
+    names = ("weights", "seed", "layer", "clip_id", "recording_id", "steps")
+    facts = [c for c in gates.columns if c not in names]
     weighted = (
         gates[facts]
         .mul(gates["steps"], axis=0)
