@@ -1,0 +1,124 @@
+"""How a statement's error rate is measured: simulate data whose truth is known, and count what the product says.
+
+A study lists its statements in `benchmarks/_calibration_STUDY.py`:
+
+    STATEMENTS = (
+        Statement(
+            name="95% interval of a difference of two architectures",
+            printed="codec_lm report, Differences",
+            kind="coverage",
+            simulate=difference_coverage,          # a function at module level: (rng, trials, **setting) -> Tally
+            settings=grid(seeds=(2, 3, 5), seed_noise=(0.1, 1.0, 5.0)),
+            quick=({"seeds": 2, "seed_noise": 5.0},),
+        ),
+    )
+
+`simulate` draws data from `rng`, calls the product's own function as the report does, and counts. For an interval:
+trials whose interval holds the truth, and the mean of its width over the width that known variances would give. For a
+test: trials that reject although nothing is there (size), any of a family (family-wise error), or although something
+is (power). A setting whose interval does not exist (the product prints "–") counts no trial.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+import numpy as np
+from scipy import stats
+
+Kind = Literal["coverage", "size", "family-wise error", "power"]
+Setting = Mapping[str, object]
+
+NOMINAL: dict[Kind, float] = {"coverage": 0.95, "size": 0.05, "family-wise error": 0.05}
+LEAST_COVERAGE, WIDE_COVERAGE = 0.93, 0.985
+_SIZE_FACTOR, _FAMILY_FACTOR = 1.3, 1.5  # 5% tests: size up to .065, family-wise error up to .075
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Counts of a batch of trials: `hits` of `trials`; `width` is the mean relative width of intervals (NaN: none)."""
+
+    hits: int
+    trials: int
+    width: float = math.nan
+
+    @property
+    def rate(self) -> float:
+        return self.hits / self.trials if self.trials else math.nan
+
+    def limits(self, level: float = 0.95) -> tuple[float, float]:
+        """Clopper-Pearson limits of the rate: the simulation's own error. (0, 1) without a trial."""
+        if not self.trials:
+            return 0.0, 1.0
+        found = stats.binomtest(self.hits, self.trials).proportion_ci(level)
+        return float(found.low), float(found.high)
+
+
+@dataclass(frozen=True)
+class Statement:
+    """Something that a report prints, and how to find out how often it is wrong.
+
+    name, printed: what is stated, and where. settings: the grid, one simulation each. quick: the settings of a quick
+    run and of the tests; they should be those that broke the method before. trials, quick_trials: per setting.
+    nominal: of the statement; by default that of its kind. note: why a width or a rate is as it is, for the page.
+    """
+
+    name: str
+    printed: str
+    kind: Kind
+    simulate: Callable[..., Tally]
+    settings: Sequence[Setting]
+    quick: Sequence[Setting]
+    trials: int = 2_000
+    quick_trials: int = 300
+    nominal: float = math.nan
+    note: str = ""
+
+    @property
+    def level(self) -> float:
+        return NOMINAL.get(self.kind, math.nan) if math.isnan(self.nominal) else self.nominal
+
+    @property
+    def bound(self) -> float:
+        """The worst rate that may be printed: at least this for coverage, at most for errors; NaN for power."""
+        if self.kind == "coverage":
+            return self.level - (NOMINAL["coverage"] - LEAST_COVERAGE)
+        factor = {"size": _SIZE_FACTOR, "family-wise error": _FAMILY_FACTOR}.get(self.kind, math.nan)
+        return self.level * factor
+
+    def holds(self, tally: Tally, level: float = 0.95) -> bool:
+        """The measured rate keeps the bound, or misses it by less than the simulation's own error at this level."""
+        low, high = tally.limits(level)
+        if self.kind == "coverage":
+            return high >= self.bound
+        return self.kind == "power" or low <= self.bound
+
+    def worse(self, tally: Tally) -> float:
+        """A number that is larger the worse the rate is."""
+        if not tally.trials:
+            return -math.inf
+        return -tally.rate if self.kind in ("coverage", "power") else tally.rate
+
+
+def grid(**values: Sequence[object]) -> list[dict[str, object]]:
+    """Every combination of the values, a setting each."""
+    return [dict(zip(values, some, strict=True)) for some in product(*values.values())]
+
+
+def spelled(setting: Setting) -> str:
+    return ", ".join(f"{name} {value}" for name, value in setting.items())
+
+
+def measure(statement: Statement, setting: Setting, trials: int) -> Tally:
+    """One simulation; its random numbers follow from the statement and the setting, whatever else is run."""
+    name = f"{statement.printed}|{statement.name}|{spelled(setting)}"
+    return statement.simulate(np.random.default_rng(zlib.crc32(name.encode())), trials, **setting)
+
+
+def covers(lo: float, hi: float, truth: float) -> bool:
+    return bool(lo <= truth <= hi)
