@@ -97,3 +97,15 @@ def test_influence_on_a_ratio_of_sums() -> None:
     table = crossed.ratio_influence(nll, tokens)
     assert table.mean(axis=1) == pytest.approx(nll.sum(axis=1) / tokens.sum(axis=1))
     assert crossed.ratio_influence(2.0 * tokens, tokens) == pytest.approx(np.full((2, 40), 2.0))
+
+
+def test_pairs_at_once_equal_one_by_one() -> None:
+    rng = np.random.default_rng(5)
+    arms = CrossedArms(tuple(rng.normal(size=(s, 25)) for s in (2, 3, 1)))
+    pairs = [(0, 1), (1, 0), (2, 0)]
+    one_by_one = [arms.difference(*pair) for pair in pairs]
+    for found, one in zip(arms.differences(pairs), one_by_one, strict=True):
+        assert (found.value, found.lo, found.hi, found.p) == pytest.approx(
+            (one.value, one.lo, one.hi, one.p), nan_ok=True
+        )
+        assert found.needs == one.needs
