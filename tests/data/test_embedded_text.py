@@ -9,7 +9,7 @@ from data import embedded_text
 from data.embedded_text import BYTE_VOCAB, SEPARATOR, Document
 
 
-def test_split_is_a_partition_by_name():
+def test_split_is_a_partition_of_the_documents():
     train, held_out = (embedded_text.split(held_out=side) for side in (False, True))
     names = {d.name for d in embedded_text.documents()}
     assert {d.name for d in train} | {d.name for d in held_out} == names
@@ -21,11 +21,59 @@ def test_split_is_a_partition_by_name():
 def test_identity_ignores_the_text_and_the_other_documents():
     document = embedded_text.documents()[5]
     edited = Document(document.name, "something else")
-    assert (edited.identity, edited.held_out, edited.shard) == (
-        document.identity,
-        document.held_out,
-        document.shard,
-    )
+    assert (edited.identity, edited.shard) == (document.identity, document.shard)
+
+
+def test_held_out_text_does_not_stand_in_the_training_text():
+    """Every window of 64 bytes, not the sample that the split looks at: 17% of them did when names alone decided."""
+    train, held_out = (set_of_windows(embedded_text.split(held_out=side)) for side in (False, True))
+    at = np.searchsorted(train := np.unique(train), held_out).clip(max=len(train) - 1)
+    assert (train[at] == held_out).mean() <= 0.02
+
+
+def set_of_windows(documents: tuple[Document, ...]) -> np.ndarray:
+    """uint64 hashes of all windows: a sum of random numbers by place and byte, unlike the split's polynomial."""
+    table = np.random.default_rng(0).integers(0, 2**63, 256, dtype=np.uint64)
+    found = []
+    for document in documents:
+        hash_W, width = table[np.frombuffer(document.text.encode(), np.uint8)], 1
+        while width < 64 and len(hash_W) > width:
+            turned = (hash_W << np.uint64(width % 61)) | (hash_W >> np.uint64(64 - width % 61))
+            hash_W = turned[:-width] * np.uint64(0xD6E8FEB86659FD93) + hash_W[width:]
+            width *= 2
+        found.append(hash_W)
+    return np.concatenate(found)
+
+
+def test_near_duplicates_are_one_group_and_boilerplate_is_not():
+    rng = np.random.default_rng(1)
+    words = ["".join(chr(c) for c in rng.integers(97, 123, 8)) for _ in range(6000)]
+    text = [" ".join(words[i * 1000 : (i + 1) * 1000]) for i in range(6)]
+    licence = "# " + " ".join(words[:12])
+    given = [
+        Document("original", text[0]),
+        Document("edited", text[0][:5000] + " changed " + text[0][5000:]),
+        Document("chapter", text[1][:900] + text[0][2000:3500]),
+        Document("apart", text[2]),
+        Document("licensed", licence + text[3]),
+        Document("licensed too", licence + text[4]),
+        Document("short", "x"),
+        Document("alike", text[5]),
+    ]
+    group, alone = embedded_text.near_duplicates(given)
+    assert group[0] == group[1] == group[2]
+    assert len(set(group.tolist())) == 6
+    assert alone.tolist() == [True] * 8
+    again, _ = embedded_text.near_duplicates(given[::-1])
+    assert (group[:, None] == group).tolist() == (again[::-1, None] == again[::-1]).tolist()
+    quoting = [
+        *given[3:5],
+        Document("quotes", text[5] + text[2][:300]),
+        Document("quotes too", text[4] + text[5][:300]),
+    ]
+    group, alone = embedded_text.near_duplicates(quoting)
+    assert len(set(group.tolist())) == 4
+    assert not alone[[2, 3]].any()
 
 
 def test_documentation_and_library_source_are_both_in_and_machine_files_are_not():
