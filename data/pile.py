@@ -51,8 +51,8 @@ class TokenStream:
     tokenizer
         Embedded text only: ``"byte"`` or a directory with tokenizer.json.
     holdout_every
-        Parquet only: one row in so many, by hash of (shard name, row), is held out. (Embedded text holds out one
-        document in ten by hash of its name.)
+        Parquet only: one row in so many, by hash of (shard name, row), is held out. (Embedded text holds out
+        about a tenth of its documents, near-duplicates together: `data.embedded_text`.)
     on_corrupt
         ``"raise"`` stops at a corrupt shard and names it; ``"skip"`` warns, lists it and goes on.
     """

@@ -291,7 +291,10 @@ def banner(preset_name: str, models: Sequence[str], stream: str) -> list[str]:
     if "hub" in origins:
         lines.append("language models: Pythia, weights used unprocessed (no folding, no centring)")
     if stream == "embedded":
-        lines.append("text: Python's own documentation and standard-library source, split by file; not the Pile")
+        lines.append(
+            "text: Python's own documentation and standard-library source, near-duplicate files on one side of the "
+            "split; not the Pile"
+        )
     else:
         lines.append("text: NeelNanda/pile-small-tokenized-2b, each row cut to the context, held out by row")
     return lines
