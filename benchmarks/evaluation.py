@@ -149,7 +149,7 @@ def ours(folder: Path, dtype: str) -> Any:
 
     tokens = np.load(folder / "tokens.npy")
     lm = load_host_lm(MODEL, lm_path=folder / "lm")
-    stream: Any = SimpleNamespace(eval_sequences=lambda n: tokens[:n], source="benchmark")
+    stream: Any = SimpleNamespace(eval_sequences=lambda n: tokens[:n], held_out_place=str, source="benchmark")
     context: Any = SimpleNamespace(progress=lambda **_: None, device="cpu")
     saes = {cell: load_saelens(folder / cell_name(*cell))[0] for cell in CELLS}
     cells = {

@@ -17,12 +17,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 
 from data import embedded_text
 from data._content import content_of
+from data._listing import skipped_line, visible
+from data._token_ids import LARGEST_ID, bad_id, is_list
 
 BLOCK_ROWS = 512
 
@@ -42,6 +46,10 @@ class Shards(Protocol):
     def names(self) -> tuple[str, ...]:
         """Shards in stream order."""
 
+    @property
+    def hidden(self) -> tuple[str, ...]:
+        """Files that end like shards and are none for their names (`data._listing`)."""
+
     def n_train(self, shard: int) -> int:
         """Training sequences of ``shard``."""
 
@@ -53,6 +61,9 @@ class Shards(Protocol):
 
     def held_out(self, shard: int) -> Iterator[np.ndarray]:
         """Held-out sequences of ``shard``, int32 [n, T], in their fixed order."""
+
+    def place(self, shard: int, rank: int, *, held_out: bool = False) -> str:
+        """In words, where the training (or held-out) sequence ``rank`` of ``shard`` lies."""
 
     def fingerprint(self, cache: Path | None) -> str:
         """What the token sequences depend on, hashed; ``cache`` is a folder that keeps digests of files."""
@@ -73,13 +84,17 @@ def held_out_rows(shard_name: str, n_rows: int, every: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ParquetShards:
-    """Parquet files with a column ``tokens`` (list<int32>); a sequence is a row's first ``context`` tokens."""
+    """Parquet files with a column ``tokens`` (list<int32>); a sequence is a row's first ``context`` tokens.
+
+    ``hidden`` are the files that are no shards for their names (`data._listing`).
+    """
 
     root: str
     names: tuple[str, ...]
     context: int
     holdout_every: int
     endpoint: str | None = None
+    hidden: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, source: str, context: int, holdout_every: int) -> ParquetShards:
@@ -88,10 +103,11 @@ class ParquetShards:
         with _named_errors(source):
             filesystem, root = _filesystem(source, endpoint)
             found = sorted(path for path in filesystem.find(root) if path.endswith(".parquet"))
-        if not found:
-            raise ValueError(f"stream {source} holds no *.parquet shard; give the directory that does")
-        names = tuple(path[len(root) :].lstrip("/") for path in found)
-        return cls(source, names, context, holdout_every, endpoint)
+        names, hidden = visible(path[len(root) :].lstrip("/") for path in found)
+        if not names:
+            skipped = f" ({skipped_line(hidden, 'shard')})" if hidden else ""
+            raise ValueError(f"stream {source} holds no *.parquet shard{skipped}; give the directory that does")
+        return cls(source, tuple(names), context, holdout_every, endpoint, tuple(hidden))
 
     def n_train(self, shard: int) -> int:
         return int((~self._held_out_rows(shard)).sum())
@@ -112,6 +128,10 @@ class ParquetShards:
         mask = self._held_out_rows(shard)
         for first_row, tokens_NT in self._rows(shard, 0):
             yield tokens_NT[mask[first_row : first_row + len(tokens_NT)]]
+
+    def place(self, shard: int, rank: int, *, held_out: bool = False) -> str:
+        rows = np.flatnonzero(self._held_out_rows(shard) == held_out)
+        return f"row {rows[rank]} of {self.names[shard]}"
 
     def fingerprint(self, cache: Path | None) -> str:
         filesystem, root = _filesystem(self.root, self.endpoint)
@@ -155,10 +175,13 @@ class ParquetShards:
 
     def _cut(self, column: Any, shard: int, first_row: int) -> np.ndarray:
         where = f"shard {self.names[shard]} of {self.root}"
+        if not is_list(column.type):
+            raise CorruptShard(f"{where} has tokens of type {column.type}; expected a list of integers a row")
         if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
-            column = column.cast(pa.list_(pa.int32()))
+            column = column.cast(pa.large_list(column.type.value_type))
         if column.null_count:
-            raise CorruptShard(f"{where} has an empty cell in tokens after row {first_row}; expected lists")
+            empty = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
+            raise CorruptShard(f"{where} row {first_row + empty} has an empty cell in tokens; expected lists")
         offsets = column.offsets.to_numpy()
         short = np.flatnonzero(np.diff(offsets) < self.context)
         if len(short):
@@ -167,11 +190,18 @@ class ParquetShards:
                 f"{where} row {first_row + int(short[0])} has {length} tokens; context={self.context} needs as many: "
                 "choose a shorter context or another stream"
             )
-        values = column.values.to_numpy(zero_copy_only=False)
-        tokens_NT = values[offsets[:-1, None] + np.arange(self.context)].astype(np.int32, copy=False)
-        if tokens_NT.size and tokens_NT.min() < 0:
-            raise CorruptShard(f"{where} has a negative token after row {first_row}")
-        return tokens_NT
+        places_NT = offsets[:-1, None] + np.arange(self.context)
+        values = column.values
+        if pa.types.is_integer(values.type) and not values.null_count:
+            tokens_NT = values.to_numpy()[places_NT]
+            if not tokens_NT.size or (tokens_NT.min() >= 0 and tokens_NT.max() <= LARGEST_ID):
+                return tokens_NT.astype(np.int32, copy=False)
+        # an empty or foreign value behind the cut is no fault: only what is read is judged
+        kept = values.take(pa.array(places_NT.ravel()))
+        if wrong := bad_id(kept):
+            place, what = wrong
+            raise CorruptShard(f"{where} row {first_row + place // self.context} has {what}; token ids are integers")
+        return kept.to_numpy().reshape(places_NT.shape).astype(np.int32)
 
 
 @lru_cache(maxsize=1024)
@@ -193,6 +223,10 @@ class EmbeddedShards:
     context: int
 
     @property
+    def hidden(self) -> tuple[str, ...]:
+        return ()
+
+    @property
     def names(self) -> tuple[str, ...]:
         return tuple(f"embedded-{i:02d}" for i in range(embedded_text.N_SHARDS))
 
@@ -210,6 +244,9 @@ class EmbeddedShards:
     def held_out(self, shard: int) -> Iterator[np.ndarray]:
         if shard == 0:
             yield _packed(self, None)
+
+    def place(self, shard: int, rank: int, *, held_out: bool = False) -> str:
+        return f"{'held-out' if held_out else 'training'} sequence {rank} of {self.names[shard]}"
 
     def fingerprint(self, cache: Path | None) -> str:
         tokenizer = b"byte" if self.tokenizer == "byte" else _tokenizer_file(self.tokenizer).read_bytes()
@@ -237,9 +274,13 @@ def _tokenizer_file(tokenizer: str) -> Path:
     return Path(tokenizer) / "tokenizer.json"
 
 
-def _filesystem(source: str, endpoint: str | None) -> tuple[Any, str]:
-    import fsspec
+def is_local(source: str) -> bool:
+    """Whether a folder or URI lies on a disk of this machine."""
+    filesystem, _ = _filesystem(source, None)
+    return isinstance(filesystem, LocalFileSystem)
 
+
+def _filesystem(source: str, endpoint: str | None) -> tuple[Any, str]:
     if source.startswith("hf://"):
         from huggingface_hub import HfFileSystem
 

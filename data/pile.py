@@ -21,9 +21,18 @@ from typing import Literal
 import numpy as np
 
 from data import _source
-from data._shards import CorruptShard, EmbeddedShards, ParquetShards, Shards, StreamUnavailable
+from data._shards import CorruptShard, EmbeddedShards, ParquetShards, Shards, StreamUnavailable, is_local
 
-__all__ = ["EMBEDDED", "PILE_HUB", "CorruptShard", "Position", "SequenceReader", "StreamUnavailable", "TokenStream"]
+__all__ = [
+    "EMBEDDED",
+    "PILE_HUB",
+    "CorruptShard",
+    "HeldOutText",
+    "Position",
+    "SequenceReader",
+    "StreamUnavailable",
+    "TokenStream",
+]
 
 EMBEDDED = "embedded"
 PILE_HUB = "hf://datasets/NeelNanda/pile-small-tokenized-2b/data"
@@ -116,7 +125,7 @@ class TokenStream:
     def eval_sequences(self, n: int) -> np.ndarray:
         """The first ``n`` held-out sequences, int32 [n, T]: prefixes nest, training never sees them."""
         taken: list[np.ndarray] = []
-        for block_ST in self._held_out():
+        for _, _, block_ST in self._held_out():
             taken.append(block_ST[: n - sum(map(len, taken))])
             if sum(map(len, taken)) == n:
                 return np.concatenate(taken)
@@ -125,11 +134,38 @@ class TokenStream:
             f"fewer than the {n:,} asked for; use more shards or fewer evaluation sequences"
         )
 
-    def _held_out(self) -> Iterator[np.ndarray]:
+    def held_out_place(self, number: int) -> str:
+        """In words, where the held-out sequence ``number`` (from 0) of `eval_sequences` lies."""
+        before = 0
+        for shard, rank, block_ST in self._held_out():
+            if number < before + len(block_ST):
+                return self._shards().place(shard, rank + number - before, held_out=True)
+            before += len(block_ST)
+        raise ValueError(f"held-out sequence {number} of {self.source} does not exist; it has {before:,}")
+
+    def training_place(self, index: int) -> str:
+        """In words, where the training sequence ``index`` lies."""
+        position = self.position(index)
+        return self._shards().place(position.shard, position.rank)
+
+    def hidden(self) -> tuple[str, ...]:
+        """Files below the source that end like shards and are none for their names (`data._listing`)."""
+        return self._shards().hidden
+
+    @property
+    def local(self) -> bool:
+        """Whether its files lie on a disk of this machine, so that reading them all costs no requests."""
+        return self.source == EMBEDDED or is_local(self.source)
+
+    def _held_out(self) -> Iterator[tuple[int, int, np.ndarray]]:
+        """(shard, number in it of the first sequence, tokens) of the held-out sequences."""
         shards = self._shards()
         for shard in range(len(shards.names)):
+            rank = 0
             try:
-                yield from shards.held_out(shard)
+                for block_ST in shards.held_out(shard):
+                    yield shard, rank, block_ST
+                    rank += len(block_ST)
             except CorruptShard:
                 if self.on_corrupt == "raise":
                     raise
@@ -170,6 +206,26 @@ def _open(stream: TokenStream) -> Shards:
         assert stream.tokenizer is not None
         return EmbeddedShards(stream.tokenizer, stream.context)
     return ParquetShards.open(stream.source, stream.context, stream.holdout_every)
+
+
+class HeldOutText:
+    """Held-out sequences [S, T] by content, looked for among training sequences of the same T: exact, token for token.
+
+    The memory is that of the held-out sequences; a training sequence costs one look into a table.
+    """
+
+    def __init__(self, tokens_ST: np.ndarray) -> None:
+        self._numbers: dict[bytes, list[int]] = {}
+        for number, row_T in enumerate(np.ascontiguousarray(tokens_ST, np.int32)):
+            self._numbers.setdefault(row_T.tobytes(), []).append(number)
+
+    def among(self, tokens_nT: np.ndarray) -> dict[int, int]:
+        """{number of a held-out sequence: row of ``tokens_nT`` that is the same}."""
+        met: dict[int, int] = {}
+        for row, row_T in enumerate(np.ascontiguousarray(tokens_nT, np.int32)):
+            for number in self._numbers.get(row_T.tobytes(), ()):
+                met.setdefault(number, row)
+        return met
 
 
 class SequenceReader(Iterator[tuple[int, np.ndarray]]):

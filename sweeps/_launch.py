@@ -168,6 +168,8 @@ class _Launch:
         for name in ("lm_path", "stream_path"):
             if path := getattr(self.run, name):
                 lines.append(f"{name}: read from {path} instead")
+        if remarks := getattr(self.sweep, "remarks", None):
+            lines += remarks(self.preset, self.run)
         for line in lines:
             print(f"  {line}")
 
@@ -179,7 +181,8 @@ class _Launch:
         self._print_banner()
         missing = [c for c in self.cells if c.key not in self.done]
         if missing and (preflight := getattr(self.sweep, "preflight", None)):
-            preflight(missing, self.preset, self.run)
+            for line in preflight(missing, self.preset, self.run) or ():
+                print(f"  {line}")
         if pin := getattr(self.sweep, "pin", None):
             self.run = pin(self.cells, self.run)
             for entry in self.run.hub_commits:

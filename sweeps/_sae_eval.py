@@ -21,7 +21,7 @@ from models.sae_io import save_saelens
 from models.topk_sae import TopKSAE, encoder
 from sweeps._context import PackContext
 from sweeps._published import parquet_bytes
-from sweeps._sae_sources import require_ids
+from sweeps._sae_text import TextCheck
 from sweeps._sweep import Row, UserError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Evaluation:
             tokens = stream.eval_sequences(cell.eval_sequences)
         except ValueError as error:
             raise UserError(str(error)) from error
-        require_ids(tokens, cell.model, lm.d_vocab, stream.source)
+        self.text = TextCheck(stream, tokens, {cell.model: lm.d_vocab})
         self.tokens_ST = torch.from_numpy(tokens.astype("int64")).to(context.device)
         self._pass()
 

@@ -23,7 +23,7 @@ from data.pile import CorruptShard
 from models.topk_sae import SAEBank, SAEConfig, SparseTrainer
 from sweeps._context import PackContext
 from sweeps._sae_eval import Evaluation
-from sweeps._sae_sources import corrupt, open_lm, open_stream, require_ids, trajectory_name
+from sweeps._sae_sources import corrupt, open_lm, open_stream, trajectory_name
 from sweeps._stop import PackStopped
 from sweeps._storage import Store
 from sweeps._sweep import Row, UserError, digest
@@ -254,6 +254,8 @@ class _PackRun:
         block, start = min(self.trajectories, key=lambda t: t.step_count).block
         parts: list[tuple[int, np.ndarray]] = []
         for index, tokens_nT in self.stream.sequences(start):
+            if self.evaluation.text.training(index, tokens_nT):
+                self.context.note(self.evaluation.text.line())
             parts.append((index, tokens_nT))
             while sum(len(tokens) for _, tokens in parts) >= n:
                 rows = np.concatenate([tokens for _, tokens in parts])
@@ -266,7 +268,6 @@ class _PackRun:
 
     def _activations(self, tokens_NT: np.ndarray, block: int) -> dict[int, torch.Tensor]:
         """Activations of a block in its shuffled order, {layer: [N, D] float32}."""
-        require_ids(tokens_NT, self.lm.name, self.lm.d_vocab, self.stream.source)
         n, width = tokens_NT.size, self.lm.d_model
         device = torch.device(self.context.device)
         place = torch.from_numpy(np.random.default_rng([block, n]).permutation(n)).to(device)

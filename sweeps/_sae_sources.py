@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data import embedded_text
+from data._listing import skipped_line
 from data.pile import EMBEDDED, PILE_HUB, CorruptShard, StreamUnavailable, TokenStream
 from models.registry import HOST_LMS
+from sweeps._sae_text import TextCheck
 from sweeps._sweep import UserError, digest
 from sweeps._where import RunSettings, user_cache
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from models.host_lm import HostLM
     from sweeps.proxy_gap import SAECell
 
@@ -99,10 +99,28 @@ def _at_commit(source: str, run: RunSettings) -> str:
     return source.replace(hub_id, f"{hub_id}@{commit}", 1) if commit else source
 
 
-def preflight(cells: Sequence[SAECell], run: RunSettings) -> None:
-    """Raise UserError where weights or text are out of reach, or local shards fall short, before anything starts."""
+def remarks(stream: str, run: RunSettings) -> list[str]:
+    """What a launch says of the files it was given: those of a local stream that were skipped for their names."""
+    if stream != "pile" or not run.stream_path or run.stream_path.startswith("hf://"):
+        return []
+    try:
+        line = skipped_line(TokenStream(source=run.stream_path).hidden(), "shard")
+    except (StreamUnavailable, ValueError) as error:
+        raise UserError(str(error)) from error
+    return [f"stream_path: {line}"] if line else []
+
+
+def preflight(cells: Sequence[SAECell], run: RunSettings) -> list[str]:
+    """Lines on what was found odd about weights and text, before anything starts.
+
+    The training text of the largest budget is read once where it lies on this machine (`_sae_text.TextCheck`); from
+    elsewhere each pack looks at what it reads.
+
+    Raises UserError where weights or text are out of reach, do not fit, or fall short.
+    """
     from models.host_lm import LMUnavailable, host_lm_spec
 
+    lines: list[str] = []
     try:
         vocabularies = {c.model: host_lm_spec(c.model, run.lm_path or None).d_vocab for c in cells}
         for model in sorted({c.model for c in cells if c.stream == "pile"}):
@@ -112,16 +130,29 @@ def preflight(cells: Sequence[SAECell], run: RunSettings) -> None:
         if wants_lm or wants_text:
             _require_hub(wants_lm, wants_text)
         if run.stream_path:  # a look at footers and held-out rows; on the hub it would be one request a shard
-            for context, longest, n_eval in _needs(cells):
-                stream = open_stream(next(c for c in cells if c.context == context), run)
+            for context, longest, n_eval in sorted(_needs(cells)):
+                first = next(c for c in cells if c.context == context)
+                stream = open_stream(first, run)
                 stream.require(longest, n_eval)
-                tokens_ST = stream.eval_sequences(n_eval)
-                for model in sorted({c.model for c in cells if c.stream == "pile" and c.context == context}):
-                    require_ids(tokens_ST, model, vocabularies[model], stream.source)
+                readers = {c.model for c in cells if c.stream == "pile" and c.context == context}
+                check = TextCheck(stream, stream.eval_sequences(n_eval), {m: vocabularies[m] for m in sorted(readers)})
+                if stream.local:
+                    _read_once(stream, check, -(-longest // context) + first.shuffle_sequences)
+                lines += [check.line()] * bool(check.line())
     except CorruptShard as error:
         raise corrupt(error) from error
     except (LMUnavailable, StreamUnavailable, ValueError) as error:
         raise UserError(str(error)) from error
+    return lines
+
+
+def _read_once(stream: TokenStream, check: TextCheck, sequences: int) -> None:
+    """Show the first `sequences` training sequences to the check."""
+    with stream.sequences(use_ray=False) as reader:
+        for index, tokens_nT in reader:
+            check.training(index, tokens_nT[: sequences - index])
+            if index + len(tokens_nT) >= sequences:
+                return
 
 
 def _require_pile_ids(model: str, d_vocab: int, source: str) -> None:
@@ -130,15 +161,6 @@ def _require_pile_ids(model: str, d_vocab: int, source: str) -> None:
         raise UserError(
             f"{source} holds GPT-NeoX ids but {model} has a vocabulary of {d_vocab:,}, not GPT-NeoX's "
             f"{_NEOX_VOCABULARY:,}; choose a Pythia model, or --set stream=embedded"
-        )
-
-
-def require_ids(tokens_ST: np.ndarray, model: str, d_vocab: int, source: str) -> None:
-    """Raise UserError where ids of a text lie outside the model's vocabulary: another tokenizer made them."""
-    if (largest := int(tokens_ST.max())) >= d_vocab:
-        raise UserError(
-            f"token {largest} of {source} exceeds the vocabulary of {model}, {d_vocab:,}; choose text that was "
-            "tokenized for this model"
         )
 
 
@@ -206,7 +228,7 @@ def _lm_origin(model: str, lm_path: str, hub_commits: tuple[str, ...]) -> str:
         except ValueError as error:
             raise UserError(str(error)) from error
         return "file " + _hash_files(
-            sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"])
+            sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin") or f.name == "config.json")
         )
     spec = HOST_LMS[model]
     if spec.origin == "standin":

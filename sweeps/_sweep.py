@@ -134,10 +134,12 @@ class PublishedCell:
 class Sweep(Protocol):
     """What `_launch.main` needs of a sweep. `report` touches neither Ray nor a checkpoint.
 
-    Five more are used where a sweep has them: `headline`, the name of the number that `progress(best=…)` carries,
+    Six more are used where a sweep has them: `headline`, the name of the number that `progress(best=…)` carries,
     `named`, the fields of a cell that name its run in MLflow (without them it is called by its key),
     `tracked`, the parameters of rows that MLflow gets as `metric/value` (rows with others are in the ledger alone),
-    `preflight(cells, preset, run)`, which raises UserError before Ray starts when data or weights are out of reach, and
+    `remarks(preset, run)`, lines on the files that the settings name, for the banner,
+    `preflight(cells, preset, run)`, which raises UserError before Ray starts when data or weights are out of reach or
+    do not fit, and returns lines on what else it found (or None), and
     `pin(cells, run)`, which returns the settings with the commits of what is read from the Hugging Face hub.
     """
 

@@ -255,10 +255,15 @@ class ProxyGap:
 
         return pin([c for c in cells if isinstance(c, SAECell)], run)
 
-    def preflight(self, cells: Sequence[Cell], preset: Grid, run: RunSettings) -> None:
+    def remarks(self, preset: Grid, run: RunSettings) -> list[str]:
+        from sweeps._sae_sources import remarks
+
+        return remarks(preset.stream, run)
+
+    def preflight(self, cells: Sequence[Cell], preset: Grid, run: RunSettings) -> list[str]:
         from sweeps._sae_sources import preflight
 
-        preflight([c for c in cells if isinstance(c, SAECell)], run)
+        return preflight([c for c in cells if isinstance(c, SAECell)], run)
 
     def report(self, cells: Sequence[PublishedCell], preset_name: str, preset: Grid, out: Path) -> list[str]:
         from sweeps._sae_report import write

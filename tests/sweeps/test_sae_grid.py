@@ -48,6 +48,12 @@ class Numbers:
     def eval_sequences(self, n: int) -> np.ndarray:
         return np.random.default_rng(99).integers(0, 256, (n, CONTEXT))
 
+    def held_out_place(self, number: int) -> str:
+        return f"held-out number {number}"
+
+    def training_place(self, index: int) -> str:
+        return f"number {index}"
+
     def require(self, train_tokens: int, n_eval: int) -> None:
         if train_tokens > self.length * CONTEXT:
             raise ValueError(f"{train_tokens} tokens asked of {self.length * CONTEXT}; choose a smaller budget")
