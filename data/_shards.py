@@ -199,8 +199,8 @@ class ParquetShards:
         # an empty or foreign value behind the cut is no fault: only what is read is judged
         kept = values.take(pa.array(places_NT.ravel()))
         if wrong := bad_id(kept):
-            place, what = wrong
-            raise CorruptShard(f"{where} row {first_row + place // self.context} has {what}; token ids are integers")
+            row = first_row + wrong[0] // self.context
+            raise CorruptShard(f"{where} row {row} has {wrong[1]}; token ids are integers of 0 … {LARGEST_ID}")
         return kept.to_numpy().reshape(places_NT.shape).astype(np.int32)
 
 

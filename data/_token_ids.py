@@ -17,7 +17,7 @@ def is_list(kind: pa.DataType) -> bool:
 
 
 def bad_id(ids: pa.Array, largest: int = LARGEST_ID) -> tuple[int, str] | None:
-    """(place, what is wrong there) of the first of ``ids`` that is no integer of 0 … ``largest``; None when all are.
+    """(place, what stands there) of the first of ``ids`` that is no integer of 0 … ``largest``; None when all are.
 
     Integers stored as another type (3.0, "3") are refused too, at place 0: what wrote them may have rounded others.
     """
@@ -29,10 +29,10 @@ def bad_id(ids: pa.Array, largest: int = LARGEST_ID) -> tuple[int, str] | None:
     if pa.types.is_integer(kind):
         values_N = ids.to_numpy()
         wrong = np.flatnonzero((values_N < 0) | (values_N > largest))
-        return (int(wrong[0]), f"token {values_N[wrong[0]]}, outside 0 … {largest}") if len(wrong) else None
+        return (int(wrong[0]), f"token {values_N[wrong[0]]}") if len(wrong) else None
     place = 0
     if pa.types.is_floating(kind):
         values_N = ids.to_numpy(zero_copy_only=False).astype(np.float64)
         wrong = np.flatnonzero(~((values_N == np.floor(values_N)) & (values_N >= 0) & (values_N <= largest)))
         place = int(wrong[0]) if len(wrong) else 0
-    return place, f"token {ids[place].as_py()!r} of type {kind}, which is no integer"
+    return place, f"token {ids[place].as_py()!r} of type {kind}"

@@ -345,9 +345,12 @@ def _read_dac(path: str | Path) -> Any:
     state = torch.load(path, map_location="cpu", weights_only=True)
     known = inspect.signature(DAC).parameters
     model = DAC(**{k: v for k, v in state["metadata"]["kwargs"].items() if k in known})
-    missing, _ = model.load_state_dict(state["state_dict"], strict=False)
-    if missing:
-        raise ValueError(f"it lacks {len(missing)} of the model's tensors, {missing[0]} among them")
+    missing, unexpected = model.load_state_dict(state["state_dict"], strict=False)
+    if missing or unexpected:
+        example = (missing or unexpected)[0]
+        raise ValueError(
+            f"it lacks {len(missing)} of the model's tensors and has {len(unexpected)} besides, {example} among them"
+        )
     return model
 
 

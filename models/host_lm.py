@@ -27,6 +27,7 @@ __all__ = [
     "Corpus",
     "HostLM",
     "LMUnavailable",
+    "check_checkpoint",
     "check_layer",
     "host_lm_spec",
     "lm_flops_per_token",
@@ -168,7 +169,8 @@ def load_host_lm(
     ``corpus`` is needed by the stand-ins alone, which are pretrained on it when not cached.
     ``revision`` is the commit (or branch) of a model on the hub, ``main`` when not given.
 
-    Raises ValueError for an unknown name or sizes that disagree, LMUnavailable without network.
+    Raises ValueError for an unknown name, sizes that disagree, files that cannot be read or tensors that are missing,
+    left over or of another shape; LMUnavailable without network.
     """
     if lm_path is None:
         host_lm_spec(name)
@@ -187,6 +189,14 @@ def host_lm_spec(name: str, lm_path: str | Path | None = None) -> HostLMSpec:
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(HOST_LMS)}"
         raise ValueError(f"model={name} is unknown; {hint} (or pass lm_path for a local directory)")
     return HOST_LMS[name]
+
+
+def check_checkpoint(name: str, lm_path: str | Path) -> None:
+    """Raise ValueError in one line where the local checkpoint of ``name`` cannot be read or its tensors do not fit.
+
+    Reads the files' headers alone, so that a launch can ask before any pack; `load_host_lm` asks again.
+    """
+    _weights.check_directory(name, _weights.directory_of(name, lm_path))
 
 
 def check_layer(name: str, layer: int, n_layers: int | None = None) -> int:

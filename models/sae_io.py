@@ -19,6 +19,7 @@ from models.topk_model import TopKSAE
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
+_TENSORS = ("W_enc", "W_dec", "b_enc", "b_dec")
 # the release whose format this module was written against, named when SAELens itself is not installed
 FORMAT_VERSION = "6.54.0"
 
@@ -71,7 +72,7 @@ def load_saelens(path: str | Path) -> tuple[TopKSAE, dict[str, Any]]:
     """Read a TopK SAE that SAELens 6 or `save_saelens` wrote; returns it (on the CPU) and its metadata.
 
     Raises FileNotFoundError when a file is missing and ValueError for another architecture, for input scaling that
-    this project does not use, or for weights whose shapes disagree with the config.
+    this project does not use, or for weights that are missing, left over or of shapes that disagree with the config.
     """
     folder = Path(path)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -90,8 +91,15 @@ def load_saelens(path: str | Path) -> tuple[TopKSAE, dict[str, Any]]:
         apply_b_dec_to_input=config.get("apply_b_dec_to_input", True),
     )
     tensors = load_file(folder / WEIGHTS_FILE)
+    if set(tensors) != set(_TENSORS):
+        lacks = ", ".join(sorted(set(_TENSORS) - set(tensors))) or "nothing"
+        more = ", ".join(sorted(set(tensors) - set(_TENSORS))) or "nothing"
+        raise ValueError(
+            f"{folder / WEIGHTS_FILE} lacks {lacks} and holds {more} besides {', '.join(_TENSORS)}; "
+            "give the folder of a TopK SAE"
+        )
     tensors["W_enc"] = tensors["W_enc"].T
-    for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+    for name in _TENSORS:
         weight = getattr(sae, name)
         if tensors[name].shape != weight.shape:
             shapes = f"{tuple(tensors[name].shape)}, expected {tuple(weight.shape)}"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data import embedded_text
-from data._listing import skipped_line
+from data._listing import is_hidden, skipped_line
 from data.pile import EMBEDDED, PILE_HUB, CorruptShard, StreamUnavailable, TokenStream
 from models.registry import HOST_LMS
 from sweeps._sae_text import TextCheck
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sweeps.proxy_gap import SAECell
 
 _HUB_SECONDS = 10.0
+_WEIGHTS = (".safetensors", ".bin")
 _NEOX_VOCABULARY = 50304  # rows of Pythia's embeddings; the tokenizer has 50,277 ids
 
 
@@ -118,11 +119,14 @@ def preflight(cells: Sequence[SAECell], run: RunSettings) -> list[str]:
 
     Raises UserError where weights or text are out of reach, do not fit, or fall short.
     """
-    from models.host_lm import LMUnavailable, host_lm_spec
+    from models.host_lm import LMUnavailable, check_checkpoint, host_lm_spec
 
     lines: list[str] = []
     try:
         vocabularies = {c.model: host_lm_spec(c.model, run.lm_path or None).d_vocab for c in cells}
+        if run.lm_path:
+            for model in vocabularies:
+                check_checkpoint(model, run.lm_path)
         for model in sorted({c.model for c in cells if c.stream == "pile"}):
             _require_pile_ids(model, vocabularies[model], run.stream_path or PILE_HUB)
         wants_lm = not run.lm_path and any(HOST_LMS[c.model].origin == "hub" and not _cached(c.model) for c in cells)
@@ -227,9 +231,8 @@ def _lm_origin(model: str, lm_path: str, hub_commits: tuple[str, ...]) -> str:
             folder = directory_of(model, lm_path)
         except ValueError as error:
             raise UserError(str(error)) from error
-        return "file " + _hash_files(
-            sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin") or f.name == "config.json")
-        )
+        weights = [f for f in folder.iterdir() if f.suffix in _WEIGHTS and not is_hidden(f.name)]
+        return "file " + _hash_files(sorted([*weights, folder / "config.json"]))
     spec = HOST_LMS[model]
     if spec.origin == "standin":
         from models.standin_lm import RECIPES

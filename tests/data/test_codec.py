@@ -80,6 +80,25 @@ def test_dac_at_its_real_size_and_from_a_file(tmp_path: Path) -> None:
     assert np.array_equal(loaded.encode(wave, 44_100), codec.encode(wave, 44_100))
 
 
+def test_a_dac_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    from dac.model import DAC
+
+    kwargs = {"encoder_dim": 4, "encoder_rates": [2, 4, 8, 8], "decoder_dim": 64}
+    state = DAC(**kwargs).state_dict()
+    first = next(iter(state))
+    for tensors, said in (
+        (
+            {f"module.{k}": v for k, v in state.items()},
+            f"lacks {len(state)} of the model's tensors and has {len(state)}",
+        ),
+        (state | {"more": torch.zeros(1)}, "lacks 0 of the model's tensors and has 1 besides, more among them"),
+        ({k: v for k, v in state.items() if k != first}, f"lacks 1 of the model's tensors and has 0 besides, {first}"),
+    ):
+        torch.save({"state_dict": tensors, "metadata": {"kwargs": kwargs}}, tmp_path / "dac.pth")
+        with pytest.raises(ValueError, match=f"does not hold the weights of a DAC: it {said}"):
+            CodecSpec(name="dac", weights=str(tmp_path / "dac.pth")).load()
+
+
 def test_encodec_from_a_file_is_the_same_codec(encodec: Codec, tmp_path: Path) -> None:
     assert isinstance(encodec, EncodecCodec)
     torch.save(encodec.model.state_dict(), tmp_path / "e.th")

@@ -149,6 +149,20 @@ def test_evaluation_is_fixed_and_a_subset_does_not_depend_on_order(clips: TokenC
 def test_errors_say_what_to_do(tokens: Tokens, clips: TokenClips, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"token 16 in shards/0\.parquet is outside the codebook of 16"):
         TokenClips(write_tokens(tmp_path / "bad", [[9, 9]], worst=16), None).codes(1)
+    for kind, value, said in (
+        (pa.float64(), 3.7, r"token 3\.7 of type double in"),
+        (pa.int32(), -1, "token -1 in"),
+        (pa.int64(), 2**32 + 5, "token 4294967301 in"),
+        (pa.int16(), None, "an empty token in"),
+    ):
+        odd = write_tokens(tmp_path / said, [[9, 9]])
+        path = tmp_path / said / "shards" / "0.parquet"
+        table = pq.read_table(path)
+        codes = [[1] * 17 + [value], [1] * 18]
+        at = table.schema.get_field_index("codes")
+        pq.write_table(table.set_column(at, "codes", pa.array(codes, pa.list_(kind))), path)
+        with pytest.raises(ValueError, match=rf"{said} shards/0\.parquet is outside the codebook of 16 \(row 0\)"):
+            TokenClips(odd, None).codes(1)
     with pytest.raises(ValueError, match=r"no clip of .* is in validation"):
         TokenClips(tokens, "validation", holdout=0.0)
     with pytest.raises(ValueError, match="batch_size=0"):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from models.sae_io import load_saelens, sae_lens_version, save_saelens
 from models.topk_sae import SAEConfig, SparseTrainer, TopKSAE
@@ -93,6 +94,15 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         ({"d_sae": 255}, "config and weights do not fit"),
     ):
         (tmp_path / "cfg.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ValueError, match=message):
+            load_saelens(tmp_path)
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "sae_weights.safetensors")
+    for stored, message in (
+        ({name: t for name, t in tensors.items() if name != "b_dec"}, "lacks b_dec and holds nothing besides"),
+        (tensors | {"threshold": torch.zeros(3)}, "lacks nothing and holds threshold besides"),
+    ):
+        save_file(stored, tmp_path / "sae_weights.safetensors")
         with pytest.raises(ValueError, match=message):
             load_saelens(tmp_path)
     with pytest.raises(ValueError, match="metadata of the SAE is not JSON"):

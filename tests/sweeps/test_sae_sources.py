@@ -206,3 +206,33 @@ def test_a_data_set_named_as_stream_path_is_pinned_too(commits: dict[str, str]) 
     assert _sae_sources.open_stream(CELL, run).source == f"hf://datasets/{DATASET}@{commits['dataset']}/other"
     own = RunSettings(stream_path=f"hf://datasets/{DATASET}@v1/other")
     assert _sae_sources.open_stream(CELL, own).source == own.stream_path
+
+
+def test_a_checkpoint_that_does_not_fit_ends_the_launch_before_any_pack_and_in_a_pack(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from models.registry import HOST_LMS
+
+    monkeypatch.setitem(HOST_LMS, "pythia-70m", replace(HOST_LMS["pythia-70m"], **TINY))
+    folder = save_model(tmp_path / "lm", 0)
+    file = folder / "model.safetensors"
+    save_file({f"module.{k}": v for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    cell = replace(CELL, stream="embedded", context=64)
+    run = RunSettings(lm_path=str(folder))
+    for ask in (
+        lambda: SWEEP.preflight([cell], PRESETS["fast2"], run),
+        lambda: _sae_sources.open_lm(cell, run, "cpu", print),
+    ):
+        with pytest.raises(UserError, match=r"28 missing .*28 unexpected \(module\..*take the prefix 'module\.' off"):
+            ask()
+
+
+def test_hidden_files_beside_a_checkpoint_are_no_part_of_its_origin(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "lm", 0)
+    run = RunSettings(lm_path=str(folder))
+    before = _sae_sources._lm_origin("x", run.lm_path, ())
+    (folder / "._model.safetensors").write_bytes(b"left by macOS")
+    _forget()
+    assert _sae_sources._lm_origin("x", run.lm_path, ()) == before
