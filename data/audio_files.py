@@ -1,34 +1,110 @@
-"""Audio files in a folder, a zip or a tar, behind one pair of operations: list the names, read the bytes.
+"""Audio files in a folder, a zip or a tar, behind one set of operations: list names, read bytes, tell their content.
 
 A zip is read in place (its members have an index). A tar has none, so it is unpacked once beside itself.
 """
 
 from __future__ import annotations
 
+import hashlib
+import lzma
 import os
 import shutil
+import struct
 import tarfile
 import uuid
 import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from data._content import UNREADABLE, file_stamp, known_digests
+
 _TAR_ENDINGS = (".tar.bz2", ".tbz2", ".tar.gz", ".tgz", ".tar.xz", ".tar")
+# what zipfile raises for a damaged, truncated, encrypted or oddly compressed member, besides OSError
+_MEMBER_ERRORS = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, KeyError, NotImplementedError, RuntimeError,
+    ValueError,
+)  # fmt: skip
+_TAR_ERRORS = (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, struct.error, ValueError)
+
+
+def left_behind(name: str) -> bool:
+    """Whether a name is of what desktop programs leave beside data: `.ipynb_checkpoints`, `._x.wav`, `__MACOSX`.
+
+    Narrower than `data._listing.is_hidden`: recordings are listed by a table, and an id may begin with `_`.
+    """
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
 @dataclass(frozen=True)
 class FolderFiles:
-    """Files below a folder; names are relative to it, with forward slashes."""
+    """Files below a folder, links followed; names are relative to it, with forward slashes."""
 
     root: Path
 
+    def __getstate__(self) -> dict[str, object]:
+        return {"root": self.root}
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return sorted(_below(self.root, "", frozenset([os.path.realpath(self.root)])))
+
     def names(self) -> list[str]:
-        return sorted(p.relative_to(self.root).as_posix() for p in self.root.rglob("*") if p.is_file())
+        return [name for name in self._names if not left_behind(name)]
+
+    def hidden(self) -> list[str]:
+        """The names that `names` leaves out, see `left_behind`."""
+        return [name for name in self._names if left_behind(name)]
 
     def read(self, name: str) -> bytes:
         """Bytes of one file; raises OSError."""
         return (self.root / name).read_bytes()
+
+    def contents(self, names: Sequence[str], cache: Path | None = None) -> dict[str, str]:
+        """SHA-256 of each file's bytes, `UNREADABLE` where they cannot be read.
+
+        cache: folder that keeps digests by path, size, times and inode, so that a machine reads the files once.
+        """
+        stamps = {name: _stamp(self.root / name) for name in names}
+        return known_digests(stamps, self._digest, _kept_in(cache, self.root))
+
+    def _digest(self, name: str) -> str:
+        try:
+            with open(self.root / name, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError:
+            return UNREADABLE
+
+
+def _stamp(path: Path) -> list[int]:
+    try:
+        return file_stamp(path)
+    except OSError:
+        return [-1, 0, 0, 0]
+
+
+def _kept_in(cache: Path | None, path: Path) -> Path | None:
+    place = hashlib.sha256(os.path.abspath(path).encode(errors="surrogateescape")).hexdigest()[:32]
+    return None if cache is None else cache / f"audio-{place}.json"
+
+
+def _below(folder: str | Path, prefix: str, above: frozenset[str]) -> Iterator[str]:
+    """Names of the files below a folder; links are followed, but not to a folder that is being looked into."""
+    try:
+        with os.scandir(folder) as listing:
+            entries = list(listing)
+    except PermissionError:  # its files come up as missing
+        return
+    for entry in entries:
+        name = prefix + entry.name
+        if entry.is_dir():
+            real = os.path.realpath(entry.path)
+            if real not in above:
+                yield from _below(entry.path, f"{name}/", above | {real})
+        elif entry.is_file():
+            yield name
 
 
 @dataclass
@@ -41,28 +117,61 @@ class ZipFiles:
 
     @property
     def _archive(self) -> zipfile.ZipFile:
+        """Raises ValueError for a file that is no zip archive, OSError for one that cannot be read."""
         pid = os.getpid()  # a forked child must not share its parent's file position
         if pid not in self._opened:
-            self._opened = {pid: zipfile.ZipFile(self.path)}
+            try:
+                self._opened = {pid: zipfile.ZipFile(self.path)}
+            except (zipfile.BadZipFile, struct.error, EOFError, NotImplementedError) as error:
+                raise ValueError(
+                    f"{self.path} is no zip archive, or a damaged one ({error}); fetch it again"
+                ) from error
         return self._opened[pid]
 
     def __getstate__(self) -> dict[str, object]:
         return {"path": self.path, "prefix": self.prefix, "_opened": {}}
 
     @cached_property
-    def _names(self) -> list[str]:
-        names = (i.filename for i in self._archive.infolist() if not i.is_dir())
-        return sorted(n[len(self.prefix) :] for n in names if n.startswith(self.prefix))
+    def _members(self) -> dict[str, zipfile.ZipInfo]:
+        """By name below the prefix; some programs for Windows write backslashes."""
+        named = {i.filename.replace("\\", "/"): i for i in self._archive.infolist() if not i.is_dir()}
+        return {n[len(self.prefix) :]: named[n] for n in sorted(named) if n.startswith(self.prefix)}
 
     def names(self) -> list[str]:
-        return self._names
+        return [name for name in self._members if not left_behind(name)]
+
+    def hidden(self) -> list[str]:
+        """The names that `names` leaves out, see `left_behind`."""
+        return [name for name in self._members if left_behind(name)]
 
     def read(self, name: str) -> bytes:
-        """Bytes of one member; raises OSError where there is none or its checksum is wrong."""
+        """Bytes of one member; raises OSError where there is none, or it is damaged, encrypted or packed unusually."""
         try:
-            return self._archive.read(self.prefix + name)
-        except (KeyError, zipfile.BadZipFile, NotImplementedError) as error:
-            raise OSError(f"{name} in {self.path.name}: {error}") from error
+            return self._archive.read(self._members[name])
+        except _MEMBER_ERRORS as error:
+            raise OSError(f"{name} in {self.path.name}: {error or type(error).__name__}") from error
+
+    def contents(self, names: Sequence[str], cache: Path | None = None) -> dict[str, str]:
+        """SHA-256 of each member's bytes, `UNREADABLE` where they cannot be read; as in a folder of the same files.
+
+        cache: folder that keeps digests by the archive's path, size, times and inode, so that it is read once.
+        """
+        archive = _stamp(self.path)
+        stamps = {
+            name: [*archive, *((i.CRC, i.file_size, i.header_offset) if (i := self._members.get(name)) else ())]
+            for name in names
+        }
+        return known_digests(stamps, self._digest, _kept_in(cache, self.path / self.prefix))
+
+    def _digest(self, name: str) -> str:
+        try:
+            with self._archive.open(self._members[name]) as member:
+                total = hashlib.sha256()
+                while block := member.read(1 << 20):
+                    total.update(block)
+                return total.hexdigest()
+        except (OSError, *_MEMBER_ERRORS):
+            return UNREADABLE
 
 
 AudioFiles = FolderFiles | ZipFiles
@@ -91,22 +200,31 @@ def unpack_tar(path: Path, into: Path) -> Path:
     return into
 
 
+def _unpacked(path: Path, ending: str, place: Path) -> Path:
+    """The folder of a tar's files; another archive of the same name has another folder."""
+    stamp = hashlib.sha256(repr(file_stamp(path)).encode()).hexdigest()[:8]
+    try:
+        return unpack_tar(path, place / f"{path.name.removesuffix(ending)}-{stamp}.unpacked")
+    except _TAR_ERRORS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} is no tar archive, or a damaged one ({reason}); fetch it again") from error
+
+
 def open_files(path: str | Path, cache: str | Path | None = None) -> AudioFiles:
     """The files of a folder, a .zip, or a .tar(.bz2|.gz|.xz) (unpacked under ``cache``, by default beside it).
 
-    Raises FileNotFoundError where nothing is, ValueError for another kind of file.
+    Raises FileNotFoundError where nothing is, ValueError for another kind of file or a damaged archive.
     """
     path = Path(path)
     if path.is_dir():
         return FolderFiles(path)
     if not path.exists():
         raise FileNotFoundError(f"no audio data at {path}; give a folder, a .zip or a .tar.bz2 that exists")
-    if path.suffix == ".zip":
+    if path.suffix.lower() == ".zip":
         return ZipFiles(path)
     for ending in _TAR_ENDINGS:
         if path.name.endswith(ending):
-            place = Path(cache) if cache is not None else path.parent
-            return FolderFiles(unpack_tar(path, place / f"{path.name.removesuffix(ending)}.unpacked"))
+            return FolderFiles(_unpacked(path, ending, Path(cache) if cache is not None else path.parent))
     raise ValueError(f"{path} is neither a folder nor a .zip nor one of {', '.join(_TAR_ENDINGS)}")
 
 

@@ -5,21 +5,30 @@ Shape suffixes: N samples, C channels.
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import soundfile
 
+from data._content import UNREADABLE
 from data.audio_files import AudioFiles
 
 Wave = npt.NDArray[np.float32]
 OddKind = Literal["missing", "unreadable", "empty", "not finite", "too short", "truncated", "sample rate", "channels",
-                  "metadata"]  # fmt: skip
+                  "metadata", "hidden", "copy"]  # fmt: skip
+AUDIO_ENDINGS = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff")
+_NO_BYTES = hashlib.sha256(b"").hexdigest()
+
+
+class ChangedAudioError(ValueError):
+    """A file is not what it was when its content was told; nothing may be made of it under that name."""
 
 
 class Oddity(NamedTuple):
@@ -33,11 +42,22 @@ class Oddity(NamedTuple):
 
 @dataclass(frozen=True)
 class Recording:
-    """One audio file of a data set: its identity, its name among the set's files, and what is said or played."""
+    """One audio file of a data set: its identity, its name among the set's files, and what is said or played.
+
+    content: SHA-256 of its bytes, or `UNREADABLE`; nothing where nobody asked (see `with_contents`).
+    same_as: id of the first recording of the set with the same bytes, nothing for that one itself.
+    """
 
     recording_id: str
     name: str
     text: str = ""
+    content: str = ""
+    same_as: str = ""
+
+    @property
+    def unit(self) -> str:
+        """What goes to one side of a split and is one unit of resampling: this recording with all its copies."""
+        return self.same_as or self.recording_id
 
 
 @dataclass(frozen=True)
@@ -51,6 +71,8 @@ class AudioSet:
     nominal_rate: int | None = None
     """Sample rate in Hz that the set promises; another rate is listed as odd, and resampled."""
     nominal_channels: int | None = None
+    entries: int = 0
+    """Lines or rows of the set's list that were read, those without a recording too."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +98,53 @@ def recording_of(clip_id: str) -> str:
     return recording if mark and chunk.isascii() and chunk.isdigit() else clip_id
 
 
+def with_contents(audio: AudioSet, cache: Path | None = None) -> AudioSet:
+    """The same set with the content of each recording, and with copies of one recording told by it.
+
+    A copy (the same bytes under another name) is listed as an oddity. Every file is read once; `cache` is a folder
+    that keeps the digests, so that a machine reads unchanged files once.
+    """
+    found = audio.files.contents([r.name for r in audio.recordings], cache)
+    first: dict[str, str] = {}
+    recordings, copies = [], []
+    for recording in audio.recordings:
+        content = found[recording.name]
+        original = recording.recording_id
+        if content not in (UNREADABLE, _NO_BYTES):
+            original = first.setdefault(content, original)
+        same_as = "" if original == recording.recording_id else original
+        recordings.append(replace(recording, content=content, same_as=same_as))
+        if same_as:
+            copies.append(Oddity(recording.recording_id, "copy", f"the same bytes as {same_as}", False))
+    return replace(audio, recordings=tuple(recordings), oddities=tuple(sorted([*audio.oddities, *copies])))
+
+
+def hidden_files(files: AudioFiles) -> list[Oddity]:
+    """Audio files that listing leaves out for what their names begin with."""
+    names = (n for n in files.hidden() if n.lower().endswith(AUDIO_ENDINGS))
+    return [Oddity(name, "hidden", "left behind by a desktop program", True) for name in names]
+
+
 def counts(oddities: Iterable[Oddity]) -> dict[str, int]:
     """How many recordings of each kind, e.g. ``{"unreadable (skipped)": 2, "channels (converted)": 1}``."""
-    return dict(sorted(Counter(f"{o.kind} ({'skipped' if o.skipped else 'converted'})" for o in oddities).items()))
+    return dict(sorted(Counter(f"{o.kind} ({_treatment(o)})" for o in oddities).items()))
+
+
+def _treatment(odd: Oddity) -> str:
+    if odd.kind == "copy":
+        return "kept on its original's side"
+    return "skipped" if odd.skipped else "converted"
+
+
+def first_of_each(oddities: Iterable[Oddity], n: int = 1) -> str:
+    """`12 missing (skipped), first a (wavs/a.wav); …`: how many of each kind, and the first n of it; `none` without."""
+    by_kind: dict[str, list[Oddity]] = {}
+    for odd in oddities:
+        by_kind.setdefault(f"{odd.kind} ({_treatment(odd)})", []).append(odd)
+    return "; ".join(
+        f"{len(some)} {kind}, first " + ", ".join(f"{o.recording_id} ({o.detail})" for o in some[:n])
+        for kind, some in sorted(by_kind.items())
+    ) or "none"  # fmt: skip
 
 
 def decode(data: bytes) -> tuple[npt.NDArray[np.float32], int, int]:
@@ -94,6 +160,23 @@ def riff_size(data: bytes) -> int:
     """Bytes that the header of a WAV promises for the whole file; 0 for other files and for streamed WAVs."""
     size = int.from_bytes(data[4:8], "little")
     return size + 8 if data[:4] == b"RIFF" and size < 0xFFFFFFFF else 0
+
+
+def _bytes_of(audio: AudioSet, recording: Recording) -> bytes:
+    """Raises OSError, ChangedAudioError."""
+    known = recording.content not in ("", UNREADABLE)
+    try:
+        data = audio.files.read(recording.name)
+    except OSError as error:
+        if known:
+            raise ChangedAudioError(f"{recording.name} could be read before and cannot now: {error}") from error
+        raise
+    if recording.content and hashlib.sha256(data).hexdigest() != recording.content:
+        raise ChangedAudioError(
+            f"{recording.name} has changed since its content was told ({recording.content[:12]}); let nothing write "
+            "to the audio meanwhile, and run the same command again"
+        )
+    return data
 
 
 def sample_rates(audio: AudioSet, n: int = 64) -> dict[int, int]:
@@ -136,7 +219,10 @@ def chunk_bounds(n: int, sample_rate: int, chunk_s: float, min_s: float) -> list
 def read_recording(
     audio: AudioSet, recording: Recording, sample_rate: int, min_s: float
 ) -> tuple[Wave | None, list[Oddity]]:
-    """The whole recording as wave_N at ``sample_rate`` Hz (None when it had to be skipped) and what was odd."""
+    """The whole recording as wave_N at ``sample_rate`` Hz (None when it had to be skipped) and what was odd.
+
+    Raises ChangedAudioError for a file that is not what its recording's `content` says.
+    """
     rid = recording.recording_id
     odd: list[Oddity] = []
 
@@ -144,7 +230,7 @@ def read_recording(
         return None, [*odd, Oddity(rid, kind, detail, True)]
 
     try:
-        data = audio.files.read(recording.name)
+        data = _bytes_of(audio, recording)
     except FileNotFoundError:
         return skip("missing", recording.name)
     except OSError as error:
@@ -155,7 +241,7 @@ def read_recording(
         wave_NC, rate, promised = decode(data)
     except soundfile.LibsndfileError as error:
         return skip("unreadable", error.error_string)
-    except (RuntimeError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError, MemoryError) as error:  # of a header that promises terabytes, too
         return skip("unreadable", str(error).strip() or type(error).__name__)
     n, channels = wave_NC.shape
     if n == 0:
@@ -182,7 +268,8 @@ def read_clips(
     """Mono clips of at most ``chunk_s`` seconds at ``sample_rate`` Hz, and whatever was odd about the recording.
 
     Clip ids are ``{recording id}#{chunk}``; every chunk carries the recording's whole text. Never raises for a
-    bad file: it comes back in the list instead. Raises ValueError for impossible ``chunk_s`` and ``min_s``.
+    bad file: it comes back in the list instead. Raises ValueError for impossible ``chunk_s`` and ``min_s``, and
+    ChangedAudioError (see `read_recording`).
     """
     chunk_bounds(1, 1, chunk_s, min_s)
     wave_N, odd = read_recording(audio, recording, sample_rate, min_s)

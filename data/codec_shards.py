@@ -1,12 +1,12 @@
 """Audio set to Parquet shards of codec tokens: resumable shard by shard, the same with and without Ray.
 
-A shard's name carries a hash of everything that decides its contents (codec, weights, chunking, recordings), and it
-is published atomically with the list of what was odd about its recordings inside. A shard that exists is therefore
-finished and right, whatever was killed when; the manifest only sums them up.
+A shard's name carries a hash of everything that decides its contents (codec, weights, chunking, the recordings' bytes
+and texts), and it is published atomically with the list of what was odd about its recordings inside. A shard that
+exists is therefore finished and right, whatever was killed when; the manifest only sums them up.
 
     OUT/manifest.json
-    OUT/shards/00003-9f86d081884c.parquet   clip_id, recording_id, chunk, n_chunks, text, duration_s, n_frames,
-                                            codes (list<uint16>, row-major [K, T])
+    OUT/shards/00003-9f86d081884c.parquet   clip_id, recording_id (of a copy: its original's), chunk, n_chunks, text,
+                                            duration_s, n_frames, codes (list<uint16>, row-major [K, T])
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from data._atomic import write_whole
-from data.audio_io import AudioSet, Oddity, Recording, counts, read_clips
+from data.audio_io import AudioSet, Oddity, Recording, counts, first_of_each, read_clips, with_contents
 from data.codec import Codec, CodecSpec
 from data.split import identity_hash
 
@@ -106,7 +106,7 @@ def plan_shards(audio: AudioSet, facts: dict[str, Any], recordings_per_shard: in
     plans = []
     for number, start in enumerate(range(0, len(audio.recordings), recordings_per_shard)):
         some = audio.recordings[start : start + recordings_per_shard]
-        contents = json.dumps([[r.recording_id, r.name, r.text] for r in some])
+        contents = json.dumps([[r.recording_id, r.content, r.same_as, r.text] for r in some])
         plans.append(ShardPlan(f"shards/{number:05d}-{identity_hash(base + contents):016x}.parquet", some))
     return plans
 
@@ -135,7 +135,7 @@ def make_shard(audio: AudioSet, plan: ShardPlan, codec: Codec, facts: dict[str, 
                 codes_KT = codec.encode(clip.wave_N[None], clip.sample_rate)[0]
                 row = {
                     "clip_id": clip.clip_id,
-                    "recording_id": clip.recording_id,
+                    "recording_id": recording.unit,
                     "chunk": clip.chunk,
                     "n_chunks": clip.n_chunks,
                     "text": clip.text,
@@ -255,7 +255,9 @@ def tokenise(
         MissingCodecWeights.
     """
     if not audio.recordings:
-        raise ValueError(f"{audio.name} lists no recordings; odd files: {counts(audio.oddities) or 'none'}")
+        raise ValueError(f"{audio.name} lists no recordings; odd files: {first_of_each(audio.oddities)}")
+    if not all(r.content for r in audio.recordings):
+        audio = with_contents(audio)
     folder = Folder(out)
     loaded = codec.on_driver(use_ray).load()
     if min_s * loaded.sample_rate < loaded.hop:
@@ -278,7 +280,8 @@ def tokenise(
             folder.publish(plan.file, make_shard(audio, plan, loaded, facts))
     manifest = _sum_up(folder, facts, [p.file for p in plans], list(audio.oddities), len(audio.recordings))
     if not manifest["n_clips"]:
-        raise ValueError(f"no clip of {audio.name} could be coded; odd files: {manifest['odd']}")
+        odd = first_of_each(Oddity(*o) for o in manifest["oddities"])
+        raise ValueError(f"no clip of {audio.name} could be coded; odd files: {odd}")
     folder.publish(MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
     return Tokens(out, manifest, len(missing))
 

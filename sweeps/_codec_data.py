@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import platform
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,7 @@ RECALL = "recall"
 ASTERISK = "asterisk"
 ASTERISK_RATE = 8_000
 _CODEC_SECONDS = 3600.0
+_LOOKED_AT = 64  # recordings, to find out whether any can be read
 STAND_IN_AUDIO = (
     "the audio is SYNTHETIC: an invented language spoken by a formant synthesiser, made by this program; "
     "nothing here says anything about real speech or music"
@@ -39,6 +41,15 @@ STAND_IN_AUDIO = (
 PLANTED = (
     "recall is a PLANTED task of random symbols, made by this program to check the instrument; it says nothing of audio"
 )
+PROMPTS = (
+    "audio: REAL speech, the telephone prompts of one speaker (asterisk-core-sounds-en, as "
+    "benchmarks/fetch_test_audio.py lays them out), 8 kHz"
+)
+_LAYOUTS = {
+    ASTERISK: "recordings in LJ Speech's layout, of 8 kHz",
+    "ljspeech": "recordings in LJ Speech's layout",
+    "fma": "recordings in FMA's layout",
+}
 INVENTED_TEXTS = "the synthesiser's own spelling of its invented words"
 STAND_IN_CODEC = "the codec is melvq, a stand-in (log-mel residual k-means, Griffin-Lim), not EnCodec or DAC"
 
@@ -51,17 +62,29 @@ class TokenSource:
     codec: Codec
     source_rates: Mapping[int, int] = field(default_factory=dict)
     """{sample rate in Hz: files} of some of the corpus's recordings, as they were before any resampling."""
+    content: str = ""
+    """Digest of the recordings' ids and bytes; nothing for audio that this program makes."""
+
+
+def is_recorded(corpus: str) -> bool:
+    """Whether the audio is files at hand, not something that this program makes."""
+    return corpus not in (SYNTHETIC, RECALL)
+
+
+def _source_line(study: Study) -> str:
+    """Where the audio comes from. What lies at a path that the user gives is known by its layout alone."""
+    if not is_recorded(study.corpus):
+        return PLANTED if study.corpus == RECALL else STAND_IN_AUDIO
+    if study.audio_path:
+        return f"audio: {_LAYOUTS[study.corpus]} at {study.audio_path}"
+    if study.corpus == ASTERISK:
+        return PROMPTS
+    return f"audio: {_LAYOUTS[study.corpus]}; --set audio_path=PATH says where"
 
 
 def banner(study: Study) -> list[str]:
     """What the numbers stand on."""
-    lines = [f"audio: {study.corpus}" + (f" at {study.audio_path}" if study.audio_path else "")]
-    if study.corpus == SYNTHETIC:
-        lines = [STAND_IN_AUDIO]
-    if study.corpus == ASTERISK:
-        lines = ["audio: REAL speech, the telephone prompts of one speaker (asterisk-core-sounds-en), 8 kHz"]
-    if study.corpus == RECALL:
-        lines = [PLANTED]
+    lines = [_source_line(study)]
     if study.codec == "melvq":
         trained = "" if study.codec_weights else ", trained here on the training side of the same audio"
         lines.append(STAND_IN_CODEC + trained)
@@ -77,14 +100,25 @@ def banner(study: Study) -> list[str]:
 
 def check(study: Study) -> None:
     """Raise UserError when the audio, the texts of a text study or the codec's weights are out of reach."""
-    if study.corpus not in (SYNTHETIC, RECALL):
-        _codec_origin(study)
-        recordings = _audio(study).recordings
-        if study.text and not any(r.text.strip() for r in recordings):
-            raise UserError(
-                f"none of {len(recordings)} recordings at {_audio_path(study)} has a text, and text="
-                f"{','.join(study.text)} needs transcripts; add them to metadata.csv, or set text to nothing"
-            )
+    if not is_recorded(study.corpus):
+        return
+    _codec_origin(study)
+    audio, path = _audio(study), _audio_path(study)
+    if study.text and not any(r.text.strip() for r in audio.recordings):
+        raise UserError(
+            f"none of {len(audio.recordings)} recordings at {path} has a text, and text="
+            f"{','.join(study.text)} needs transcripts; add them to metadata.csv, or set text to nothing"
+        )
+    _check_readable(audio, path)
+
+
+def _check_readable(audio: AudioSet, path: str) -> None:
+    from data.audio_io import first_of_each, read_recording, sample_rates
+
+    if sample_rates(audio):
+        return
+    odd = [o for r in audio.recordings[:_LOOKED_AT] for o in read_recording(audio, r, ASTERISK_RATE, 0.0)[1]]
+    raise UserError(f"no recording at {path} can be read: {first_of_each(odd)}; fetch the audio again")
 
 
 def fingerprint(cell: LMCell, study: Study) -> str:
@@ -93,6 +127,15 @@ def fingerprint(cell: LMCell, study: Study) -> str:
     if study.text and study.corpus != SYNTHETIC:  # the synthesiser's own follow from what makes its audio
         parts.append(digest([[r.recording_id, r.text] for r in _audio(study).recordings]))
     return digest(parts)
+
+
+def check_same_audio(cell: LMCell, study: Study, expected: str) -> None:
+    """Raise UserError where recorded audio gives another fingerprint here than `expected`, that of the launch."""
+    if is_recorded(study.corpus) and fingerprint(cell, study) != expected:
+        raise UserError(
+            f"the audio at {_audio_path(study)} on {platform.node()} is not what the launch read (its recordings have "
+            "other bytes, ids or texts); give every node the same files and run the same command again"
+        )
 
 
 def _origin(study: Study) -> list[str]:
@@ -108,9 +151,12 @@ def _origin(study: Study) -> list[str]:
 @functools.cache
 def _recorded_origin(study: Study, path: str) -> list[str]:
     """Once a process: every cell of a study asks, and it looks into the recordings."""
-    audio = _listed(study.corpus, path)
-    listed = digest([[r.recording_id, r.name] for r in audio.recordings])
-    return [listed, _codec_origin(study)]
+    return [study.corpus, _content(_told(study.corpus, path)), _codec_origin(study)]
+
+
+def _content(audio: AudioSet) -> str:
+    """Digest of the recordings' ids and bytes, wherever they lie and whatever their files are called."""
+    return digest([[r.recording_id, r.content] for r in audio.recordings])
 
 
 def _codec_origin(study: Study) -> str:
@@ -166,7 +212,8 @@ def open_source(
         if study.corpus == SYNTHETIC:
             audio, spec = _synthetic(study, folder, say)
         else:
-            audio, spec = _audio(study), _codec_spec(study.codec, study.codec_weights, device)
+            audio = _told(study.corpus, _audio_path(study))
+            spec = _codec_spec(study.codec, study.codec_weights, device)
             if _trains_own(study):
                 spec = _own_codec(study, audio, folder, say)
         say(f"coding {len(audio.recordings)} recordings with {study.codec}")
@@ -181,29 +228,31 @@ def open_source(
                 actors=max(1, actors),
                 gpus_per_actor=gpus_per_actor,
             )
-            return TokenSource(tokens, spec.on_driver(actors > 0).load(), sample_rates(audio))
+            content = _content(audio) if is_recorded(study.corpus) else ""
+            return TokenSource(tokens, spec.on_driver(actors > 0).load(), sample_rates(audio), content)
         except (ValueError, RuntimeError) as error:
             raise UserError(str(error)) from error
 
 
 def _own_codec(study: Study, audio: AudioSet, folder: Path, say: Callable[[str], None]) -> CodecSpec:
     """A melvq trained once on the training side of the user's own audio, on an hour of it where there is more."""
-    from data.audio_io import read_clips
+    from data.audio_io import Oddity, first_of_each, read_clips
     from data.codec import CodecSpec
     from data.melvq import train
 
     weights = folder / "melvq.npz"
     if not weights.is_file():
         say("training the stand-in codec on the training side")
-        spec = melvq_spec(study, audio)
-        side = [r for r in audio.recordings if side_of(r.recording_id, holdout=study.holdout) == "train"]
+        spec, skipped = melvq_spec(study, audio), list[Oddity]()
+        side = [r for r in audio.recordings if side_of(r.unit, holdout=study.holdout) == "train"]
 
         def waves() -> Iterator[npt.NDArray[np.float32]]:
             left = _CODEC_SECONDS
             for recording in sorted(side, key=lambda r: identity_hash(r.recording_id, salt="melvq")):
-                clips, _ = read_clips(
+                clips, odd = read_clips(
                     audio, recording, sample_rate=spec.sample_rate, chunk_s=study.chunk_s, min_s=study.min_s
                 )
+                skipped.extend(o for o in odd if o.skipped)
                 yield from (clip.wave_N for clip in clips)
                 left -= sum(clip.duration_s for clip in clips)
                 if left <= 0:
@@ -212,7 +261,10 @@ def _own_codec(study: Study, audio: AudioSet, folder: Path, say: Callable[[str],
         try:
             codec, _ = train(waves(), spec, epochs=2)
         except ValueError as error:
-            raise UserError(f"{study.corpus} at {study.audio_path} cannot train melvq: {error}") from error
+            why = f"; of the recordings: {first_of_each(skipped)}" if skipped else ""
+            raise UserError(
+                f"{_LAYOUTS[study.corpus]} at {_audio_path(study)} cannot train melvq: {error}{why}"
+            ) from error
         codec.save(weights)
     return CodecSpec(name="melvq", weights=str(weights))
 
@@ -283,21 +335,33 @@ def _audio_path(study: Study) -> str:
 @functools.cache
 def _listed(corpus: str, path: str) -> AudioSet:
     """The audio set at a path, listed once a process."""
+    from data.audio_io import first_of_each
     from data.fma import open_fma
     from data.ljspeech import open_ljspeech
 
     readers: dict[str, Callable[[str], AudioSet]] = {
-        ASTERISK: functools.partial(open_ljspeech, nominal_rate=ASTERISK_RATE, name=ASTERISK),
+        ASTERISK: functools.partial(open_ljspeech, nominal_rate=ASTERISK_RATE),
         "fma": open_fma,
         "ljspeech": open_ljspeech,
     }
     try:
-        audio = readers[corpus](path)
+        audio = replace(readers[corpus](path), name=_LAYOUTS[corpus])
     except (OSError, ValueError) as error:
         raise UserError(f"audio_path={path}: {error}") from error
     if not audio.recordings:
-        raise UserError(f"audio_path={path} lists no recording of {corpus}; point it at the data set's own layout")
+        raise UserError(
+            f"audio_path={path} lists no recording of {corpus}: {audio.entries} entries were read; "
+            f"{first_of_each(audio.oddities)}; point it at the data set's own layout"
+        )
     return audio
+
+
+@functools.cache
+def _told(corpus: str, path: str) -> AudioSet:
+    """The same with the content of each recording, which is read once a machine."""
+    from data.audio_io import with_contents
+
+    return with_contents(_listed(corpus, path), user_cache() / "content")
 
 
 def _codec_spec(codec: str, weights: str, device: str) -> CodecSpec:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _PLAIN = ("n_parameters", "tokens_per_second", "train_tokens", "unigram_nll", "corpus_audio")
 _POINTS = ("train_loss", "val_nll", "val_nll_lo", "val_nll_hi", "val_loss_smoothed", "grad_norm")
 _TUNED = ("architecture", "lr", "seed")
+LJ_SPEECH_S = 86_117.0  # of its 13,100 recordings (the data set's own page)
 _NOTHING = (float("nan"),) * 3
 
 
@@ -156,20 +157,29 @@ def _distances(reference: Embeddings | None, generated: Embeddings | None) -> di
     }
 
 
+def tokens_of_one_codec(cells: Sequence[PublishedCell]) -> list[dict[str, Any]]:
+    """What each cell says of its tokens. Raises UserError where they are of several codecs.
+
+    The stand-in codec is trained on each machine; processors that round differently give it other weights.
+    """
+    tokens = [json.loads(data) for data in files_of(cells, "tokens.json")]
+    hashes = sorted({str(t["codec"]["weights_hash"]) for t in tokens})
+    if len(hashes) > 1:
+        raise UserError(
+            f"the cells were trained on tokens of {len(hashes)} different codecs (weights {', '.join(hashes)}), "
+            "which no table can compare; give one codec's file with --set codec_weights=FILE, or run them on one "
+            "machine"
+        )
+    return tokens
+
+
 def write(cells: Sequence[PublishedCell], preset_name: str, study: Study, out: Path) -> list[str]:
     """Write the report folder; returns the headline lines for the screen.
 
     Raises UserError when the cells were trained on tokens of different codecs.
     """
     out.mkdir(parents=True, exist_ok=True)
-    tokens = [json.loads(data) for data in files_of(cells, "tokens.json")]
-    hashes = sorted({str(t["codec"]["weights_hash"]) for t in tokens})
-    if len(hashes) > 1:
-        raise UserError(
-            f"the cells were trained on tokens of {len(hashes)} different codecs (weights {', '.join(hashes)}), "
-            "which no "
-            "table can compare; give one codec's file with --set codec_weights=FILE, or run them on one machine"
-        )
+    tokens = tokens_of_one_codec(cells)
     names = {c.identity["architecture"] for c in cells}
     tried = {name: study.rates(name) for name in names} if study.rungs else None
     results, samples = results_of(cells), []
@@ -192,7 +202,7 @@ def write(cells: Sequence[PublishedCell], preset_name: str, study: Study, out: P
         preset=preset_name,
         facts=_facts(cells, tokens[0], study),
         audio_facts=_audio_facts(cells, results, study),
-        published=_published(study),
+        published=_published(study, tokens[0]["audio_s"]),
         curve_clips=CURVE_CLIPS,
         tried=tried,
         texts=text_section(effects, _text_facts(tokens[0], study), "texts.png") if len(effects) else [],
@@ -250,6 +260,7 @@ def _facts(cells: Sequence[PublishedCell], tokens: dict[str, Any], study: Study)
         "held-out clips, split by hash of the recording's id",
         f"sample rate: {shown}; the codec works at {codec['sample_rate']:,} Hz"
         + _resampled(rates, codec["sample_rate"]),
+        *_content_line(tokens),
         f"odd recordings: {odd}",
         f"{study.steps} steps of {study.batch_size} clips, seeds {', '.join(map(str, seeds))}",
         f"hardware: {recorded(cells, 'hardware')}",
@@ -262,6 +273,12 @@ def _facts(cells: Sequence[PublishedCell], tokens: dict[str, Any], study: Study)
         what = "1 seed: differences between architectures do not include training noise"
         lines.append(what if len(seeds) == 1 else f"{len(seeds)} seeds: the noise of training is known roughly at best")
     return lines
+
+
+def _content_line(tokens: dict[str, Any]) -> list[str]:
+    if "content" not in tokens:
+        return []
+    return [f"content of the {tokens['n_recordings']:,} recordings: {tokens['content'][:12]} (SHA-256 of their bytes)"]
 
 
 def _missing(cells: Sequence[PublishedCell], study: Study) -> list[str]:
@@ -313,14 +330,16 @@ def _audio_facts(cells: Sequence[PublishedCell], results: Results, study: Study)
     ]
 
 
-def _published(study: Study) -> str:
-    """See `write_report`."""
+def _published(study: Study, audio_s: float = LJ_SPEECH_S) -> str:
+    """See `write_report`; audio_s: how long the audio is, as a path alone does not tell what lies there."""
     if study.scale != "speech":
         return ""
     if (study.corpus, study.codec) != ("ljspeech", "encodec"):
         return f"{study.corpus} coded by {study.codec} is not LJ Speech coded by EnCodec"
     if study.codec_weights == "random":
         return "EnCodec has random weights here"
+    if abs(audio_s / LJ_SPEECH_S - 1) > 0.02:
+        return f"the audio at {study.audio_path} lasts {audio_s / 3600:.1f} h, LJ Speech {LJ_SPEECH_S / 3600:.1f} h"
     if study.text:
         return "a text study takes whole sentences, not chunks of 8 s"
     return "same"

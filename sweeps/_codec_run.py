@@ -16,14 +16,15 @@ import numpy.typing as npt
 import torch
 
 from analysis.audio import CodebookScores
+from data.audio_io import first_of_each
 from data.pack import TokenClips, collate, epoch_batches, evaluation_batches
 from models.codebook_loss import codebook_loss
 from models.codec_lm import CodecLM, CodecLMConfig, build_codec_lm, config_facts
 from models.delay import training_pair
 from models.lm_cost import lm_cost
 from sweeps._codec_audio import cell_audio
-from sweeps._codec_checkpoint import checkpoint_facts
-from sweeps._codec_data import TokenSource, open_source, unigram_nll
+from sweeps._codec_checkpoint import checkpoint_facts, unfinished
+from sweeps._codec_data import TokenSource, check_same_audio, open_source, unigram_nll
 from sweeps._codec_halving import compete
 from sweeps._codec_text import NO_TEXT, SHUFFLED, given_texts, shuffled_texts
 from sweeps._context import PackContext
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = ("raw", "ema")
 ALONE = World()
+_NAMED = 3  # odd recordings of each kind that are named on the screen
 
 
 class TrainingStream:
@@ -103,7 +105,10 @@ def run_pack(cells: Sequence[LMCell], study: Study, context: PackContext) -> Non
             "--set needs_gpu=false"
         )
     torch.set_num_threads(context.threads)
+    check_same_audio(cells[0], study, context.fingerprint(cells[0]))
     source = open_source(study, context.device, lambda line: context.progress(force=True, phase=line))
+    if source.tokens.computed and source.tokens.oddities and context.world.first:
+        context.note(f"odd recordings: {first_of_each(source.tokens.oddities, _NAMED)}")
     try:
         sides = [TokenClips(source.tokens, side, holdout=study.holdout) for side in ("train", "validation")]
     except ValueError as error:
@@ -199,7 +204,7 @@ class _CellRun:
     def train_to(self, step: int) -> float:
         """Continue from the checkpoint, if there is one, to a step; returns real tokens a second."""
         cell, context = self.cell, self.context
-        state = context.work.load(cell.key)
+        state = unfinished(cell, context, say=context.world.first)
         if len({int(s["step"]) if s else 0 for s in context.world.gather(state and {"step": state["step"]})}) > 1:
             raise RuntimeError("the processes read checkpoints of different steps; an older group still wrote")
         if state is not None:
@@ -225,6 +230,7 @@ class _CellRun:
 
     def _keep(self, kind: str, step: int, state: dict[str, Any]) -> None:
         """Save a checkpoint; where that fails the one before it stays and training goes on."""
+        state["fingerprint"] = self.context.fingerprint(self.cell)
         try:
             self.context.work.save(self.cell.key, step, state, kind)
         except OSError as error:
@@ -272,7 +278,7 @@ class _CellRun:
         """Averaged weights of the best measurement; None where that is the last one, or was not saved."""
         if self.trainer.best is None or self.trainer.best[0] == self.trainer.step_count:
             return None
-        state = self.context.work.load(self.cell.key, "best")
+        state = unfinished(self.cell, self.context, "best")
         if state is None or state["step"] != self.trainer.best[0]:
             return None
         model = build_codec_lm(self.config, device=self.context.device, seed=self.cell.seed)
@@ -373,12 +379,24 @@ class _CellRun:
 
     def _tokens(self) -> dict[str, object]:
         manifest = self.source.tokens.manifest
-        wanted = ("dataset", "codec", "chunk_s", "min_s", "n_clips", "n_frames", "n_tokens", "audio_s", "odd")
+        wanted = (
+            "dataset",
+            "codec",
+            "chunk_s",
+            "min_s",
+            "n_recordings",
+            "n_clips",
+            "n_frames",
+            "n_tokens",
+            "audio_s",
+            "odd",
+        )
         train_clips = len(self.stream.clips)
         rates = {str(rate): files for rate, files in self.source.source_rates.items()}
         counts = {"train_clips": train_clips, "held_out_clips": len(self.held_out), "source_rates": rates}
         texts = {"left_out": self.left_out} if self.study.text else {}
-        return {n: manifest[n] for n in wanted} | counts | texts
+        content = {"content": self.source.content} if self.source.content else {}
+        return {n: manifest[n] for n in wanted} | counts | texts | content
 
 
 def _nll_rows(scores: CodebookScores, metric: str, params: dict[str, str]) -> list[Row]:

@@ -46,6 +46,7 @@ def tokenise(arguments: argparse.Namespace) -> list[str]:
     """Code what is missing; returns what to print. Raises UserError for bad input."""
     import ray
 
+    from data.audio_io import first_of_each
     from sweeps._codec_data import banner, check, open_source, tokens_folder
     from sweeps.codec_lm import PRESETS
 
@@ -72,6 +73,6 @@ def tokenise(arguments: argparse.Namespace) -> list[str]:
         *banner(study),
         f"{len(m['shards'])} shards, {source.tokens.computed} of them made now: {m['n_clips']} clips, "
         f"{m['audio_s']:.0f} s, {m['n_tokens']:,} tokens",
-        f"odd recordings: {'; '.join(f'{n} {kind}' for kind, n in m['odd'].items()) or 'none'}",
+        f"odd recordings: {first_of_each(source.tokens.oddities, 3)}",
         f"tokens       {source.tokens.folder}",
     ]

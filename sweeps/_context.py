@@ -132,6 +132,10 @@ class PackContext:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_report": None, "_flag": None}
 
+    def fingerprint(self, cell: Cell) -> str:
+        """Digest of all that decides a cell's numbers, as the launch computed it."""
+        return self._fingerprint(cell)
+
     @property
     def published(self) -> int:
         """Cells of the pack that are published."""

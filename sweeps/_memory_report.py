@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,11 +10,11 @@ import pandas as pd
 
 from analysis.memory_cache_effects import ArmData, effects, layer_means
 from analysis.memory_cache_report import write_report
-from sweeps._codec_data import PLANTED, banner
-from sweeps._codec_report import final_scores
+from sweeps._codec_data import PLANTED, RECALL, banner
+from sweeps._codec_report import final_scores, tokens_of_one_codec
 from sweeps._memory_health import with_recordings
 from sweeps._memory_plan import BASE, VARIABLES, Arm, CacheCell, CacheStudy, arms
-from sweeps._published import file_of, recorded, tables_of
+from sweeps._published import recorded, tables_of
 from sweeps._sweep import PublishedCell, UserError
 from sweeps._train import TrainConfig
 
@@ -61,9 +60,12 @@ def write(cells: Sequence[PublishedCell], preset_name: str, study: CacheStudy, o
 
 def _facts(done: Sequence[Arm], published: Mapping[str, PublishedCell], study: CacheStudy) -> list[str]:
     first = published[done[0].cells[0].key]
-    tokens = json.loads(file_of(first, "tokens.json"))
-    base = {name: getattr(study, name)[0] for name in VARIABLES}
     every = [published[c.key] for arm in done for c in (*arm.cells, *arm.controls)]
+    (tokens, *_), _ = (
+        tokens_of_one_codec([c for c in every if (c.identity["corpus"] == RECALL) is planted])
+        for planted in (False, True)
+    )
+    base = {name: getattr(study, name)[0] for name in VARIABLES}
     unigram = first.rows.loc[first.rows["metric"] == "unigram_nll", "value"].iloc[0]
     return [
         "base setting: " + ", ".join(f"{name} {value}" for name, value in base.items()),
