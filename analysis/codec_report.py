@@ -119,7 +119,7 @@ def write_report(
         given = ", models with text given one of a held-out clip (in the .txt files)" if len(results.texts) else ""
         text += ["## Samples", "", f"From nothing{given}, EMA weights; the WAV files lie beside this page.", ""]
         text += [line for name, file in results.samples for line in (f"![{name}]({file})", "")]
-    (out / "report.md").write_text("\n".join(text))
+    (out / "report.md").write_text("\n".join(text), encoding="utf-8")
     return main
 
 

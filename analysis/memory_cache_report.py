@@ -87,7 +87,7 @@ def write_report(
             _gate_table(planted),
             "",
         ]
-    (out / "report.md").write_text("\n".join(text))
+    (out / "report.md").write_text("\n".join(text), encoding="utf-8")
     return lines
 
 

@@ -64,7 +64,7 @@ def write_report(
         text += ["## Utility of local topology", "", _UTILITY_NOTE, "", _markdown(utility), ""]
         topology_plots.utility(utility, out / "utility.png")
         text += ["![utility](utility.png)", ""]
-    (out / "report.md").write_text("\n".join(text))
+    (out / "report.md").write_text("\n".join(text), encoding="utf-8")
 
 
 _RATIO_NOTE = (

@@ -11,7 +11,7 @@ from pathlib import Path
 
 def resident_mib(field: str) -> float:
     """VmRSS or VmHWM (the peak since the last reset) of this process in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) / 1024
 
 
@@ -20,7 +20,7 @@ def added_peak_mib(warm_up: Callable[[], object], work: Callable[[], object]) ->
     warm_up()
     ctypes.CDLL(None).malloc_trim(0)
     before = resident_mib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     work()
     return resident_mib("VmHWM") - before
 

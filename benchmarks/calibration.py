@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for study, text in summary(found, asked.quick).items():
         print(f"\n{study}\n\n{text}")
     if not asked.quick and not asked.only:
-        PAGE.write_text(page(found, (time.monotonic() - start) / 60))
+        PAGE.write_text(page(found, (time.monotonic() - start) / 60), encoding="utf-8")
         print(f"\nwritten: {PAGE.relative_to(ROOT)}")
     missed = [job for job, tally in found.items() if not of(job, asked.quick)[0].holds(tally)]
     for job in missed:

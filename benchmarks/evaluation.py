@@ -130,7 +130,7 @@ def peer(folder: Path) -> Any:
             losses = metrics["model_performance_preservation"]
             names = ("ce_loss_without_sae", "ce_loss_with_sae", "ce_loss_with_ablation")
             found[cell_name(*cell)] = [losses[name] for name in names]
-        (folder / "peer.json").write_text(json.dumps(found))
+        (folder / "peer.json").write_text(json.dumps(found), encoding="utf-8")
 
     return work
 
@@ -186,15 +186,15 @@ def ours(folder: Path, dtype: str) -> Any:
             rows, _, _ = evaluation.run(cell, saes[at])
             value = {row.metric: row.value for row in rows}
             found[cell_name(*at)] = [value[name] for name in ("loss_orig", "loss_recon", "loss_zero")]
-        (folder / f"ours-{dtype}.json").write_text(json.dumps(found))
+        (folder / f"ours-{dtype}.json").write_text(json.dumps(found), encoding="utf-8")
 
     return work
 
 
 def worst_difference(folder: Path, dtype: str) -> float:
     """Largest relative difference of any CE (with, without, ablated) of any cell from the peer's."""
-    expected = json.loads((folder / "peer.json").read_text())
-    found = json.loads((folder / f"ours-{dtype}.json").read_text())
+    expected = json.loads((folder / "peer.json").read_text(encoding="utf-8"))
+    found = json.loads((folder / f"ours-{dtype}.json").read_text(encoding="utf-8"))
     return max(abs(a - b) / b for cell in expected for a, b in zip(found[cell], expected[cell], strict=True))
 
 

@@ -46,7 +46,7 @@ def transcripts(tree: Path) -> dict[str, str]:
     found = next(tree.rglob("core-sounds-en.txt.gz"), None)
     if found is None:
         raise RuntimeError(f"no core-sounds-en.txt.gz in {' '.join(SPEECH_PACKAGES)}; their layout has changed")
-    pairs = (line.split(":", 1) for line in gzip.decompress(found.read_bytes()).decode().splitlines() if ":" in line)
+    pairs = (line.split(":", 1) for line in gzip.decompress(found.read_bytes()).decode().split("\n") if ":" in line)
     texts = {name.strip(): text.strip().replace("|", " ") for name, text in pairs}
     return {name: text for name, text in texts.items() if text and not text.startswith(("[", "<"))}
 
@@ -54,7 +54,7 @@ def transcripts(tree: Path) -> dict[str, str]:
 def lay_out_speech(tree: Path, out: Path) -> int:
     """Write metadata.csv and wavs/ from the prompts below ``tree``; returns how many."""
     (out / "wavs").mkdir(parents=True)
-    texts, lines = transcripts(tree), []
+    texts, listed = transcripts(tree), []
     for path in sorted(tree.rglob("*.wav")):
         parts = path.relative_to(tree).parts
         folders = parts[parts.index("sounds") + 2 :] if "sounds" in parts else (path.name,)
@@ -63,9 +63,9 @@ def lay_out_speech(tree: Path, out: Path) -> int:
         name = "_".join(folders).removesuffix(".wav")
         said = texts.get("/".join(folders).removesuffix(".wav"), "")
         shutil.copyfile(path, out / "wavs" / f"{name}.wav")
-        lines.append(f"{name}|{said}|{said}\n")
-    (out / "metadata.csv").write_text("".join(lines))
-    return len(lines)
+        listed.append(f"{name}|{said}|{said}\n")
+    (out / "metadata.csv").write_text("".join(listed), encoding="utf-8")
+    return len(listed)
 
 
 def lay_out_music(tree: Path, out: Path) -> int:
@@ -82,7 +82,7 @@ def lay_out_music(tree: Path, out: Path) -> int:
                 soundfile.write(place, piece.read(size, dtype="float32"), piece.samplerate, format="MP3")
                 rows.append(f'{number},training,large,Electronic,"{path.stem}, part {part}"')
     (out / "fma_metadata").mkdir(parents=True)
-    (out / "fma_metadata" / "tracks.csv").write_text("\n".join(rows) + "\n")
+    (out / "fma_metadata" / "tracks.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return number
 
 

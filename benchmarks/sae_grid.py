@@ -188,11 +188,11 @@ def peer(folder: Path, which: str, sizes: argparse.Namespace) -> Callable[[], ob
     """A worker's work: every call leaves CPU-seconds in `<which>.json`, of the parts or of the runner's own step."""
     grid = PeerGrid(folder, sizes)
     if which == "check":
-        return lambda: (folder / "check.json").write_text(json.dumps(grid.run_cell()))
+        return lambda: (folder / "check.json").write_text(json.dumps(grid.run_cell()), encoding="utf-8")
     tokens = torch.from_numpy(np.load(folder / "tokens.npy")[:2]).long()
     _, cache = grid.model.run_with_cache(tokens, names_filter=[hook(layer) for layer in LAYERS], prepend_bos=False)
     torch.save({layer: cache[hook(layer)].detach() for layer in LAYERS}, folder / "peer_acts.pt")
-    return lambda: (folder / f"{which}.json").write_text(json.dumps(grid.measure()))
+    return lambda: (folder / f"{which}.json").write_text(json.dumps(grid.measure()), encoding="utf-8")
 
 
 def ours(folder: Path, sizes: argparse.Namespace) -> tuple[Callable[[], None], dict[str, Any]]:
@@ -259,7 +259,7 @@ def measure(folder: Path, sizes: argparse.Namespace) -> tuple[dict[str, list[dic
 
             def arm(worker: Worker = worker, which: str = which) -> float:
                 seconds = worker()
-                parts[which].append(json.loads((folder / f"{which}.json").read_text()))
+                parts[which].append(json.loads((folder / f"{which}.json").read_text(encoding="utf-8")))
                 return seconds
 
             arms[which] = arm
@@ -268,7 +268,7 @@ def measure(folder: Path, sizes: argparse.Namespace) -> tuple[dict[str, list[dic
         results = paired(arms, baseline=OURS, repeats=sizes.repeats, warmup=1, progress=progress)
     with Worker([*argv, "--serve", "check"], ALLOCATORS["allocator tuned"]) as worker:
         worker()
-    facts["check"] = json.loads((folder / "check.json").read_text())
+    facts["check"] = json.loads((folder / "check.json").read_text(encoding="utf-8"))
     peer_acts = torch.load(folder / "peer_acts.pt")
     facts["difference"] = max(
         float((facts["acts"][layer] - peer_acts[layer]).norm() / peer_acts[layer].norm()) for layer in LAYERS

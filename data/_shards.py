@@ -305,7 +305,7 @@ def _named_errors(source: str, shard: str | None = None) -> Iterator[None]:
         if shard is None and isinstance(error, FileNotFoundError):
             raise ValueError(f"stream {source} does not exist; give a directory of *.parquet shards") from error
         if shard is not None and isinstance(error, OSError | pa.ArrowException | ValueError | EOFError):
-            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            reason = str(error).split("\n")[0][:200] if str(error) else type(error).__name__
             raise CorruptShard(f"shard {shard} of {source} cannot be read: {reason}") from error
         raise
 

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from data._content import file_sha256
+from data._text import decode_text, lines
 
 
 def load(path: str | Path) -> tuple[list[str], np.ndarray]:
@@ -96,7 +97,7 @@ def _npy(path: Path) -> tuple[list[str], np.ndarray]:
     beside = _ids_beside(path)
     if not beside.is_file():
         raise FileNotFoundError(f"{path.name} has no row ids; write them to {beside.name} beside it, one a line")
-    return beside.read_text().rstrip("\n").split("\n"), np.load(path, allow_pickle=False)
+    return lines(decode_text(beside.read_bytes()).rstrip("\n")), np.load(path, allow_pickle=False)
 
 
 def _npz(path: Path) -> tuple[list[str], np.ndarray]:

@@ -308,7 +308,7 @@ def write_ljspeech(spec: SpeechSpec, n_clips: int, out: str | Path) -> Path:
             name = f"SYN{spec.seed:03d}-{index:05d}"
             soundfile.write(aside / "wavs" / f"{name}.wav", wave_N, spec.sample_rate, subtype="PCM_16")
             lines.append(f"{name}|{text}|{text}\n")
-        (aside / "metadata.csv").write_text("".join(lines))
+        (aside / "metadata.csv").write_text("".join(lines), encoding="utf-8")
         try:
             os.rename(aside, out)
         except OSError:

@@ -214,6 +214,6 @@ def dequantise(target: Path) -> None:
     config = model.config.to_dict()
     config.pop("quantization_config", None)
     config["architectures"] = [type(model).__name__]
-    (target / "config.json").write_text(json.dumps(config, indent=1, default=str))
+    (target / "config.json").write_text(json.dumps(config, indent=1, default=str), encoding="utf-8")
     weights = {k: v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}  # tied
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})

@@ -65,7 +65,7 @@ def save_saelens(sae: TopKSAE, path: str | Path, metadata: Mapping[str, Any]) ->
         "b_dec": weights.b_dec.detach().cpu(),
     }
     save_file(tensors, folder / WEIGHTS_FILE)
-    (folder / CONFIG_FILE).write_text(text + "\n")
+    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def load_saelens(path: str | Path) -> tuple[TopKSAE, dict[str, Any]]:
@@ -78,7 +78,7 @@ def load_saelens(path: str | Path) -> tuple[TopKSAE, dict[str, Any]]:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no {name}; give the folder that save_saelens or SAELens wrote")
-    config = json.loads((folder / CONFIG_FILE).read_text())
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     for key, wanted in (("architecture", "topk"), ("normalize_activations", "none"), ("reshape_activations", "none")):
         found = config.get(key, wanted if key != "architecture" else None)
         if found != wanted:

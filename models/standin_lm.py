@@ -82,7 +82,9 @@ def pretrained(
         train_N, heldout_N = tokens()
         model, summary = train(name, train_N, heldout_N, recipe, progress or _print_progress)
         _save(model, target)
-        (target / "training.json").write_text(json.dumps({"recipe": asdict(recipe), **summary}, indent=1))
+        (target / "training.json").write_text(
+            json.dumps({"recipe": asdict(recipe), **summary}, indent=1), encoding="utf-8"
+        )
 
     return cached_directory(cache_root(cache_dir), key, build)
 

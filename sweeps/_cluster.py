@@ -53,7 +53,7 @@ class Cluster:
     def read(path: Path) -> Cluster:
         """Raises UserError naming the value, the rule and the remedy."""
         try:
-            config = yaml.safe_load(path.read_text())
+            config = yaml.safe_load(path.read_text(encoding="utf-8"))
             provider, auth = dict(config["provider"]), dict(config["auth"])
             head, listed, user = provider["head_ip"], provider["worker_ips"] or [], auth["ssh_user"]
         except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
@@ -208,7 +208,7 @@ def mlflow(*, stop: bool) -> int:
     note = folder / "server.pid"
     if stop:
         if note.exists():
-            pid = int(note.read_text())
+            pid = int(note.read_text(encoding="utf-8"))
             if "mlflow" in _command_line(pid):
                 os.killpg(pid, signal.SIGTERM)
             note.unlink()
@@ -238,7 +238,7 @@ def mlflow(*, stop: bool) -> int:
         popen = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=folder
         )
-    note.write_text(str(popen.pid))
+    note.write_text(str(popen.pid), encoding="utf-8")
     end = time.monotonic() + _MLFLOW_SECONDS
     while time.monotonic() < end and popen.poll() is None:
         if _answers(host):
@@ -251,7 +251,7 @@ def mlflow(*, stop: bool) -> int:
 
 def _command_line(pid: int) -> str:
     try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
+        return Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8")
     except OSError:
         return ""
 

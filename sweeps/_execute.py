@@ -150,7 +150,7 @@ def _board_callback(
         """Print why an attempt ended and return that line; an error of the code's own comes with its traceback."""
         name = trial.config["pack"]
         try:
-            text = without_password(last_failure(Path(trial.error_file).read_text()))
+            text = without_password(last_failure(Path(trial.error_file).read_text(encoding="utf-8")))
         except OSError:
             return "crashed"
         line = death(text, packs[name])

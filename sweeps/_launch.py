@@ -381,12 +381,12 @@ class _Watch:
 
 def say_partial(report: Path, cells: int, planned: int) -> None:
     """Say below the heading of a Markdown report (at the head of one without) that it is of a part of the plan."""
-    heading, rest = "", report.read_text()
+    heading, rest = "", report.read_text(encoding="utf-8")
     if rest.startswith("# "):
         heading, _, rest = rest.partition("\n")
         heading += "\n\n"
     note = f"**{cells} of {planned} planned cells** are published; this report is of those alone."
-    report.write_text(f"{heading}{note}\n\n{rest.lstrip()}")
+    report.write_text(f"{heading}{note}\n\n{rest.lstrip()}", encoding="utf-8")
 
 
 def shutdown_ray() -> None:

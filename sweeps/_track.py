@@ -376,7 +376,7 @@ class Tracker:
                 copy.write_bytes(store.read(f"{cell.key}/{name}"))
             if left_out:
                 text = "".join(f"{cell.uri}/{name}\n" for name in left_out)
-                Path(folder, "larger_files_in_ledger.txt").write_text(text)
+                Path(folder, "larger_files_in_ledger.txt").write_text(text, encoding="utf-8")
             if place:  # the client would ask for the whole run first, to learn the same
                 get_artifact_repository(place, tracking_uri=self._address).log_artifacts(folder)
             else:

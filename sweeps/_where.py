@@ -103,7 +103,7 @@ def hardware() -> str:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        lines = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
+        lines = [x for x in cpuinfo.read_text(encoding="utf-8").splitlines() if x.startswith("model name")]
         model = lines[0].split(":", 1)[1].strip() if lines else model
     text = f"{model}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
     if "torch" in sys.modules:
@@ -130,7 +130,7 @@ def git_commit() -> str:
     if noted := os.environ.get("PLUMBLINE_GIT_COMMIT"):  # the driver's, on the workers of a cluster
         return noted
     if (note := ROOT / ".commit").is_file():
-        return note.read_text().strip()
+        return note.read_text(encoding="utf-8").strip()
     try:
         run = subprocess.run(
             ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],

@@ -129,14 +129,14 @@ def load_candidate(name: str) -> Candidate:
 
 def main() -> None:
     """Read the case and candidate from the first file, write the findings as JSON to the second."""
-    request = json.loads(Path(sys.argv[1]).read_text())
+    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     case = Case(**request["case"])
     result: dict[str, object]
     try:
         result = asdict(compare(load_candidate(request["candidate"]), case))
     except torch.OutOfMemoryError as error:
         result = {"errors": {}, "failure": f"out of device memory: {str(error).splitlines()[0]}", "transient": True}
-    Path(sys.argv[2]).write_text(json.dumps(result))
+    Path(sys.argv[2]).write_text(json.dumps(result), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def run_preflight(
     paths = [str(root), *map(str, search_path), os.environ.get("PYTHONPATH", "")]
     with tempfile.TemporaryDirectory(prefix="preflight-") as folder:
         request, result, stderr = (Path(folder) / name for name in ("request.json", "result.json", "stderr"))
-        request.write_text(json.dumps({"case": asdict(case), "candidate": candidate}))
+        request.write_text(json.dumps({"case": asdict(case), "candidate": candidate}), encoding="utf-8")
         with stderr.open("wb") as sink:
             child = subprocess.Popen(
                 [sys.executable, "-m", "models.ops._preflight_check", str(request), str(result)],
@@ -83,7 +83,7 @@ def run_preflight(
                 _kill_session(child)
         if code != 0 or not result.exists():
             return Verdict(trusted=False, reason=f"{_describe_exit(code)}: {_last_line(stderr)}")
-        found = json.loads(result.read_text())
+        found = json.loads(result.read_text(encoding="utf-8"))
     failure = found["failure"]
     return Verdict(
         trusted=failure is None,
@@ -205,14 +205,14 @@ def _describe_exit(code: int) -> str:
 
 
 def _last_line(stderr: Path) -> str:
-    lines = [line for line in stderr.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line for line in stderr.read_text(errors="replace", encoding="utf-8").splitlines() if line.strip()]
     return lines[-1].strip() if lines else "nothing on stderr"
 
 
 def _read(path: Path, key: dict[str, object]) -> Verdict | None:
     """Verdict on disk, or None when there is none, it is damaged or it answers another question."""
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         return Verdict(**record["verdict"]) if record["key"] == json.loads(json.dumps(key)) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
