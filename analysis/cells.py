@@ -14,13 +14,16 @@ import pandas as pd
 from analysis.bootstrap import Floats, ce_rec_ci, count_blocks
 from analysis.budget import FeatureCounts, rate_bits
 from analysis.fidelity import LOSSES, SEQUENCE_COLUMNS, TOKEN_SUMS, SequenceSums
+from analysis.variance import CONTROLS
 
 IDENTITY = ("model", "layer", "depth", "k", "seed", "tokens")
+# R² and PR without the tokens and directions that own the variance; older ledgers lack them
+AUDIT_COLUMNS = ("r2_no_sinks", "pr_no_sinks", "sst_share_first", "sst_share_top1pct", *CONTROLS[1:])
 CELL_COLUMNS = (
     *IDENTITY,
     *("r2", "r2_legacy", "r2_energy", "ce_rec", "ce_rec_lo", "ce_rec_hi", "ce_loss_score", "mse", "cosine"),
     *("relative_error", "alive", "swd", "abs_gdelta", "nmse", "rate_bits", "rate_bits_entropy"),
-    *("pr", "pr_deflated", *LOSSES, "d_model", "d_sae", "cell_key"),
+    *("pr", "pr_deflated", *LOSSES, "d_model", "d_sae", "cell_key", *AUDIT_COLUMNS),
 )
 CONFIGURATION = ("model", "depth", "layer", "k", "tokens")
 _DEPTHS = {"early": 0, "mid": 1, "late": 2}
@@ -41,7 +44,8 @@ def cell_record(
         identity: model, layer, depth, k, seed, tokens and cell_key.
         sums: the evaluated sequences, with their losses.
         features: what fired on the same tokens.
-        geometry: `pr` and `pr_deflated` of the hooked layer (`CovarianceSums.summary`).
+        geometry: `pr` and `pr_deflated` of the hooked layer (`CovarianceSums.summary`), and AUDIT_COLUMNS
+            (`VarianceSums.summary`, `ControlledErrors.metrics`); those that are not given are NaN.
         n_resamples: bootstrap resamples over sequences for the interval of CE_rec.
         seed: of the resamples; the same for all cells, so that their intervals are paired.
     """
@@ -63,6 +67,7 @@ def cell_record(
         "pr_deflated": geometry["pr_deflated"],
         "d_model": sums.mean_D.numel(),
         "d_sae": features.d_sae,
+        **{name: geometry.get(name, float("nan")) for name in AUDIT_COLUMNS},
     }
     return {name: values[name] for name in CELL_COLUMNS}
 
@@ -70,8 +75,10 @@ def cell_record(
 def prepare_cells(cells: pd.DataFrame) -> pd.DataFrame:
     """The cells in report order (model by width, layer, k, tokens, seed), contract columns first.
 
-    Raises ValueError on missing columns and on two rows of the same cell.
+    AUDIT_COLUMNS that an older ledger lacks are NaN. Raises ValueError on other missing columns and on two rows of the
+    same cell.
     """
+    cells = cells.assign(**{c: float("nan") for c in AUDIT_COLUMNS if c not in cells.columns})
     missing = [c for c in CELL_COLUMNS if c not in cells.columns]
     if missing:
         raise ValueError(f"the cells table lacks columns {missing}; build its rows with cells.cell_record")

@@ -175,6 +175,7 @@ class SequenceSums:
         a_hat_BTD: torch.Tensor,
         sequence_B: torch.Tensor | Sequence[int],
         g_BTD: torch.Tensor | None = None,
+        evaluated_BT: torch.Tensor | None = None,
     ) -> None:
         """Add a batch.
 
@@ -184,6 +185,7 @@ class SequenceSums:
             sequence_B: the id of each row's sequence.
             g_BTD: ∂L/∂a at the hook from the unpatched pass, or None when not measured (SWD is then NaN).
                 Take L as the sum over tokens of nats, so that g does not depend on the batch size.
+            evaluated_BT: bool, the tokens that count (in every sum and in n_tokens); None: all.
         """
         ids = torch.as_tensor(sequence_B, dtype=torch.int64)
         self._table = None
@@ -199,12 +201,14 @@ class SequenceSums:
         # on a CPU one sequence at a time keeps the float64 temporaries in cache
         size = 1 if a_BTD.device.type == "cpu" else len(ids)
         gradients = [None] * len(ids) if g_BTD is None else g_BTD.split(size)
-        for a, a_hat, g in zip(a_BTD.split(size), a_hat_BTD.split(size), gradients, strict=False):
-            self._add(_double(a), _double(a_hat), None if g is None else _double(g))
+        counted = [None] * len(ids) if evaluated_BT is None else evaluated_BT.split(size)
+        for a, a_hat, g, counts in zip(a_BTD.split(size), a_hat_BTD.split(size), gradients, counted, strict=False):
+            self._add(_double(a), _double(a_hat), None if g is None else _double(g), counts)
         self._sequence_ids.append(ids.cpu())
-        self._n_tokens += [a_BTD.shape[1]] * len(ids)
+        whole = [a_BTD.shape[1]] * len(ids)
+        self._n_tokens += whole if evaluated_BT is None else evaluated_BT.sum(dim=1).tolist()
 
-    def _add(self, a: torch.Tensor, a_hat: torch.Tensor, g: torch.Tensor | None) -> None:
+    def _add(self, a: torch.Tensor, a_hat: torch.Tensor, g: torch.Tensor | None, counts: torch.Tensor | None) -> None:
         delta = a_hat - a
         sse_BT = delta.square().sum(dim=-1)
         norm_BT = a.norm(dim=-1)
@@ -221,7 +225,10 @@ class SequenceSums:
             effect_BT.abs(),
             1.0 - sse_BT / sst_BT,
         )
-        self._sums.append(torch.stack([x.sum(dim=1) for x in per_token], dim=1))
+        if counts is not None:
+            centred = torch.where(counts[..., None], centred, 0.0)
+        counted = per_token if counts is None else [torch.where(counts, x, 0.0) for x in per_token]
+        self._sums.append(torch.stack([x.sum(dim=1) for x in counted], dim=1))
         self._sum_D += centred.sum(dim=(0, 1))
 
     def add_losses(

@@ -12,22 +12,31 @@ import torch
 Array = torch.Tensor | npt.NDArray[np.floating]
 
 
-def _ratio(eigenvalues_D: torch.Tensor, deflate: int, n_samples: int) -> float:
-    """PR of ascending eigenvalues without the `deflate` largest; rounding noise counts as zero."""
+def rounding_floor(eigenvalues_D: torch.Tensor, n_samples: int) -> float:
+    """What ascending float64 eigenvalues of a covariance of so many tokens must exceed to be more than rounding."""
+    return float(eigenvalues_D[-1]) * max(eigenvalues_D.numel(), n_samples) * torch.finfo(torch.float64).eps
+
+
+def participation_ratio_of(eigenvalues_D: torch.Tensor, floor: float, deflate: int = 0) -> float:
+    """PR of ascending eigenvalues without the `deflate` largest; those up to `floor` count as zero.
+
+    Raises ValueError when nothing is left.
+    """
     if deflate < 0:
         raise ValueError(f"deflate={deflate} must be >= 0, the number of top eigenvectors to remove")
-    d = eigenvalues_D.numel()
-    top = float(eigenvalues_D[-1])
-    noise = top * max(d, n_samples) * torch.finfo(torch.float64).eps
-    spectrum = torch.where(eigenvalues_D > noise, eigenvalues_D, 0.0)
+    spectrum = torch.where(eigenvalues_D > floor, eigenvalues_D, 0.0)
     rank = int((spectrum > 0).sum())
     if rank <= deflate:
         raise ValueError(
             f"deflate={deflate} leaves nothing of a covariance of rank {rank}; choose deflate < rank, "
             "on activations that vary"
         )
-    kept = spectrum[: d - deflate]
+    kept = spectrum[: eigenvalues_D.numel() - deflate]
     return float(kept.sum().square() / kept.square().sum())
+
+
+def _ratio(eigenvalues_D: torch.Tensor, deflate: int, n_samples: int) -> float:
+    return participation_ratio_of(eigenvalues_D, rounding_floor(eigenvalues_D, n_samples), deflate)
 
 
 def participation_ratio(x_ND: Array, deflate: int = 0) -> float:
@@ -90,12 +99,19 @@ class CovarianceSums:
         drift = self._sum_D / self.n_tokens
         return self._outer_DD / self.n_tokens - torch.outer(drift, drift)
 
-    def summary(self) -> dict[str, float]:
-        """d_model, n_tokens, pr, pr_deflated (one top eigenvector removed) and pr_over_d of the layer."""
+    def eigenvalues_D(self) -> torch.Tensor:
+        """Eigenvalues of the covariance, ascending, float64."""
         covariance = self.covariance_DD()
         if not bool(torch.isfinite(covariance).all()):
             raise ValueError("the stream held non-finite activations; drop those tokens or repair their source")
-        eigenvalues = torch.linalg.eigvalsh(covariance)
+        return torch.linalg.eigvalsh(covariance)
+
+    def summary(self, eigenvalues_D: torch.Tensor | None = None) -> dict[str, float]:
+        """d_model, n_tokens, pr, pr_deflated (one top eigenvector removed) and pr_over_d of the layer.
+
+        `eigenvalues_D` saves the decomposition where the caller has them already.
+        """
+        eigenvalues = self.eigenvalues_D() if eigenvalues_D is None else eigenvalues_D
         d = eigenvalues.numel()
         pr = _ratio(eigenvalues, 0, self.n_tokens)
         return {

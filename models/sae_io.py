@@ -23,6 +23,18 @@ _TENSORS = ("W_enc", "W_dec", "b_enc", "b_dec")
 # the release whose format this module was written against, named when SAELens itself is not installed
 FORMAT_VERSION = "6.54.0"
 
+UNPROCESSED: dict[str, Any] = {
+    "model_class_name": "HookedTransformer",
+    "model_from_pretrained_kwargs": {
+        "fold_ln": False,
+        "center_writing_weights": False,
+        "center_unembed": False,
+        "fold_value_biases": False,
+    },
+}
+"""How SAELens and TransformerLens load the language model as SAEs are trained on it here: no folding, no centring.
+SAELens' own evaluation passes the arguments on; `HookedTransformer.from_pretrained` would process the weights."""
+
 
 def sae_lens_version() -> str:
     """Version of the installed SAELens, or the one whose format this module writes."""
@@ -35,14 +47,14 @@ def sae_lens_version() -> str:
 def save_saelens(sae: TopKSAE, path: str | Path, metadata: Mapping[str, Any]) -> None:
     """Write `sae` to the folder `path` (made when missing).
 
-    `metadata` (model_name, hook_name, context_size, dataset_path, …; JSON values) goes into the config beside
-    `sae_lens_version`, which SAELens needs to read the format; the caller's entries win.
+    `metadata` (model_name, hook_name, context_size, dataset_path, …; JSON values) goes into the config with
+    `sae_lens_version`, which SAELens needs to read the format, and UNPROCESSED; the caller's entries win.
 
     Raises ValueError when the metadata is not JSON.
     """
     folder = Path(path)
     architecture = sae.architecture()
-    described = {"sae_lens_version": sae_lens_version(), "sae_lens_training_version": None, **metadata}
+    described = {"sae_lens_version": sae_lens_version(), "sae_lens_training_version": None, **UNPROCESSED, **metadata}
     config = {
         "architecture": "topk",
         **architecture,

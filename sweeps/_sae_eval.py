@@ -16,12 +16,14 @@ from analysis.budget import FeatureCounts
 from analysis.cells import CELL_COLUMNS, IDENTITY, cell_record
 from analysis.fidelity import SequenceSums
 from analysis.geometry import CovarianceSums
+from analysis.variance import LAYER_COLUMNS, ControlledErrors, Controls, VarianceSums
 from data.pile import TokenStream
 from models.sae_io import save_saelens
 from models.topk_sae import TopKSAE, encoder
 from sweeps._context import PackContext
 from sweeps._published import parquet_bytes
 from sweeps._sae_text import TextCheck
+from sweeps._sae_tokens import kept_tokens, leaves_out
 from sweeps._sweep import Row, UserError
 
 if TYPE_CHECKING:
@@ -42,7 +44,9 @@ _UNITS = {"mse": "squared norm / d_model", "loss_orig": "nats/token", "loss_reco
 class Evaluation:
     """The held-out sequences of a stream, with what all SAEs of a pack share, made once.
 
-    Holds activations and gradients of the hooked layers: 2 · layers · S · T · D float32 on the device.
+    Holds activations and gradients of the hooked layers: 2 · layers · S · T · D float32 on the device. Tokens that the
+    cells leave out keep their own activations in the patched pass, and no metric counts them; the geometry of the
+    layers is that of all tokens.
     """
 
     def __init__(
@@ -63,7 +67,7 @@ class Evaluation:
         return [slice(i, i + _CHUNK) for i in range(0, len(self.tokens_ST), _CHUNK)]
 
     def _pass(self) -> None:
-        sums = {layer: CovarianceSums() for layer in range(self.lm.n_layers)}
+        sums = {layer: VarianceSums(self.tokens_ST.numel()) for layer in range(self.lm.n_layers)}
         losses: list[torch.Tensor] = []
         acts, grads, zero_losses = (_lists(self.layers) for _ in range(3))
         for rows in self._chunks():
@@ -84,12 +88,22 @@ class Evaluation:
         self.a_STD = {layer: torch.cat(parts) for layer, parts in acts.items()}
         self.g_STD = {layer: torch.cat(parts) for layer, parts in grads.items()}
         self.loss_zero_S = {layer: torch.cat(parts) for layer, parts in zero_losses.items()}
-        self.mean_D = {layer: sums[layer].mean_D for layer in self.layers}
         self.geometry = {layer: s.summary() for layer, s in sums.items()}
+        self.kept_ST: dict[int, torch.Tensor] = {}
+        self.mean_D: dict[int, torch.Tensor] = {}
+        self.controls: dict[int, Controls] = {}
+        for layer in self.layers:
+            a_STD, norm_ST, covariance = self.a_STD[layer], sums[layer].norm_ST, sums[layer].covariance
+            kept_ST = torch.ones_like(norm_ST, dtype=torch.bool)
+            if leaves_out(self.cell):
+                kept_ST = self.kept_ST[layer] = kept_tokens(norm_ST, self.cell)
+                covariance = _covariance(a_STD, kept_ST)
+            self.mean_D[layer] = covariance.mean_D
+            self.controls[layer] = Controls.of(a_STD, norm_ST, covariance, kept_ST)
 
-    def _require_finite(self, sums: dict[int, CovarianceSums]) -> None:
+    def _require_finite(self, sums: dict[int, VarianceSums]) -> None:
         """UserError that names the lowest block, or the head, where the unpatched model's numbers go wrong."""
-        places = {f"layer {layer}": s.mean_D for layer, s in sums.items()} | {"loss": self.loss_orig_S}
+        places = {f"layer {layer}": s.covariance.mean_D for layer, s in sums.items()} | {"loss": self.loss_orig_S}
         for place, values in places.items():
             if not bool(torch.isfinite(values).all()):
                 raise UserError(
@@ -102,7 +116,8 @@ class Evaluation:
 
         Raises ValueError when its reconstructions are not finite or none of its features fires.
         """
-        sums = SequenceSums(self.mean_D[cell.layer])
+        sums, controlled = SequenceSums(self.mean_D[cell.layer]), ControlledErrors(self.controls[cell.layer])
+        kept_ST = self.kept_ST.get(cell.layer)
         features = FeatureCounts(cell.d_sae)
         encode = encoder(sae)
         for rows in self._chunks():
@@ -113,22 +128,25 @@ class Evaluation:
                 raise ValueError(
                     f"layer {cell.layer}: the trained SAE's reconstructions hold NaN or inf; lower lr={cell.lr:g}"
                 )
+            kept_BT = None if kept_ST is None else kept_ST[rows]
+            if kept_BT is not None:
+                a_hat_BTD = torch.where(kept_BT[..., None], a_hat_BTD, a_BTD)
             sequence_B = torch.arange(rows.start, rows.start + len(a_BTD))
-            sums.update(a_BTD, a_hat_BTD, sequence_B, self.g_STD[cell.layer][rows])
-            features.update(index_BTk.flatten(0, -2), value_BTk.flatten(0, -2))
+            sums.update(a_BTD, a_hat_BTD, sequence_B, self.g_STD[cell.layer][rows], kept_BT)
+            controlled.update(a_BTD, a_hat_BTD, rows)
+            counted = slice(None) if kept_BT is None else kept_BT.flatten()
+            features.update(index_BTk.flatten(0, -2)[counted], value_BTk.flatten(0, -2)[counted])
             recon_B = self.lm.patched_loss(a_hat_BTD, cell.layer, self.tokens_ST[rows], logits_dtype=self.logits_dtype)
             sums.add_losses(sequence_B, self.loss_orig_S[rows], recon_B, self.loss_zero_S[cell.layer][rows])
         identity = {name: getattr(cell, name) for name in IDENTITY} | {"cell_key": cell.key}
-        record = cell_record(identity, sums, features, self.geometry[cell.layer], n_resamples=_RESAMPLES)
+        geometry = self.geometry[cell.layer] | controlled.metrics()
+        record = cell_record(identity, sums, features, geometry, n_resamples=_RESAMPLES)
         numbers = [n for n in CELL_COLUMNS if n not in (*IDENTITY, "cell_key")]
         rows_out = [Row(n, float(str(record[n])), _UNITS.get(n, "")) for n in numbers]
         for layer, summary in self.geometry.items():
             at = {"geometry_layer": layer}
-            rows_out += [
-                Row("pr_of_layer", summary["pr"], "", at),
-                Row("pr_deflated_of_layer", summary["pr_deflated"], "", at),
-            ]
-        sequences = parquet_bytes(sums.table())
+            rows_out += [Row(f"{n}_of_layer", summary[n], "", at) for n in ("pr", "pr_deflated", *LAYER_COLUMNS)]
+        sequences = parquet_bytes(sums.table().assign(**controlled.by_sequence()))
         files = {"sequences.parquet": sequences, **self._sae_files(cell, sae)}
         return rows_out, files, float(str(record["ce_rec"]))
 
@@ -149,6 +167,14 @@ class Evaluation:
                 },
             )
             return {f"sae/{p.name}": p.read_bytes() for p in Path(folder).iterdir()}
+
+
+def _covariance(a_STD: torch.Tensor, kept_ST: torch.Tensor) -> CovarianceSums:
+    """Mean and covariance of the kept tokens."""
+    sums = CovarianceSums()
+    for a_BTD, kept_BT in zip(a_STD.split(_CHUNK), kept_ST.split(_CHUNK), strict=True):
+        sums.update(a_BTD[kept_BT])
+    return sums
 
 
 def _lists(layers: Sequence[int]) -> dict[int, list[torch.Tensor]]:

@@ -24,6 +24,7 @@ from models.topk_sae import SAEBank, SAEConfig, SparseTrainer
 from sweeps._context import PackContext
 from sweeps._sae_eval import Evaluation
 from sweeps._sae_sources import corrupt, open_lm, open_stream, trajectory_name
+from sweeps._sae_tokens import kept_tokens, leaves_out, replace_dropped
 from sweeps._stop import PackStopped
 from sweeps._storage import Store
 from sweeps._sweep import Row, UserError, digest
@@ -277,6 +278,9 @@ class _PackRun:
             rows = place[i * self.first.context :][: tokens_BT.numel()]
             for layer, a_BTD in self.lm.activations(tokens_BT, self.layers).items():
                 out[layer][rows] = a_BTD.flatten(0, 1)
+        for a_ND in out.values() if leaves_out(self.first) else ():
+            kept_ST = kept_tokens(a_ND.norm(dim=1)[place].reshape(tokens_NT.shape), self.first)
+            replace_dropped(a_ND, torch.empty_like(kept_ST.flatten()).index_copy_(0, place, kept_ST.flatten()))
         return out
 
     def _step(self, number: int, block: tuple[int, int], acts_BD: dict[int, torch.Tensor]) -> None:

@@ -48,7 +48,9 @@ def pack_bytes(cells: Sequence[SAECell], run: RunSettings) -> int:
     lm = spec.n_parameters * (2 if first.lm_dtype == "bfloat16" else 4)
     block = layers * first.shuffle_sequences * first.context * width * 4
     evaluation = 2 * layers * first.eval_sequences * first.context * width * 4
-    covariance = spec.n_layers * width * width * 8
+    # beside each layer's covariance: the first four tokens of a sequence and the longest of all (analysis.variance)
+    apart = first.eval_sequences * (4 + 0.02 * first.context)
+    covariance = spec.n_layers * (width * width * 8 + int(apart) * width * 4)
     return _PROCESS_BYTES + lm + block + evaluation + covariance + bank_bytes(saes, first.batch_tokens)
 
 
@@ -71,7 +73,7 @@ def _groups(cells: Sequence[SAECell]) -> dict[tuple[Any, ...], dict[tuple[Any, .
     for cell in sorted(cells, key=lambda c: c.layer):
         shared = (
             *(cell.model, cell.stream, cell.context, cell.batch_tokens, cell.shuffle_sequences),
-            *(cell.eval_sequences, cell.lm_dtype),
+            *(cell.eval_sequences, cell.lm_dtype, cell.drop_positions, cell.max_norm_multiple),
         )
         groups.setdefault(shared, {}).setdefault(cell.trajectory(), []).append(cell)
     return groups

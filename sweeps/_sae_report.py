@@ -11,6 +11,7 @@ import pandas as pd
 
 from analysis import published
 from analysis.proxy_gap_report import write_report
+from analysis.variance import LAYER_COLUMNS
 from models.registry import HOST_LMS
 from sweeps._published import recorded, tables_of
 from sweeps._sae_sources import banner
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from sweeps.proxy_gap import Grid
 
 _SELECTION = ("models", "k", "tokens", "depths", "layers", "seeds")  # fields that choose among cells
-_GEOMETRY = {"pr_of_layer": "pr", "pr_deflated_of_layer": "pr_deflated"}
+_GEOMETRY = {f"{name}_of_layer": name for name in ("pr", "pr_deflated", *LAYER_COLUMNS)}
 
 
 def tables(cells: Sequence[PublishedCell]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:

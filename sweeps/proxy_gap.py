@@ -8,6 +8,7 @@ python sweeps/proxy_gap.py --preset fast2     the study's grid on Pythia and the
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from sweeps._sweep import Cell, Estimate, Pack, PublishedCell, UserError, neares
 from sweeps._where import Machine, RunSettings
 
 DEPTHS = ("early", "mid", "late")
+_TOKEN_CHOICE = ("drop_positions", "max_norm_multiple")
 PYTHIA = ("pythia-70m", "pythia-160m", "pythia-410m")
 
 
@@ -51,6 +53,16 @@ class SAECell(Cell):
     dead_after_steps: int
     eval_sequences: int
     lm_dtype: str
+    # tokens that neither training nor evaluation looks at; part of the identity where they are set
+    drop_positions: int = 0
+    max_norm_multiple: float = 0.0
+
+    def identity(self) -> dict[str, Any]:
+        fields = super().identity()
+        for name in _TOKEN_CHOICE:
+            if not fields[name]:
+                del fields[name]
+        return fields
 
     def __post_init__(self) -> None:
         if self.k > self.d_sae:
@@ -83,6 +95,16 @@ class SAECell(Cell):
             )
         if self.lm_dtype not in ("float32", "bfloat16"):
             raise UserError(f"lm_dtype={self.lm_dtype!r} is not known; choose float32 or bfloat16")
+        if not 0 <= self.drop_positions < self.context:
+            raise UserError(
+                f"drop_positions={self.drop_positions} leaves no token of context={self.context}; choose 0 to "
+                f"{self.context - 1}"
+            )
+        if self.max_norm_multiple and not 1 < self.max_norm_multiple < math.inf:
+            raise UserError(
+                f"max_norm_multiple={self.max_norm_multiple:g} would leave out half of the tokens; choose more than 1 "
+                "median norm, or 0 to keep all"
+            )
 
     @property
     def steps(self) -> int:
@@ -95,7 +117,8 @@ class SAECell(Cell):
 
     @functools.cached_property
     def _trajectory(self) -> tuple[Any, ...]:
-        return tuple(v for name, v in self.identity().items() if name != "tokens")
+        plain = tuple(v for name, v in self.identity().items() if name not in ("tokens", *_TOKEN_CHOICE))
+        return plain + tuple((name, v) for name, v in self.identity().items() if name in _TOKEN_CHOICE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +144,8 @@ class Grid:
     dead_after_steps: int = 1000
     eval_sequences: int = 200
     lm_dtype: str = "float32"
+    drop_positions: int = 0  # first tokens of each sequence that are left out of training and evaluation
+    max_norm_multiple: float = 0.0  # tokens longer than so many times the median norm are, too; 0: none
 
 
 PRESETS: Mapping[str, Grid] = {
@@ -227,6 +252,8 @@ class ProxyGap:
             dead_after_steps=preset.dead_after_steps,
             eval_sequences=preset.eval_sequences,
             lm_dtype=preset.lm_dtype,
+            drop_positions=preset.drop_positions,
+            max_norm_multiple=preset.max_norm_multiple,
         )
 
     def pack(self, cells: Sequence[Cell], preset: Grid, machine: Machine, run: RunSettings) -> list[Pack]:

@@ -11,7 +11,7 @@ import pytest
 
 from analysis.bootstrap import ce_rec_ci
 from analysis.budget import rate_bits, rate_bits_entropy
-from analysis.cells import CELL_COLUMNS
+from analysis.cells import AUDIT_COLUMNS, CELL_COLUMNS
 from analysis.fidelity import SEQUENCE_COLUMNS, metrics_from_table
 
 LAYERS = {
@@ -99,6 +99,7 @@ def build_grid(
                             }
                             | {"rate_bits": rate_bits(32 * d, k), "rate_bits_entropy": rate_bits_entropy(11.5, k)}
                             | {"pr": 40.0 / (1 + position), "pr_deflated": 90.0}
+                            | dict.fromkeys(AUDIT_COLUMNS, 0.9 * r2)
                         )
     geometry = [
         {
