@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.sae_io import load_saelens, sae_lens_version, save_saelens
+from models.sae_io import UNPROCESSED, load_saelens, sae_lens_version, save_saelens
 from models.topk_sae import SAEConfig, SparseTrainer, TopKSAE
 
 METADATA = {
@@ -60,9 +61,55 @@ def test_round_trip(rescale: bool, tmp_path: Path) -> None:
     sae, x = trained_sae(rescale)
     save_saelens(sae, tmp_path, METADATA)
     again, metadata = load_saelens(tmp_path)
-    assert metadata == {"sae_lens_version": sae_lens_version(), "sae_lens_training_version": None, **METADATA}
+    versions = {"sae_lens_version": sae_lens_version(), "sae_lens_training_version": None}
+    assert metadata == {**versions, **UNPROCESSED, **METADATA}
     torch.testing.assert_close(again(x), sae(x), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(densify(again, x), densify(sae, x), rtol=1e-4, atol=1e-5)
+
+
+def test_saelens_evaluates_what_we_write_on_unprocessed_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`sae_lens.evals` on a folder of ours: the model it asks for, and its own metrics."""
+    from datasets import Dataset
+    from sae_lens import SAE
+    from sae_lens.evals import EvalConfig, run_evals
+    from sae_lens.load_model import load_model
+    from sae_lens.training.activation_scaler import ActivationScaler
+    from sae_lens.training.activations_store import ActivationsStore
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    sae, _ = trained_sae()
+    save_saelens(sae, tmp_path, {**METADATA, "hook_name": "blocks.0.hook_resid_post", "context_size": 16})
+    theirs = SAE.load_from_disk(tmp_path)
+    asked: dict[str, object] = {}
+    real = inspect.signature(HookedTransformer.from_pretrained)
+    config = HookedTransformerConfig(n_layers=1, d_model=32, n_ctx=16, d_head=8, d_vocab=50, act_fn="gelu", seed=0)
+
+    def loaded(model_name: str, **arguments: object) -> HookedTransformer:
+        asked.update(real.bind(model_name, **arguments).arguments)
+        return HookedTransformer(config)
+
+    monkeypatch.setattr(HookedTransformer, "from_pretrained", loaded)
+    metadata = theirs.cfg.metadata
+    model = load_model(
+        metadata.model_class_name,
+        metadata.model_name,
+        device="cpu",
+        model_from_pretrained_kwargs=metadata.model_from_pretrained_kwargs,
+    )
+    # sae_lens.evals.multiple_evals loads without a class name, and needs a mapping
+    HookedTransformer.from_pretrained_no_processing(metadata.model_name, **metadata.model_from_pretrained_kwargs)
+    processing = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
+    assert asked["model_name"] == "pythia-70m"
+    assert {name: asked[name] for name in processing} == dict.fromkeys(processing, False)
+    text = Dataset.from_dict({"tokens": [torch.randint(0, 50, (16,)).tolist() for _ in range(32)]})
+    store = ActivationsStore.from_sae(model, theirs, dataset=text, store_batch_size_prompts=4, device="cpu")
+    settings = EvalConfig(batch_size_prompts=4, n_eval_reconstruction_batches=1, n_eval_sparsity_variance_batches=1)
+    settings.compute_ce_loss = settings.compute_variance_metrics = True
+    metrics, _ = run_evals(theirs, store, model, ActivationScaler(), settings, exclude_special_tokens=False)
+    assert metrics["model_performance_preservation"]["ce_loss_with_sae"] > 0
+    assert metrics["reconstruction_quality"]["explained_variance"] < 1
 
 
 def test_we_read_what_saelens_trained(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,6 +21,7 @@ from models.topk_sae import SparseTrainer
 from sweeps import _sae_grid
 from sweeps._context import PackContext
 from sweeps._ledger import Ledger
+from sweeps._sae_tokens import kept_tokens, replace_dropped
 from sweeps._stop import PackStopped
 from sweeps._sweep import UserError
 from sweeps._where import RunSettings
@@ -125,6 +127,7 @@ def test_every_cell_is_published_with_the_contract_rows(packed: Ledger) -> None:
     assert packed.done() == {c.key for c in plan()}
     cell = packed.read(plan()[0].key)
     wanted = {"r2", "r2_legacy", "r2_energy", "ce_rec", "ce_rec_lo", "ce_rec_hi", "ce_loss_score", "swd", "nmse"}
+    wanted |= {"r2_no_sinks", "pr_no_sinks", "sst_share_first", "sst_share_top1pct", "r2_constant_of_layer"}
     assert wanted <= set(cell.rows["metric"])
     assert {"train_loss", "train_grad_norm", "train_dead", "pr_of_layer"} <= set(cell.rows["metric"])
     assert "sae/cfg.json" in cell.files
@@ -272,6 +275,53 @@ def test_wsd_grid_is_extended_in_the_middle(monkeypatch: pytest.MonkeyPatch, ste
     assert_same(apart, ledger, [c.key for c in added])
 
 
+def test_tokens_left_out_are_neither_trained_on_nor_counted(packed: Ledger) -> None:
+    cells = plan(replace(GRID, k=(4,), tokens=(320,), drop_positions=2, max_norm_multiple=1.05))
+    together, alone = fresh(), fresh()
+    train(cells, together)
+    train(cells[:1], alone)
+    assert_same(together, alone, [cells[0].key])
+    for cell in cells:
+        before = next(c for c in plan() if replace(c, drop_positions=2, max_norm_multiple=1.05) == cell)
+        counted = pd.read_parquet(io.BytesIO(together.file(cell.key, "sequences.parquet")))["n_tokens"]
+        assert counted.between(1, CONTEXT - 2).all()
+        assert counted.sum() < 10 * (CONTEXT - 2)
+        metrics = [
+            ledger.read(c.key).rows.set_index("metric")["value"] for ledger, c in ((packed, before), (together, cell))
+        ]
+        assert metrics[0]["r2"] != metrics[1]["r2"]
+        assert metrics[0]["pr"] == metrics[1]["pr"]  # the layer's, of all tokens
+        assert metrics[1]["r2_no_first"] == pytest.approx(metrics[1]["r2"], rel=1e-9)
+
+
+def test_dropped_tokens_are_replaced_by_the_blocks_first_kept_ones() -> None:
+    (cell,) = plan(replace(ONE, drop_positions=1, max_norm_multiple=3.0))
+    norms = torch.tensor([[9.0, 1.0, 1.0, 1.0], [1.0, 1.0, 4.0, 1.0]])
+    kept = kept_tokens(norms, cell)
+    assert kept.tolist() == [[False, True, True, True], [False, True, False, True]]
+    values = torch.arange(8.0)[:, None]
+    replace_dropped(values, kept.flatten())
+    assert values.flatten().tolist() == [1, 1, 2, 3, 2, 5, 3, 7]
+    with pytest.raises(UserError, match=r"leave no token of 2; choose fewer positions or a larger multiple"):
+        kept_tokens(norms[:, :1], cell)
+
+
+def test_keys_are_the_old_ones_where_no_token_is_left_out() -> None:
+    """The keys of the presets' first and last cells before the options were there."""
+    known = {
+        "local": ("791841b672636c6e", "bc941895c4ce9b82"),
+        "smollm2": ("e2f98f843561e6cf", "d6c4a9f6183a5fb4"),
+        "fast2": ("393ab344c838efe7", "d15d84bcf876390c"),
+        "bridge": ("393ab344c838efe7", "3ac16858eaf06d7d"),
+    }
+    planned = {name: plan(SWEEP.presets[name]) for name in known}
+    assert {name: (cells[0].key, cells[-1].key) for name, cells in planned.items()} == known
+    one = planned["fast2"][0]
+    others = [one, replace(one, drop_positions=2), replace(one, max_norm_multiple=2.0)]
+    assert len({c.key for c in others}) == len({c.trajectory() for c in others}) == 3
+    assert replace(one, drop_positions=0, max_norm_multiple=0.0).key == one.key
+
+
 def test_curve_reaches_the_budget(packed: Ledger) -> None:
     for cell in plan():
         rows = packed.read(cell.key).rows
@@ -362,6 +412,8 @@ def test_bad_grids_are_one_line() -> None:
         ({"models": ("pythia-7m",)}, "model 'pythia-7m' is not known; did you mean pythia-70m"),
         ({"schedule": "cosine"}, "schedule='cosine' cannot serve nested budgets"),
         ({"depths": ("top",)}, "depth 'top' is not known; choose from early, mid, late"),
+        ({"drop_positions": 16}, "drop_positions=16 leaves no token of context=16; choose 0 to 15"),
+        ({"max_norm_multiple": 0.5}, "max_norm_multiple=0.5 would leave out half of the tokens; choose more than 1"),
         ({"shuffle_sequences": 7}, "shuffle_sequences=7 x context=16 is not a multiple of batch_tokens=32"),
     ):
         with pytest.raises(UserError) as caught:
