@@ -11,7 +11,10 @@ Shapes: N rows, D dimensions (`x_ND`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import pickle
+import zipfile
+import zlib
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +37,15 @@ def load(path: str | Path) -> tuple[list[str], np.ndarray]:
     readers = {".npy": _npy, ".npz": _npz, ".parquet": _parquet}
     if path.suffix not in readers:
         raise ValueError(f"{path.name} is {path.suffix or 'without suffix'}; use one of {', '.join(readers)}")
-    ids, values = readers[path.suffix](path)
+    try:
+        ids, values = readers[path.suffix](path)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError) as error:
+        if getattr(error, "errno", None) is not None or str(error).startswith(path.name):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(f"{path.name} cannot be read ({reason}); write it anew") from error
     x_ND = np.asarray(values)
     if x_ND.ndim != 2 or not np.issubdtype(x_ND.dtype, np.number):
         raise ValueError(f"{path.name} holds {x_ND.dtype}{list(x_ND.shape)}; it must be a numeric matrix [N, D]")
@@ -47,8 +58,14 @@ def load(path: str | Path) -> tuple[list[str], np.ndarray]:
     return ids, x_ND
 
 
-def align(ids: Sequence[str], x_ND: np.ndarray, table_ids: Sequence[str], name: str = "embedding") -> np.ndarray:
-    """The rows of `x_ND` in the order of `table_ids`: float64 [N, D].
+def align(
+    ids: Sequence[str],
+    x_ND: np.ndarray,
+    table_ids: Sequence[str],
+    name: str = "embedding",
+    kept_out: Collection[str] = (),
+) -> np.ndarray:
+    """The rows of `x_ND` in the order of `table_ids`: float64 [N, D]; rows named in `kept_out` are passed over.
 
     Raises:
         ValueError: repeated ids, ids the table does not have, or table rows without an embedding.
@@ -57,7 +74,7 @@ def align(ids: Sequence[str], x_ND: np.ndarray, table_ids: Sequence[str], name: 
     if len(position) != len(ids):
         raise ValueError(f"{name}: {len(ids) - len(position)} ids are repeated; give every row its own id")
     missing = [key for key in table_ids if key not in position]
-    extra = set(position).difference(table_ids)
+    extra = set(position).difference(table_ids, kept_out)
     if missing or extra:
         example = f"missing {missing[0]!r}" if missing else f"unknown {min(extra)!r}"
         raise ValueError(
@@ -67,16 +84,25 @@ def align(ids: Sequence[str], x_ND: np.ndarray, table_ids: Sequence[str], name: 
     return x_ND[[position[key] for key in table_ids]]
 
 
-def load_aligned(path: str | Path, table_ids: Sequence[str], source_rows: Sequence[int] = ()) -> np.ndarray:
+def load_aligned(
+    path: str | Path,
+    table_ids: Sequence[str],
+    source_rows: Sequence[int] = (),
+    kept_out: pd.DataFrame | None = None,
+) -> np.ndarray:
     """`load`, then `align` to a table by its ids; a file whose ids are all integers is aligned by source row.
+
+    The file may also hold rows of the source that the table keeps out, listed in `kept_out` (`smiles`, `row`).
 
     Raises:
         FileNotFoundError, ValueError: see `load` and `align`.
     """
     ids, x_ND = load(path)
-    if len(source_rows) and all(key.isdecimal() for key in ids):
-        return align([str(int(key)) for key in ids], x_ND, [str(row) for row in source_rows], Path(path).name)
-    return align(ids, x_ND, table_ids, Path(path).name)
+    by_row = len(source_rows) > 0 and all(key.isdecimal() for key in ids)
+    out = [] if kept_out is None else [str(key) for key in kept_out["row" if by_row else "smiles"]]
+    if by_row:
+        return align([str(int(key)) for key in ids], x_ND, [str(row) for row in source_rows], Path(path).name, out)
+    return align(ids, x_ND, table_ids, Path(path).name, out)
 
 
 def content_sha256(path: str | Path) -> str:

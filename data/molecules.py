@@ -6,7 +6,7 @@ Shapes: N molecules, B fingerprint bits, P descriptors, L odor labels (`bits_NB`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from rdkit.Chem.Scaffolds import MurckoScaffold
 
 from data import odor_sources
 from data._content import file_sha256
+from data._csv import label_values, read_csv
 
 CURATED_ROWS = 4983
 BROADER_ROWS = 5862
@@ -34,6 +35,7 @@ PHYSCHEM = {  # the study's name: RDKit's name
     "HeavyAtomCount": "HeavyAtomCount",
     "FractionCSP3": "FractionCSP3",
 }
+UNREADABLE = "RDKit cannot read it"
 _CPUS_PER_BATCH = 0.02  # what a pack leaves free beside itself, so that features never wait for other packs to end
 _EMBEDDED = Path(__file__).with_name("odorants.csv")
 
@@ -44,13 +46,20 @@ class MoleculeTable:
 
     `frame` has columns `id` (the SMILES string of the source, unique), `row` (0-based row in the source) and
     `smiles`, then one 0/1 column a label, named by `labels`. `invalid` lists what was kept out: `row`, `smiles`,
-    `reason`. `note` says in words what the table is and where it came from.
+    `reason`; `repeated` counts the molecules that repeat there, `other_labels` the repeats whose labels differ from the
+    row that is kept. `no_labels` lists the columns of the source that are no labels, each with the reason;
+    `blank_labels` the label columns with blank cells, which count as 0 (absent), each with their number. `note` says in
+    words what the table is and where it came from.
     """
 
     name: str
     frame: pd.DataFrame
     labels: tuple[str, ...] = ()
     invalid: pd.DataFrame = field(default_factory=lambda: _invalid([]))
+    repeated: int = 0
+    other_labels: int = 0
+    no_labels: tuple[tuple[str, str], ...] = ()
+    blank_labels: tuple[tuple[str, int], ...] = ()
     note: str = ""
 
     def __len__(self) -> int:
@@ -99,21 +108,22 @@ def canonical(smiles: str, *, stereo: bool = True) -> str | None:
 
 
 def read_table(path: str | Path, name: str | None = None) -> MoleculeTable:
-    """Any CSV with a SMILES column (one of SMILES_COLUMNS) and 0/1 label columns; other columns are ignored.
+    """Any CSV with a SMILES column (one of SMILES_COLUMNS) and 0/1 label columns (`data._csv.label_values`).
 
-    Rows that RDKit cannot read, and repeats of an earlier SMILES string, are listed in `invalid` and kept out.
+    Blank cells of a label column count as 0 and are counted in `blank_labels`. Rows that RDKit cannot read, and repeats
+    of an earlier molecule (by canonical SMILES with stereochemistry, whatever the spelling), are listed in `invalid`
+    and kept out: the first row of a molecule is the one that counts.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no SMILES column, or no row that RDKit can read.
+        ValueError: no readable CSV, no SMILES column, no row that RDKit can read, or one molecule in all rows.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no table at {path}; pass an existing CSV with --set table=PATH")
-    raw = pd.read_csv(path)
+    raw = read_csv(path)
     column = _smiles_column(raw, path)
-    labels = tuple(c for c in raw.columns if c != column and _is_binary(raw[c]))
-    return _build(raw, column, labels, name or path.stem, f"{path.name}, read from a file given by the user")
+    return _build(raw, column, name or path.stem, f"{path.name}, read from a file given by the user", path.name)
 
 
 def curated(path: str | Path | None = None) -> MoleculeTable:
@@ -132,7 +142,7 @@ def curated(path: str | Path | None = None) -> MoleculeTable:
         note = f"curated GS/LF table of OpenPOM, {len(table)} molecules, {len(table.labels)} labels"
     else:
         note = f"{path.name}: {len(table)} molecules, NOT the published curated table of {CURATED_ROWS} (checksum)"
-    return MoleculeTable(name="curated", frame=table.frame, labels=table.labels, invalid=table.invalid, note=note)
+    return replace(table, note=note)
 
 
 def broader(goodscents: str | Path | None = None, leffingwell: str | Path | None = None) -> MoleculeTable:
@@ -150,7 +160,7 @@ def broader(goodscents: str | Path | None = None, leffingwell: str | Path | None
         path = odor_sources.fetch(name) if given is None else Path(given)
         if not path.is_file():
             raise FileNotFoundError(f"no table at {path}; pass the molecules file of pyrfume-data")
-        raw = pd.read_csv(path)
+        raw = read_csv(path)
         columns.append(raw[_smiles_column(raw, path)])
     strings = pd.concat(columns, ignore_index=True)
     first_row: dict[str, int] = {}
@@ -158,7 +168,7 @@ def broader(goodscents: str | Path | None = None, leffingwell: str | Path | None
     for row, string in enumerate(strings):
         key = canonical(string)
         if key is None:
-            bad.append((row, string, "RDKit cannot read it"))
+            bad.append((row, string, UNREADABLE))
         else:
             first_row.setdefault(key, row)
     frame = pd.DataFrame({"id": list(first_row), "row": list(first_row.values()), "smiles": list(first_row)})
@@ -190,12 +200,12 @@ def embedded() -> MoleculeTable:
     raw = pd.read_csv(_EMBEDDED)
     names = sorted({label for cell in raw["labels"] for label in cell.split(";")})
     onehot = raw["labels"].str.get_dummies(sep=";")[names]
-    table = _build(pd.concat([raw[["smiles"]], onehot], axis=1), "smiles", tuple(names), "embedded", "")
+    table = _build(pd.concat([raw[["smiles"]], onehot], axis=1), "smiles", "embedded", "", _EMBEDDED.name)
     note = (
         f"embedded default: {len(table)} common odorants with {len(names)} textbook labels; "
         f"a small stand-in, not the published tables"
     )
-    return MoleculeTable(name="embedded", frame=table.frame, labels=table.labels, invalid=table.invalid, note=note)
+    return replace(table, note=note)
 
 
 def morgan(smiles: Sequence[str], radius: int = 4, n_bits: int = 2048, counts: bool = False) -> np.ndarray:
@@ -290,22 +300,53 @@ def featurise(smiles: Sequence[str], what: str, ray: bool = False, batch_size: i
     return np.concatenate([b["x"] for b in batches])[order]
 
 
-def _build(raw: pd.DataFrame, column: str, labels: tuple[str, ...], name: str, note: str) -> MoleculeTable:
-    keep, bad, seen = [], [], set()
-    for row, string in enumerate(raw[column]):
-        if _mol(string) is None:
-            bad.append((row, string, "RDKit cannot read it"))
-        elif string in seen:
-            bad.append((row, string, "repeats an earlier row"))
-        else:
-            seen.add(string)
-            keep.append(row)
+def _build(raw: pd.DataFrame, column: str, name: str, note: str, source: str) -> MoleculeTable:
+    columns = {c: label_values(raw[c]) for c in raw.columns if c != column}
+    found = pd.DataFrame({c: values for c, values in columns.items() if not isinstance(values, str)}, index=raw.index)
+    keep, bad, repeats = _distinct(raw[column])
     if not keep:
-        raise ValueError(f"table {name!r}: 0 of {len(raw)} rows have a SMILES RDKit can read; check column {column!r}")
+        raise ValueError(f"{source}: 0 of {len(raw)} rows have a SMILES RDKit can read; check column {column!r}")
+    if len(keep) == 1 and repeats:
+        raise ValueError(
+            f"{source}: its {len(repeats) + 1} readable rows are all one molecule, {raw[column].iloc[keep[0]]}; give a "
+            "table of several"
+        )
     kept = raw.iloc[keep]
     frame = pd.DataFrame({"id": kept[column].to_numpy(), "row": keep, "smiles": kept[column].to_numpy()})
-    frame = pd.concat([frame, kept[list(labels)].astype(np.uint8).reset_index(drop=True)], axis=1)
-    return MoleculeTable(name=name, frame=frame, labels=labels, invalid=_invalid(bad), note=note)
+    whole = found.fillna(0).astype(np.uint8)
+    blank = found.iloc[keep].isna().sum()
+    return MoleculeTable(
+        name=name,
+        frame=pd.concat([frame, whole.iloc[keep].reset_index(drop=True)], axis=1),
+        labels=tuple(found.columns),
+        invalid=_invalid(bad),
+        repeated=len(set(repeats.values())),
+        other_labels=sum(not whole.iloc[row].equals(whole.iloc[first]) for row, first in repeats.items()),
+        no_labels=tuple((str(c), reason) for c, reason in columns.items() if isinstance(reason, str)),
+        blank_labels=tuple((str(c), int(count)) for c, count in blank.items() if count),
+        note=note,
+    )
+
+
+def _distinct(strings: pd.Series) -> tuple[list[int], list[tuple[int, object, str]], dict[int, int]]:
+    """(rows of distinct molecules, the others with their reasons, {row of a repeat: row of its molecule})."""
+    first: dict[str, int] = {}
+    keep: list[int] = []
+    bad: list[tuple[int, object, str]] = []
+    repeats: dict[int, int] = {}
+    for row, string in enumerate(strings):
+        mol = _mol(string)
+        if mol is None:
+            bad.append((row, string, UNREADABLE))
+            continue
+        seen = first.setdefault(Chem.MolToSmiles(mol), row)
+        if seen == row:
+            keep.append(row)
+        else:
+            same = string == strings.iloc[seen]
+            bad.append((row, string, "repeats an earlier row" if same else "another spelling of an earlier row"))
+            repeats[row] = seen
+    return keep, bad, repeats
 
 
 def _smiles_column(raw: pd.DataFrame, path: Path) -> str:
@@ -314,10 +355,6 @@ def _smiles_column(raw: pd.DataFrame, path: Path) -> str:
             return column
     shown = ", ".join(map(str, raw.columns[:5]))
     raise ValueError(f"{path.name} has columns {shown}; a table needs one of {', '.join(SMILES_COLUMNS)}")
-
-
-def _is_binary(column: pd.Series) -> bool:
-    return pd.api.types.is_numeric_dtype(column) and bool(column.isin((0, 1)).all())
 
 
 def _invalid(rows: list[tuple[int, object, str]]) -> pd.DataFrame:

@@ -9,6 +9,7 @@ from typing import Any
 from sweeps._sweep import Pack, UserError, nearest
 from sweeps._topology_sources import (
     METRICS,
+    check_blanks,
     given_embeddings,
     kind_of,
     member_of,
@@ -51,6 +52,7 @@ def plan(preset: Audit) -> list[TopologyCell]:
             f"representation {unnamed[0]!r} cannot be asked for by name: points come with a cloud (--set clouds=NAME), "
             "file:… with --set embedding=FILE; leave it out"
         )
+    check_blanks(preset)
     name, embeddings = table_name(preset.table), given_embeddings(preset)
     cells: list[TopologyCell] = []
     if not name.startswith("cloud:"):

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 Kind = Literal["bits", "counts", "dense"]
 CLOUD_ROWS = 300
 SPREAD_ROWS = 20_000  # below it a core is done (5,000 molecules: 0.6 s of bits) before Ray Data has started
+BLANK_POLICIES = ("absent", "refuse")
+_SHOWN_COLUMNS = 5
 _CURATED = "curated_GS_LF_merged_4983.csv"
 _BROADER = ("pyrfume_goodscents_molecules.csv", "pyrfume_leffingwell_molecules.csv")
 _CLOUD = "cloud:"
@@ -146,7 +148,7 @@ def member_of(representation: str) -> int | None:
 def _embedding(path: str, table: str, place: str) -> tuple[str, np.ndarray]:
     rows = open_table(table, place)
     try:
-        x_ND = embeddings.load_aligned(path, rows.ids, rows.frame["row"].tolist())
+        x_ND = embeddings.load_aligned(path, rows.ids, rows.frame["row"].tolist(), rows.invalid)
         return _file_name(Path(path), embeddings.content_sha256(path)), x_ND
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from error
@@ -225,6 +227,7 @@ def banner(preset: Audit) -> list[str]:
     elif not name.startswith(_CLOUD):
         rows = open_table(name, place_of(preset))
         lines.append(f"table: {name}, {len(rows)} molecules, {_kept_out(rows)}. {rows.note}")
+        lines += _label_lines(rows)
     for embedding, x_ND in given_embeddings(preset).items():
         lines.append(f"embedding {embedding}: given as a file, {len(x_ND)} rows of {x_ND.shape[1]} dimensions")
     if preset.clouds:
@@ -236,8 +239,55 @@ def banner(preset: Audit) -> list[str]:
 
 def _kept_out(rows: MoleculeTable) -> str:
     """How many rows a table leaves out, by reason."""
-    counts = rows.invalid["reason"].value_counts(sort=False)
-    return ", ".join(f"{count} kept out ({reason})" for reason, count in counts.items()) or "0 kept out"
+    reasons = rows.invalid["reason"]
+    counts = reasons.value_counts(sort=False)
+    line = ", ".join(f"{count} kept out ({reason})" for reason, count in counts.items()) or "0 kept out"
+    repeats = int((reasons != molecules.UNREADABLE).sum())
+    if rows.repeated == len(rows):
+        line += "; every molecule stands in several rows, of which the first is kept"
+    if rows.other_labels:
+        line += f"; {rows.other_labels} of the {repeats} repeats have other labels than the row that is kept"
+    return line
+
+
+def _label_lines(rows: MoleculeTable) -> list[str]:
+    """How many label columns a table has, which columns are none and why, and what its blank cells count as."""
+    line = f"labels: {len(rows.labels)} columns of 0 and 1"
+    if rows.no_labels:
+        shown = [f"{column} ({reason})" for column, reason in rows.no_labels[:_SHOWN_COLUMNS]]
+        more = len(rows.no_labels) - len(shown)
+        line += f"; no labels: {', '.join(shown)}" + (f" and {more} more columns" if more else "")
+    lines = [line]
+    if rows.blank_labels:
+        lines.append(
+            f"labels: {_blanks(rows)} count as 0 (blank_labels=absent); --set blank_labels=refuse ends such a launch"
+        )
+    return lines
+
+
+def _blanks(rows: MoleculeTable) -> str:
+    """Number and places of the blank cells in label columns."""
+    shown = [f"{count} in {column}" for column, count in rows.blank_labels[:_SHOWN_COLUMNS]]
+    more = len(rows.blank_labels) - len(shown)
+    total = sum(count for _, count in rows.blank_labels)
+    return f"{total} blank cells ({', '.join(shown)}" + (f" and {more} more columns)" if more else ")")
+
+
+def check_blanks(preset: Audit) -> None:
+    """Raise UserError for an unknown policy for blank label cells, and for such cells under `refuse`."""
+    if preset.blank_labels not in BLANK_POLICIES:
+        raise UserError(
+            f"blank_labels={preset.blank_labels!r} is not known{nearest(preset.blank_labels, BLANK_POLICIES)}; choose "
+            f"{' or '.join(BLANK_POLICIES)}"
+        )
+    name = table_name(preset.table)
+    if preset.blank_labels == "refuse" and not name.startswith(_CLOUD):
+        rows = open_table(name, place_of(preset))
+        if rows.blank_labels:
+            raise UserError(
+                f"table {name} has {_blanks(rows)} among its labels and blank_labels=refuse; fill them in with 0 or 1, "
+                "or let them count as 0 with --set blank_labels=absent"
+            )
 
 
 def invalid_rows(preset: Audit) -> pd.DataFrame | None:
