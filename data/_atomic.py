@@ -23,3 +23,10 @@ def write_whole(target: str | Path, data: bytes) -> None:
     except BaseException:
         Path(aside).unlink(missing_ok=True)
         raise
+
+
+def move_whole(made: Path, target: str | Path) -> None:
+    """Move a finished file of the same disk to `target`: flush it, then rename."""
+    with open(made, "rb") as f:
+        os.fsync(f.fileno())
+    os.replace(made, target)

@@ -15,8 +15,11 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -24,23 +27,66 @@ from sweeps._storage import Store
 
 LEASE_SECONDS = 30.0
 _FRESH_SECONDS = 1.0
+_MARK = 16  # hexadecimal digits of a fingerprint that a claim carries
 
 
 def _boot_id() -> str:
     """Name of the running machine within which a process id means one process: a container is one of its own."""
     try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()  # new at each start, in each clone, too
         pids = os.stat("/proc/self/ns/pid").st_ino
     except OSError:  # no Linux
-        pids = 0
-    return f"{socket.gethostname()}@{int(psutil.boot_time())}:{pids}"
+        boot, pids = str(int(psutil.boot_time())), 0
+    return f"{socket.gethostname()}@{boot}:{pids}"
+
+
+def _now() -> float:
+    """Seconds of a clock that nobody sets and that goes on while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
+def _process_runs(lease: Mapping[str, Any]) -> bool | None:
+    """Whether the lease's process is at work on this very machine; None where that cannot be seen from here.
+
+    A process that was stopped (SIGSTOP) is no answer either: its lease runs out.
+    """
+    if lease["machine"] != _boot_id():
+        return None
+    try:
+        process = psutil.Process(lease["pid"])
+        same = abs(process.create_time() - lease["pid_start"]) < 1.0
+        return None if same and process.status() == psutil.STATUS_STOPPED else same
+    except psutil.NoSuchProcess:
+        return False
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One entry of the log: a launch and every key it held when it wrote it, with their fingerprints."""
+
+    launch: str
+    nonce: str
+    keys: dict[str, str]  # {key: fingerprint, shortened; empty where the group has none}
+
+    def encoded(self) -> bytes:
+        runs = [[mark, len(list(some))] for mark, some in groupby(self.keys.values())]
+        entry = {"launch": self.launch, "nonce": self.nonce, "keys": list(self.keys), "fingerprints": runs}
+        return json.dumps(entry).encode()
+
+    @classmethod
+    def decoded(cls, entry: Mapping[str, Any]) -> _Entry:
+        marks = [mark for mark, count in entry.get("fingerprints", ()) for _ in range(count)]
+        marks += [""] * (len(entry["keys"]) - len(marks))
+        return cls(entry["launch"], entry["nonce"], dict(zip(entry["keys"], marks, strict=True)))
 
 
 @dataclass
 class _Log:
     """What this launch knows of one group of claims: the entries read so far, and what it holds itself."""
 
-    entries: dict[int, tuple[str, str, list[str]]] = field(default_factory=dict)  # number: (launch, nonce, keys)
-    mine: dict[str, None] = field(default_factory=dict)
+    entries: dict[int, _Entry] = field(default_factory=dict)  # by number
+    mine: dict[str, str] = field(default_factory=dict)  # {key: fingerprint}
+    foreign: dict[str, str] = field(default_factory=dict)  # {key: launch} held elsewhere for another fingerprint
     number: int = -1  # of this launch's own entry
     shared: bool = False  # another live launch claimed in this group since this one first did
 
@@ -48,8 +94,9 @@ class _Log:
 class Claims:
     """The lease of this launch and its claims; a daemon thread renews the lease until `release`.
 
-    A lease ends when it was not renewed for `lease_seconds` by the storage's clock (a machine's may be wrong), or at
-    once when its process is gone from the same running machine.
+    A lease ends when it was not renewed for `lease_seconds` by the storage's clock (a machine's may be wrong). On the
+    machine of its launch the process decides instead: the lease ends at once when that is gone, and lives as long as
+    it, also right after the machine has slept.
     """
 
     def __init__(self, store: Store, lease_seconds: float = LEASE_SECONDS) -> None:
@@ -58,7 +105,8 @@ class Claims:
         self._logs: dict[str, _Log] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._renewed, self._lapses = time.monotonic(), 0
+        self._renewed, self._lapses = _now(), 0
+        self._stored: float | None = None  # when the lease was last written, by the storage's clock
         self._renew()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
         self._thread.start()
@@ -72,18 +120,23 @@ class Claims:
             "pid_start": psutil.Process().create_time(),
         }
         self.store.replace(_lease(self.launch_id), json.dumps(lease).encode())
-        self._lapses, self._renewed = self.lapses(), time.monotonic()
+        with contextlib.suppress(NotImplementedError):  # the storage gives no times
+            stored = self.store.modified(_lease(self.launch_id))
+            before, self._stored = self._stored, stored
+            if before is not None and stored - before > self.lease_seconds:  # a paused machine's own clock stood still
+                self._lapses, self._renewed = self._lapses + 1, _now()
+        self._lapses, self._renewed = self.lapses(), _now()
 
     def lapses(self) -> int:
         """How often the lease may have ended although this launch lives: it was paused, or the storage was away."""
-        return self._lapses + (time.monotonic() - self._renewed > self.lease_seconds)
+        return self._lapses + (_now() - self._renewed > self.lease_seconds)
 
     def _keep(self) -> None:
         while not self._stop.wait(self.lease_seconds / 4):
             try:
                 self._renew()
-            except OSError:
-                continue  # storage is away: the lease runs out by itself if it stays away
+            except Exception:  # whatever it was, this thread must live: unless it passes, the lease runs out by itself
+                continue
 
     def alive(self, launch_id: str) -> bool:
         """Whether that launch still holds its lease; a launch that released its own takes every other for alive."""
@@ -92,7 +145,9 @@ class Claims:
         lease = self.store.read_json(_lease(launch_id))
         if lease is None:
             return False
-        if time.monotonic() - self._renewed > _FRESH_SECONDS:
+        if (runs := _process_runs(lease)) is not None:
+            return runs
+        if _now() - self._renewed > _FRESH_SECONDS:
             self._renew()  # its stamp is what time it is
         try:
             age = self.store.modified(_lease(self.launch_id)) - self.store.modified(_lease(launch_id))
@@ -100,32 +155,31 @@ class Claims:
             return False
         except NotImplementedError:  # the storage gives no times: the machines' clocks must do
             age = time.time() - lease["unix"]
-        if age > lease.get("seconds", LEASE_SECONDS):
-            return False
-        if lease["machine"] != _boot_id():
-            return True
-        try:
-            return abs(psutil.Process(lease["pid"]).create_time() - lease["pid_start"]) < 1.0
-        except psutil.NoSuchProcess:
-            return False
+        return bool(age <= lease.get("seconds", LEASE_SECONDS))
 
-    def claim(self, keys: Iterable[str], group: str = "cells") -> tuple[list[str], dict[str, str]]:
+    def claim(
+        self, keys: Iterable[str], group: str = "cells", fingerprints: Mapping[str, str] | None = None
+    ) -> tuple[list[str], dict[str, str]]:
         """Claim keys of a group; returns (keys now ours, {key: launch that holds it}). Order is kept.
 
+        `fingerprints` of the keys travel with the claim, and `foreign` tells who computes a key from something else.
         The number of requests depends on the number of launches, never on the number of keys.
         """
         wanted = list(keys)
+        marks = {key: (fingerprints or {}).get(key, "")[:_MARK] for key in wanted}
         with self._lock:
             log = self._logs.setdefault(group, _Log())
             while True:
                 newest = self._read_log(group, log)
                 alive = {self.launch_id: True}
                 holders: dict[str, str] = {}
+                theirs: dict[str, str] = {}
                 for number in sorted(log.entries):
-                    launch, _, held = log.entries[number]
+                    launch, held = log.entries[number].launch, log.entries[number].keys
                     if held and launch not in alive:
                         alive[launch] = self.alive(launch)
                     holders.update(dict.fromkeys(held, launch))
+                    theirs.update(held)
                     log.shared |= bool(held) and launch != self.launch_id and alive[launch]
                 log.shared |= 0 <= log.number != newest
                 others = {
@@ -134,12 +188,24 @@ class Claims:
                     if holders.get(k, self.launch_id) != self.launch_id and alive[holders[k]]
                 }
                 ours = [k for k in wanted if k not in others]
+                log.foreign = {k: who for k, who in others.items() if marks[k] and theirs[k] not in ("", marks[k])}
                 # what another launch took over while this one seemed dead is lost
-                kept = {k: None for k in log.mine if holders.get(k) in (None, self.launch_id)}
-                log.mine = kept | dict.fromkeys(ours)
+                kept = {k: mark for k, mark in log.mine.items() if holders.get(k) in (None, self.launch_id)}
+                log.mine = kept | {k: marks[k] for k in ours}
                 if all(holders.get(k) == self.launch_id for k in ours) or self._append(group, log, newest + 1):
                     self._tidy(group, log, alive)
                     return ours, others
+
+    def overtaken(self, group: str) -> bool:
+        """Whether another launch claimed in the group after this one did; one listing."""
+        with self._lock:
+            log = self._logs.get(group)
+            return log is not None and self._read_log(group, log) != log.number
+
+    def foreign(self, group: str = "cells") -> dict[str, str]:
+        """{key: launch} of the last claim's keys that a live launch computes from other code or data."""
+        with self._lock:
+            return dict(self._logs[group].foreign) if group in self._logs else {}
 
     def shared(self, group: str) -> bool:
         """Whether another live launch held anything of the group since this launch's first claim in it."""
@@ -162,16 +228,15 @@ class Claims:
         for number in names.keys() - log.entries.keys():
             entry = self.store.read_json(f"_claims/{group}/{names[number]}")
             if entry is not None:  # another launch removes entries of dead launches
-                log.entries[number] = (entry["launch"], entry["nonce"], entry["keys"])
+                log.entries[number] = _Entry.decoded(entry)
         return max(names, default=-1)
 
     def _append(self, group: str, log: _Log, number: int) -> bool:
         """Write this launch's keys as entry `number`; False when that place in the order is not ours."""
-        entry = (self.launch_id, uuid.uuid4().hex, list(log.mine))
-        data = json.dumps(dict(zip(("launch", "nonce", "keys"), entry, strict=True))).encode()
-        if not self.store.create(_entry(group, number), data):
+        entry = _Entry(self.launch_id, uuid.uuid4().hex, dict(log.mine))
+        if not self.store.create(_entry(group, number), entry.encoded()):
             made = self.store.read_json(_entry(group, number))
-            if made is None or made["nonce"] != entry[1]:  # the same nonce: a retried create met its own first try
+            if made is None or made["nonce"] != entry.nonce:  # the same nonce: a retried create met its own first try
                 return False
         before, log.number = log.number, number
         if before >= 0:
@@ -186,8 +251,8 @@ class Claims:
     def _tidy(self, group: str, log: _Log, alive: dict[str, bool]) -> None:
         """Remove entries of dead launches. The highest one stays: its number is what the next claim must exceed."""
         highest = max(log.entries, default=-1)
-        for number, (launch, _, held) in list(log.entries.items()):
-            if number < highest and (not held or not alive[launch]):
+        for number, entry in list(log.entries.items()):
+            if number < highest and (not entry.keys or not alive[entry.launch]):
                 self.store.remove_file(_entry(group, number))
                 del log.entries[number]
 
@@ -202,8 +267,8 @@ class Claims:
             self.store.remove_file(_lease(self.launch_id))
             for group, log in list(self._logs.items()):  # another thread may be claiming
                 if log.number >= 0:
-                    ended = {"launch": self.launch_id, "nonce": "", "keys": []}
-                    self.store.replace(_entry(group, log.number), json.dumps(ended).encode())
+                    ended = _Entry(self.launch_id, "", {})
+                    self.store.replace(_entry(group, log.number), ended.encoded())
 
 
 def _lease(launch_id: str) -> str:

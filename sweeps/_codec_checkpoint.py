@@ -12,14 +12,12 @@ import json
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
-from sweeps._codec_data import is_recorded, open_weights
+from sweeps._codec_data import open_weights
 from sweeps._sweep import Cell, UserError
 
 if TYPE_CHECKING:
     from data.codec import Codec
     from models.codec_lm import CodecLM
-    from sweeps._context import PackContext
-    from sweeps.codec_lm import LMCell
 
 FORMAT = "2"
 
@@ -43,26 +41,6 @@ def checkpoint_facts(cell: Cell, codec: Codec) -> dict[str, Any]:
             "centroids": model.centroids_KVM,
         }
     return facts
-
-
-def unfinished(cell: LMCell, context: PackContext, kind: str = "latest", *, say: bool = False) -> dict[str, Any] | None:
-    """The checkpoint of a kind of a cell in training; None where there is none, or one of other audio or texts.
-
-    Checkpoints of older versions do not say what they were trained on: those of recorded audio count as other.
-    say: note on the screen that a checkpoint of something else is left behind.
-    """
-    state = context.work.load(cell.key, kind)
-    if state is None:
-        return None
-    known, expected = state.get("fingerprint"), context.fingerprint(cell)
-    if known == expected or (known is None and not is_recorded(cell.corpus)):
-        return state
-    if say:
-        context.note(
-            f"{cell.architecture}: the checkpoint of step {state['step']} was trained on other audio or texts than "
-            "there are now; training starts anew"
-        )
-    return None
 
 
 def read_checkpoint(data: bytes, name: str) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from sweeps._codec_checkpoint import unfinished
 from sweeps._context import PackContext
 from sweeps._stop import PackStopped
 from sweeps._train import AnomalyError
@@ -97,7 +96,7 @@ def _score(cell: HalvedCell, rung: int, context: PackContext) -> float:
         at = (rows["metric"] == "val_nll") & (rows["weights"] == "ema") & (rows["step"] == rung)
         values = rows.loc[at, "value"].tolist()
     else:
-        state = unfinished(cell, context)
+        state = context.work.load(cell.key, origin=context.fingerprint(cell))
         curve = json.loads(state["watch"])["curve"] if state else []
         values = [value for metric, step, value in curve if metric == "val_nll/ema" and step == rung]
     return float(values[0]) if values else math.inf

@@ -23,7 +23,7 @@ from models.codec_lm import CodecLM, CodecLMConfig, build_codec_lm, config_facts
 from models.delay import training_pair
 from models.lm_cost import lm_cost
 from sweeps._codec_audio import cell_audio
-from sweeps._codec_checkpoint import checkpoint_facts, unfinished
+from sweeps._codec_checkpoint import checkpoint_facts
 from sweeps._codec_data import TokenSource, check_same_audio, open_source, unigram_nll
 from sweeps._codec_halving import compete
 from sweeps._codec_text import NO_TEXT, SHUFFLED, given_texts, shuffled_texts
@@ -204,7 +204,7 @@ class _CellRun:
     def train_to(self, step: int) -> float:
         """Continue from the checkpoint, if there is one, to a step; returns real tokens a second."""
         cell, context = self.cell, self.context
-        state = unfinished(cell, context, say=context.world.first)
+        state = context.work.load(cell.key, origin=context.fingerprint(cell))
         if len({int(s["step"]) if s else 0 for s in context.world.gather(state and {"step": state["step"]})}) > 1:
             raise RuntimeError("the processes read checkpoints of different steps; an older group still wrote")
         if state is not None:
@@ -230,9 +230,8 @@ class _CellRun:
 
     def _keep(self, kind: str, step: int, state: dict[str, Any]) -> None:
         """Save a checkpoint; where that fails the one before it stays and training goes on."""
-        state["fingerprint"] = self.context.fingerprint(self.cell)
         try:
-            self.context.work.save(self.cell.key, step, state, kind)
+            self.context.work.save(self.cell.key, step, state, kind, self.context.fingerprint(self.cell))
         except OSError as error:
             old = self.context.work.step(self.cell.key, kind)
             self.context.note(
@@ -278,7 +277,7 @@ class _CellRun:
         """Averaged weights of the best measurement; None where that is the last one, or was not saved."""
         if self.trainer.best is None or self.trainer.best[0] == self.trainer.step_count:
             return None
-        state = unfinished(self.cell, self.context, "best")
+        state = self.context.work.load(self.cell.key, "best", self.context.fingerprint(self.cell))
         if state is None or state["step"] != self.trainer.best[0]:
             return None
         model = build_codec_lm(self.config, device=self.context.device, seed=self.cell.seed)

@@ -2,73 +2,94 @@
 
 from __future__ import annotations
 
-import io
+import json
 import platform
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sweeps._ledger import Ledger
 from sweeps._stop import PackStopped, StopFlag, terminated
-from sweeps._storage import Store
+from sweeps._storage import Facts, Store, facts_of
 from sweeps._sweep import Cell, Row
 from sweeps._where import RunSettings, hardware, provenance
 from sweeps._world import World
 
 PROGRESS_SECONDS = 1.0
+_KINDS = ("latest", "best")
 
 
 class WorkStore:
     """Checkpoints of unfinished work under `_work/` of the ledger: for each name the latest and, if asked, the best.
 
-    A checkpoint is a torch file named by its kind and step; the pointer of its kind (a small JSON, replaced last) names
-    the file and its size. A crash or a full disk at any moment leaves the old pointer and the old file. Loading is
-    weights-only: no pickled code is ever run.
+    A checkpoint is a torch file with a name of its own; the pointer of its kind (a small JSON, replaced last) names the
+    file, its size and SHA-256, and the fingerprint of the code and data that it was made with. A crash or a full disk
+    at any moment leaves the old pointer and the old file, and so does another process that writes the same name.
+    Loading is weights-only: no pickled code is ever run. State passes through one file, never a second copy in memory.
+
+    `origin` is that fingerprint where a name does not follow from it already. A checkpoint of another origin is not
+    continued, and `say` hears of it.
     """
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    def __init__(self, store: Store, say: Callable[[str], None] = lambda line: None) -> None:
+        self.store, self._say = store, say
 
-    def save(self, name: str, step: int, state: Mapping[str, Any], kind: str = "latest") -> None:
+    def save(self, name: str, step: int, state: Mapping[str, Any], kind: str = "latest", origin: str = "") -> None:
         """Keep `state` (tensors, numbers, texts, nested dicts and lists) as the one checkpoint of its kind of `name`.
 
         Raises OSError where it cannot be written; the checkpoint before it stays.
         """
-        import json
+        import torch  # here: the driver knows this module too, and starts two seconds sooner without it
 
-        import torch
-
-        buffer = io.BytesIO()
-        torch.save(dict(state), buffer)
-        data = buffer.getvalue()
-        old = self.store.read_json(f"_work/{name}/{kind}.json")
-        file = f"{kind}-{step:012d}.pt"
-        self.store.replace(f"_work/{name}/{file}", data)
-        pointer = {"file": file, "step": step, "bytes": len(data)}
+        old = self._pointer(name, kind)
+        file = f"{kind}-{step:012d}-{uuid.uuid4().hex[:12]}.pt"
+        with self.store.aside(f"_work/{name}/{file}") as made:
+            torch.save(dict(state), made)
+            known = facts_of(made)
+            self.store.replace(f"_work/{name}/{file}", made)
+        pointer = {"file": file, "step": step, "bytes": known.size, "sha256": known.sha256, "origin": origin}
         self.store.replace(f"_work/{name}/{kind}.json", json.dumps(pointer).encode())
-        if old and old["file"] != file:
-            self.store.remove(f"_work/{name}/{old['file']}")
+        if old and old["file"] not in self._named(name):
+            self.store.remove_file(f"_work/{name}/{old['file']}")
+
+    def _pointer(self, name: str, kind: str) -> dict[str, Any] | None:
+        return self.store.read_json(f"_work/{name}/{kind}.json")
+
+    def _named(self, name: str) -> set[str]:
+        """Files that the pointers of a name lead to now."""
+        found = (self._pointer(name, kind) for kind in _KINDS)
+        return {str(pointer["file"]) for pointer in found if pointer}
 
     def step(self, name: str, kind: str = "latest") -> int:
         """Step of the checkpoint of a kind, 0 where there is none."""
-        pointer = self.store.read_json(f"_work/{name}/{kind}.json")
+        pointer = self._pointer(name, kind)
         return int(pointer["step"]) if pointer else 0
 
-    def load(self, name: str, kind: str = "latest") -> dict[str, Any] | None:
-        """The whole checkpoint of a kind of `name`, or None; a short or missing file counts as none."""
+    def load(self, name: str, kind: str = "latest", origin: str | None = None) -> dict[str, Any] | None:
+        """The whole checkpoint of a kind of `name`, or None; one that is damaged, missing or of another origin (where
+        one is given) counts as none, and `say` hears which.
+        """
         import torch
 
-        pointer = self.store.read_json(f"_work/{name}/{kind}.json")
+        pointer = self._pointer(name, kind)
         if pointer is None:
             return None
+        if origin is not None and pointer.get("origin", "") != origin:
+            self._say(f"checkpoint of {name} at step {pointer['step']} was made with other code or data: starting anew")
+            return None
+        place = f"_work/{name}/{pointer['file']}"
+        known = Facts(pointer["bytes"], pointer.get("sha256", ""))
         try:
-            data = self.store.read(f"_work/{name}/{pointer['file']}")
+            with self.store.fetched(place) as file:
+                if not known.sha256 or facts_of(file) != known:
+                    self._say(f"checkpoint of {name} at step {pointer['step']} is damaged: starting anew")
+                    return None
+                return torch.load(file, weights_only=True)
         except FileNotFoundError:
+            self._say(f"checkpoint of {name} at step {pointer['step']} is missing: starting anew")
             return None
-        if len(data) != pointer["bytes"]:
-            return None
-        return torch.load(io.BytesIO(data), weights_only=True)
 
     def drop(self, name: str) -> None:
         """Forget the checkpoints of finished work."""
@@ -98,7 +119,7 @@ class PackContext:
     ) -> None:
         self.ledger, self.run = ledger, run
         self.threads, self.device = threads, device
-        self.work = WorkStore(ledger.store)
+        self.work = WorkStore(ledger.store, self.note)
         self.world = World()
         self._fingerprint = fingerprint
         self._report = report
@@ -131,6 +152,10 @@ class PackContext:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_report": None, "_flag": None}
+
+    def close(self) -> None:
+        """End what watches for the pack's stop; to be called when the pack's work is over."""
+        self._flag.close()
 
     def fingerprint(self, cell: Cell) -> str:
         """Digest of all that decides a cell's numbers, as the launch computed it."""

@@ -29,7 +29,10 @@ from sweeps._sweep import PublishedCell
 FOLDER = "_index"
 _SEGMENT_CELLS = 250_000  # files of this size are not merged any more
 _INLINE_BYTES = 64 * 1024  # rows that take more stay in their folder alone
-_OWN = ("key", "identity", "published_unix", "pack_seconds", "pack_started_unix", "pack", "fingerprint", "files")
+_OWN = (
+    *("key", "identity", "attempt", "published_unix", "pack_seconds", "pack_started_unix", "pack"),
+    *("fingerprint", "files"),
+)
 _PLANNING = ["key", "fingerprint", "stamp", "pack", "seconds", "share", "device"]
 _FAULTS = (FileNotFoundError, pa.ArrowInvalid, OSError)
 
@@ -109,7 +112,9 @@ class Index:
             table = pq.read_table(io.BytesIO(self.store.read(f"{FOLDER}/{name}")), columns=_PLANNING)
         except FileNotFoundError:
             return False
-        except (pa.ArrowInvalid, OSError):  # also a file from before a column was added
+        except (pa.ArrowInvalid, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                return True  # the storage did not answer: the file may be as good as ever, and is read next time
             self._broken.add(name)  # its cells are read from their folders and written to another file
             return True
         columns = [table[column].to_pylist() for column in _PLANNING]
@@ -236,8 +241,10 @@ def _cells(batch: pa.RecordBatch, uri: str) -> Iterable[PublishedCell]:
         rows = pa.ipc.read_record_batch(pa.py_buffer(record["rows"]), schemas[record["schema"]])
         meta = {**json.loads(record["own"]), **commons[record["common"]]}
         key = record["key"]
+        attempt = meta.get("attempt")
+        home = f"{uri}/{key}/{attempt}" if attempt else f"{uri}/{key}"
         yield PublishedCell(
-            key, meta["identity"], frame(pa.Table.from_batches([rows])), tuple(record["files"]), f"{uri}/{key}", meta
+            key, meta["identity"], frame(pa.Table.from_batches([rows])), tuple(record["files"]), home, meta
         )
 
 

@@ -1,9 +1,13 @@
 """The ledger: `{storage}/{sweep}/{VERSION}/{cell.key}/` holds everything known of a finished cell.
 
-`cell.json` (identity, fingerprint, commit, package versions, hardware), `rows.parquet` (tidy rows) and the
-sweep's own files. A cell is done if and only if its folder is published. `_failed/` holds the last error of cells
-that failed, `_work/` the checkpoints of unfinished ones, `_claims/` the leases, `_index/` what saves reading a file a
-cell (see `_index`).
+`cell.json` (identity, fingerprint, commit, package versions, hardware, and the size and SHA-256 of every other file),
+`rows.parquet` (tidy rows) and the sweep's own files; on object stores they lie in the folder of the attempt that the
+marker names. A cell is done if and only if its folder is published. `_failed/` holds the last error of cells that
+failed, `_work/` the checkpoints of unfinished ones, `_claims/` the leases, `_index/` what saves reading one file per
+cell (see `_index`), `_id.json` the ledger's name, by which it is known wherever it is moved.
+
+A cell whose files are not what cell.json and the marker say is damaged: readers name it and its file, a launch counts
+it as failed, and `--retry-failed` sets it aside and computes it again.
 """
 
 from __future__ import annotations
@@ -12,15 +16,19 @@ import io
 import json
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
+import pyarrow as pa
 
 from sweeps._index import Index, Record, rows_table, work_of
-from sweeps._published import in_order, parquet_bytes
-from sweeps._storage import MARKER, Store
+from sweeps._names import checked
+from sweeps._published import DamagedCell, damaged, facts, file_of, in_order, parquet_bytes
+from sweeps._storage import MARKER, Facts, Store
 from sweeps._sweep import Cell, PublishedCell, Row, UserError
 
 _FEW = 64  # cells looked at one by one; more are found by one listing
@@ -36,6 +44,7 @@ class Ledger:
         self.sweep, self.version = sweep, version
         self.store = Store(f"{storage.rstrip('/')}/{sweep}/{version}")
         self.index = Index(self.store)
+        self.damaged: dict[str, DamagedCell] = {}  # cells that were read and found so
         self._stamps: dict[str, int] = {}  # of the cells that `done` saw
         self._lock = threading.RLock()
 
@@ -45,21 +54,23 @@ class Ledger:
     def done(self, keys: Iterable[str] | None = None) -> set[str]:
         """Keys of published cells, or of the published ones among `keys`.
 
-        A look at each marker for a few keys, else one listing: on object stores of the folders alone, and a look at the
-        markers of those that the index does not hold.
+        A look at each marker for a few keys, else one listing: on object stores of the folders alone, with a look at
+        the markers of `keys` (up to _HEADS) and of those folders that the index does not hold. Damaged cells that
+        were found so far are left out.
         """
         wanted = None if keys is None else list(dict.fromkeys(keys))
         with self._lock:
             if wanted is None or len(wanted) > _FEW:
-                self._stamps = self._scan()
+                self._stamps = self._scan(wanted or ())
             else:
                 for key, stamp in zip(wanted, self._each(self.store.stamp, wanted), strict=True):
                     self._stamps.pop(key, None)
                     if stamp is not None:
                         self._stamps[key] = stamp
-            return set(self._stamps) if wanted is None else {k for k in wanted if k in self._stamps}
+            found = set(self._stamps) if wanted is None else {k for k in wanted if k in self._stamps}
+            return found - self.damaged.keys()
 
-    def _scan(self) -> dict[str, int]:
+    def _scan(self, wanted: Sequence[str]) -> dict[str, int]:
         """{key: stamp} of all published cells."""
         if self.store.local:
             return self.store.markers()
@@ -67,6 +78,8 @@ class Ledger:
         folders = [name for name in self.store.names() if name[0] not in "_."]
         self.index.refresh()
         known = self.index.entries.keys() & set(folders)
+        if len(wanted) <= _HEADS:  # a folder may have lost its marker to an interrupted removal
+            known = known - set(wanted)
         others = [name for name in folders if name not in known]
         if len(others) <= _HEADS:
             marked = [n for n, there in zip(others, self._each(self.store.published, others), strict=True) if there]
@@ -99,48 +112,105 @@ class Ledger:
         return entry is not None and self._stamps.get(key) == entry.stamp
 
     def _record(self, key: str) -> Record | None:
+        """What the index keeps of a cell; None where it is gone, or damaged (noted in `damaged`)."""
         try:
             stamp = self.store.stamp(key) if self.store.local else 0
-            meta = json.loads(self.store.read(f"{key}/cell.json"))
-            rows = self.store.read(f"{key}/rows.parquet")
+            home, meta = self._meta(key)
+            rows = self._checked_file(key, home, meta, "rows.parquet")
+            table = rows_table(rows)
         except FileNotFoundError:
+            if self.store.published(key):
+                self.damaged[key] = damaged(key, self.store.uri, "cell.json", "is missing")
             return None
-        return None if stamp is None else Record(key, meta, self._names(key, meta), rows_table(rows), stamp)
+        except DamagedCell as damage:
+            self.damaged[key] = damage
+            return None
+        return None if stamp is None else Record(key, meta, self._names(key, home, meta), table, stamp)
 
-    def _names(self, key: str, meta: Mapping[str, Any]) -> tuple[str, ...]:
+    def _meta(self, key: str) -> tuple[str, dict[str, Any]]:
+        """(folder of the cell's files, cell.json); raises FileNotFoundError, DamagedCell."""
+        marker = self.store.marker(key)
+        attempt = str(marker.get("attempt", ""))
+        home = f"{key}/{checked(attempt, key)}" if attempt else key
+        data = self.store.read(f"{home}/cell.json")
+        if last := marker.get("last", {}).get("cell.json"):
+            self._raise_for(key, "cell.json", Facts(**last).fault(data))
+        try:
+            meta = json.loads(data)
+            names = list(meta.get("files", ()))
+        except (ValueError, AttributeError, TypeError) as error:
+            raise damaged(key, self.store.uri, "cell.json", f"is no JSON object ({error})") from error
+        for name in names:
+            checked(name, f"cell {key} of {self.store.uri}")
+        return home, meta
+
+    def _raise_for(self, key: str, name: str, fault: str) -> None:
+        if fault:
+            raise damaged(key, self.store.uri, name, fault)
+
+    def _checked_file(self, key: str, home: str, meta: Mapping[str, Any], name: str) -> bytes:
+        try:
+            data = self.store.read(f"{home}/{name}")
+        except FileNotFoundError as error:
+            raise damaged(key, self.store.uri, name, "is missing") from error
+        known = facts(meta).get(name)
+        self._raise_for(key, name, known.fault(data) if known else "")
+        return data
+
+    def _names(self, key: str, home: str, meta: Mapping[str, Any]) -> tuple[str, ...]:
         if "files" in meta:
             return tuple(sorted(["cell.json", *meta["files"]]))
-        return tuple(n for n in self.store.files(key) if n != MARKER)
+        return tuple(n for n in self.store.files(home) if n != MARKER)
 
     def publish(
         self, cell: Cell, rows: Sequence[Row], files: Mapping[str, bytes | Path], meta: Mapping[str, Any]
     ) -> bool:
         """Publish a finished cell; False when it was published before (the first result stays)."""
-        others: dict[str, bytes | Path] = {"rows.parquet": rows_to_parquet(rows), **files}
-        contents: dict[str, bytes | Path] = {
-            "cell.json": json.dumps(
-                {
-                    "key": cell.key,
-                    "sweep": self.sweep,
-                    "version": self.version,
-                    "identity": cell.identity(),
-                    "published_unix": time.time(),
-                    "files": {n: len(d) if isinstance(d, bytes) else d.stat().st_size for n, d in others.items()},
-                    **meta,
-                },
-                indent=1,
-            ).encode(),
-            **others,
-        }
-        fresh = self.store.publish_folder(cell.key, contents)
+
+        def describe(found: Mapping[str, Facts], attempt: str) -> dict[str, bytes]:
+            record = {
+                "key": cell.key,
+                "sweep": self.sweep,
+                "version": self.version,
+                "attempt": attempt,
+                "identity": cell.identity(),
+                "published_unix": time.time(),
+                "files": {name: asdict(known) for name, known in found.items()},
+                **meta,
+            }
+            return {"cell.json": json.dumps(record, indent=1).encode()}
+
+        fresh = self.store.publish_folder(cell.key, {"rows.parquet": rows_to_parquet(rows), **files}, describe)
         self.store.remove_file(f"_failed/{cell.key}.json")
         return fresh
 
     def read(self, key: str) -> PublishedCell:
-        """A published cell; raises FileNotFoundError."""
-        meta = json.loads(self.store.read(f"{key}/cell.json"))
-        rows = pd.read_parquet(io.BytesIO(self.store.read(f"{key}/rows.parquet")))
-        return PublishedCell(key, meta["identity"], rows, self._names(key, meta), f"{self.store.uri}/{key}", meta)
+        """A published cell; raises FileNotFoundError where there is none, DamagedCell (one line) where it is one."""
+        home, meta = self._meta(key)
+        data = self._checked_file(key, home, meta, "rows.parquet")
+        try:
+            rows = pd.read_parquet(io.BytesIO(data))
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise damaged(key, self.store.uri, "rows.parquet", f"is no table ({error})") from error
+        return PublishedCell(
+            key, meta["identity"], rows, self._names(key, home, meta), f"{self.store.uri}/{home}", meta
+        )
+
+    def check(self, keys: Iterable[str]) -> None:
+        """Read every file of published cells and compare it with what cell.json says; notes what is `damaged`."""
+
+        def look(key: str) -> None:
+            try:
+                home, meta = self._meta(key)
+                for name in self._names(key, home, meta):
+                    if name != "cell.json":
+                        self._checked_file(key, home, meta, name)
+            except FileNotFoundError:
+                self.damaged[key] = damaged(key, self.store.uri, "cell.json", "is missing")
+            except DamagedCell as damage:
+                self.damaged[key] = damage
+
+        self._each(look, keys)
 
     def read_many(self, keys: Iterable[str]) -> list[PublishedCell]:
         """Published cells in the order of `keys`: from the index, or by a pool of threads where it lacks them."""
@@ -162,14 +232,20 @@ class Ledger:
             self.index.refresh()
             known = [self.index.entries[k] for k in wanted if self._indexed(k)]
             others = [k for k in wanted if not self._indexed(k)]
-        metas = self._each(lambda k: self.store.read_json(f"{k}/cell.json") or {}, others)
-        found = [work_of(meta) for meta in metas]
+        found = [work_of(meta) for _, meta in self._each(self._meta, others)]
         names = ("pack", "seconds", "share", "device")
         return [*((e.pack, e.seconds, e.share, e.device) for e in known), *(tuple(w[n] for n in names) for w in found)]
 
     def file(self, key: str, name: str) -> bytes:
-        """Bytes of one file of a published cell."""
-        return self.store.read(f"{key}/{name}")
+        """Bytes of one file of a published cell; raises FileNotFoundError, DamagedCell."""
+        return file_of(self.read(key), name)
+
+    def identifier(self) -> str:
+        """The ledger's name: made once, the same wherever the ledger is moved or mounted."""
+        if (made := self.store.read_json("_id.json")) is None:
+            self.store.create("_id.json", json.dumps({"ledger": uuid.uuid4().hex}).encode())
+            made = self.store.read_json("_id.json") or {}
+        return str(made.get("ledger", ""))
 
     def verify(self, cells: Mapping[str, str]) -> None:
         """Compare recorded fingerprints with {key: fingerprint of the code and data at hand}.
@@ -180,8 +256,8 @@ class Ledger:
             self.index.refresh()
             known = {k: self.index.entries[k].fingerprint for k in cells if self._indexed(k)}
         others = [k for k in cells if k not in known]
-        metas = self._each(lambda k: self.store.read_json(f"{k}/cell.json"), others)
-        known.update((k, str((meta or {}).get("fingerprint"))) for k, meta in zip(others, metas, strict=True))
+        metas = self._each(self._meta, others)
+        known.update((k, str(meta.get("fingerprint"))) for k, (_, meta) in zip(others, metas, strict=True))
         for key, expected in cells.items():
             recorded = known[key]
             if recorded != expected:
@@ -192,11 +268,12 @@ class Ledger:
                 )
 
     def failures(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """{key: record} of the cells among `keys` whose last attempt failed for good."""
+        """{key: record} of the cells among `keys` whose last attempt failed for good, or which are damaged."""
         wanted = set(keys)
+        broken = {key: {"error": str(fault)} for key, fault in self.damaged.items() if key in wanted}
         names = [n for n in self.store.names("_failed") if n.removesuffix(".json") in wanted]
         records = self._each(lambda n: self.store.read_json(f"_failed/{n}") or {}, names)
-        return {n.removesuffix(".json"): record for n, record in zip(names, records, strict=True)}
+        return {n.removesuffix(".json"): record for n, record in zip(names, records, strict=True)} | broken
 
     def record_failure(self, cell: Cell, error: str, attempts: int) -> None:
         """Note that a cell failed for good, with the line that says why."""
@@ -204,8 +281,14 @@ class Ledger:
         self.store.replace(f"_failed/{cell.key}.json", json.dumps(record, indent=1).encode())
 
     def forget_failures(self, keys: Iterable[str]) -> None:
-        """Let failed cells run again."""
-        self._each(lambda key: self.store.remove_file(f"_failed/{key}.json"), keys)
+        """Let failed cells run again, and set damaged ones aside."""
+        wanted = list(keys)
+        self._each(lambda key: self.store.remove_file(f"_failed/{key}.json"), wanted)
+        gone = [key for key in wanted if key in self.damaged]
+        self._each(self.store.set_aside, gone)
+        for key in gone:
+            del self.damaged[key]
+        self.compact((), gone)
 
 
 def rows_to_parquet(rows: Sequence[Row]) -> bytes:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pandas as pd
 
-from sweeps._storage import Store
-from sweeps._sweep import PublishedCell
+from sweeps._storage import Facts, Store
+from sweeps._sweep import PublishedCell, UserError
 
 _READERS = 32  # requests that wait for answers at once
 _T = TypeVar("_T")
@@ -34,9 +34,40 @@ def in_order(call: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
                 future.cancel()
 
 
+class DamagedCell(UserError):
+    """A published cell with a file that is missing or is not what was published."""
+
+
+def damaged(key: str, ledger: str, name: str, fault: str) -> DamagedCell:
+    """The error of a cell in the ledger at this address whose file `name` has a fault, in a few words."""
+    return DamagedCell(
+        f"cell {key} in {ledger} is damaged: {name} {fault}; --retry-failed sets the cell aside and computes it again"
+    )
+
+
+def facts(meta: Mapping[str, Any]) -> dict[str, Facts]:
+    """{name: Facts} of the files that a cell.json describes; cells published before SHA-256 was recorded have none."""
+    return {name: Facts(**known) for name, known in meta.get("files", {}).items() if isinstance(known, dict)}
+
+
+def file_sizes(meta: Mapping[str, Any]) -> dict[str, int]:
+    """{name: bytes} of the files that a cell.json describes."""
+    return {n: int(known["size"] if isinstance(known, dict) else known) for n, known in meta.get("files", {}).items()}
+
+
 def file_of(cell: PublishedCell, name: str) -> bytes:
-    """Bytes of one of the cell's files."""
-    return Store(cell.uri).read(name)
+    """Bytes of one of the cell's files; raises FileNotFoundError, DamagedCell where they are not those published."""
+    known = facts(cell.meta).get(name)
+    ledger = cell.uri.split(f"/{cell.key}", 1)[0]
+    try:
+        data = Store(cell.uri).read(name)
+    except FileNotFoundError as error:
+        if known is None:
+            raise
+        raise damaged(cell.key, ledger, name, "is missing") from error
+    if known and (fault := known.fault(data)):
+        raise damaged(cell.key, ledger, name, fault)
+    return data
 
 
 def table_of(cell: PublishedCell, name: str) -> pd.DataFrame:

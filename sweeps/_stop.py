@@ -87,18 +87,22 @@ class StopFlag:
 
     def __init__(self, store: Store, names: Sequence[str]) -> None:
         self.store, self.names = store, tuple(names)
-        self._seen = threading.Event()
+        self._seen, self._closed = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
     def raised(self) -> bool:
-        if self._thread is None and self.names:
+        if self._thread is None and self.names and not self._closed.is_set():
             self._look()  # at once, so that work which starts after the flag does nothing
             self._thread = threading.Thread(target=self._watch, name="stop-flag", daemon=True)
             self._thread.start()
         return self._seen.is_set()
 
+    def close(self) -> None:
+        """Stop asking the storage: the work is over. The next question gets the last answer."""
+        self._closed.set()
+
     def _watch(self) -> None:
-        while not self._seen.wait(POLL_SECONDS):
+        while not self._closed.wait(POLL_SECONDS) and not self._seen.is_set():
             self._look()
 
     def _look(self) -> None:
@@ -125,11 +129,11 @@ def lower_flag(store: Store, name: str) -> None:
 
 
 class Stopper:
-    """Handler of a launch's SIGTERM and SIGINT: the packs that run get time to save, then the launch ends.
+    """Handler of a launch's SIGTERM, SIGHUP and SIGINT: the packs that run get time to save, then the launch ends.
 
     The first signal inside `asking` raises the launch's flag; when the packs have ended, or the grace is over,
     KeyboardInterrupt is raised there. A second signal, or one outside `asking`, raises it at once.
-    terminated: whether a SIGTERM was among them, whose sender may not wait.
+    terminated: whether a SIGTERM or SIGHUP (a closed terminal) was among them, whose sender may not wait.
     """
 
     def __init__(self) -> None:
@@ -139,12 +143,13 @@ class Stopper:
         self._asked = threading.Event()
 
     def install(self) -> None:
-        """Handle SIGTERM and SIGINT from now on; to be called in the main thread."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self)
+        """Handle these signals from now on; to be called in the main thread. A launch under nohup ignores SIGHUP."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self)
 
     def __call__(self, signum: int, frame: Any) -> None:
-        self.terminated |= signum == signal.SIGTERM
+        self.terminated |= signum in (signal.SIGTERM, signal.SIGHUP)
         if self._ask is None or self._asked.is_set():
             raise KeyboardInterrupt
         self._asked.set()

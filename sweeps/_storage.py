@@ -1,8 +1,9 @@
 """A folder on any fsspec URI, with the three operations a crash cannot hurt.
 
-`publish_folder` makes a folder of files appear whole or not at all, `replace` swaps one small file atomically and
-`create` succeeds for exactly one of many callers. On a local disk they are rename, rename and O_EXCL; on object
-stores (where a PUT is atomic) a commit marker written last, a PUT, and a conditional PUT.
+`publish_folder` makes a folder of files appear whole or not at all, `replace` swaps one file atomically and `create`
+succeeds for exactly one of many callers. On a local disk they are rename, rename and link. On object stores (where a
+PUT is atomic) every attempt to publish uploads to a folder of its own, FOLDER/ATTEMPT/, and the marker, a conditional
+PUT, names the one attempt that counts: a second writer can neither change nor mix up what is published.
 """
 
 from __future__ import annotations
@@ -10,30 +11,62 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import hashlib
 import json
 import os
 import shutil
-import time
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, BinaryIO, Concatenate, ParamSpec, TypeVar
 
 import fsspec
 import tenacity
 from fsspec.implementations.local import LocalFileSystem
 
-from data._atomic import write_whole
+from data._atomic import move_whole, write_whole
+from sweeps._names import checked, inside
 from sweeps._secrets import remember, with_login, without_password
 from sweeps._sweep import UserError
 
 MARKER = "_PUBLISHED"
 _ASIDE, _LEFT_SECONDS = ".tmp-", 86_400.0  # folders that are being made, and when they are taken for dead
+_DAMAGED = ".damaged-"  # folders that somebody may want to look at, which no reader counts
 _PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
 _ANSWERS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, NotImplementedError)
 _MISTAKES = (ValueError, TypeError, KeyError, AttributeError)
+_UPLOADS = 8  # files of a folder that are uploaded and checksummed at once
+_CHUNK = 1 << 20
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What must be true of a file's bytes: their number, and their SHA-256 in hexadecimal digits."""
+
+    size: int
+    sha256: str
+
+    def fault(self, data: bytes) -> str:
+        """What is wrong with these bytes in a few words; empty where nothing is."""
+        if len(data) != self.size:
+            return f"has {len(data)} bytes instead of {self.size}"
+        return "" if hashlib.sha256(data).hexdigest() == self.sha256 else f"has other bytes than it had ({self.size})"
+
+
+def facts_of(data: bytes | Path) -> Facts:
+    """Facts of bytes, or of a local file (read in pieces)."""
+    if isinstance(data, bytes):
+        return Facts(len(data), hashlib.sha256(data).hexdigest())
+    with open(data, "rb") as f:
+        return Facts(os.fstat(f.fileno()).st_size, hashlib.file_digest(f, "sha256").hexdigest())
+
+
+Describe = Callable[[Mapping[str, Facts], str], Mapping[str, bytes]]
 
 
 def _transient(error: BaseException) -> bool:
@@ -101,15 +134,18 @@ class Store:
         return Store, (self.uri,)
 
     def path(self, name: str) -> str:
-        """Full path of a file named relative to the root; raises ValueError for a name that leaves it."""
-        if name.startswith("/") or ".." in name.split("/"):
-            raise ValueError(f"file name {name!r} leads out of {self.uri}; choose a relative name without '..'")
-        return f"{self.root}/{name}"
+        """Full path of a file named relative to the root; raises UserError for a name that could leave it."""
+        return f"{self.root}/{checked(name, self.uri)}"
 
     def check_writable(self) -> None:
-        """Write and remove a probe file; raises UserError if that does not work."""
+        """Write, create and remove a probe file; raises UserError if that does not work.
+
+        A storage on which two callers can create the same file cannot order claims or keep a first result.
+        """
         name = f".probe-{uuid.uuid4().hex}"
         try:
+            made = [self.create(name, b"1"), self.create(name, b"2")]
+            kept = self.read(name)
             self.replace(name, b"")
             self.fs.rm_file(self.path(name))
         except Exception as error:
@@ -117,29 +153,83 @@ class Store:
                 f"storage {self.uri} is not writable ({type(error).__name__}: {without_password(str(error))}); "
                 "choose another place with --storage"
             ) from error
+        if made != [True, False] or kept != b"1":
+            raise UserError(
+                f"storage {self.uri} ignores conditional creation (If-None-Match): two launches could both claim a "
+                "cell and overwrite its result. Choose a storage that honours it with --storage"
+            )
 
     def remove_leftovers(self) -> None:
-        """Remove what killed processes left of folders that they were publishing a day ago or earlier."""
+        """Remove what killed processes left of folders that they were publishing a day ago or earlier.
+
+        A day by the storage's own clock: the age is the difference to a file written there now.
+        """
         if not self.local or not os.path.isdir(self.root):
             return
         with os.scandir(self.root) as found:
             aside = [entry.path for entry in found if entry.name.startswith(_ASIDE)]
+        if not aside:
+            return
+        with tempfile.NamedTemporaryFile(dir=self.root, prefix=".probe-") as probe:
+            now = os.stat(probe.name).st_mtime
         for path in aside:
             with contextlib.suppress(FileNotFoundError):  # published meanwhile
-                if time.time() - os.stat(path).st_mtime > _LEFT_SECONDS:
+                if now - os.stat(path).st_mtime > _LEFT_SECONDS:
                     shutil.rmtree(path, ignore_errors=True)
 
     @_request
     def read(self, name: str) -> bytes:
-        """Bytes of a file; raises FileNotFoundError."""
+        """Bytes of a file; raises FileNotFoundError, and UserError for a link that leads out of its folder."""
+        if self.local:
+            return Path(self._linked(name)).read_bytes()
         return self.fs.cat_file(self.path(name))
 
-    def read_json(self, name: str) -> Any | None:
-        """Parsed JSON of a file, or None where there is none."""
+    def _linked(self, name: str) -> str:
+        """Path of a local file, whose links stay in the folder of the root that it is in."""
+        path = inside(self.path(name), self.root, self.root)
+        top, _, rest = name.partition("/")
+        return inside(path, f"{self.root}/{top}", f"{self.root}/{top}") if rest else path
+
+    @contextlib.contextmanager
+    def fetched(self, name: str) -> Iterator[Path]:
+        """A local copy of a file while the block runs, the file itself on a local store; raises FileNotFoundError."""
+        if self.local:
+            yield Path(self._linked(name))
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder, "file")
+            self._download(name, copy)
+            yield copy
+
+    @_request
+    def _download(self, name: str, copy: Path) -> None:
+        self.fs.get_file(self.path(name), str(copy))
+
+    @contextlib.contextmanager
+    def aside(self, name: str) -> Iterator[Path]:
+        """A local path to write what `replace` then takes for `name`: beside it on a local store, so that it moves."""
+        if not self.local:
+            with tempfile.TemporaryDirectory() as folder:
+                yield Path(folder, "file")
+            return
+        target = self.path(name)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        place = Path(f"{target}.{uuid.uuid4().hex}.tmp")
         try:
-            return json.loads(self.read(name))
+            yield place
+        finally:
+            place.unlink(missing_ok=True)
+
+    def read_json(self, name: str) -> Any | None:
+        """Parsed JSON of a file, or None where there is none, or nothing in it yet.
+
+        Some stores (sftp) show a created file before it is filled; others see its bytes at once.
+        """
+        try:
+            data = self.read(name)
         except FileNotFoundError:
             return None
+        return json.loads(data) if data else None
 
     @_request
     def exists(self, name: str) -> bool:
@@ -156,10 +246,15 @@ class Store:
         return self.fs.modified(self.path(name)).timestamp()
 
     @_request
-    def replace(self, name: str, data: bytes) -> None:
-        """Write a whole file; readers see the old bytes or the new ones, never a part."""
+    def replace(self, name: str, data: bytes | Path) -> None:
+        """Write a whole file (bytes, or a local file made in `aside`); readers see the old one or the new one."""
         target = self.path(name)
-        if self.local:
+        if isinstance(data, Path):
+            if self.local:
+                move_whole(data, target)
+            else:
+                self.fs.put_file(str(data), target)
+        elif self.local:
             write_whole(target, data)
         else:
             self.fs.pipe_file(target, data)
@@ -239,6 +334,14 @@ class Store:
         """Whether the folder was published."""
         return self.exists(f"{folder}/{MARKER}")
 
+    def marker(self, folder: str) -> dict[str, Any]:
+        """What the marker of a published folder says: `attempt`, `last` (facts of the file written last).
+
+        Empty for folders published before markers had a content; raises FileNotFoundError where there is none.
+        """
+        data = self.read(f"{folder}/{MARKER}")
+        return json.loads(data) if data else {}
+
     def stamp(self, folder: str) -> int | None:
         """What tells a published folder from another one published in its place; None where it is not published.
 
@@ -260,45 +363,106 @@ class Store:
             return {}
         return {name: stamp for name in names if (stamp := self.stamp(name)) is not None}
 
-    @_request
-    def publish_folder(self, folder: str, contents: Mapping[str, bytes | Path]) -> bool:
+    def publish_folder(
+        self, folder: str, contents: Mapping[str, bytes | Path], describe: Describe | None = None
+    ) -> bool:
         """Publish files (bytes, or paths of local files to copy) as a folder, whole or not at all.
 
-        Returns False, and changes nothing, when the folder is already published: the first result stays.
+        `describe` gets the facts of all files and the attempt's name (empty on a local store, whose files lie directly
+        in the folder) and returns one more file, the last to be written. Returns False, and changes nothing, when the
+        folder is already published: the first result stays, on every store.
         """
         if self.published(folder):
             return False
-        if not self.local:
-            for name, data in contents.items():
-                if isinstance(data, Path):
-                    self.fs.put_file(str(data), self.path(f"{folder}/{name}"))
-                else:
-                    self.fs.pipe_file(self.path(f"{folder}/{name}"), data)
-            self.fs.pipe_file(self.path(f"{folder}/{MARKER}"), b"")
-            return True
+        for name in contents:
+            checked(name, folder)
+        return (self._publish_here if self.local else self._publish_there)(folder, contents, describe)
+
+    def _publish_there(self, folder: str, contents: Mapping[str, bytes | Path], describe: Describe | None) -> bool:
+        attempt = uuid.uuid4().hex
+        home = f"{folder}/{attempt}"
+        with ThreadPoolExecutor(_UPLOADS) as pool:
+            sent = [pool.submit(self.replace, f"{home}/{name}", data) for name, data in contents.items()]
+            facts = dict(zip(contents, pool.map(facts_of, contents.values()), strict=True))
+            for one in sent:
+                one.result()
+        last = describe(facts, attempt) if describe else {}
+        for name, data in last.items():
+            self.replace(f"{home}/{name}", data)
+        if self.create(f"{folder}/{MARKER}", _marker(attempt, last)) or self.marker(folder).get("attempt") == attempt:
+            return True  # the marker is ours also where a repeated request met its own first try
+        self.remove(home)
+        return False
+
+    @_request
+    def _publish_here(self, folder: str, contents: Mapping[str, bytes | Path], describe: Describe | None) -> bool:
         target = self.path(folder)
         aside = f"{os.path.dirname(target)}/{_ASIDE}{os.path.basename(target)}-{uuid.uuid4().hex}"
         try:
-            for name, data in contents.items():
-                self.path(name)  # refuses a name that leaves the folder
-                place = Path(aside, name)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                if isinstance(data, Path):
-                    shutil.copyfile(data, place)
-                else:
-                    place.write_bytes(data)
-                with open(place, "rb") as f:
-                    os.fsync(f.fileno())
-            Path(aside, MARKER).touch()
+            os.makedirs(aside)
+            facts = {name: _put(aside, name, data) for name, data in contents.items()}
+            last = describe(facts, "") if describe else {}
+            for name, data in last.items():
+                _put(aside, name, data)
+            _put(aside, MARKER, _marker("", last))
             try:
                 os.rename(aside, target)
             except OSError:
                 if self.published(folder):
                     return False
-                raise
+                if not os.path.isdir(target):
+                    raise
+                self.set_aside(folder)  # no marker: an interrupted removal, or a file that a network disk left there
+                os.rename(aside, target)
             return True
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+    @_request
+    def set_aside(self, folder: str) -> None:
+        """Take a folder out of sight of every reader, so that it can be published anew; its files stay for people.
+
+        On a local store it gets another name; on others its marker goes.
+        """
+        if self.local:
+            target = self.path(folder)
+            where = f"{os.path.dirname(target)}/{_DAMAGED}{os.path.basename(target)}-{uuid.uuid4().hex[:8]}"
+            with contextlib.suppress(FileNotFoundError):  # another launch did it
+                os.rename(target, where)
+        else:
+            self.remove_file(f"{folder}/{MARKER}")
+
+
+def _marker(attempt: str, last: Mapping[str, bytes]) -> bytes:
+    facts = {name: asdict(facts_of(data)) for name, data in last.items()}
+    return json.dumps({"attempt": attempt, "last": facts}).encode()
+
+
+def _put(folder: str, name: str, data: bytes | Path) -> Facts:
+    """Copy bytes or a file into a folder that exists, to the disk; the facts are taken from the bytes on their way.
+
+    Only folders below it are made: a folder that somebody removed meanwhile must not come back half filled.
+    """
+    place, digest, size = f"{folder}/{name}", hashlib.sha256(), 0
+    below = os.path.dirname(name)
+    for depth in range(below.count("/") + 1 if below else 0):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(f"{folder}/{'/'.join(below.split('/')[: depth + 1])}")
+    with contextlib.ExitStack() as files:
+        out = files.enter_context(open(place, "wb"))
+        pieces = [data] if isinstance(data, bytes) else _pieces(files.enter_context(open(data, "rb")))
+        for piece in pieces:
+            out.write(piece)
+            digest.update(piece)
+            size += len(piece)
+        out.flush()
+        os.fsync(out.fileno())
+    return Facts(size, digest.hexdigest())
+
+
+def _pieces(source: BinaryIO) -> Iterator[bytes]:
+    while piece := source.read(_CHUNK):
+        yield piece
 
 
 @_numbered()  # sftp:// and their like connect at once

@@ -109,8 +109,8 @@ def killed_and_continued(cell: LMCell, study: Study, whole: Ledger) -> PackConte
     context = context_on(f"memory://{uuid.uuid4().hex}", RunSettings(checkpoint_steps=2))
     save = context.work.save
 
-    def save_and_die(name: str, step: int, state: dict, kind: str = "latest") -> None:
-        save(name, step, state, kind)
+    def save_and_die(name: str, step: int, state: dict, kind: str = "latest", origin: str = "") -> None:
+        save(name, step, state, kind, origin)
         if step == 4:
             raise KeyboardInterrupt
 
@@ -345,10 +345,10 @@ def test_the_best_measurement_is_kept_published_and_sampled(
     kept: dict[str, torch.Tensor] = {}
     save = context.work.save
 
-    def watch(name: str, step: int, state: dict, kind: str = "latest") -> None:
+    def watch(name: str, step: int, state: dict, kind: str = "latest", origin: str = "") -> None:
         assert (kind, step) == ("best", 3)
         kept.update({n: t.clone() for n, t in state["ema"].items()})
-        save(name, step, state, kind)
+        save(name, step, state, kind, origin)
 
     monkeypatch.setattr(context.work, "save", watch)
     run_pack(cells[:1], replace(TINY, sample_s=0.0), context)
