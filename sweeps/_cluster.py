@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,25 @@ _POLL_SECONDS = 2.0
 _SAY_SECONDS = 15.0  # between progress lines while nothing changes
 _MLFLOW_SECONDS = 120.0
 _NAME = re.compile(r"[A-Za-z0-9][\w.:-]*")  # of a host, an address or a user; nothing that ssh or a shell would obey
+_SECRET = re.compile(r"\b((?:\w*_)?(?:SECRET|TOKEN|PASSWORD|PASSWD|KEY)(?:_\w*)?)=(?!\s|$|[\"']{2})", re.IGNORECASE)
 _MONITOR_LOG = "/tmp/ray/session_latest/logs/monitor.log"
+
+
+def _refuse_secrets(config: Mapping[str, Any], path: Path) -> None:
+    """Raises UserError for a command of the file that carries a password or a key.
+
+    Ray writes the whole configuration to files in /tmp that everyone may read, on this machine and on the head, and
+    gives commands to ssh as arguments, which process lists show.
+    """
+    for name, commands in config.items():
+        if name.endswith("commands") and isinstance(commands, list):
+            for number, command in enumerate(commands, start=1):
+                if found := _SECRET.search(str(command)):
+                    raise UserError(
+                        f"{name} {number} in {path} sets {found[1]}, which Ray would write to files in /tmp that "
+                        "everyone may read, and show in process lists; put keys into ~/.aws and mount that by "
+                        "file_mounts, or give the pods a role"
+                    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +97,7 @@ class Cluster:
         twice = sorted({w for w in (head, *workers) if (head, *workers).count(w) > 1})
         if twice:
             raise UserError(f"{twice[0]} stands in {path} more than once; name every node once")
+        _refuse_secrets(config, path)
         key = Path(auth["ssh_private_key"]).expanduser() if auth.get("ssh_private_key") else None
         if key is not None and not key.is_file():
             raise UserError(

@@ -30,11 +30,11 @@ class WorkStore:
     Loading is weights-only: no pickled code is ever run. State passes through one file, never a second copy in memory.
 
     `origin` is that fingerprint where a name does not follow from it already. A checkpoint of another origin is not
-    continued, and `say` hears of it.
+    continued, one that was made with another number of `threads` is, and `say` hears of both.
     """
 
-    def __init__(self, store: Store, say: Callable[[str], None] = lambda line: None) -> None:
-        self.store, self._say = store, say
+    def __init__(self, store: Store, say: Callable[[str], None] = lambda line: None, threads: int = 0) -> None:
+        self.store, self._say, self._threads = store, say, threads
 
     def save(self, name: str, step: int, state: Mapping[str, Any], kind: str = "latest", origin: str = "") -> None:
         """Keep `state` (tensors, numbers, texts, nested dicts and lists) as the one checkpoint of its kind of `name`.
@@ -49,7 +49,8 @@ class WorkStore:
             torch.save(dict(state), made)
             known = facts_of(made)
             self.store.replace(f"_work/{name}/{file}", made)
-        pointer = {"file": file, "step": step, "bytes": known.size, "sha256": known.sha256, "origin": origin}
+        pointer = {"file": file, "step": step, "bytes": known.size, "sha256": known.sha256}
+        pointer |= {"origin": origin, "threads": self._threads}
         self.store.replace(f"_work/{name}/{kind}.json", json.dumps(pointer).encode())
         if old and old["file"] not in self._named(name):
             self.store.remove_file(f"_work/{name}/{old['file']}")
@@ -79,11 +80,15 @@ class WorkStore:
         if origin is not None and pointer.get("origin", "") != origin:
             self._say(f"checkpoint of {name} at step {pointer['step']} was made with other code or data: starting anew")
             return None
+        if (before := pointer.get("threads", self._threads)) != self._threads:
+            self._say(
+                f"step {pointer['step']} of {name} was reached with {before} threads, now there are {self._threads}; "
+                f"the numbers change by rounding (--set threads={before} keeps them)"
+            )
         place = f"_work/{name}/{pointer['file']}"
-        known = Facts(pointer["bytes"], pointer.get("sha256", ""))
         try:
             with self.store.fetched(place) as file:
-                if not known.sha256 or facts_of(file) != known:
+                if not _as_saved(file, pointer):
                     self._say(f"checkpoint of {name} at step {pointer['step']} is damaged: starting anew")
                     return None
                 return torch.load(file, weights_only=True)
@@ -94,6 +99,13 @@ class WorkStore:
     def drop(self, name: str) -> None:
         """Forget the checkpoints of finished work."""
         self.store.remove(f"_work/{name}")
+
+
+def _as_saved(file: Path, pointer: Mapping[str, Any]) -> bool:
+    """Whether the file is the one that the pointer tells of; pointers had no digest once."""
+    if "sha256" not in pointer:
+        return file.stat().st_size == pointer["bytes"]
+    return facts_of(file) == Facts(pointer["bytes"], pointer["sha256"])
 
 
 class PackContext:
@@ -119,7 +131,7 @@ class PackContext:
     ) -> None:
         self.ledger, self.run = ledger, run
         self.threads, self.device = threads, device
-        self.work = WorkStore(ledger.store, self.note)
+        self.work = WorkStore(ledger.store, self.note, threads)
         self.world = World()
         self._fingerprint = fingerprint
         self._report = report

@@ -130,17 +130,17 @@ class Ledger:
     def _meta(self, key: str) -> tuple[str, dict[str, Any]]:
         """(folder of the cell's files, cell.json); raises FileNotFoundError, DamagedCell."""
         marker = self.store.marker(key)
-        attempt = str(marker.get("attempt", ""))
+        attempt = marker.get("attempt", "")
+        if not isinstance(attempt, str):
+            raise damaged(key, self.store.uri, MARKER, f"names no attempt ({attempt!r})")
         home = f"{key}/{checked(attempt, key)}" if attempt else key
         data = self.store.read(f"{home}/cell.json")
-        if last := marker.get("last", {}).get("cell.json"):
-            self._raise_for(key, "cell.json", Facts(**last).fault(data))
-        try:
-            meta = json.loads(data)
-            names = list(meta.get("files", ()))
-        except (ValueError, AttributeError, TypeError) as error:
-            raise damaged(key, self.store.uri, "cell.json", f"is no JSON object ({error})") from error
-        for name in names:
+        if last := facts({"files": marker.get("last", {})}).get("cell.json"):
+            self._raise_for(key, "cell.json", last.fault(data))
+        meta = _json_object(data)
+        if meta is None or not isinstance(meta.get("files", {}), dict) or not isinstance(meta.get("identity"), dict):
+            raise damaged(key, self.store.uri, "cell.json", "is no JSON object with identity and files")
+        for name in meta.get("files", ()):
             checked(name, f"cell {key} of {self.store.uri}")
         return home, meta
 
@@ -289,6 +289,15 @@ class Ledger:
         for key in gone:
             del self.damaged[key]
         self.compact((), gone)
+
+
+def _json_object(data: bytes) -> dict[str, Any] | None:
+    """The JSON object that the bytes spell, None where they spell something else."""
+    try:
+        found = json.loads(data)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def rows_to_parquet(rows: Sequence[Row]) -> bytes:

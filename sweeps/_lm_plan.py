@@ -92,8 +92,7 @@ def packs(
     """
     slow_first = sorted(units, key=lambda unit: -len(unit) * unit[0].weight)
     on_gpu = bool(study.needs_gpu and machine.gpus)
-    slots = max(1, (machine.gpus if on_gpu else machine.cpus) // run.workers)
-    at_once = min(len(slow_first), slots)
+    at_once = min(len(slow_first), _slots(study, machine, run))
     cpus = run.workers * run.threads or max(1, machine.cpus // at_once)
     groups: list[list[LMCell]] = [[] for _ in range(len(slow_first) if study.needs_gpu else at_once)]
     for unit in slow_first:
@@ -108,6 +107,20 @@ def packs(
         )
         for number, group in enumerate(groups, start=1)
     ]
+
+
+def _slots(study: TokenStudy, machine: Machine, run: RunSettings) -> int:
+    """Packs that may run at once, one GPU or core per worker at least."""
+    return max(1, (machine.gpus if study.needs_gpu and machine.gpus else machine.cpus) // run.workers)
+
+
+def threads(units: int, study: TokenStudy, machine: Machine, run: RunSettings) -> int:
+    """CPU threads of each worker when this many units are planned: the cores, shared by the packs that run at once.
+
+    0, for Ray to place them as it can, where there are more workers than cores.
+    """
+    at_once = min(max(1, units), _slots(study, machine, run))
+    return machine.cpus // at_once // run.workers
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,12 @@ def damaged(key: str, ledger: str, name: str, fault: str) -> DamagedCell:
 
 def facts(meta: Mapping[str, Any]) -> dict[str, Facts]:
     """{name: Facts} of the files that a cell.json describes; cells published before SHA-256 was recorded have none."""
-    return {name: Facts(**known) for name, known in meta.get("files", {}).items() if isinstance(known, dict)}
+    files = meta.get("files", {})
+    return {
+        name: Facts(known.get("size", -1), known.get("sha256", ""))
+        for name, known in (files.items() if isinstance(files, dict) else ())
+        if isinstance(known, dict)
+    }
 
 
 def file_sizes(meta: Mapping[str, Any]) -> dict[str, int]:

@@ -18,7 +18,11 @@ from sweeps._sweep import UserError
 
 VARIABLE = "PLUMBLINE_LOGINS"  # JSON {scheme://host: user:password}
 _LOGIN = re.compile(r"(?<=://)[^/\s]*@")  # up to the last @ before the path
-_IN_QUERY = re.compile(r"[?&](password|passwd|pwd|sslpassword|(access_?)?token|secret|sig)=", re.IGNORECASE)
+_IN_QUERY = re.compile(
+    r"[?&]([^=&#]*(?:pass|pwd|secret|token|sig|credential|api[_-]?key|access[_-]?key)[^=&#]*)=", re.IGNORECASE
+)
+_CUT_LOGIN = re.compile(r"://[^/?#@\s]*:[^/?#@\s]*[/?#][^\s]*@")  # user:pa/ss@host: the address ends before the @
+_CHAINED = re.compile(r"^[a-z0-9+.-]+::", re.IGNORECASE)
 
 
 def without_password(text: str) -> str:
@@ -48,8 +52,19 @@ def remember(uri: str) -> str:
 def given(uri: str, option: str) -> str:
     """The address of an option without its login, which this process keeps.
 
-    Raises UserError for a password in the query, where every library would show and store it with the address.
+    Raises UserError, which never shows the password: for one in the query, where every library would show and store it
+    with the address, for one with a raw /, ? or #, which ends the address early, and for a login in a chained address.
     """
+    if _CUT_LOGIN.search(uri):
+        raise UserError(
+            f"{option} has an @ after a /, ? or # that ends its host (not shown, since it may be a password); write "
+            "these signs in a user's name or password as %2F, %3F, %23, and @ as %40"
+        )
+    if _CHAINED.match(uri) and _LOGIN.search(uri):
+        raise UserError(
+            f"{option} is a chained address with a login, which could not be kept secret; give the login by the "
+            "storage's own variables or configuration files"
+        )
     if found := _IN_QUERY.search(uri):
         raise UserError(
             f"{option} {without_password(uri[: found.start()])} has {found[1]}=… behind its '?', where it would be "

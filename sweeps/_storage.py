@@ -340,7 +340,8 @@ class Store:
         Empty for folders published before markers had a content; raises FileNotFoundError where there is none.
         """
         data = self.read(f"{folder}/{MARKER}")
-        return json.loads(data) if data else {}
+        found = json.loads(data) if data.startswith(b"{") else {}
+        return found if isinstance(found, dict) else {}
 
     def stamp(self, folder: str) -> int | None:
         """What tells a published folder from another one published in its place; None where it is not published.

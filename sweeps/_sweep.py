@@ -16,6 +16,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -30,6 +31,7 @@ class UserError(ValueError):
     """Bad input: one line that states the value, the rule and the remedy. Never retried."""
 
 
+_DIGITS = 18  # of a whole number: what fits 64 bits, where arrays and tables keep it
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
 
 
@@ -134,9 +136,11 @@ class PublishedCell:
 class Sweep(Protocol):
     """What `_launch.main` needs of a sweep. `report` touches neither Ray nor a checkpoint.
 
-    Six more are used where a sweep has them: `headline`, the name of the number that `progress(best=…)` carries,
+    Seven more are used where a sweep has them: `headline`, the name of the number that `progress(best=…)` carries,
     `named`, the fields of a cell that name its run in MLflow (without them it is called by its key),
     `tracked`, the parameters of rows that MLflow gets as `metric/value` (rows with others are in the ledger alone),
+    `threads(planned, preset, machine, run)`, the CPU threads of a pack, as they follow from all planned cells (never
+    from those that are missing, or an interrupted run would go on with another number and other last bits),
     `remarks(preset, run)`, lines on the files that the settings name, for the banner,
     `preflight(cells, preset, run)`, which raises UserError before Ray starts when data or weights are out of reach or
     do not fit, and returns lines on what else it found (or None), and
@@ -230,12 +234,21 @@ def _parse(raw: str, kind: Any) -> Any:
             raise ValueError("write true or false")
         return raw.lower() in ("true", "1", "yes")
     if kind is int:
-        number = float(raw.replace("_", ""))
-        if number != int(number):
-            raise ValueError("write a whole number")
+        try:
+            return int(raw)
+        except ValueError:
+            try:
+                number = Decimal(raw.replace("_", ""))  # 2e6 and 4.0 are whole numbers, exactly, however large
+            except ArithmeticError:
+                raise ValueError("write a whole number") from None
+        if not number.is_finite() or number != number.to_integral_value() or number.adjusted() > _DIGITS:
+            raise ValueError(f"write a whole number of at most {_DIGITS} digits")
         return int(number)
     if kind is float:
-        return float(raw)
+        value = float(raw)
+        if math.isnan(value) or (math.isinf(value) and "inf" not in raw.lower()):
+            raise ValueError("write a number that a float64 holds")
+        return value
     if kind is str:
         return raw
     raise ValueError(f"fields of type {kind} cannot be set from the command line")

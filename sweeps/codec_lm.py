@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sweeps._codec_text import KINDS, NONE, after_dropout, arm_name, with_own_text
-from sweeps._lm_plan import CPU_FLOPS, CURVE_CLIPS, GPU_BASIS, TRACKED, TokenStudy, packs, work
+from sweeps._lm_plan import CPU_FLOPS, CURVE_CLIPS, GPU_BASIS, TRACKED, TokenStudy, packs, threads, work
 from sweeps._sweep import Cell, Estimate, Pack, PublishedCell, UserError, nearest
 from sweeps._where import Machine, RunSettings
 
@@ -325,6 +325,15 @@ PRESETS |= {
 }
 
 
+def _units(cells: Sequence[Cell]) -> list[list[LMCell]]:
+    """Cells of an architecture, with or without text, and seed. Rates that compete stay together, with all seeds."""
+    units: dict[tuple[str, int], list[LMCell]] = {}
+    for cell in cells:
+        assert isinstance(cell, LMCell)
+        units.setdefault((arm_name(cell.identity()), -1 if cell.rival_seeds else cell.seed), []).append(cell)
+    return list(units.values())
+
+
 class CodecLMSweep:
     """The sweep behind the command line; the work is in `_codec_run`, the tokens in `_codec_data`."""
 
@@ -368,16 +377,13 @@ class CodecLMSweep:
         ]
 
     def pack(self, cells: Sequence[Cell], preset: Study, machine: Machine, run: RunSettings) -> list[Pack]:
-        """Units: an architecture, with or without text, and seed. Rates that compete stay together, with all seeds."""
-        units: dict[tuple[str, int], list[LMCell]] = {}
-        for cell in cells:
-            assert isinstance(cell, LMCell)
-            units.setdefault((arm_name(cell.identity()), -1 if cell.rival_seeds else cell.seed), []).append(cell)
-
         def name(number: int, group: Sequence[LMCell]) -> str:
             return f"{arm_name(group[0].identity())}-{group[0].seed}" if preset.needs_gpu else f"pack{number}"
 
-        return packs(units.values(), preset, machine, run, name)
+        return packs(_units(cells), preset, machine, run, name)
+
+    def threads(self, planned: Sequence[Cell], preset: Study, machine: Machine, run: RunSettings) -> int:
+        return threads(len(_units(planned)), preset, machine, run)
 
     def run(self, pack: Pack, preset: Study, context: Any) -> None:
         from sweeps._train_ray import fit

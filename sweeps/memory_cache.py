@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sweeps._lm_plan import CPU_FLOPS, GPU_BASIS, TRACKED, packs, work
+from sweeps._lm_plan import CPU_FLOPS, GPU_BASIS, TRACKED, packs, threads, work
 from sweeps._memory_plan import VARIABLES, CacheCell, CacheStudy, arms
 from sweeps._sweep import Cell, Estimate, Pack, PublishedCell
 from sweeps._where import Machine, RunSettings
@@ -108,6 +108,9 @@ class MemoryCacheSweep:
 
     def pack(self, cells: Sequence[Cell], preset: CacheStudy, machine: Machine, run: RunSettings) -> list[Pack]:
         return packs([[c] for c in cells if isinstance(c, CacheCell)], preset, machine, run)
+
+    def threads(self, planned: Sequence[Cell], preset: CacheStudy, machine: Machine, run: RunSettings) -> int:
+        return threads(len(planned), preset, machine, run)
 
     def run(self, pack: Pack, preset: CacheStudy, context: Any) -> None:
         from sweeps._train_ray import fit

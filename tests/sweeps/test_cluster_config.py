@@ -41,6 +41,43 @@ def test_every_package_is_mounted_and_nothing_that_grows() -> None:
     assert all((ROOT / name).exists() and target == f"~/plumbline/{name}" for target, name in mounts.items())
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "export AWS_SECRET_ACCESS_KEY=abc123",
+        "export AWS_ACCESS_KEY_ID=AKIA",
+        "HF_TOKEN=hf_x; export HF_TOKEN",
+        "export MLFLOW_TRACKING_PASSWORD='x'",
+    ],
+)
+@pytest.mark.parametrize("where", ["setup_commands", "head_start_ray_commands", "initialization_commands"])
+def test_keys_and_passwords_in_commands_are_refused_and_not_repeated(
+    tmp_path: Path, config: dict[str, Any], where: str, line: str
+) -> None:
+    config[where] = [*config.get(where, []), f"cat > x <<'END'\n{line}\nEND"]
+    with pytest.raises(UserError, match=rf"{where} \d+ in .* sets \w+, which Ray would write.*~/.aws") as refused:
+        read(tmp_path, config)
+    assert not any(value in str(refused.value) for value in ("abc123", "AKIA", "hf_x"))
+
+
+def test_names_alone_are_no_secrets(tmp_path: Path, config: dict[str, Any]) -> None:
+    config["setup_commands"] += [
+        "export TOKENIZERS=1",
+        "export HF_TOKEN=",
+        'export A_KEY=""',
+        "python -m keyring get x",
+    ]
+    read(tmp_path, config)
+
+
+def test_a_nodes_environment_is_its_users_alone(tmp_path: Path) -> None:
+    first = yaml.safe_load((ROOT / "cluster.yaml").read_text())["setup_commands"][0]
+    (tmp_path / ".plumbline.sh").write_text("old")
+    (tmp_path / ".plumbline.sh").chmod(0o644)
+    subprocess.run(["env", "-i", f"HOME={tmp_path}", "PATH=/usr/bin:/bin", "bash", "-c", first], check=True)
+    assert (tmp_path / ".plumbline.sh").stat().st_mode & 0o777 == 0o600
+
+
 def test_environment_of_a_node_is_written_for_every_kind_of_shell(tmp_path: Path) -> None:
     first, second, _ = yaml.safe_load((ROOT / "cluster.yaml").read_text())["setup_commands"]
     (tmp_path / ".bashrc").write_text("case $- in *i*) ;; *) return;; esac\n")

@@ -213,9 +213,9 @@ def test_every_loader_in_the_code_is_weights_only() -> None:
 @pytest.mark.parametrize("name", ["../outside", "a/../../outside", "/etc/outside"])
 def test_file_names_cannot_leave_the_ledger(name: str, tmp_path: Path) -> None:
     store = Store(str(tmp_path / "ledger"))
-    with pytest.raises(ValueError, match=r"leads out of .*choose a relative name"):
+    with pytest.raises(ValueError, match=r"could lead out of .*only relative names"):
         store.publish_folder("cell", {name: b"x"})
-    with pytest.raises(ValueError, match="leads out of"):
+    with pytest.raises(ValueError, match="could lead out of"):
         store.replace(name, b"x")
     assert [p.name for p in tmp_path.rglob("outside")] == []
     assert not store.published("cell")
@@ -262,12 +262,32 @@ def test_a_login_in_the_environment_is_kept_as_one_on_the_command_line_is(
     assert _secrets.http_login(launch.tracking_uri) == ("me", WORD)
 
 
-@pytest.mark.parametrize("name", ["password", "PWD", "access_token", "sslpassword"])
+@pytest.mark.parametrize(
+    "name",
+    ["password", "PWD", "access_token", "sslpassword", "pass", "aws_secret_access_key", "X-Amz-Signature", "api_key"],
+)
 def test_passwords_in_a_query_are_refused_and_not_repeated(name: str) -> None:
     with pytest.raises(UserError, match=rf"^--tracking-uri postgresql://h/db\?user=u has {name}=… behind") as refused:
         _secrets.given(f"postgresql://h/db?user=u&{name}={WORD}", "--tracking-uri")
     assert WORD not in str(refused.value)
     assert _secrets.given("postgresql://h/db?sslmode=require", "--tracking-uri").endswith("?sslmode=require")
+
+
+@pytest.mark.parametrize("sign", ["/", "?", "#"])
+def test_a_password_that_ends_its_address_early_is_refused_and_not_repeated(sign: str) -> None:
+    uri = f"http://bob:{WORD[:3]}{sign}{WORD[3:]}@host:5000/x"
+    with pytest.raises(UserError, match=r"^--tracking-uri has an @ after.*%2F, %3F, %23") as refused:
+        _secrets.given(uri, "--tracking-uri")
+    assert WORD[3:] not in str(refused.value)
+    for plain in ("s3://bucket/x@y", "http://host:5000/a", "file:///home/a@b", "sftp://host/x?y=a@b"):
+        assert _secrets.given(plain, "--storage") == plain
+
+
+def test_a_login_in_a_chained_address_is_refused_and_not_repeated() -> None:
+    with pytest.raises(UserError, match="chained address with a login") as refused:
+        _secrets.given(f"simplecache::http://bob:{WORD}@host/x", "--storage")
+    assert WORD not in str(refused.value)
+    assert _secrets.given("simplecache::s3://bucket/x", "--storage") == "simplecache::s3://bucket/x"
 
 
 def test_servers_listen_on_loopback_unless_told() -> None:

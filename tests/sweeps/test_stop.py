@@ -1,12 +1,18 @@
-"""An exit that is asked for where Python cannot leave: in a callback of the garbage collector."""
+"""What asks work to stop: signals, flags in the store, and exits in a callback of the garbage collector."""
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
+
+from sweeps._stop import StopFlag, Stopper
+from sweeps._storage import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
@@ -47,3 +53,51 @@ def test_other_errors_are_still_told() -> None:
     assert ended.returncode == 0
     assert "Exception ignored" in ended.stderr
     assert "ValueError: a bug" in ended.stderr
+
+
+def test_no_watcher_outlives_its_pack(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    asked = 0
+    exists = store.exists
+
+    def counted(name: str) -> bool:
+        nonlocal asked
+        asked += 1
+        return exists(name)
+
+    store.exists = counted  # type: ignore[method-assign]
+    for pack in range(20):
+        flag = StopFlag(store, [f"pack{pack}"])
+        assert not flag.raised()
+        flag.close()
+    end = time.monotonic() + 5
+    while any(t.name == "stop-flag" for t in threading.enumerate()) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not [t for t in threading.enumerate() if t.name == "stop-flag"]
+    assert asked == 20
+
+
+def _hang_up(store: Store) -> None:
+    """Close the terminal, and work on until the launch's flag is up."""
+    signal.raise_signal(signal.SIGHUP)
+    end = time.monotonic() + 5
+    while not StopFlag(store, ["launch"]).raised() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert StopFlag(store, ["launch"]).raised()
+
+
+def test_a_closed_terminal_asks_for_the_same_as_sigterm(tmp_path: Path) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    said: list[str] = []
+    store, stopper = Store(str(tmp_path)), Stopper()
+    try:
+        stopper.install()
+        with pytest.raises(KeyboardInterrupt), stopper.asking(store, "launch", 5.0, said.append):
+            _hang_up(store)
+        assert stopper.terminated
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        Stopper().install()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
