@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import pandas as pd
-
 from analysis import published
-from analysis.proxy_gap_study import Section, Study, each, identity, interval, number, study_name
-
-MAX_ROWS = 72
+from analysis.proxy_gap_study import Section, Study, each, identity, interval, limited, number, study_name
 
 
 def leaderboard(study: Study) -> Section:
@@ -54,20 +50,14 @@ def participation_ratios(study: Study) -> Section:
             | {"PR/d_model": number(row["pr"] / row["d_model"], 4)}
             | {"PR/d_model published": number(known[1] if known else None)}
             | {"PR, top eigenvector removed": number(row["pr_deflated"])}
+            | {"PR without sinks": number(row["pr_no_sinks"]) or "–"}
         )
-    return Section(title, rows)
-
-
-def _limited(study: Study) -> tuple[pd.DataFrame, list[str]]:
-    if len(study.means) <= MAX_ROWS:
-        return study.means, []
-    part = study.means_at(depth=study.reference_depth)
-    return part, [f"Depth {study.reference_depth} only; cells.csv has all {len(study.cells)} cells."]
+    return Section(title, rows, ["Sinks: see “What owns the variance, every layer”."])
 
 
 def conventions(study: Study) -> Section:
     """The three R² conventions side by side; CE_rec and ce_loss_score side by side; the losses they come from."""
-    part, lines = _limited(study)
+    part, lines = limited(study)
     rows = [
         identity(row)
         | {"R² (ratio of sums)": number(row["r2"], 4)}
@@ -88,7 +78,7 @@ def conventions(study: Study) -> Section:
 
 def rates(study: Study) -> Section:
     """Bits a token under both rate proxies beside the distortion they buy."""
-    part, lines = _limited(study)
+    part, lines = limited(study)
     rows = [
         identity(row)
         | {"bits/token, uniform bound": number(row["rate_bits"], 1)}
@@ -102,19 +92,3 @@ def rates(study: Study) -> Section:
         "feature index. 8 bits a value in both."
     )
     return Section("Rate, distortion and feature use", rows, [text, *lines])
-
-
-def definition_check(study: Study) -> Section:
-    """mse·d_model and Σ‖a − ā‖² a token, whose ratio is 1 − R²: tells a definition apart from a result."""
-    rows = []
-    for row in each(study.headline_means()):
-        sse = row["mse"] * row["d_model"]
-        matches = study.published and (row["depth"], row["k"], row["tokens"]) == ("mid", 8, published.TEN)
-        known = published.DEFINITION_CHECK.get(study_name(row["model"])) if matches else None
-        measured = (("mse·d_model", sse, 1), ("SST/token", sse / (1 - row["r2"]), 1), ("R² = 1 − ratio", row["r2"], 3))
-        text = identity(row)
-        for i, (name, value, digits) in enumerate(measured):
-            text[name] = number(value, digits)
-            text[f"{name} published"] = number(known[i] if known else None, digits)
-        rows.append(text)
-    return Section("Check on definitions", rows, ["SST/token = Σ‖a − ā‖² over the number of tokens."])

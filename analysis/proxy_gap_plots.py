@@ -67,20 +67,23 @@ def _grid(
     return figure, walk()
 
 
-def r2_vs_ce(study: Study) -> Figure:
+def r2_vs_ce(study: Study, column: str = "r2", label: str = "R² of the reconstruction") -> Figure | None:
     """R² against CE_rec; grey lines join the models at equal k: a fall to the right is a misranking.
 
-    Axes are shared within a budget alone: the smallest budget's SAEs may lie far from the converged ones.
+    Axes are shared within a budget alone: the smallest budget's SAEs may lie far from those trained longest. None where
+    no cell has the column.
     """
-    figure, walk = _grid(study, "R² of the reconstruction", "CE_rec = 2 − L_recon / L_orig", share="row")
+    if study.means[column].isna().all():
+        return None
+    figure, walk = _grid(study, label, "CE_rec = 2 − L_recon / L_orig", share="row")
     for axis, depth, tokens in walk:
         axis.ticklabel_format(useOffset=False)
         part = study.means_at(depth=depth, tokens=tokens)
         for _, same_k in part.sort_values("d_model").groupby("k"):
-            axis.plot(same_k["r2"], same_k["ce_rec"], color=GREY, linewidth=0.9, zorder=1)
+            axis.plot(same_k[column], same_k["ce_rec"], color=GREY, linewidth=0.9, zorder=1)
         for model, curve in _curves(study, depth, tokens=tokens):
-            axis.plot(curve["r2"], curve["ce_rec"], color=_color(study, model), alpha=0.45, zorder=2)
-            for k, r2, ce_rec in zip(curve["k"], curve["r2"], curve["ce_rec"], strict=True):
+            axis.plot(curve[column], curve["ce_rec"], color=_color(study, model), alpha=0.45, zorder=2)
+            for k, r2, ce_rec in zip(curve["k"], curve[column], curve["ce_rec"], strict=True):
                 marker = MARKERS[study.ks.index(k) % len(MARKERS)]
                 axis.plot(r2, ce_rec, marker, color=_color(study, model), zorder=3)
     handles = _model_handles(study, marker="")
@@ -92,6 +95,11 @@ def r2_vs_ce(study: Study) -> Figure:
         handles.append(Line2D([], [], color=GREY, linewidth=0.9, label="equal k"))
     legend_below(figure, handles)
     return figure
+
+
+def r2_no_sinks_vs_ce(study: Study) -> Figure | None:
+    """`r2_vs_ce` with the sinks left out of both sums of R²."""
+    return r2_vs_ce(study, "r2_no_sinks", "R² without sinks")
 
 
 def ce_vs_k(study: Study) -> Figure:
@@ -174,7 +182,7 @@ def participation_ratio(study: Study) -> Figure | None:
         layer, d_model = part["layer"].to_numpy(), part["d_model"].to_numpy(float)
         ring = np.array([(model, x) in hooked for x in layer])
         color = _color(study, model)
-        for column, dash in (("pr", "-"), ("pr_deflated", "--")):
+        for column, dash in (("pr", "-"), ("pr_deflated", "--"), ("pr_no_sinks", ":")):
             for axis, value in zip(axes[0], (part[column].to_numpy(), part[column].to_numpy() / d_model), strict=True):
                 axis.plot(layer, value, dash, color=color, marker=".", markersize=4)
                 axis.plot(layer[ring], value[ring], "o", markersize=9, markerfacecolor="none", color=color)
@@ -188,6 +196,7 @@ def participation_ratio(study: Study) -> Figure | None:
     handles += [
         Line2D([], [], color=GREY, label="raw"),
         Line2D([], [], color=GREY, linestyle="--", label="top eigenvector removed"),
+        Line2D([], [], color=GREY, linestyle=":", label="sinks removed"),
         Line2D([], [], color=GREY, marker="o", markerfacecolor="none", linestyle="", markersize=9, label="hooked"),
     ]
     legend_below(figure, handles)
@@ -313,6 +322,7 @@ def budget(study: Study) -> Figure | None:
 
 FIGURES: dict[str, tuple[str, Callable[[Study], Figure | None]]] = {
     "r2_vs_ce_rec.png": ("R² against CE_rec, by depth and model", r2_vs_ce),
+    "r2_no_sinks_vs_ce_rec.png": ("R² without sinks against CE_rec", r2_no_sinks_vs_ce),
     "ce_rec_vs_k.png": ("CE_rec against k", ce_vs_k),
     "delta.png": ("Widest minus narrowest model", delta),
     "budget.png": ("CE_rec against the training budget", budget),

@@ -5,6 +5,7 @@ The same input gives the same bytes: resampling is seeded and nothing is stamped
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,12 +13,14 @@ import pandas as pd
 
 from analysis import proxy_gap_details as details
 from analysis import proxy_gap_tables as tables
+from analysis import proxy_gap_variance as variance
 from analysis import published as paper
 from analysis.cells import SequenceTables, depths_of, prepare_cells, tokens_label
 from analysis.contrasts import configuration_means, model_deltas
 from analysis.proxies import leaderboard
 from analysis.proxy_gap_plots import write_figures
 from analysis.proxy_gap_study import Study, interval, markdown, study_name
+from analysis.variance import LAYER_COLUMNS
 
 SEED = 0
 GEOMETRY_COLUMNS = ("model", "layer", "d_model", "pr", "pr_deflated")
@@ -42,7 +45,8 @@ def write_report(
         cells: one row a cell, columns `cells.CELL_COLUMNS` (more are kept).
         sequences: the evaluated sequences by cell_key (or one frame with that column), columns
             `fidelity.SEQUENCE_COLUMNS`; None leaves intervals to seeds and cells alone, and the report says so.
-        geometry: one row a layer, columns GEOMETRY_COLUMNS; None leaves the section out.
+        geometry: one row a layer, columns GEOMETRY_COLUMNS and, unless an older ledger lacks them,
+            variance.LAYER_COLUMNS; None leaves the sections out.
         out: folder, made when absent; files of an earlier report are overwritten.
         preset: its name, for the title.
         facts: what it ran on, in plain words (models, real or stand-in; text; budget; hardware), in order.
@@ -115,10 +119,13 @@ def compose(
         (tables.k_stars(study), ["ce_rec_vs_k.png"]),
         (tables.budget_deltas(study), []),
         (tables.budget_cells(study), ["budget.png"]),
+        (variance.layers(study), []),
+        (variance.controls(study), ["r2_no_sinks_vs_ce_rec.png"]),
+        (variance.scale_parts(study), []),
         (details.participation_ratios(study), ["participation_ratio.png"]),
         (details.conventions(study), []),
         (details.rates(study), ["rate_distortion.png", "alive.png"]),
-        (details.definition_check(study), []),
+        (variance.definition_check(study), []),
     ]
     text = [
         f"# SAE proxy gap: {preset}",
@@ -140,10 +147,11 @@ def compose(
 
 def _prepare_geometry(geometry: pd.DataFrame | None) -> pd.DataFrame:
     if geometry is None or geometry.empty:
-        return pd.DataFrame(columns=list(GEOMETRY_COLUMNS))
+        return pd.DataFrame(columns=[*GEOMETRY_COLUMNS, *LAYER_COLUMNS])
     missing = [c for c in GEOMETRY_COLUMNS if c not in geometry.columns]
     if missing:
         raise ValueError(f"the geometry table lacks columns {missing}; build its rows with CovarianceSums.summary")
+    geometry = geometry.assign(**{c: math.nan for c in LAYER_COLUMNS if c not in geometry.columns})
     return geometry.sort_values(["d_model", "model", "layer"]).reset_index(drop=True)
 
 
@@ -206,6 +214,7 @@ def glance(study: Study) -> list[str]:
             gap = interval(best["minus_r2"], best["minus_r2_lo"], best["minus_r2_hi"], sign=True)
             text += f"behind by {gap} (paired)"
         lines.append(text + ".")
+    lines += variance.flags(study)
     return lines or ["One cell alone compares nothing; add models, k or depths."]
 
 
@@ -218,6 +227,12 @@ def _notes(study: Study) -> list[str]:
         "stays around the mean of the whole evaluation set.",
         "CE_rec_lo and CE_rec_hi in cells.csv are per cell, over sequences alone.",
     ]
+    lacking = int(study.cells["sst_share_top1pct"].isna().sum())
+    if lacking:
+        notes.append(
+            f"{lacking} of {len(study.cells)} cells were published before what owns the variance was measured: their "
+            "columns on it are “–” here and empty in cells.parquet."
+        )
     if not several:
         notes.append("One seed a configuration: no interval here covers variation between training seeds.")
     if study.published:

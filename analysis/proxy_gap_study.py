@@ -13,6 +13,8 @@ from analysis import published
 from analysis.cells import depths_of, models_of, tokens_label
 from analysis.proxies import Leaderboard
 
+MAX_ROWS = 72
+
 
 @dataclass(frozen=True)
 class Study:
@@ -104,6 +106,14 @@ def identity(row: pd.Series) -> dict[str, str]:
     """The leading columns of a table with one row a configuration."""
     text = {"model": str(row["model"]), "depth": str(row["depth"]), "layer": str(row["layer"]), "k": str(row["k"])}
     return text | {"tokens": tokens_label(row["tokens"]), "seeds": str(row["n_seeds"])}
+
+
+def limited(study: Study) -> tuple[pd.DataFrame, list[str]]:
+    """The means, or where a table would exceed MAX_ROWS those of the reference depth alone, with a line that says so."""
+    if len(study.means) <= MAX_ROWS:
+        return study.means, []
+    part = study.means_at(depth=study.reference_depth)
+    return part, [f"Depth {study.reference_depth} only; cells.csv has all {len(study.cells)} cells."]
 
 
 def each(frame: pd.DataFrame) -> Iterator[pd.Series]:

@@ -13,6 +13,7 @@ from analysis.bootstrap import ce_rec_ci
 from analysis.budget import rate_bits, rate_bits_entropy
 from analysis.cells import AUDIT_COLUMNS, CELL_COLUMNS
 from analysis.fidelity import SEQUENCE_COLUMNS, metrics_from_table
+from analysis.variance import LAYER_COLUMNS
 
 LAYERS = {
     "pythia-70m": (512, 6, (1, 3, 5)),
@@ -108,6 +109,8 @@ def build_grid(
             "d_model": LAYERS[model][0],
             "pr": 1.2 + 80 * np.exp(-layer / 2) + 6 * layer / LAYERS[model][1],
             "pr_deflated": 60 + 40 * np.sin(layer / 3),
+            **dict.fromkeys(LAYER_COLUMNS, 0.25),
+            "sst_share_top1pct": 0.9 if layer in (12, 13, 15) else 0.25,
         }
         for model in models
         for layer in range(LAYERS[model][1])
