@@ -109,7 +109,7 @@ def identity(row: pd.Series) -> dict[str, str]:
 
 
 def limited(study: Study) -> tuple[pd.DataFrame, list[str]]:
-    """The means, or where a table would exceed MAX_ROWS those of the reference depth alone, with a line that says so."""
+    """The means; those of the reference depth alone where a table would exceed MAX_ROWS, with a line that says so."""
     if len(study.means) <= MAX_ROWS:
         return study.means, []
     part = study.means_at(depth=study.reference_depth)

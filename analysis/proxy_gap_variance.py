@@ -29,8 +29,8 @@ def flags(study: Study) -> list[str]:
             f"{row['model']}, {cells['depth'].iloc[0]} (layer {row['layer']}): {TOP_SHARE:.0%} of the tokens hold "
             f"{row['sst_share_top1pct']:.1%} of Σ‖a − ā‖² (the first tokens alone {row['sst_share_first']:.1%}), so R² "
             f"and PR there tell of these tokens. The sinks ({row['sink_share']:.2%} of the tokens) exact and ONE "
-            f"constant for all others give R² {row['r2_constant']:.4f}; {below} of {len(cells)} trained SAEs stay below "
-            "that."
+            f"constant for all others give R² {row['r2_constant']:.4f}; {below} of {len(cells)} trained SAEs have "
+            "less."
         )
     return lines
 
@@ -117,7 +117,7 @@ def scale_parts(study: Study) -> Section:
     rows = []
     for delta in each(study.deltas):
         place = (delta["depth"], delta["k"], delta["tokens"])
-        small, large = (means.xs((delta[model], *place)) for model in ("small", "large"))
+        small, large = (means.loc[means.index == (delta[model], *place)].iloc[0] for model in ("small", "large"))
         change = large - small
         rows.append(
             {"depth": delta["depth"], "k": str(delta["k"]), "tokens": tokens_label(delta["tokens"])}
@@ -127,9 +127,9 @@ def scale_parts(study: Study) -> Section:
             | {"read": _reading(change)}
         )
     text = (
-        "log(1 − R²) = log SSE − log SST, both per token; the widest minus the narrowest model, means over seeds, point "
-        "estimates. A negative part raises the wider model's R². Where SSE rises and SST rises more, the wider model's "
-        "R² is higher although its error is larger."
+        "log(1 − R²) = log SSE − log SST, both per token; the widest minus the narrowest model, means over seeds, "
+        "without intervals. A negative part raises the wider model's R². Where SSE rises and SST rises more, the "
+        "wider model's R² is higher although its error is larger."
     )
     return Section(title, rows, [text])
 
