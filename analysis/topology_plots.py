@@ -143,7 +143,7 @@ def ensemble(correlations: pd.DataFrame, path: Path) -> None:
 
 
 def utility(frame: pd.DataFrame, path: Path) -> None:
-    """ΔR² of topology over geometry: a column a target, a row a way of cutting folds, a colour a model family."""
+    """Gain of topology (points) over the control's mean and 95% band (grey), by target and way of cutting folds."""
     targets = list(dict.fromkeys(frame["target"]))
     splits = list(dict.fromkeys(frame["split"]))
     places = list(dict.fromkeys(map(tuple, frame[["representation", "metric"]].to_numpy().tolist())))
@@ -156,12 +156,14 @@ def utility(frame: pd.DataFrame, path: Path) -> None:
             for i, (family, part) in enumerate(chosen.groupby("family")):
                 place = [places.index(p) for p in map(tuple, part[["representation", "metric"]].to_numpy().tolist())]
                 y = len(places) - 1 - np.array(place) + 0.12 * (1 - 2 * i)
-                errors = plots.error_lengths(part["delta"], part["delta_lo"], part["delta_hi"])
-                axis.errorbar(part["delta"], y, xerr=errors, fmt="o", color=plots.PALETTE[i], label=str(family))
+                errors = plots.error_lengths(part["control"], part["control_lo"], part["control_hi"])
+                axis.errorbar(part["control"], y, xerr=errors, fmt="|", color=plots.GREY, label="patch noise")
+                axis.plot(part["gain"], y, "o", color=plots.PALETTE[i], label=str(family))
             axis.set_yticks(np.arange(len(places))[::-1], [f"{r} · {m}" for r, m in places])
             axis.axvline(0, color=plots.GREY, linestyle="--", linewidth=1)
             axis.set_title(f"{target}\n{split} folds", fontsize=9)
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper right", ncols=len(labels))
-        figure.supxlabel("ΔR² of geometry + topology over geometry (95% interval)", fontsize=10)
+        shown = dict(zip(labels, handles, strict=True))
+        figure.legend(list(shown.values()), list(shown), loc="outside upper right", ncols=len(shown))
+        figure.supxlabel("R² of geometry + topology minus R² of geometry", fontsize=10)
         plots.save(figure, path)

@@ -12,6 +12,7 @@ from analysis import topology_plots
 from analysis.markdown import table
 from analysis.topology_tables import Audit
 from analysis.topology_unit import Unit
+from analysis.utility_report import agreement_lines, utility_section
 
 PUBLISHED = {("curated", "bits_r4", "jaccard", "direct", "top1_ratio"): 2.445}
 
@@ -29,9 +30,8 @@ def write_report(
 ) -> None:
     """Write report.md, cells.parquet, cells.csv, universal.parquet and figures into `out`.
 
-    `members` has columns table, member, auroc_test, auroc_val; `correlations` a, b, spearman; `utility` table,
-    representation, metric, split, neighbours_in_training, target, family, r2_geometry, r2_both, delta, delta_lo,
-    delta_hi, p. Empty frames leave their sections out.
+    `members` has columns table, member, auroc_test, auroc_val; `correlations` a, b, spearman, pearson;
+    `utility` those of `utility_section`. Empty frames leave their sections out.
     """
     out.mkdir(parents=True, exist_ok=True)
     result.cells.to_parquet(out / "cells.parquet", index=False)
@@ -57,13 +57,15 @@ def write_report(
     if not members.empty:
         text += ["## Own odor model (not OpenPOM)", "", _markdown(members), ""]
     if not correlations.empty:
-        text += ["## Agreement of the members' distances", "", _markdown(correlations), ""]
+        text += ["## Agreement of the members' distances", "", *agreement_lines(correlations)]
+        text += [_markdown(correlations), ""]
         topology_plots.ensemble(correlations, out / "ensemble.png")
         text += ["![ensemble](ensemble.png)", ""]
     if not utility.empty:
-        text += ["## Utility of local topology", "", _UTILITY_NOTE, "", _markdown(utility), ""]
-        topology_plots.utility(utility, out / "utility.png")
-        text += ["![utility](utility.png)", ""]
+        text += utility_section(utility)
+        if (scored := utility[utility["target"].notna()]).size:
+            topology_plots.utility(scored, out / "utility.png")
+            text += ["![utility](utility.png)", ""]
     (out / "report.md").write_text("\n".join(text), encoding="utf-8")
 
 
@@ -93,13 +95,6 @@ _UNIVERSAL = tuple(f"universal_{name}" for name in ("loops", "left_out", "signif
 _PUBLISHED_RULE = (
     "These draws are too few for any Holm-adjusted p below 0.05, so “above its nulls” here is the study's own rule, a "
     "top-1 ratio above 1, which is biased upward; `--preset audit` tests it."
-)
-_UTILITY_NOTE = (
-    "ΔR² of geometry + topology over geometry, out of sample, 5 × 3 folds; p by permuting the topology block in runs "
-    "of similar rows. Random folds are the study's; they leave near-copies of a test patch in training, which flatters "
-    "flexible models (trees). Grouped folds never have one skeleton (Bemis-Murcko frame without atom types, or the "
-    "graph of a molecule without rings) on both sides. neighbours_in_training: share of a test row's neighbours that "
-    "lie in its training set."
 )
 
 

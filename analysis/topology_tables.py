@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -182,17 +181,3 @@ def _verdicts(
         for table, by_name in found.items()
         for name in by_name
     }
-
-
-def ensemble_correlations(embeddings: Mapping[str, np.ndarray], rows: int = 500, seed: int = 0) -> pd.DataFrame:
-    """Spearman correlation of the pairwise Euclidean distances of every two embeddings [N, E] of the same rows."""
-    from scipy.spatial.distance import pdist
-
-    names = list(embeddings)
-    n = len(embeddings[names[0]])
-    chosen = np.sort(np.random.default_rng(seed).choice(n, min(rows, n), replace=False))
-    distances = {name: pdist(embeddings[name][chosen]) for name in names}
-    return pd.DataFrame(
-        [(a, b, stats.spearmanr(distances[a], distances[b]).statistic) for a, b in combinations(names, 2)],
-        columns=["a", "b", "spearman"],
-    )

@@ -1,30 +1,28 @@
 """Does local topology add anything to local geometry? Nested regressions on k-nearest-neighbour patches.
 
 Each row i has a patch: itself and its k nearest neighbours. From the patch come a geometry block, a topology block
-and three label targets; the question is ΔR² of geometry + topology over geometry, out of sample.
+and three label targets; the question is what geometry + topology explains out of sample beyond geometry (the gain).
 
-Patches of similar rows overlap, so random folds leave near-copies of test patches in training. Splits by group (in
-chemistry: by skeleton) keep similar rows on one side, and `neighbours_in_training` measures how far that goes.
+Patches of similar rows share molecules, and so do their features and their targets, whatever the features mean: noise
+drawn once per molecule and averaged over each patch gains R², too, where a test patch has molecules in common with
+training patches. So the gain of topology is compared with that of such noise (`PatchNoise`, the control), and tested
+on neighbourhoods that share no molecule with their training rows (`utility_folds.neighbourhood_folds`).
 
-Shapes: N rows, K neighbours, P = K + 1 patch points, D coordinates, L labels, G geometry and T topology features
-(`distance_NN`, `x_ND`, `labels_NL`, `patches_NP`).
+Shapes: N rows, K neighbours, P = K + 1 patch points, D coordinates, L labels, G geometry and T topology features,
+Y targets, F folds, B draws of the control (`distance_NN`, `x_ND`, `labels_NL`, `patches_NP`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
-from scipy.cluster.hierarchy import leaves_list, linkage
-from scipy.spatial.distance import squareform
-from sklearn.ensemble import HistGradientBoostingRegressor
-from sklearn.linear_model import RidgeCV
-from sklearn.metrics import r2_score
-from sklearn.model_selection import RepeatedKFold
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+
+from analysis.utility_folds import Fold, folds, neighbourhood_folds, share_molecules
+from analysis.utility_models import FAMILIES, Fit
 
 GEOMETRY = (
     "neighbour_mean",
@@ -39,17 +37,22 @@ GEOMETRY = (
 )
 TOPOLOGY = ("h1_count", "h1_max", "h1_total", "h1_mean", "h1_p95")
 TARGETS = ("label_jaccard", "any_common_label", "label_entropy")
-ALPHAS = np.logspace(-3, 3, 13)
-FOLDS, REPEATS = 5, 3
+LEAST_DRAWS = 19  # of the control, for a p that can reach 0.05
+_BAND_DRAWS = 39  # for the middle 95% of the control
+_ROWS_AT_ONCE = 4_000  # of feature blocks fitted together: as fast as more, and small
 
 
 @dataclass(frozen=True, kw_only=True)
 class Utility:
-    """Out-of-sample R² of one target under one model family, means over the FOLDS × REPEATS shared test folds.
+    """Out-of-sample R² of one target under one model family, pooled over all test rows of all folds.
 
-    `delta` = r2_both − r2_geometry, with a 95% interval (`delta_lo`, `delta_hi`) by the corrected resampled t
-    (Nadeau & Bengio 2003), which allows for training sets that overlap. `p` is the block-permutation p-value of
-    `delta`, None where it was not asked for.
+    gain: r2_both − r2_geometry. control: mean gain of patch noise in place of topology, and the band from control_lo
+    to control_hi that holds the gain of a fresh noise block with probability 0.95. delta: gain − control; without
+    patches there is no control, and delta is the plain gain. p: how often patch noise gains as much as topology,
+    (1 + #)/(B + 1); None where it was not asked for, NaN where it cannot be had, and `why` says what it needs.
+
+    delta_lo and delta_hi are NaN: no interval of delta held its level in simulation (docs/calibration.md); the band of
+    the control is what shows how far delta is from nothing.
     """
 
     target: str
@@ -57,10 +60,15 @@ class Utility:
     r2_geometry: float
     r2_topology: float
     r2_both: float
+    gain: float
+    control: float
+    control_lo: float
+    control_hi: float
     delta: float
-    delta_lo: float
-    delta_hi: float
+    delta_lo: float = math.nan
+    delta_hi: float = math.nan
     p: float | None
+    why: str = ""
 
 
 def patches(distance_NN: np.ndarray, k: int = 40) -> np.ndarray:
@@ -161,54 +169,28 @@ def targets(labels_NL: np.ndarray, patches_NP: np.ndarray) -> np.ndarray:
     return out_N3
 
 
-Fold = tuple[np.ndarray, np.ndarray]  # training rows, test rows
+class PatchNoise:
+    """Blocks without any chemistry that share molecules as the topology block does.
 
-
-def folds(n: int, groups_N: np.ndarray | Sequence[str] | None = None) -> list[Fold]:
-    """The FOLDS × REPEATS splits of n rows: RepeatedKFold with seed 0, or with no group on both sides of a split.
-
-    Grouped test folds are as equal in size as whole groups allow; a group larger than a fold is a fold of its own.
-
-    Raises:
-        ValueError: too few rows or groups for the folds, or not one group a row.
+    A draw has noise per molecule, correlated between columns as the topology block's normal scores are, averaged over
+    each patch; each column then takes the topology column's values by rank. So margins are those of topology,
+    correlations nearly so, and two rows resemble each other as far as their patches overlap.
     """
-    if n < 2 * FOLDS:
-        raise ValueError(f"{n} rows for {FOLDS} folds; give at least {2 * FOLDS}")
-    if groups_N is None:
-        return list(RepeatedKFold(n_splits=FOLDS, n_repeats=REPEATS, random_state=0).split(np.empty((n, 0))))
-    _, code_N = np.unique(np.asarray(groups_N), return_inverse=True)
-    if len(code_N) != n or code_N.max() + 1 < 2 * FOLDS:
-        raise ValueError(
-            f"{len(code_N)} group labels of {code_N.max() + 1} groups for {n} rows and {FOLDS} folds; give one label a "
-            f"row and at least {2 * FOLDS} groups"
-        )
-    out = []
-    for repeat in range(REPEATS):
-        fold_N = _fill(np.bincount(code_N), np.random.default_rng(repeat))[code_N]
-        out += [(np.flatnonzero(fold_N != f), np.flatnonzero(fold_N == f)) for f in range(FOLDS)]
-    return out
 
+    def __init__(self, topology_NT: np.ndarray, patches_NP: np.ndarray) -> None:
+        self.patches_NP = np.asarray(patches_NP)
+        self.sorted_NT = np.sort(topology_NT, axis=0)
+        scores_NT = stats.norm.ppf((stats.rankdata(topology_NT, axis=0) - 0.5) / len(topology_NT))
+        value_T, vector_TT = np.linalg.eigh(np.atleast_2d(np.cov(scores_NT, rowvar=False)))
+        self._mix_TT = vector_TT * np.sqrt(np.maximum(value_T, 0.0)) @ vector_TT.T
 
-def _fill(size_G: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Fold of each group: the emptiest so far, large groups first and by size, small ones in random order."""
-    order = rng.permutation(len(size_G))
-    large = np.where(size_G > size_G.sum() / (10 * FOLDS), size_G, 0)
-    order = order[np.argsort(-large[order], kind="stable")]
-    filled_F, fold_G = np.zeros(FOLDS, np.int64), np.empty(len(size_G), np.int64)
-    for group in order:
-        fold_G[group] = filled_F.argmin()
-        filled_F[fold_G[group]] += size_G[group]
-    return fold_G
-
-
-def neighbours_in_training(patches_NP: np.ndarray, splits: Sequence[Fold]) -> float:
-    """Mean share of a test row's neighbours that lie in its training set: how near the test is to the training."""
-    shares = []
-    for train, test in splits:
-        trained_N = np.zeros(len(patches_NP), bool)
-        trained_N[train] = True
-        shares.append(trained_N[patches_NP[test, 1:]].mean())
-    return float(np.mean(shares))
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        """One block: float64 [N, T]."""
+        molecules = int(self.patches_NP.max()) + 1
+        noise_MT = rng.standard_normal((molecules, len(self._mix_TT))) @ self._mix_TT
+        pooled_NT = np.stack([column[self.patches_NP].mean(axis=1) for column in noise_MT.T], axis=1)
+        rank_NT = stats.rankdata(pooled_NT, axis=0, method="ordinal") - 1
+        return np.take_along_axis(self.sorted_NT, rank_NT, axis=0)
 
 
 def compare(
@@ -218,24 +200,53 @@ def compare(
     *,
     family: str = "ridge",
     permutations: int = 0,
-    order_N: np.ndarray | None = None,
-    block: int = 41,
-    groups_N: np.ndarray | Sequence[str] | None = None,
+    patches_NP: np.ndarray | None = None,
+    splits: Sequence[Fold] | None = None,
     seed: int = 0,
+    **before: object,
 ) -> list[Utility]:
-    """One Utility a target; every comparison uses the same `folds`, grouped where `groups_N` is given.
+    """One Utility a target; geometry, topology, both and every draw of the control are fitted on the same folds.
 
-    `family` is "ridge" (StandardScaler, RidgeCV over ALPHAS) or "trees" (histogram gradient boosting). With
-    `permutations` B, p = (1 + #{ΔR² of a permutation >= observed})/(B + 1). A permutation moves the rows of the
-    topology block as wholes, so its inner correlations stay and its tie to geometry and target breaks. Rows that
-    share neighbours resemble each other, and single rows moved about would lose that: p would be too small. So runs
-    of `block` rows, next to each other in `order_N` (see `block_order`), move together; without `order_N` rows move
-    alone, which is right only for rows that are independent.
+    Args:
+        family: "ridge" (standardised, penalty by leave-one-out) or "trees" (histogram gradient boosting).
+        permutations: draws B of the control. A p needs 19, the control's band 39.
+        patches_NP: the molecules of each row's patch; the control and p need it. Rows that share nothing are patches
+            of one molecule each, `np.arange(N)[:, None]`.
+        splits: training and test rows of each fold: by default `neighbourhood_folds(patches_NP)`, or random folds
+            without patches. With splits that leave molecules on both sides there is a control and no p.
+        seed: of the control's draws.
+        before: arguments of earlier callers: `groups_N` (splits by group, where `splits` is not given), and `order_N`
+            and `block`, which have no effect: runs of similar rows do not keep what patches share.
 
     Raises:
-        ValueError: an unknown family, blocks of different lengths, too few rows for the folds, permutations below 0,
-            or fewer than 5 runs of `block` rows to permute.
+        ValueError: an unknown family, blocks of different lengths, too few rows for the folds, permutations below 0.
+        TypeError: an unknown argument.
     """
+    if unknown := before.keys() - {"order_N", "block", "groups_N"}:
+        raise TypeError(f"compare() got an unexpected keyword argument {min(unknown)!r}")
+    _check(geometry_NG, topology_NT, targets_N3, family, permutations)
+    groups_N = before.get("groups_N")
+    if splits is None:
+        given = patches_NP is not None and groups_N is None
+        splits = neighbourhood_folds(patches_NP) if given else folds(len(targets_N3), groups_N)  # type: ignore[arg-type]
+    score = _Score(FAMILIES[family], targets_N3, splits)
+    geometry, topology, both = (
+        score.r2(block[None])[0] for block in (geometry_NG, topology_NT, np.hstack([geometry_NG, topology_NT]))
+    )
+    control_BY = np.empty((0, targets_N3.shape[1]))
+    if patches_NP is not None and permutations:
+        noise = PatchNoise(topology_NT, patches_NP)
+        control_BY = _control(noise, geometry_NG, score, permutations, np.random.default_rng(seed)) - geometry
+    why = _no_p(patches_NP, splits, permutations)
+    return [
+        _utility(name, family, (geometry[y], topology[y], both[y]), control_BY[:, y], None if not permutations else why)
+        for y, name in enumerate(TARGETS)
+    ]
+
+
+def _check(
+    geometry_NG: np.ndarray, topology_NT: np.ndarray, targets_N3: np.ndarray, family: str, permutations: int
+) -> None:
     if family not in FAMILIES:
         raise ValueError(f"family={family!r}; choose one of {sorted(FAMILIES)}")
     n = len(targets_N3)
@@ -245,50 +256,76 @@ def compare(
         )
     if permutations < 0:
         raise ValueError(f"permutations={permutations}; choose permutations >= 0")
-    if permutations and order_N is not None and n < 5 * block:
-        raise ValueError(f"block={block} cuts {n} rows into {n // block} runs; choose block <= {n // 5}")
-    splits = folds(n, groups_N)
-    fit = FAMILIES[family]
-    geometry = _scores(fit, geometry_NG, targets_N3, splits)
-    topology = _scores(fit, topology_NT, targets_N3, splits)
-    both = _scores(fit, np.hstack([geometry_NG, topology_NT]), targets_N3, splits)
-    delta = both - geometry
-    rng = np.random.default_rng(seed)
-    reached = np.ones(targets_N3.shape[1])
-    for _ in range(permutations):
-        shuffled = np.hstack([geometry_NG, topology_NT[_permutation(n, order_N, block, rng)]])
-        reached += (_scores(fit, shuffled, targets_N3, splits) - geometry).mean(axis=0) >= delta.mean(axis=0)
-    results = []
-    for column, name in enumerate(TARGETS):
-        lo, hi = _corrected_interval(delta[:, column])
-        results.append(
-            Utility(
-                target=name,
-                family=family,
-                r2_geometry=float(geometry[:, column].mean()),
-                r2_topology=float(topology[:, column].mean()),
-                r2_both=float(both[:, column].mean()),
-                delta=float(delta[:, column].mean()),
-                delta_lo=lo,
-                delta_hi=hi,
-                p=float(reached[column] / (permutations + 1)) if permutations else None,
-            )
-        )
-    return results
 
 
-def block_order(distance_NN: np.ndarray) -> np.ndarray:
-    """Rows in the leaf order of average-linkage clustering, so that similar rows are next to each other: int64 [N]."""
-    return leaves_list(linkage(squareform(distance_NN, checks=False), "average")).astype(np.int64)
+def _control(
+    noise: PatchNoise, geometry_NG: np.ndarray, score: _Score, draws: int, rng: np.random.Generator
+) -> np.ndarray:
+    """R² of geometry + noise for each draw: [B, Y]."""
+    at_once = max(1, _ROWS_AT_ONCE // len(geometry_NG))
+    out = []
+    for first in range(0, draws, at_once):
+        count = min(at_once, draws - first)
+        out.append(score.r2(np.stack([np.hstack([geometry_NG, noise.draw(rng)]) for _ in range(count)])))
+    return np.concatenate(out)
 
 
-def _permutation(n: int, order_N: np.ndarray | None, block: int, rng: np.random.Generator) -> np.ndarray:
-    if order_N is None:
-        return rng.permutation(n)
-    runs = np.array_split(np.roll(order_N, rng.integers(n)), n // block)
-    moved = np.empty(n, np.int64)
-    moved[order_N] = np.concatenate([runs[i] for i in rng.permutation(len(runs))])
-    return moved
+def _no_p(patches_NP: np.ndarray | None, splits: Sequence[Fold], permutations: int) -> str:
+    """Why there is no p, or nothing where there is one."""
+    if patches_NP is None:
+        return "needs patches: rows that share molecules are not independent"
+    if share_molecules(patches_NP, splits):
+        return "needs folds that share no molecules"
+    return f"needs ≥ {LEAST_DRAWS} draws" if permutations < LEAST_DRAWS else ""
+
+
+def _utility(
+    target: str, family: str, r2: tuple[float, float, float], control_B: np.ndarray, why: str | None
+) -> Utility:
+    geometry, topology, both = map(float, r2)
+    gain, draws = both - geometry, len(control_B)
+    lo, hi = math.nan, math.nan
+    if draws >= _BAND_DRAWS:  # exact for a further draw: order statistics j and B + 1 − j hold it, but for 2j/(B + 1)
+        outside = int(0.025 * (draws + 1))
+        ordered_B = np.sort(control_B)
+        lo, hi = float(ordered_B[outside - 1]), float(ordered_B[-outside])
+    control = float(control_B.mean()) if draws else math.nan
+    p = None if why is None else math.nan if why else float((1 + (control_B >= gain).sum()) / (draws + 1))
+    return Utility(
+        target=target,
+        family=family,
+        r2_geometry=geometry,
+        r2_topology=topology,
+        r2_both=both,
+        gain=gain,
+        control=control,
+        control_lo=lo,
+        control_hi=hi,
+        delta=gain - control if draws else gain,
+        p=p,
+        why=why or "",
+    )
+
+
+@dataclass(frozen=True)
+class _Score:
+    """R² of feature blocks, pooled: 1 − Σ(y − ŷ)²/Σ(y − ȳ)² over the test rows of all folds.
+
+    R² of each fold alone would measure a compact neighbourhood against its own small spread.
+    """
+
+    fit: Fit
+    y_NY: np.ndarray
+    splits: Sequence[Fold]
+
+    def r2(self, x_BNC: np.ndarray) -> np.ndarray:
+        """R² of each target for each block: [B, Y]."""
+        tested_NY = self.y_NY[np.concatenate([test for _, test in self.splits])]
+        error_BY = np.zeros((len(x_BNC), self.y_NY.shape[1]))
+        for train, test in self.splits:
+            predicted_BmY = self.fit(x_BNC[:, train], self.y_NY[train], x_BNC[:, test])
+            error_BY += ((self.y_NY[test] - predicted_BmY) ** 2).sum(axis=1)
+        return 1 - error_BY / ((tested_NY - tested_NY.mean(axis=0)) ** 2).sum(axis=0)
 
 
 def _spectrum(x_CPD: np.ndarray) -> np.ndarray:
@@ -299,37 +336,3 @@ def _spectrum(x_CPD: np.ndarray) -> np.ndarray:
     values = np.linalg.eigvalsh(gram)
     values[values < 1e-12 * values[:, -1:]] = 0.0
     return values
-
-
-def _ridge(x: np.ndarray, y: np.ndarray, x_test: np.ndarray) -> np.ndarray:
-    model = make_pipeline(StandardScaler(), RidgeCV(ALPHAS, alpha_per_target=True))
-    return model.fit(x, y).predict(x_test)
-
-
-def _trees(x: np.ndarray, y: np.ndarray, x_test: np.ndarray) -> np.ndarray:
-    def one(column: np.ndarray) -> np.ndarray:
-        return HistGradientBoostingRegressor(random_state=0).fit(x, column).predict(x_test)
-
-    return np.column_stack([one(column) for column in y.T])
-
-
-FAMILIES: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {"ridge": _ridge, "trees": _trees}
-
-
-def _scores(
-    fit: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray],
-    x: np.ndarray,
-    y: np.ndarray,
-    splits: Sequence[Fold],
-) -> np.ndarray:
-    """R² of each target in each test fold: [folds, targets]."""
-    return np.array(
-        [r2_score(y[test], fit(x[train], y[train], x[test]), multioutput="raw_values") for train, test in splits]
-    )
-
-
-def _corrected_interval(delta: np.ndarray) -> tuple[float, float]:
-    """95% interval of the mean of J fold differences: variance (1/J + test/train share)·s²."""
-    scale = np.sqrt((1 / len(delta) + 1 / (FOLDS - 1)) * delta.var(ddof=1))
-    half = stats.t.ppf(0.975, len(delta) - 1) * scale
-    return float(delta.mean() - half), float(delta.mean() + half)

@@ -82,11 +82,12 @@ class _Probe:
         assert isinstance(cell, UtilityCell)
         rows = n_rows(cell.table, place_of(self.preset))
         patch = self._once(("patches", cell.metric), lambda: self._patches(cell)) * rows
-        ridge = self._once(("ridge", rows), lambda: _regression("ridge", rows))
-        trees = self._once(("trees", rows), lambda: _regression("trees", rows))
-        from analysis.utility import FOLDS, REPEATS
+        from sweeps._topology_utility import families, fold_count
 
-        return patch + FOLDS * REPEATS * ((3 + cell.permutations) * ridge + 3 * trees)
+        for family, draws in families(cell.permutations):
+            fit = self._once((family, rows), lambda: _regression(family, rows))  # noqa: B023 - called at once
+            patch += fold_count(cell, rows, family) * (3 + draws) * fit
+        return patch
 
     def _once(self, name: tuple[object, ...], measure: Callable[[], float]) -> float:
         if name not in self.known:
@@ -160,11 +161,12 @@ class _Probe:
 def _regression(family: str, rows: int) -> float:
     """Seconds of one fit of the three targets on the features of both blocks."""
     from analysis import utility
+    from analysis.utility_models import FAMILIES
 
     rng = np.random.default_rng(0)
     x = rng.normal(size=(rows, len(utility.GEOMETRY) + len(utility.TOPOLOGY)))
     y = x[:, : len(utility.TARGETS)] + rng.normal(size=(rows, len(utility.TARGETS)))
-    return _best(lambda: utility.FAMILIES[family](x, y, x), repeats=1)
+    return _best(lambda: FAMILIES[family](x[None], y, x[None]), repeats=1)
 
 
 def _best(work: Callable[[], object], repeats: int = 3) -> float:

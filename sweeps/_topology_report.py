@@ -10,12 +10,14 @@ import numpy as np
 import pandas as pd
 
 from analysis.topology_report import write_report
-from analysis.topology_tables import audit, ensemble_correlations
+from analysis.topology_tables import audit
 from analysis.topology_unit import OBSERVED, Unit
+from analysis.utility_report import ensemble_correlations
 from sweeps._published import files_of
 from sweeps._sweep import PublishedCell
 from sweeps._topology_run import read_diagrams
 from sweeps._topology_sources import banner, given_embeddings, invalid_rows
+from sweeps._topology_utility import utility_frame
 from sweeps.odor_topology import Audit
 
 
@@ -56,7 +58,7 @@ def write(cells: Sequence[PublishedCell], preset_name: str, preset: Audit, out: 
         facts=facts,
         members=members,
         correlations=ensemble_correlations(embeddings) if len(embeddings) > 1 else pd.DataFrame(),
-        utility=_utility(cells),
+        utility=utility_frame(cells),
     )
     lines = [f"verdict      {table} {name}: {v.label}" for (table, name), v in result.verdicts.items()]
     return lines or [f"members      {len(members)}"]
@@ -71,22 +73,3 @@ def _members(cells: Sequence[PublishedCell]) -> tuple[pd.DataFrame, dict[str, np
         rows.append({"table": cell.identity["table"], "member": name, **values})
         embeddings[name] = np.load(io.BytesIO(data))
     return pd.DataFrame(rows), embeddings
-
-
-def _utility(cells: Sequence[PublishedCell]) -> pd.DataFrame:
-    rows = []
-    for cell in cells:
-        if cell.identity["kind"] == "utility":
-            short = cell.rows.assign(metric=cell.rows["metric"].str.removeprefix("utility_"))
-            whole = short[short["target"].isna()].set_index("metric")["value"]
-            wide = short.pivot_table(index=["target", "family"], columns="metric", values="value").reset_index()
-            places = ("table", "representation", "metric", "split")
-            wide = wide.assign(**{name: cell.identity[name] for name in places}, **whole)
-            rows.append(wide)
-    if not rows:
-        return pd.DataFrame()
-    frame = pd.concat(rows, ignore_index=True)
-    order = ("table", "representation", "metric", "split", "neighbours_in_training", "target", "family")
-    return frame.reindex(
-        columns=[*order, "r2_geometry", "r2_topology", "r2_both", "delta", "delta_lo", "delta_hi", "p"]
-    )

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from analysis import nulls, utility
+from analysis import nulls
 from analysis.distances import distance_matrix
 from analysis.persistence import h1, landmarks
 from data import molecules
@@ -21,6 +21,7 @@ from sweeps._context import PackContext
 from sweeps._sweep import Row, UserError
 from sweeps._topology_plan import FULL_TABLE
 from sweeps._topology_sources import given_embeddings, kind_of, matrix, member_of, open_table, place_of
+from sweeps._topology_utility import utility_rows
 from sweeps.odor_topology import NULLS, OBSERVED, Audit, DiagramCell, MemberCell, TopologyCell, UtilityCell
 
 _NULL_SEED, _LANDMARK_SEED, _LANDMARK_NULL_SEED, _DRAW_SEED = 10_000, 500_000, 1_000, 1_000_000
@@ -152,34 +153,11 @@ def diagram(x_nD: np.ndarray, metric: str, n_landmarks: int, seed: int) -> np.nd
 
 def _utility(cell: UtilityCell, sources: _Sources, context: PackContext) -> None:
     rows = open_table(cell.table, place_of(sources.preset))
-    x_ND = sources.matrix(cell.table, cell.representation)
-    distance_NN = distance_matrix(x_ND, cell.metric)
-    context.progress(force=True, phase=f"{cell.representation}: patches")
-    patches = utility.patches(distance_NN, cell.neighbours)
-    geometry = utility.geometry_block(distance_NN, np.asarray(x_ND, np.float64), patches)
-    topology = utility.topology_block(distance_NN, patches, h1=h1)
-    targets = utility.targets(rows.labels_NL, patches)
-    groups = molecules.skeletons(rows.smiles) if cell.split == "grouped" else None
-    near = utility.neighbours_in_training(patches, utility.folds(len(patches), groups))
-    out = [Row("utility_neighbours_in_training", near, "share")]
-    for family, permutations in (("ridge", cell.permutations), ("trees", 0)):
-        context.progress(force=True, phase=f"{cell.representation}: {family}")
-        results = utility.compare(
-            geometry,
-            topology,
-            targets,
-            family=family,
-            permutations=permutations,
-            order_N=utility.block_order(distance_NN),
-            block=cell.neighbours + 1,
-            groups_N=groups,
-        )
-        for result in results:
-            at = {"target": result.target, "family": result.family}
-            names = ("r2_geometry", "r2_topology", "r2_both", "delta", "delta_lo", "delta_hi")
-            out += [Row(f"utility_{name}", getattr(result, name), "R²", at) for name in names]
-            if result.p is not None:
-                out.append(Row("utility_p", result.p, "", at))
+
+    def progress(phase: str) -> None:
+        context.progress(force=True, phase=f"{cell.representation}: {phase}")
+
+    out = utility_rows(cell, sources.matrix(cell.table, cell.representation), rows, progress)
     context.publish(cell, out, {})
 
 

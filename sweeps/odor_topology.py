@@ -19,7 +19,7 @@ from sweeps._sweep import Cell, Estimate, Pack, PublishedCell, UserError
 from sweeps._where import Machine, RunSettings
 
 OBSERVED = "observed"
-SPLITS = ("random", "grouped")
+SPLITS = ("neighbourhood", "random", "grouped")
 STUDIES = ("paper", "audit", "bottleneck", "ensemble", "utility")
 NULLS: Mapping[str, tuple[str, ...]] = {  # in the published order; a null's position (from 1) enters its seed
     "bits": ("fixed_margin", "bernoulli", "permute_columns"),
@@ -78,13 +78,17 @@ class MemberCell(TopologyCell):
 
 @dataclass(frozen=True, kw_only=True)
 class UtilityCell(TopologyCell):
-    """Whether local topology predicts neighbourhood labels beyond local geometry."""
+    """Whether local topology predicts neighbourhood labels beyond local geometry, and beyond what noise would.
+
+    `control` names what the gain is compared with (cells of version 1 without it had nothing to compare it with).
+    """
 
     kind: str = "utility"
     metric: str
     neighbours: int
     permutations: int
-    split: str  # "random", or "grouped": no skeleton of molecules on both sides of a fold
+    split: str  # "neighbourhood": no molecule of a test patch in a training patch; "random"; "grouped": by skeleton
+    control: str = "patch_noise"
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
@@ -115,7 +119,7 @@ class Audit:
     pom_epochs: int = 40
     neighbours: int = 40
     permutations: int = 199
-    splits: tuple[str, ...] = SPLITS  # of the utility study
+    splits: tuple[str, ...] = ("neighbourhood", "random")  # of the utility study, from SPLITS
 
 
 PRESETS: Mapping[str, Audit] = {

@@ -11,7 +11,7 @@ import pytest
 
 from analysis import topology_report
 from analysis.diagram_stability import match
-from analysis.topology_tables import COLUMNS, UNIVERSAL_COLUMNS, audit, ensemble_correlations
+from analysis.topology_tables import COLUMNS, UNIVERSAL_COLUMNS, audit
 from analysis.topology_unit import FULL_TABLE, Unit
 
 
@@ -162,16 +162,6 @@ def test_partial_units_are_reported_not_fatal() -> None:
     result = audit([lone, nulls_missing, one_run])
     assert value(result, "lone", "observed_top1_mean") == 0.0
     assert result.verdicts["t", "no_nulls"].label == "undecided"
-
-
-def test_ensemble_correlation_ignores_rotation_and_scale() -> None:
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(60, 5))
-    rotation, _ = np.linalg.qr(rng.normal(size=(5, 5)))
-    table = ensemble_correlations({"a": x, "b": 3 * x @ rotation, "c": rng.normal(size=(60, 5))})
-    by_pair = {(r.a, r.b): r.spearman for r in table.itertuples()}
-    assert by_pair["a", "b"] == pytest.approx(1.0)
-    assert abs(by_pair["a", "c"]) < 0.2
 
 
 def test_draws_must_be_enough_for_holm_over_all_representations() -> None:

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from analysis import utility
+from analysis import utility, utility_folds, utility_models
 from data import molecules
 from data._content import file_sha256
 from models import bottleneck
+from models.pom import split
 from sweeps import _topology_run, _topology_sources
 from sweeps._context import PackContext
 from sweeps._ledger import Ledger
@@ -146,21 +147,52 @@ def test_a_member_is_trained_once_for_all_presets(monkeypatch: pytest.MonkeyPatc
     assert trained == [0, 1, 0]
 
 
-def test_utility_reports_random_and_grouped_folds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(utility, "REPEATS", 1)
-    monkeypatch.setattr(utility, "FAMILIES", {"ridge": utility.FAMILIES["ridge"], "trees": utility.FAMILIES["ridge"]})
-    preset = Audit(study="utility", representations=("bits_r4",), neighbours=8, permutations=3)
+def test_utility_reports_the_control_and_a_p_where_no_molecule_is_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(utility_folds, "REPEATS", 1)
+    monkeypatch.setattr(utility, "FAMILIES", {"ridge": utility_models.ridge, "trees": utility_models.ridge})
+    splits = ("neighbourhood", "random", "grouped")
+    preset = Audit(study="utility", representations=("bits_r4",), neighbours=8, permutations=19, splits=splits)
     ledger = run(preset)
     published = ledger.read_many([c.key for c in SWEEP.plan(preset)])
-    assert [c.identity["split"] for c in published] == ["random", "grouped"]
+    assert [c.identity["split"] for c in published] == list(splits)
     near = [c.rows.set_index("metric").loc["utility_neighbours_in_training", "value"] for c in published]
-    assert near[0] == pytest.approx(0.8, abs=0.03)
-    assert near[1] < near[0] - 0.2
+    assert near[0] == 0
+    assert near[1] == pytest.approx(0.8, abs=0.03)
+    assert near[2] < near[1] - 0.2
+    assert [(c.rows["metric"] == "utility_p").sum() for c in published] == [3, 0, 0]
     write(published, "utility", preset, tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert text.startswith("# ")  # below which the launcher says that cells are missing
-    assert "| embedded | bits_r4 | jaccard | grouped |" in text
+    for name in splits:
+        assert f"| embedded | bits_r4 | jaccard | {name} | 432 | 432 |" in text
+    assert "+0.0476 and +0.0415" in text
     assert (tmp_path / "utility.png").stat().st_size > 500
+
+
+def test_utility_of_the_own_model_uses_its_test_split_and_says_where_rows_are_too_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(utility_folds, "REPEATS", 1)
+    monkeypatch.setattr(utility, "FAMILIES", {"ridge": utility_models.ridge, "trees": utility_models.ridge})
+    preset = Audit(
+        study="utility", representations=("pom_0",), metrics=("cosine",), pom_epochs=1, neighbours=20, permutations=19
+    )
+    cells = SWEEP.plan(preset)
+    ledger = run(preset)
+    published = [c for c in ledger.read_many([c.key for c in cells]) if c.identity["kind"] == "utility"]
+    values = [c.rows.set_index("metric")["value"] for c in published]
+    tested = len(split(molecules.embedded().labels_NL).test)
+    assert [v["utility_rows"] for v in values] == [tested, tested]
+    assert values[0]["utility_label_jaccard_train"] == values[1]["utility_label_jaccard_train"] > 0
+    assert [c.identity["split"] for c in published] == ["neighbourhood", "random"]
+    assert values[0]["utility_tested"] == 0  # so few rows leave nothing apart
+    assert "utility_p" not in values[0]
+    write(published, "utility", preset, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert f"patches of 21 among {tested} rows leave too few for neighbourhood folds" in text
+    assert f"| embedded | pom_0 | cosine | neighbourhood | {tested} | 0 | – |" in text
 
 
 def test_plan_is_measured_and_says_what_is_shared() -> None:
@@ -313,7 +345,10 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
             "neighbours=5000 makes patches of 5001, more than a fifth of the table's 432 rows; choose neighbours <= 85",
         ),
         ({"null_stream": "slow"}, "null_stream='slow' is not known; choose fast or published"),
-        ({"study": "utility", "splits": ("odd",)}, "split='odd' is not known; choose from random, grouped"),
+        (
+            {"study": "utility", "splits": ("odd",)},
+            "split='odd' is not known; choose from neighbourhood, random, grouped",
+        ),
         (
             {"routes": ("landmark",), "landmarks": 346},
             "landmarks=346 of embedded's rows=345 a run; choose 1 <= landmarks <= rows (--set landmarks=N)",
