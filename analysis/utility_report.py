@@ -86,7 +86,7 @@ def _band(row: pd.Series) -> str:
 
 def _text(value: object) -> str:
     if isinstance(value, float):
-        return "–" if np.isnan(value) else f"{value:.0f}" if value >= 10 else f"{value:.4f}"
+        return "–" if np.isnan(value) else f"{value:.0f}" if value.is_integer() else f"{value:.4f}"
     return str(value)
 
 
