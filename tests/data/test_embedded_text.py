@@ -26,12 +26,12 @@ def test_identity_ignores_the_text_and_the_other_documents():
 
 def test_held_out_text_does_not_stand_in_the_training_text():
     """Every window of 64 bytes, not the sample that the split looks at: 17% of them did when names alone decided."""
-    train, held_out = (set_of_windows(embedded_text.split(held_out=side)) for side in (False, True))
+    train, held_out = (windows_of(embedded_text.split(held_out=side)) for side in (False, True))
     at = np.searchsorted(train := np.unique(train), held_out).clip(max=len(train) - 1)
     assert (train[at] == held_out).mean() <= 0.02
 
 
-def set_of_windows(documents: tuple[Document, ...]) -> np.ndarray:
+def windows_of(documents: tuple[Document, ...]) -> np.ndarray:
     """uint64 hashes of all windows: a sum of random numbers by place and byte, unlike the split's polynomial."""
     table = np.random.default_rng(0).integers(0, 2**63, 256, dtype=np.uint64)
     found = []
@@ -43,6 +43,15 @@ def set_of_windows(documents: tuple[Document, ...]) -> np.ndarray:
             width *= 2
         found.append(hash_W)
     return np.concatenate(found)
+
+
+def test_fingerprint_knows_the_rule_of_the_split(monkeypatch):
+    """So a ledger made on a split by name alone is refused, as one of another Python's text is."""
+    known = embedded_text.fingerprint()
+    monkeypatch.setattr(embedded_text, "_SPLIT", b"")
+    embedded_text.fingerprint.cache_clear()
+    assert embedded_text.fingerprint() != known
+    embedded_text.fingerprint.cache_clear()
 
 
 def test_near_duplicates_are_one_group_and_boilerplate_is_not():
