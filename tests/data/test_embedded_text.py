@@ -25,14 +25,14 @@ def test_identity_ignores_the_text_and_the_other_documents():
 
 
 def test_held_out_text_does_not_stand_in_the_training_text():
-    """Every window of 64 bytes, not the sample that the split looks at: 17% of them did when names alone decided."""
+    """Of the windows of 64 bytes 17% did when names alone decided."""
     train, held_out = (windows_of(embedded_text.split(held_out=side)) for side in (False, True))
     at = np.searchsorted(train := np.unique(train), held_out).clip(max=len(train) - 1)
     assert (train[at] == held_out).mean() <= 0.02
 
 
 def windows_of(documents: tuple[Document, ...]) -> np.ndarray:
-    """uint64 hashes of all windows: a sum of random numbers by place and byte, unlike the split's polynomial."""
+    """uint64 hashes of every eighth window, chosen and named by another hash than the split's."""
     table = np.random.default_rng(0).integers(0, 2**63, 256, dtype=np.uint64)
     found = []
     for document in documents:
@@ -41,7 +41,7 @@ def windows_of(documents: tuple[Document, ...]) -> np.ndarray:
             turned = (hash_W << np.uint64(width % 61)) | (hash_W >> np.uint64(64 - width % 61))
             hash_W = turned[:-width] * np.uint64(0xD6E8FEB86659FD93) + hash_W[width:]
             width *= 2
-        found.append(hash_W)
+        found.append(hash_W[hash_W % np.uint64(8) == 0])
     return np.concatenate(found)
 
 
