@@ -195,6 +195,12 @@ def nonoverlap(broad: MoleculeTable, curate: MoleculeTable) -> NonOverlap:
     return NonOverlap(table=table, stereo_variants=variants, stereo_share=share, published_rows=published, note=note)
 
 
+def found_among(smiles: Sequence[str], others: Sequence[str]) -> np.ndarray:
+    """bool [N]: whether each molecule is one of the others, stereochemistry left out."""
+    known = {canonical(s, stereo=False) for s in others}
+    return np.array([canonical(s, stereo=False) in known for s in smiles], bool)
+
+
 def embedded() -> MoleculeTable:
     """A few hundred common odorants with textbook odor labels, shipped with the code: the default without a table."""
     raw = pd.read_csv(_EMBEDDED)

@@ -40,11 +40,12 @@ class Split:
 class Member:
     """One trained member of the ensemble.
 
-    `embedding_NE` float32 holds all N molecules in input order; `auroc_val` chose the epoch, `auroc_test` was read
-    once, after that choice. `labels_scored` counts the labels with both classes in the test split, over which
-    `auroc_test` is the mean.
+    `net` has the chosen weights, in evaluation mode; `embedding_NE` float32 holds all N molecules in input order;
+    `auroc_val` chose the epoch, `auroc_test` was read once, after that choice. `labels_scored` counts the labels with
+    both classes in the test split, over which `auroc_test` is the mean.
     """
 
+    net: OdorNet
     embedding_NE: np.ndarray
     auroc_test: float
     auroc_val: float
@@ -189,6 +190,7 @@ def train_member(
         average.net.load_state_dict(best[2])
         test, scored = macro_auroc(labels_NL[parts.test], _predict(average.net, graphs, parts.test))
         return Member(
+            net=average.net,
             embedding_NE=_predict(average.net, graphs, np.arange(len(graphs)), embed=True),
             auroc_test=test,
             auroc_val=best[0],
@@ -196,6 +198,18 @@ def train_member(
             epoch=best[1],
             epochs=epochs,
         )
+
+
+def embed(net: OdorNet, smiles: Sequence[str], threads: int = 1) -> np.ndarray:
+    """What a member's `net` makes of molecules, of its training or not: float32 [N, E].
+
+    The features hold no stereochemistry, so stereo variants of a molecule embed alike.
+
+    Raises:
+        ValueError: bad SMILES.
+    """
+    with torch_threads(threads):
+        return _predict(net, Graphs(smiles), np.arange(len(smiles)), embed=True)
 
 
 class _Average:

@@ -18,6 +18,7 @@ from sweeps._topology_sources import (
     open_table,
     place_of,
     table_name,
+    trained_on,
 )
 from sweeps._where import Machine, RunSettings
 from sweeps.odor_topology import NULLS, OBSERVED, STUDIES, Audit, DiagramCell, MemberCell, TopologyCell, UtilityCell
@@ -68,11 +69,11 @@ def _of_representation(preset: Audit, table: str, representation: str) -> list[T
     kind_of(representation)
     cells: list[TopologyCell] = []
     member = member_of(representation)
-    if (member is not None or preset.study == "utility") and not open_table(table, place_of(preset)).labels:
-        needs = "the utility study" if member is None else representation
+    if unlabelled := _without_labels(preset, table, member):
+        needs = "the utility study" if preset.study == "utility" else representation
         raise UserError(
-            f"table {table} has 0 label columns and {needs} needs them; choose a labelled table, or the audit without "
-            "pom_M (--set representations=bits_r4,bits_r2,counts_r4,physchem)"
+            f"table {unlabelled} has 0 label columns and {needs} needs them; choose a labelled table, or the audit "
+            "without pom_M (--set representations=bits_r4,bits_r2,counts_r4,physchem)"
         )
     if member is not None:
         cells.append(MemberCell(table=table, representation=representation, member=member, epochs=preset.pom_epochs))
@@ -96,6 +97,12 @@ def _of_representation(preset: Audit, table: str, representation: str) -> list[T
             for split in preset.splits
         ]
     return cells + _diagrams(preset, table, representation)
+
+
+def _without_labels(preset: Audit, table: str, member: int | None) -> str:
+    """The table that labels are asked of and that has none, if any: a member's is the one it is trained on."""
+    asked = [table] * (preset.study == "utility") + [trained_on(table)] * (member is not None)
+    return next((name for name in asked if not open_table(name, place_of(preset)).labels), "")
 
 
 def subsample_rows(preset: Audit, total: int) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 
 from sweeps._sweep import Estimate
 from sweeps._topology_plan import GROWTH, cell_bytes, make_packs
-from sweeps._topology_sources import CLOUD_ROWS, kind_of, matrix, n_rows, open_table, place_of
+from sweeps._topology_sources import CLOUD_ROWS, kind_of, matrix, n_rows, open_table, place_of, trained_on
 from sweeps._where import Machine, RunSettings
 from sweeps.odor_topology import OBSERVED, Audit, DiagramCell, MemberCell, TopologyCell, UtilityCell
 
@@ -125,7 +125,7 @@ class _Probe:
         """Seconds of a member: its start and each epoch, measured on a part of the table and scaled to the whole."""
         from models.pom import default_batch_size, train_member
 
-        rows = open_table(cell.table, place_of(self.preset))
+        rows = open_table(trained_on(cell.table), place_of(self.preset))
         step = max(1, len(rows) // _MEMBER_ROWS)
         smiles, labels_NL = rows.smiles[::step], rows.labels_NL[::step]
         both_L = labels_NL.min(axis=0) < labels_NL.max(axis=0)

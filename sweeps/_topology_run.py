@@ -16,11 +16,20 @@ from analysis import nulls
 from analysis.distances import distance_matrix
 from analysis.persistence import h1, landmarks
 from data import molecules
-from models.pom import train_member
+from models.pom import embed, split, train_member
 from sweeps._context import PackContext
 from sweeps._sweep import Row, UserError
 from sweeps._topology_plan import FULL_TABLE
-from sweeps._topology_sources import given_embeddings, kind_of, matrix, member_of, open_table, place_of
+from sweeps._topology_sources import (
+    borrowed_rows,
+    given_embeddings,
+    kind_of,
+    matrix,
+    member_of,
+    open_table,
+    place_of,
+    trained_on,
+)
 from sweeps._topology_utility import utility_rows
 from sweeps.odor_topology import NULLS, OBSERVED, Audit, DiagramCell, MemberCell, TopologyCell, UtilityCell
 
@@ -71,8 +80,9 @@ class _Sources:
         return np.load(io.BytesIO(self.context.ledger.file(cell.key, "embedding.npy")))
 
     def member(self, cell: MemberCell) -> None:
-        """Train and publish a member."""
-        rows = open_table(cell.table, place_of(self.preset))
+        """Train and publish a member; on a table without labels, one that was trained on the curated table."""
+        place = place_of(self.preset)
+        rows = open_table(trained_on(cell.table), place)
         self.context.progress(force=True, phase=f"training {cell.representation}")
         result = train_member(
             rows.smiles,
@@ -90,7 +100,15 @@ class _Sources:
             Row("labels_scored", result.labels_scored, "labels"),
             Row("best_epoch", result.epoch, "epochs"),
         ]
-        self.context.publish(cell, out, {"embedding.npy": _npy(result.embedding_NE)})
+        files = {"embedding.npy": _npy(result.embedding_NE)}
+        if trained_on(cell.table) != cell.table:
+            smiles = open_table(cell.table, place).smiles
+            learnt_N = molecules.found_among(smiles, [rows.smiles[i] for i in split(rows.labels_NL).train])
+            out.append(Row("rows_trained_on", int(learnt_N.sum()), "rows"))
+            out.append(Row("rows_of_training_table", borrowed_rows(cell.table, place), "rows"))
+            embedding_NE = embed(result.net, smiles, self.context.threads)
+            files = {"embedding.npy": _npy(embedding_NE), "trained_on.npy": _npy(learnt_N)}
+        self.context.publish(cell, out, files)
 
 
 def run_rows(total: int, run: int, rows: int) -> np.ndarray:

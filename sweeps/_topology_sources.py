@@ -34,6 +34,7 @@ _BROADER = ("pyrfume_goodscents_molecules.csv", "pyrfume_leffingwell_molecules.c
 _CLOUD = "cloud:"
 _FILE = "file:"
 _FROM_SOURCES = ("curated", "broader", "nonoverlap")
+_UNLABELLED = ("broader", "nonoverlap")
 _BUILT_IN = ("embedded", *_FROM_SOURCES)
 _MODEL = re.compile(r"^(pom|rp256|ae256)_(\d+)$")
 _METRICS: dict[str, tuple[str, ...]] = {
@@ -144,6 +145,19 @@ def member_of(representation: str) -> int | None:
     return int(match[2]) if match and match[1] == "pom" else None
 
 
+def trained_on(table: str) -> str:
+    """The table whose labels the members of the own odor model learn that embed a table's molecules."""
+    return "curated" if table in _UNLABELLED else table
+
+
+@functools.cache
+def borrowed_rows(table: str, place: str) -> int:
+    """How many molecules of a table without labels are in the one that its members learn from, stereo left out."""
+    return int(
+        molecules.found_among(open_table(table, place).smiles, open_table(trained_on(table), place).smiles).sum()
+    )
+
+
 @functools.lru_cache(maxsize=16)
 def _embedding(path: str, table: str, place: str) -> tuple[str, np.ndarray]:
     rows = open_table(table, place)
@@ -196,9 +210,13 @@ def fingerprint(cell: TopologyCell, preset: Audit) -> str:
     if cell.table.startswith(_CLOUD):
         content.append({"cloud_rows": CLOUD_ROWS})
     else:
-        content.append({"rows": _table_digest(cell.table, place_of(preset))})
+        place = place_of(preset)
+        content.append({"rows": _table_digest(cell.table, place)})
+        learnt = trained_on(cell.table) if member_of(cell.representation) is not None else cell.table
+        if learnt != cell.table:
+            content.append({"trained_on": _table_digest(learnt, place)})
         if cell.kind == "utility" or member_of(cell.representation) is not None:
-            content.append({"labels": _label_digest(cell.table, place_of(preset))})
+            content.append({"labels": _label_digest(learnt, place)})
     return digest(content)
 
 
@@ -233,8 +251,20 @@ def banner(preset: Audit) -> list[str]:
     if preset.clouds:
         lines.append(f"known shapes beside it: {', '.join(preset.clouds)} ({CLOUD_ROWS} points each)")
     if any(member_of(r) is not None for r in preset.representations):
-        lines.append("POM: own message-passing odor model trained here on the table's labels; not OpenPOM")
+        lines.append(_pom_line(name, place_of(preset)))
     return lines
+
+
+def _pom_line(table: str, place: str) -> str:
+    learnt = trained_on(table)
+    line = "POM: own message-passing odor model trained here on "
+    if learnt == table:
+        return f"{line}the table's labels; not OpenPOM"
+    known = f"{borrowed_rows(table, place)} of the {n_rows(table, place)} molecules of {table}"
+    return (
+        f"{line}the labels of the {learnt} table; not OpenPOM. {known} are in that table (stereochemistry, which the "
+        "model does not see, left out): where they lie is partly learnt, where the others lie is predicted"
+    )
 
 
 def _kept_out(rows: MoleculeTable) -> str:
