@@ -30,7 +30,7 @@ def read_csv(path: str | Path) -> pd.DataFrame:
             f"{path.name} is empty; give a CSV with a line of column names and one line a molecule"
         ) from error
     except (ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:  # ParserError is a ValueError
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise ValueError(f"{path.name} cannot be read as CSV ({reason}); mend that line or save it anew") from error
 
 

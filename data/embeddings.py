@@ -44,7 +44,7 @@ def load(path: str | Path) -> tuple[list[str], np.ndarray]:
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError) as error:
         if getattr(error, "errno", None) is not None or str(error).startswith(path.name):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
         raise ValueError(f"{path.name} cannot be read ({reason}); write it anew") from error
     x_ND = np.asarray(values)
     if x_ND.ndim != 2 or not np.issubdtype(x_ND.dtype, np.number):

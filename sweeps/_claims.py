@@ -33,7 +33,7 @@ _MARK = 16  # hexadecimal digits of a fingerprint that a claim carries
 def _boot_id() -> str:
     """Name of the running machine within which a process id means one process: a container is one of its own."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()  # new at each start, in each clone, too
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()  # new at each start
         pids = os.stat("/proc/self/ns/pid").st_ino
     except OSError:  # no Linux
         boot, pids = str(int(psutil.boot_time())), 0
