@@ -1,25 +1,26 @@
-"""Architectures at their own best learning rate, and paired differences of their held-out likelihood.
+"""Architectures at their own best learning rate, and differences of their held-out likelihood.
 
-All models of a study score the same held-out clips. A resample draws clips once for all models and, within every
-architecture, its seeds; a difference of two architectures is taken inside each resample, so that what the clips have in
-common cancels. An architecture of one seed has the clips' variation only.
+Every seed of an architecture is a training of its own, and all trained models score the same held-out recordings:
+`analysis.crossed` gives the intervals and p-values, for other seeds and other recordings. One seed says nothing about
+other trainings, so that its differences have no interval and no p.
 
-Shape suffixes: R resamples, C clips, S seeds, A architectures, M models (architecture and seed).
+Shape suffixes: S seeds, U units (recordings), A architectures.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
-from analysis.bootstrap import Floats, count_blocks, percentile_interval
-from analysis.multiplicity import holm
-
-_N_RESAMPLES = 10_000
+from analysis.crossed import NEEDS_SEEDS, CrossedArms, Effect, ratio_influence
+from analysis.multiplicity import ALPHA, holm_list
+from analysis.recordings import NEEDS_RECORDINGS, unit_words, wide_sums
 
 
 def choose_lr(
@@ -54,103 +55,108 @@ def choose_lr(
 
 
 @dataclass(frozen=True)
-class ArmResamples:
-    """Mean val_nll of each architecture: names, the estimate value_A, its resamples value_RA, what was resampled."""
+class Arms:
+    """Held-out likelihood of architectures: their names, their tables, and what the tables' columns are called."""
 
     names: tuple[str, ...]
-    value_A: Floats
-    value_RA: Floats
-    n_clips: int
-    n_seeds_A: tuple[int, ...]
+    crossed: CrossedArms
+    units: str
+
+    @property
+    def n_units(self) -> int:
+        return self.crossed.units
+
+    @property
+    def n_seeds(self) -> tuple[int, ...]:
+        return tuple(self.crossed.seeds(arm) for arm in range(len(self.names)))
 
     def table(self) -> pd.DataFrame:
-        """One row an architecture, best first: architecture, val_nll, lo, hi (95%), n_seeds."""
-        intervals = [percentile_interval(column) for column in self.value_RA.T]
+        """One row an architecture, best first: architecture, val_nll, lo, hi (95%), n_seeds, seed_sd, needs.
+
+        With several seeds the limits are for other seeds and recordings; with one seed for other recordings alone, of
+        the trained model at hand. seed_sd: standard deviation of val_nll over the seeds, NaN for one.
+        """
+        found = [self._whole(self.crossed.mean(arm)) for arm in range(len(self.names))]
         table = pd.DataFrame(
             {
                 "architecture": self.names,
-                "val_nll": self.value_A,
-                "lo": [i.lo for i in intervals],
-                "hi": [i.hi for i in intervals],
-                "n_seeds": self.n_seeds_A,
+                "val_nll": [e.value for e in found],
+                "lo": [e.lo for e in found],
+                "hi": [e.hi for e in found],
+                "n_seeds": self.n_seeds,
+                "seed_sd": [self.crossed.seed_sd(arm) for arm in range(len(self.names))],
+                "needs": [e.needs for e in found],
             }
         )
         return table.sort_values("val_nll", ignore_index=True)
 
     def differences(self) -> pd.DataFrame:
-        """One row a pair (a, b), a the better: difference val_nll(b) - val_nll(a), lo, hi (95%), p, p_holm.
+        """One row a pair (a, b), a the better: difference val_nll(b) - val_nll(a), lo, hi (95%), p, p_holm, needs.
 
-        p is the bootstrap's two-sided one; p_holm controls the error of all pairs together (Holm 1979).
+        p_holm controls the error of all pairs that could be tested together (Holm 1979). lo, hi, p and p_holm are NaN
+        where `needs` says what they would need.
         """
-        order = np.argsort(self.value_A, kind="stable")
-        records = []
-        for a, b in combinations(order.tolist(), 2):
-            d_R = self.value_RA[:, b] - self.value_RA[:, a]
-            interval = percentile_interval(d_R)
-            records.append(
-                {
-                    "a": self.names[a],
-                    "b": self.names[b],
-                    "difference": float(self.value_A[b] - self.value_A[a]),
-                    "lo": interval.lo,
-                    "hi": interval.hi,
-                    "p": two_sided_p(d_R),
-                }
-            )
-        table = pd.DataFrame(records, columns=["a", "b", "difference", "lo", "hi", "p"])
-        table["p_holm"] = list(holm(dict(enumerate(table["p"]))).values())
+        order = np.argsort([self.crossed.value(arm) for arm in range(len(self.names))], kind="stable").tolist()
+        pairs = list(combinations(order, 2))
+        found = [self._whole(e) for e in self.crossed.differences([(b, a) for a, b in pairs])]
+        records = [
+            {
+                "a": self.names[a],
+                "b": self.names[b],
+                "difference": e.value,
+                "lo": e.lo,
+                "hi": e.hi,
+                "p": e.p,
+                "needs": e.needs,
+            }
+            for (a, b), e in zip(pairs, found, strict=True)
+        ]
+        table = pd.DataFrame(records, columns=["a", "b", "difference", "lo", "hi", "p", "needs"])
+        table.insert(6, "p_holm", holm_list(table["p"].tolist()))
         return table
 
+    def _whole(self, effect: Effect) -> Effect:
+        """As it is, but nothing follows for other audio from one recording."""
+        if self.n_units > 1 or effect.needs == NEEDS_SEEDS:
+            return effect
+        return Effect(effect.value, math.nan, math.nan, math.nan, NEEDS_RECORDINGS)
 
-def two_sided_p(value_R: Floats) -> float:
-    """Twice the smaller share of resamples on a side of 0 (Davison & Hinkley 1997, sec. 4.4, one added to counts)."""
-    tail = min(int((value_R <= 0).sum()), int((value_R >= 0).sum()))
-    return min(1.0, 2 * (tail + 1) / (len(value_R) + 1))
+    def odd_seeds(self) -> tuple[str, float, float, float] | None:
+        """(architecture, its seeds' sd, the others' pooled, p) where its seeds differ clearly more than the others'.
+
+        The intervals pool the seeds' variance of all architectures. Largest F ratio of one architecture's variance and
+        that of all others, p < .05 after Bonferroni's correction over the architectures ('t Lam 2010, "Scrutiny of
+        variance results for outliers: Cochran's test optimized", Anal. Chim. Acta 659). None where no such one is
+        found, or fewer than two have several seeds.
+        """
+        repeated = [arm for arm, seeds in enumerate(self.n_seeds) if seeds > 1]
+        if len(repeated) < 2:
+            return None
+        variance = np.array([self.crossed.seed_sd(arm) ** 2 for arm in repeated])
+        df = np.array([self.n_seeds[arm] - 1 for arm in repeated])
+        rest_df = df.sum() - df
+        rest = ((variance * df).sum() - variance * df) / rest_df
+        with np.errstate(divide="ignore", invalid="ignore"):
+            p = np.nan_to_num(stats.f.sf(variance / rest, df, rest_df), nan=1.0) * len(repeated)
+        worst = int(p.argmin())
+        if p[worst] >= ALPHA:
+            return None
+        return self.names[repeated[worst]], math.sqrt(variance[worst]), math.sqrt(rest[worst]), float(p[worst])
 
 
-def arm_resamples(clips: pd.DataFrame, *, n_resamples: int = _N_RESAMPLES, seed: int = 0) -> ArmResamples:
-    """Two-level bootstrap of each architecture's val_nll (nats a token), over the clips and over its seeds.
-
-    Drawing S seeds from S would understate their variance by (S - 1) / S; deviations from the mean over seeds are
-    therefore stretched by sqrt(S / (S - 1)) (Rao & Wu 1988).
+def arm_resamples(clips: pd.DataFrame) -> Arms:
+    """val_nll (nats a token) of each architecture by seed and recording; nothing is resampled, the name is a contract.
 
     Args:
-        clips: a row a model and held-out clip, columns architecture, seed, clip_id, nll (sum over tokens), tokens.
+        clips: a row a model and held-out clip, columns architecture, seed, clip_id, nll (sum over tokens), tokens, and
+            recording_id of the recording that the clip was cut from (without it, clips are taken for recordings).
     Raises:
-        ValueError: fewer than two clips, or models that were scored on other clips or tokens.
+        ValueError: no clip, or models that were scored on other clips or tokens.
     """
-    wide = clips.pivot_table(index="clip_id", columns=["architecture", "seed"], values="nll", aggfunc="first")
-    tokens = clips.pivot_table(index="clip_id", columns=["architecture", "seed"], values="tokens", aggfunc="first")
-    if wide.isna().to_numpy().any() or (tokens.nunique(axis=1) != 1).any():
+    nll, tokens = wide_sums(clips, ["architecture", "seed"])
+    if nll.isna().to_numpy().any() or (tokens.nunique(axis=0) != 1).any():
         counts = clips.groupby(["architecture", "seed"])["tokens"].agg(["size", "sum"])
         raise ValueError(f"models were scored on different clips (clips and tokens of each: {counts.to_dict('index')})")
-    if len(wide) < 2:
-        raise ValueError(f"{len(wide)} held-out clip gives no interval; evaluate 2 or more")
-    nll_CM, tokens_C = wide.to_numpy(float), tokens.iloc[:, 0].to_numpy(float)
-    of = wide.columns.get_level_values("architecture")
     names = tuple(dict.fromkeys(clips["architecture"]))
-    members = [np.flatnonzero(of == name) for name in names]
-    rng = np.random.default_rng([seed, 1])
-    blocks = []
-    for count_RC in count_blocks(len(wide), n_resamples, seed):
-        value_RM = count_RC @ nll_CM / (count_RC @ tokens_C)[:, None]
-        blocks.append(np.stack([_drawn_mean(value_RM[:, m], rng) for m in members], axis=1))
-    whole_M = nll_CM.sum(0) / tokens_C.sum()
-    return ArmResamples(
-        names,
-        np.array([whole_M[m].mean() for m in members]),
-        np.concatenate(blocks),
-        len(wide),
-        tuple(len(m) for m in members),
-    )
-
-
-def _drawn_mean(value_RS: Floats, rng: np.random.Generator) -> Floats:
-    """Mean over S seeds drawn with replacement in each resample, with the variance of a mean of S."""
-    size, n = value_RS.shape
-    mean_R = value_RS.mean(1)
-    if n == 1:
-        return mean_R
-    deviation_RS = (value_RS - mean_R[:, None]) * np.sqrt(n / (n - 1))
-    draw_RS = rng.integers(n, size=(size, n))
-    return mean_R + np.take_along_axis(deviation_RS, draw_RS, axis=1).mean(1)
+    tables = (ratio_influence(nll.loc[name].to_numpy(float), tokens.loc[name].to_numpy(float)) for name in names)
+    return Arms(names, CrossedArms(tuple(tables)), unit_words(clips))

@@ -3,56 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from analysis import codec_plots
-from analysis.codec_contrasts import ArmResamples, arm_resamples, choose_lr
+from analysis.codec_contrasts import Arms, arm_resamples, choose_lr
+from analysis.codec_published import REFERENCE, Published, published_section
+from analysis.codec_results import Results, at
+from analysis.crossed import NEEDS_SEEDS
 from analysis.markdown import table
+from analysis.multiplicity import ALPHA
 
-# step → label-smoothed validation loss of the source study's speech hybrid, and its exponential (printed as perplexity)
-PUBLISHED_SPEECH = {1_800: (4.2847, 72.58), 12_000: (3.8207, 45.63)}
-PUBLISHED_LR, PUBLISHED_CLIPS = 3e-4, 666
-REFERENCE = "olmo_hybrid"
 REAL = "real audio"
-
-
-@dataclass(frozen=True)
-class Results:
-    """Everything measured, a row a cell (architecture, lr, seed) or more.
-
-    models: architecture, lr, seed, cell_key, n_parameters, flops_per_token, tokens_per_second, train_tokens,
-        unigram_nll, and for W in raw and ema: val_nll_W, val_loss_smoothed_W, perplexity_W, bits_per_second_W.
-    curves: architecture, lr, seed, metric, weights, group, step, value.
-    codebooks: architecture, lr, seed, weights, codebook, nll, top1, top5.
-    clips: architecture, lr, seed, weights, clip_id, recording_id, nll (sum), tokens.
-    spikes: architecture, lr, seed, group, value (steps whose gradient norm jumped).
-    gates: architecture, lr, seed, weights, clip_id, recording_id, layer, steps and the numbers of models.cache_health;
-        may be empty.
-    audio: embedder, architecture, clips, vectors, and frechet, kernel and coherence with _lo and _hi, frechet_limit;
-        the rows REAL are training audio against held-out audio; may be empty.
-    samples: architecture, and the name of a spectrogram beside the report.
-    texts: of models with text conditioning, the rows of clips with the averaged weights and other texts too, told apart
-        by text (right, shuffled, no_text); may be empty.
-    """
-
-    models: pd.DataFrame
-    curves: pd.DataFrame
-    codebooks: pd.DataFrame
-    clips: pd.DataFrame
-    spikes: pd.DataFrame
-    gates: pd.DataFrame
-    audio: pd.DataFrame
-    samples: Sequence[tuple[str, str]]
-    texts: pd.DataFrame = field(default_factory=pd.DataFrame)
-
-
-def at(frame: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
-    """Rows of a frame (columns architecture, lr) at each architecture's chosen learning rate."""
-    return frame.merge(chosen[["architecture", "lr"]], on=["architecture", "lr"])
 
 
 def write_report(
@@ -62,8 +26,7 @@ def write_report(
     preset: str,
     facts: Sequence[str],
     audio_facts: Sequence[str],
-    published: str = "",
-    curve_clips: int = 0,
+    published: Published | None = None,
     tried: Mapping[str, Sequence[float]] | None = None,
     texts: Sequence[str] = (),
 ) -> pd.DataFrame:
@@ -71,9 +34,7 @@ def write_report(
 
     Args:
         facts: lines on what the numbers stand on. audio_facts: the same for distances and coherence.
-        published: "" leaves the published numbers out, "same" prints them as comparable, other text as the reason
-            why they are not.
-        curve_clips: held-out clips that a measurement during training is taken on; 0: all.
+        published: which published numbers are printed with ours, if any, and why they do not compare.
         tried: learning rates planned for each architecture, where some of them left no cell.
         texts: lines on what a transcript is worth (`analysis.codec_text.text_section`).
     """
@@ -96,9 +57,10 @@ def write_report(
     text += [*texts, *_lr_section(chosen)]
     if len(order) > 1:
         codec_plots.difference_figure(pairs, reference, out / "differences.png")
-        text += ["## Differences", "", _difference_note(arms), "", _pair_table(pairs, order), ""]
+        text += ["## Differences", "", _difference_note(arms), "", *_seed_note(arms)]
+        text += [_pair_table(pairs, order), ""]
         text += [f"![differences to {reference}](differences.png)", ""]
-    text += _published_section(results, chosen, published, curve_clips)
+    text += published_section(results, chosen, published) if published else []
     text += ["## Cost", "", _COST_NOTE, "", _cost_table(main), ""]
     text += ["## Curves", "", _CURVE_NOTE, "", "![curves](curves.png)", ""]
     text += ["## By codebook", "", "EMA weights; codebook 1 is the coarsest.", ""]
@@ -124,13 +86,12 @@ def write_report(
 
 
 _TABLE_NOTE = (
-    "val_nll: true mean negative log-likelihood in nats a token, with a 95% bootstrap interval over held-out "
-    "clips and, "
-    "where there are several, seeds. The clips' variation is shared by all models: overlapping intervals do "
-    "not show two "
-    "models to be equal; the differences below do. Perplexity and bits a second follow from val_nll. "
-    "val_loss_smoothed is the published convention with label smoothing 0.1 and is no likelihood. unigram: the same "
-    "clips under each codebook's training frequencies."
+    "val_nll: true mean negative log-likelihood in nats a token. Its 95% interval holds for other held-out recordings "
+    "and, where there are two seeds or more, other seeds; with one seed it speaks of the trained model at hand. The "
+    "recordings' variation is shared by all models: overlapping intervals do not show two models to be equal; the "
+    "differences below do not contain it. seed sd: of val_nll over the seeds. Perplexity and bits a second follow from "
+    "val_nll. val_loss_smoothed is the published convention with label smoothing 0.1 and is no likelihood. unigram: "
+    "the same clips under each codebook's training frequencies."
 )
 _COST_NOTE = (
     "FLOPs: forward, a token of one codebook, at the scale's full context. tokens/s: real (unpadded) tokens of "
@@ -138,7 +99,10 @@ _COST_NOTE = (
     "on this machine, shared with whatever else ran; not comparable between machines or runs. GFLOP/s: three times the "
     "forward FLOPs at that rate."
 )
-_CURVE_NOTE = "Mean over seeds; bands: 95% over held-out clips, which all models share."
+_CURVE_NOTE = (
+    "Mean over seeds; bands: 95% for these trained models on other recordings (which all models share); "
+    "they say nothing about other seeds."
+)
 _GRADIENT_NOTE = (
     "Norm before clipping, by parameter group, at the evaluated steps (mean over seeds). Spikes: steps whose "
     "whole norm "
@@ -161,18 +125,18 @@ def interval(value: float, low: float, high: float, digits: int = 3) -> str:
     return f"{value:.{digits}f}{ends}"
 
 
-def _main_frame(results: Results, chosen: pd.DataFrame, arms: ArmResamples, raw: ArmResamples) -> pd.DataFrame:
+def _main_frame(results: Results, chosen: pd.DataFrame, arms: Arms, raw: Arms) -> pd.DataFrame:
     """A row an architecture, best first: means over seeds of the chosen models' numbers, and intervals."""
     numbers = at(results.models, chosen).groupby("architecture", sort=False).mean(numeric_only=True)
     numbers = numbers.drop(columns=["lr", "seed", "val_nll_ema", "val_nll_raw"])
     raw_columns = raw.table().rename(columns={"val_nll": "val_nll_raw", "lo": "raw_lo", "hi": "raw_hi"})
-    frame = arms.table().merge(raw_columns.drop(columns="n_seeds"), on="architecture")
+    frame = arms.table().merge(raw_columns.drop(columns=["n_seeds", "seed_sd", "needs"]), on="architecture")
     frame = frame.merge(chosen[["architecture", "lr", "edge"]], on="architecture")
     return frame.merge(numbers.reset_index(), on="architecture")
 
 
 def _main_table(main: pd.DataFrame) -> str:
-    head = ["architecture", "parameters", "best lr", "seeds", "val_nll EMA [95% CI]", "val_nll raw", "smoothed EMA"]
+    head = ["architecture", "parameters", "best lr", "seeds", "val_nll EMA [95% CI]", "seed sd"]
     rows = [
         [
             str(r["architecture"]),
@@ -180,6 +144,7 @@ def _main_table(main: pd.DataFrame) -> str:
             f"{r['lr']:g}" + ("*" if r["edge"] else ""),
             str(r["n_seeds"]),
             interval(r["val_nll"], r["lo"], r["hi"], 4),
+            f"{r['seed_sd']:.4f}" if np.isfinite(r["seed_sd"]) else "–",
             f"{r['val_nll_raw']:.4f}",
             f"{r['val_loss_smoothed_ema']:.4f}",
             f"{r['perplexity_ema']:.1f}",
@@ -188,6 +153,7 @@ def _main_table(main: pd.DataFrame) -> str:
         ]
         for r in main.to_dict("records")
     ]
+    head += ["val_nll raw", "smoothed EMA"]
     return table([*head, "perplexity EMA", "bit/s of audio EMA", "nats below unigram"], rows)
 
 
@@ -218,18 +184,37 @@ def _lr_section(chosen: pd.DataFrame) -> list[str]:
     return [*lines, "", "![learning rates](learning_rates.png)", ""]
 
 
-def _difference_note(arms: ArmResamples) -> str:
-    seeds = sorted(set(arms.n_seeds_A))
-    level = (
-        "over clips only: one seed an architecture, so that the noise of training is in none of these intervals"
-        if seeds == [1]
-        else f"over clips (drawn once for both models) and seeds ({'/'.join(map(str, seeds))} an architecture)"
+def _difference_note(arms: Arms) -> str:
+    seeds = "/".join(map(str, sorted(set(arms.n_seeds))))
+    note = (
+        f"Row minus column, val_nll of EMA weights in nats a token on the same {arms.n_units} held-out {arms.units}, "
+        f"{seeds} {'seed' if seeds == '1' else 'seeds'} an architecture. "
     )
-    return (
-        f"Row minus column, val_nll of EMA weights in nats a token on the same {arms.n_clips} held-out clips, 95% "
-        f"interval resampled {level}. \\*: p < 0.05 after Holm's correction over all {len(arms.names)} architectures' "
-        "pairs."
+    if max(arms.n_seeds) < 2:
+        return note + (
+            f"**No intervals and no tests: {NEEDS_SEEDS}.** Two models trained once each differ by the noise of "
+            "training, too, and nothing here tells how large that is."
+        )
+    unequal = f" [–]: {NEEDS_SEEDS}, of both." if min(arms.n_seeds) < 2 else ""
+    return note + (
+        "95% interval for other seeds and other recordings; the noise of training is pooled over the architectures "
+        f"({arms.crossed.seed_df} degrees of freedom). \\*: p < 0.05 after Holm's correction over all pairs that were "
+        f"tested.{unequal}"
     )
+
+
+def _seed_note(arms: Arms) -> list[str]:
+    """Says so where one architecture's seeds differ too much for a pooled variance."""
+    found = arms.odd_seeds()
+    if found is None:
+        return []
+    name, own, others, p = found
+    return [
+        f"**The seeds of {name} differ by a standard deviation of {own:.4f}, those of the others by {others:.4f} "
+        f"(p = {p:.2g}): the pooled one is too small for its differences and too large for the others', and stars of "
+        f"{name} are too frequent.**",
+        "",
+    ]
 
 
 def _pair_table(pairs: pd.DataFrame, order: Sequence[str]) -> str:
@@ -240,45 +225,10 @@ def _pair_table(pairs: pd.DataFrame, order: Sequence[str]) -> str:
         cells = []
         for better in order[:i]:
             r = found[worse, better]
-            cells.append(interval(r["difference"], r["lo"], r["hi"]) + ("\\*" if r["p_holm"] < 0.05 else ""))
+            ends = interval(r["difference"], r["lo"], r["hi"]) if np.isfinite(r["lo"]) else f"{r['difference']:.3f} [–]"
+            cells.append(ends + ("\\*" if r["p_holm"] < ALPHA else ""))
         rows.append([worse, *cells, *[""] * (len(order) - 1 - i)])
     return table(["minus →", *order[:-1]], rows)
-
-
-def _published_section(results: Results, chosen: pd.DataFrame, published: str, curve_clips: int) -> list[str]:
-    """The reference at the published learning rate where it was trained with it, otherwise at its own best one."""
-    if not published or REFERENCE not in set(results.models["architecture"]):
-        return []
-    models = results.models[results.models["architecture"] == REFERENCE]
-    lr = PUBLISHED_LR if (models["lr"] == PUBLISHED_LR).any() else at(models, chosen)["lr"].iloc[0]
-
-    def of(frame: pd.DataFrame) -> pd.DataFrame:
-        return frame[(frame["architecture"] == REFERENCE) & (frame["lr"] == lr)]
-
-    curve = of(results.curves[results.curves["metric"] == "val_loss_smoothed"])
-    n_final, last = of(results.clips)["clip_id"].nunique(), curve["step"].max()
-    n_curve = min(curve_clips or n_final, n_final)
-    rows = []
-    for step, (loss, exponential) in PUBLISHED_SPEECH.items():
-        here = curve[curve["step"] == step].groupby("weights")["value"].mean().to_dict()
-        if step == last:  # measured once more after training, on every clip
-            here = {w: of(models)[f"val_loss_smoothed_{w}"].mean() for w in ("raw", "ema")}
-        mine = [f"{here[w]:.4f} / {np.exp(here[w]):.2f}" if w in here else "–" for w in ("raw", "ema")]
-        clips = str(n_final if step == last else n_curve) if here else "–"
-        rows.append([f"{step:,}", f"{loss:.4f} / {exponential:.2f}", *mine, clips])
-    note = (
-        f"Label-smoothed validation loss and its exponential (published as perplexity, which it is not), "
-        f"{REFERENCE} at lr {lr:g} (published: {PUBLISHED_LR:g}), on as many held-out clips as the last column says "
-        f"(published: {PUBLISHED_CLIPS})." + ("" if published == "same" else f" **Not comparable: {published}.**")
-    )
-    return [
-        "## Beside the published run",
-        "",
-        note,
-        "",
-        table(["step", "published", "here, raw", "here, EMA", "clips"], rows),
-        "",
-    ]
 
 
 def _cost_table(main: pd.DataFrame) -> str:

@@ -6,8 +6,10 @@ model given other clips' texts, or none. The first says what conditioning is wor
 no text - none: the model with text conditioning, given none, less the model without: what the first holds that no text
 has brought (another shape at the same size, another draw of training).
 
-Every clip (and seed) is its own control: differences of a clip are taken first and the two-level bootstrap of
-`analysis.codec_contrasts` resamples them.
+Every recording (and seed) is its own control: its difference is taken first. With several seeds the intervals are for
+other seeds and recordings (`analysis.crossed.crossed_mean`). With one seed a difference within one trained model
+(right - shuffled, right - no text) speaks of that model, for other recordings; a difference of two trainings (text -
+none, no text - none) has no interval and is not tested.
 """
 
 from __future__ import annotations
@@ -21,22 +23,23 @@ import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
 from analysis import plots
-from analysis.bootstrap import percentile_interval
-from analysis.codec_contrasts import arm_resamples, two_sided_p
 from analysis.markdown import table
-from analysis.multiplicity import holm
+from analysis.multiplicity import ALPHA, holm_list
+from analysis.recordings import difference_effect, likelihood_differences
 
 WORTH, SHUFFLED, NO_TEXT, REST = "text - none", "right - shuffled", "right - no text", "no text - none"
+WITHIN = (SHUFFLED, NO_TEXT)  # two scores of one trained model
 _KEYS = ["seed", "clip_id"]
-_ALPHA = 0.05
 
 
 def text_effects(clips: pd.DataFrame, texts: pd.DataFrame, with_text: Mapping[str, str]) -> pd.DataFrame:
     """One row a contrast and architecture: contrast, architecture, difference (nats a token), lo, hi (95%), p, p_holm,
-    n_clips, n_seeds. Holm's correction is over the architectures of a contrast.
+    n_units (recordings), n_seeds, needs. Holm's correction is over the architectures of a contrast that were tested;
+    lo, hi, p and p_holm are NaN where `needs` says what they would need.
 
     Args:
-        clips: averaged weights at the chosen learning rates; architecture, seed, clip_id, nll (sum), tokens.
+        clips: averaged weights at the chosen learning rates; architecture, seed, clip_id, nll (sum), tokens, and
+            recording_id where it is known.
         texts: the models with text; the same columns, and text: right, shuffled or no_text.
         with_text: the name of each architecture's model with text. Contrasts with the model without take the seeds
             that it shares with it, and have no row where there are none.
@@ -70,32 +73,30 @@ def _shared(a: pd.DataFrame, b: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFram
 
 
 def _contrast(contrast: str, pairs: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]]) -> pd.DataFrame:
-    differences = []
+    records = []
     for name, (a, b) in pairs.items():
         both = a.merge(b, on=[*_KEYS, "tokens"], suffixes=("_a", "_b"))
         if not len(both) == len(a) == len(b):
             raise ValueError(
                 f"{contrast} of {name}: of {len(a)} and {len(b)} scored clips {len(both)} are in both; run it again"
             )
-        differences.append(both.assign(nll=both["nll_a"] - both["nll_b"], architecture=name))
-    arms = arm_resamples(pd.concat(differences, ignore_index=True))
-    records = []
-    for name, value, value_R, n_seeds in zip(arms.names, arms.value_A, arms.value_RA.T, arms.n_seeds_A, strict=True):
-        lo, hi = percentile_interval(value_R)
+        d_SU = likelihood_differences(a, b)
+        effect = difference_effect(d_SU, one_model=contrast in WITHIN)
         records.append(
             {
                 "contrast": contrast,
                 "architecture": name,
-                "difference": float(value),
-                "lo": lo,
-                "hi": hi,
-                "p": two_sided_p(value_R),
-                "n_clips": arms.n_clips,
-                "n_seeds": n_seeds,
+                "difference": effect.value,
+                "lo": effect.lo,
+                "hi": effect.hi,
+                "p": effect.p,
+                "n_units": d_SU.shape[1],
+                "n_seeds": d_SU.shape[0],
+                "needs": effect.needs,
             }
         )
     frame = pd.DataFrame(records)
-    return frame.assign(p_holm=list(holm(dict(enumerate(frame["p"]))).values()))
+    return frame.assign(p_holm=holm_list(frame["p"].tolist()))
 
 
 def verdict(effects: pd.DataFrame) -> str:
@@ -103,6 +104,7 @@ def verdict(effects: pd.DataFrame) -> str:
 
     By Holm-adjusted p < 0.05 and the sign of the difference. A transcript helps where the model with text is better
     than the one without, and better with the text than without it; a gain that is there without a text is told apart.
+    What was not tested is named with what it needs, and what was tested on one seed is said of that trained model.
     """
     worth, kept, read, rest = (
         _sorted_out(effects[effects["contrast"] == name]) for name in (WORTH, NO_TEXT, SHUFFLED, REST)
@@ -110,20 +112,39 @@ def verdict(effects: pd.DataFrame) -> str:
     helped = [name for name in worth["helps"] if name in kept["helps"]]
     said = {
         "the transcript helps {}": helped,
-        "{}: better with text conditioning, but not by the text": [n for n in worth["helps"] if n not in helped],
+        "{}: better with text conditioning, not shown to be by the text": [
+            n for n in worth["helps"] if n not in helped
+        ],
         "the model of the same size without text is better for {}": worth["hurts"],
         "the transcript does not help measurably: {}": worth["neither"],
         "the right text is better than another clip's for {}": read["helps"],
-        "it makes no measurable difference which text is given to {}": [*read["neither"], *read["hurts"]],
+        "another clip's text is better than the right one for {}": read["hurts"],
+        "it makes no measurable difference which text is given to {}": read["neither"],
         f"part of the gain is not the text's ({REST}) for {{}}": [n for n in helped if n in rest["helps"]],
     }
-    return "; ".join(text.format(", ".join(names)) for text, names in said.items() if names)
+    parts = [text.format(", ".join(names)) for text, names in said.items() if names]
+    return "; ".join([*parts, *_limits(effects)])
+
+
+def _limits(effects: pd.DataFrame) -> list[str]:
+    """What the verdict does not say: contrasts that were not tested, and those of one trained model."""
+    out = []
+    for contrast, what in ((WORTH, "whether the transcript helps"), (SHUFFLED, "whether the text is read")):
+        rows = effects[(effects["contrast"] == contrast) & (effects["needs"] != "")]
+        for needs, some in rows.groupby("needs", sort=False):
+            out.append(f"{what} is not tested for {', '.join(some['architecture'])} ({needs})")
+    rows = effects[(effects["contrast"] == SHUFFLED) & (effects["needs"] == "") & (effects["n_seeds"] == 1)]
+    if len(rows):
+        out.append(
+            f"one seed: which text is better is said of this trained model alone ({', '.join(rows['architecture'])})"
+        )
+    return out
 
 
 def _sorted_out(rows: pd.DataFrame) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {"helps": [], "hurts": [], "neither": []}
-    for r in rows.to_dict("records"):
-        sure = r["p_holm"] < _ALPHA
+    for r in rows[rows["p_holm"].notna()].to_dict("records"):
+        sure = r["p_holm"] < ALPHA
         found[("helps" if r["difference"] < 0 else "hurts") if sure else "neither"].append(str(r["architecture"]))
     return found
 
@@ -134,14 +155,15 @@ def text_section(effects: pd.DataFrame, facts: Sequence[str], figure: str) -> li
     found = {(r["contrast"], r["architecture"]): r for r in effects.to_dict("records")}
     contrasts = [c for c in (WORTH, SHUFFLED, NO_TEXT, REST) if c in set(effects["contrast"])]
     rows = [[name, *(_cell(found.get((contrast, name))) for contrast in contrasts)] for name in names]
-    seeds = sorted(set(effects["n_seeds"]))
-    over = "over clips alone: one seed" if seeds == [1] else f"over clips and seeds ({'/'.join(map(str, seeds))})"
+    seeds = "/".join(map(str, sorted(set(effects["n_seeds"]))))
     note = (
-        f"val_nll of EMA weights in nats a token, paired by clip and seed on {effects['n_clips'].iloc[0]} held-out "
-        f"clips, 95% interval {over}; \\*: p < 0.05 after Holm's correction over the architectures; below 0 is better. "
-        f"{WORTH}: at the same number of parameters, each model at its own best learning rate. {SHUFFLED}, {NO_TEXT}: "
-        f"one model, its input text changed. {REST}: what {WORTH} holds besides the text, narrower MLPs and "
-        "another draw of training (which only several seeds can tell from the rest)."
+        f"val_nll of EMA weights in nats a token, paired by recording and seed ({effects['n_units'].iloc[0]} held-out "
+        f"recordings, {seeds} seeds); \\*: p < 0.05 after Holm's correction over the architectures that were tested; "
+        f"below 0 is better. {WORTH}: at the same number of parameters, each model at its own best learning rate. "
+        f"{SHUFFLED}, {NO_TEXT}: one model, its input text changed. {REST}: what {WORTH} holds besides the text, "
+        "narrower MLPs and another draw of training. 95% intervals hold for other seeds and recordings; with one seed "
+        f"{SHUFFLED} and {NO_TEXT} speak of that trained model, for other recordings, and the others are not tested "
+        "([–])."
     )
     head = ["architecture", *contrasts]
     return [
@@ -163,7 +185,9 @@ def text_section(effects: pd.DataFrame, facts: Sequence[str], figure: str) -> li
 def _cell(r: Mapping[Any, Any] | None) -> str:
     if r is None:
         return "–"
-    return f"{r['difference']:.4f} [{r['lo']:.4f}, {r['hi']:.4f}]" + ("\\*" if r["p_holm"] < _ALPHA else "")
+    if np.isnan(r["lo"]):
+        return f"{r['difference']:.4f} [–: {r['needs']}]"
+    return f"{r['difference']:.4f} [{r['lo']:.4f}, {r['hi']:.4f}]" + ("\\*" if r["p_holm"] < ALPHA else "")
 
 
 def text_figure(effects: pd.DataFrame, path: Path) -> None:
@@ -180,7 +204,7 @@ def text_figure(effects: pd.DataFrame, path: Path) -> None:
                     xerr=plots.error_lengths([r["difference"]], [r["lo"]], [r["hi"]]),
                     fmt="o",
                     color=plots.PALETTE[0],
-                    mfc=plots.PALETTE[0] if r["p_holm"] < _ALPHA else "white",
+                    mfc=plots.PALETTE[0] if r["p_holm"] < ALPHA else "white",
                 )
             axis.axvline(0, color=plots.GREY, linewidth=1)
             axis.xaxis.set_major_locator(MaxNLocator(3))  # small differences have long labels

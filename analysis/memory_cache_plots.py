@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from analysis import plots
+from analysis.multiplicity import ALPHA
 
 _FOREST = (
     ("worth", "val_nll with caches less control\n(nats a token; below 0: caches help)"),
@@ -30,7 +31,7 @@ def effect_figure(effects: pd.DataFrame, path: Path) -> None:
             for y, row in zip(place, chosen.to_dict("records"), strict=True):
                 if not np.isfinite(row[name]):
                     continue
-                decided = row[f"{name}_verdict"] != "no evidence"
+                decided = row[f"{name}_holm"] < ALPHA
                 color = plots.PALETTE[1 if row[name] > 0 else 0] if decided else plots.GREY
                 ends = plots.error_lengths([row[name]], [row[f"{name}_lo"]], [row[f"{name}_hi"]])
                 face = color if decided else "white"

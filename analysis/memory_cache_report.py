@@ -15,15 +15,16 @@ from analysis.memory_cache_effects import GATE_WORDS, MORE_WORDS, NO_EVIDENCE, W
 _GATE_NOTE = (
     "Openness is sigmoid(b), averaged over the layers with caches and, after training, of the averaged weights. "
     "`moved`: its change in training. `against base`: moved less the base setting's, over the layers that cache in "
-    "both, paired by seed; opens or closes where its p, adjusted by Holm over all variants, is below 0.05. `reach`: "
-    "sigmoid(b + sum of the learning rates), what the openness can become if every step agrees, as Adam moves a scalar "
-    "by about the learning rate a step."
+    "both, paired by seed; opens or closes where its p, adjusted by Holm over all variants, is below 0.05. Intervals "
+    "are t intervals over seeds. `reach`: sigmoid(b + sum of the learning rates), what the openness can become if "
+    "every step agrees, as Adam moves a scalar by about the learning rate a step."
 )
 _WORTH_NOTE = (
     "val_nll(MC) - val_nll(control), nats a token, averaged weights: below 0 the caches help. The control has the same "
     "size, data, learning rate, seed, batches and held-out clips, no caches, and an MLP widened until its parameters "
-    "match the base setting of that size. 95% intervals for crossed seeds and clips (Satterthwaite's t). `against "
-    "base`: what the change adds to the difference; below 0, caching is worth more than in the base setting."
+    "match the base setting of that size. 95% intervals hold for other seeds and held-out recordings. `against "
+    "base`: what the change adds to the difference; below 0, caching is worth more than in the base setting. Verdicts "
+    "by p < 0.05, adjusted by Holm over the settings; small effects need five seeds or more."
 )
 _USE_NOTE = (
     "Held-out clips, tokens that see at least one cache, mean over layers, seeds and clips. mass: share of the softmax "
@@ -92,7 +93,7 @@ def write_report(
 
 
 def headline(effects: pd.DataFrame) -> list[str]:
-    """What the verdicts say, in sentences made by rule."""
+    """What the verdicts say, in sentences made by rule; what could not be tested is named with what it needs."""
     audio, planted = effects[~effects["planted"]], effects[effects["planted"]]
     variants = audio[audio["arm"] != "base"]
     lines = [
@@ -105,7 +106,9 @@ def headline(effects: pd.DataFrame) -> list[str]:
         f"base: openness {base['openness_start']:.3f} -> {base['openness']:.3f} ({base['moved_verdict']}; Adam could "
         f"reach about {base['reach']:.3f}), the caches add {base['contribution']:.1f} times the layer's own read"
     )
-    if len(planted):
+    if len(planted) and planted[["worth_holm", "moved_holm"]].isna().all(axis=None):
+        lines.append(f"planted recall task: not tested ({planted['worth_verdict'].iloc[0]})")
+    elif len(planted):
         opened, helped = (planted["moved_verdict"] == "opened").any(), (planted["worth_verdict"] == "helps").any()
         lines.append(
             f"planted recall task: caching {'helps' if helped else 'was not shown to help'}, and a gate "
@@ -121,19 +124,26 @@ def _listing(title: str, arms: pd.DataFrame, name: str, words: tuple[str, str]) 
         names = arms.loc[arms[f"{name}_verdict"] == word, "arm"].tolist()
         parts.append(f"{word}: {', '.join(names) or 'none'}")
     unknown = int((arms[f"{name}_verdict"] == NO_EVIDENCE).sum())
-    return f"{title}: {'; '.join(parts)}; no evidence for {unknown} of {len(arms)}"
+    parts.append(f"no evidence for {unknown} of {len(arms)}")
+    untested = arms.loc[arms[f"{name}_holm"].isna(), f"{name}_verdict"]
+    parts += [f"not tested {n} ({needs})" for needs, n in untested.value_counts().items()]
+    return f"{title}: {'; '.join(parts)}"
 
 
 def _interval(row: Mapping[Hashable, Any], name: str, digits: int) -> str:
     if pd.isna(row.get(name)):
         return ""
     if pd.isna(row[f"{name}_lo"]):
-        return f"{row[name]:+.{digits}f} (one seed: no interval)"
+        return f"{row[name]:+.{digits}f} [–]"
     return f"{row[name]:+.{digits}f} [{row[f'{name}_lo']:+.{digits}f}, {row[f'{name}_hi']:+.{digits}f}]"
 
 
-def _p(row: Mapping[Hashable, Any], name: str) -> str:
-    return "" if pd.isna(row.get(name)) else f"{row[f'{name}_holm']:.3g}"
+def _verdict(row: Mapping[Hashable, Any], name: str) -> str:
+    """The word and its adjusted p, bold where it is decided; or what the test would need."""
+    word, p = row.get(f"{name}_verdict"), row.get(f"{name}_holm")
+    if pd.isna(word) or pd.isna(p):
+        return "" if pd.isna(word) else str(word)
+    return f"{word} ({p:.3g})" if word == NO_EVIDENCE else f"**{word}** ({p:.3g})"
 
 
 def _name(row: Mapping[Hashable, Any]) -> str:
@@ -143,7 +153,6 @@ def _name(row: Mapping[Hashable, Any]) -> str:
 def _gate_table(effects: pd.DataFrame) -> str:
     rows = []
     for r in effects.to_dict("records"):
-        verdict = r.get("gate_verdict")
         rows.append(
             [
                 _name(r),
@@ -151,9 +160,9 @@ def _gate_table(effects: pd.DataFrame) -> str:
                 f"{r['reach']:.3f}",
                 str(r["by_layer"]),
                 _interval(r, "moved", 4),
-                f"{r['moved_verdict']} ({_p(r, 'moved')})",
+                _verdict(r, "moved"),
                 _interval(r, "gate", 4),
-                "" if pd.isna(verdict) else f"**{verdict}** ({_p(r, 'gate')})",
+                _verdict(r, "gate"),
             ]
         )
     head = ["setting", "openness", "reach", "openness by layer", "moved [95% CI]", "by itself (p)"]
@@ -168,9 +177,9 @@ def _worth_table(effects: pd.DataFrame) -> str:
             f"{r['val_nll']:.4f}",
             f"{r['control_val_nll']:.4f}",
             _interval(r, "worth", 4),
-            f"**{r['worth_verdict']}** ({_p(r, 'worth')})",
+            _verdict(r, "worth"),
             _interval(r, "more", 4),
-            "" if pd.isna(r.get("more_verdict")) else f"**{r['more_verdict']}** ({_p(r, 'more')})",
+            _verdict(r, "more"),
         ]
         for r in effects.to_dict("records")
     ]

@@ -14,8 +14,11 @@ import pandas as pd
 from analysis.audio_distance import Embeddings, frechet_distance, kernel_distance
 from analysis.bootstrap import bootstrap_ci
 from analysis.codec_contrasts import choose_lr
-from analysis.codec_report import REAL, Results, at, write_report
+from analysis.codec_published import Published
+from analysis.codec_report import REAL, interval, write_report
+from analysis.codec_results import Results, at
 from analysis.codec_text import text_effects, text_figure, text_section, verdict
+from analysis.crossed import NEEDS_SEEDS
 from sweeps._codec_audio import SAMPLING, AudioSets
 from sweeps._codec_data import banner
 from sweeps._codec_text import NONE, RIGHT, arm_name, text_arm
@@ -203,15 +206,17 @@ def write(cells: Sequence[PublishedCell], preset_name: str, study: Study, out: P
         facts=_facts(cells, tokens[0], study),
         audio_facts=_audio_facts(cells, results, study),
         published=_published(study, tokens[0]["audio_s"]),
-        curve_clips=CURVE_CLIPS,
         tried=tried,
         texts=text_section(effects, _text_facts(tokens[0], study), "texts.png") if len(effects) else [],
     )
     lines = [
-        f"val_nll      {r['val_nll']:.4f} [{r['lo']:.4f}, {r['hi']:.4f}] {r['architecture']} (lr {r['lr']:g}"
+        f"val_nll      {interval(r['val_nll'], r['lo'], r['hi'], 4)} {r['architecture']} (lr {r['lr']:g}"
         + (f", the {r['edge']} tried)" if r["edge"] in ("lowest", "highest") else ")")
         for r in main.to_dict("records")
     ]
+    if len(main) > 1 and (main["n_seeds"] < 2).any():
+        one = main.loc[main["n_seeds"] < 2, "architecture"]
+        lines.append(f"differences  not tested for {', '.join(one)}: {NEEDS_SEEDS}; the order above is no finding")
     return [
         *banner(study),
         *lines,
@@ -269,9 +274,10 @@ def _facts(cells: Sequence[PublishedCell], tokens: dict[str, Any], study: Study)
     missing = _missing(cells, study)
     if missing:
         lines.append(f"INCOMPLETE: no cell yet of {', '.join(missing)}; run the same command to continue")
-    if len(seeds) < 3:
-        what = "1 seed: differences between architectures do not include training noise"
-        lines.append(what if len(seeds) == 1 else f"{len(seeds)} seeds: the noise of training is known roughly at best")
+    if len(seeds) < 2:
+        lines.append(f"1 seed: differences between architectures are not tested ({NEEDS_SEEDS})")
+    elif len(seeds) < 3:
+        lines.append("2 seeds: the noise of training is known from all architectures together, roughly at best")
     return lines
 
 
@@ -330,16 +336,27 @@ def _audio_facts(cells: Sequence[PublishedCell], results: Results, study: Study)
     ]
 
 
-def _published(study: Study, audio_s: float = LJ_SPEECH_S) -> str:
-    """See `write_report`; audio_s: how long the audio is, as a path alone does not tell what lies there."""
+def _published(study: Study, audio_s: float = LJ_SPEECH_S) -> Published | None:
+    """The published numbers of the study's scale, and the reason why they do not compare with ours.
+
+    audio_s: how long the audio is, as a path alone does not tell what lies there.
+    """
+    if study.scale == "music":
+        caveat = ""
+        if (study.corpus, study.codec) != ("fma", "dac"):
+            caveat = f"{study.corpus} coded by {study.codec} is not FMA coded by DAC"
+        elif study.codec_weights == "random":
+            caveat = "DAC has random weights here"
+        return Published("music", caveat)
     if study.scale != "speech":
-        return ""
+        return None
+    caveat = ""
     if (study.corpus, study.codec) != ("ljspeech", "encodec"):
-        return f"{study.corpus} coded by {study.codec} is not LJ Speech coded by EnCodec"
-    if study.codec_weights == "random":
-        return "EnCodec has random weights here"
-    if abs(audio_s / LJ_SPEECH_S - 1) > 0.02:
-        return f"the audio at {study.audio_path} lasts {audio_s / 3600:.1f} h, LJ Speech {LJ_SPEECH_S / 3600:.1f} h"
-    if study.text:
-        return "a text study takes whole sentences, not chunks of 8 s"
-    return "same"
+        caveat = f"{study.corpus} coded by {study.codec} is not LJ Speech coded by EnCodec"
+    elif study.codec_weights == "random":
+        caveat = "EnCodec has random weights here"
+    elif abs(audio_s / LJ_SPEECH_S - 1) > 0.02:
+        caveat = f"the audio at {study.audio_path} lasts {audio_s / 3600:.1f} h, LJ Speech {LJ_SPEECH_S / 3600:.1f} h"
+    elif study.text:
+        caveat = "a text study takes whole sentences, not chunks of 8 s"
+    return Published("speech", caveat, CURVE_CLIPS)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from analysis.crossed import NEEDS_SEEDS
 from analysis.memory_cache_effects import ArmData, effects, layer_means
 from analysis.memory_cache_report import write_report
 from sweeps._codec_data import PLANTED, RECALL, banner
@@ -74,7 +75,7 @@ def _facts(done: Sequence[Arm], published: Mapping[str, PublishedCell], study: C
         f"{tokens['codec']['name']} at {tokens['codec']['frame_rate_hz']:g} Hz with {tokens['codec']['n_codebooks']} "
         f"codebooks; a unigram model has {unigram:.4f} nats a token",
         f"seeds {', '.join(map(str, study.seeds))}, each paired with its control's; averaged weights throughout"
-        + ("" if len(study.seeds) > 1 else "; ONE SEED: intervals hold the clips' variation only, and openness none"),
+        + ("" if len(study.seeds) > 1 else f"; ONE SEED: no interval, no p, no verdict: {NEEDS_SEEDS}"),
         f"hardware: {recorded(every, 'hardware')}",
         f"commit: {recorded(every, 'git_commit')}",
     ]
