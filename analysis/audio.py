@@ -6,14 +6,15 @@ Shape suffixes: B clips added at once, K codebooks, T frames, C clips in all, W 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from analysis.bootstrap import Interval, bootstrap_ci
+from analysis.bootstrap import Interval
+from analysis.crossed import ratio_influence, units_mean
 
 Floats = npt.NDArray[np.float64]
 _SUMS = ("nll", "uniform", "count", "top1", "top5")
@@ -23,21 +24,28 @@ _SUMS = ("nll", "uniform", "count", "top1", "top5")
 class CodebookScores:
     """Streaming scores of a model on held-out clips; any batching of the same clips gives the same numbers.
 
-    Per-clip sums are kept, so that intervals resample clips: frames of one clip are not independent.
+    Per-clip sums are kept: frames of one clip are not independent, nor are clips of one recording.
     """
 
     n_codebooks: int
     _rows: list[dict[str, Floats]] = field(default_factory=list)
+    _recordings: list[str] = field(default_factory=list)
 
-    def add(self, sums: Mapping[str, npt.ArrayLike]) -> None:
+    def add(self, sums: Mapping[str, npt.ArrayLike], recordings: Sequence[str] = ()) -> None:
         """Add sums [B, K] over each clip's tokens, named nll, uniform, count, top1, top5; see `models.codebook_loss`.
 
-        Raises ValueError for another shape.
+        recordings: which recording each clip was cut from; without them each clip is taken for one of its own.
+        Raises ValueError for another shape, or another number of recordings.
         """
         arrays = {name: np.atleast_2d(np.asarray(sums[name], dtype=np.float64)) for name in _SUMS}
         shapes = {a.shape for a in arrays.values()}
         if len(shapes) != 1 or next(iter(shapes))[1] != self.n_codebooks:
             raise ValueError(f"sums have shapes {sorted(shapes)}, expected [B, {self.n_codebooks}] for all of {_SUMS}")
+        n_clips = next(iter(shapes))[0]
+        if recordings and len(recordings) != n_clips:
+            raise ValueError(f"{len(recordings)} recordings for {n_clips} clips; give one for each")
+        seen = len(self._recordings)
+        self._recordings += recordings or [f"clip {seen + i}" for i in range(n_clips)]
         self._rows.append(arrays)
 
     def _sums(self, name: str) -> Floats:
@@ -63,10 +71,12 @@ class CodebookScores:
         nats_K = self._sums("nll").sum(0) / self._sums("count").sum(0)
         return float(nats_K.sum() / math.log(2) * frame_rate_hz)
 
-    def val_nll_ci(self, *, n_resamples: int = 5_000, level: float = 0.95, seed: int = 0) -> Interval:
-        """Bootstrap interval of val_nll over clips."""
-        columns_C2 = np.stack([self._sums("nll").sum(1), self._sums("count").sum(1)], axis=1)
-        return bootstrap_ci(columns_C2, lambda m: m[:, 0] / m[:, 1], n_resamples=n_resamples, level=level, seed=seed)
+    def val_nll_ci(self) -> Interval:
+        """95% limits of val_nll of this trained model for other recordings (t interval); NaN for one recording."""
+        sums = pd.DataFrame({"nll": self._sums("nll").sum(1), "tokens": self._sums("count").sum(1)})
+        sums = sums.groupby(self._recordings).sum()
+        found = units_mean(ratio_influence(sums["nll"], sums["tokens"])[0])
+        return Interval(found.lo, found.hi)
 
     def clips(self) -> pd.DataFrame:
         """One row a clip, in the order added: nll (sum over its tokens, nats) and tokens."""

@@ -1,15 +1,17 @@
-"""Distances between two sets of audio in an embedding: Fréchet and kernel, with uncertainty by clip.
+"""Distances between two sets of audio in an embedding: Fréchet and kernel, with a jackknife over clips.
+
+A clip of a set is what is independent in it: one sample of a model, or all clips cut from one recording.
 
 Both need many independent clips and depend on the embedder, so every result carries N, the sets' names and the
 embedder's. The offline embedder is log-mel statistics: it hears timbre and level, and neither words nor melody.
 
-Shape suffixes: N vectors, M vectors of the other set, D embedding, C clips, E clips of the other set, R resamples.
+Shape suffixes: N vectors, M vectors of the other set, D embedding, C clips, E clips of the other set.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -17,10 +19,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from analysis.bootstrap import Interval, count_blocks, percentile_interval
+from analysis.bootstrap import Interval
+from analysis.crossed import banerjee
 
 Floats = npt.NDArray[np.float64]
 Kernel = Literal["polynomial", "rbf"]
+LEAST_CLIPS = 12  # of each set for an interval; simulated down to there (docs/calibration.md)
 
 
 @dataclass(frozen=True)
@@ -96,22 +100,30 @@ class LogMelStatistics:
         return torch.cat([windows.mean(2), windows.std(2)]).T.numpy()
 
 
-def embed_set(waves: Iterable[npt.ArrayLike], embedder: Embedder, name: str) -> Embeddings:
-    """Embeddings of a set of mono clips at the embedder's sample rate; clips shorter than a window are left out."""
+def embed_set(
+    waves: Iterable[npt.ArrayLike], embedder: Embedder, name: str, recordings: Sequence[str] | None = None
+) -> Embeddings:
+    """Embeddings of a set of mono clips at the embedder's sample rate; clips shorter than a window are left out.
+
+    recordings: which recording each clip was cut from. Those of one recording count as one clip of the set.
+    """
     parts = [embedder.embed(wave) for wave in waves]
-    kept = [p for p in parts if len(p)]
+    whose = list(range(len(parts))) if recordings is None else np.unique(recordings, return_inverse=True)[1].tolist()
+    kept = [(p, r) for p, r in zip(parts, whose, strict=True) if len(p)]
     if not kept:
         raise ValueError(f"{name}: none of {len(parts)} clips lasts {embedder.window_s} s, the embedder's window")
-    clip_N = np.repeat(np.arange(len(kept)), [len(p) for p in kept])
-    return Embeddings(name, embedder.name, np.concatenate(kept), clip_N)
+    of_part = np.unique([r for _, r in kept], return_inverse=True)[1]
+    clip_N = np.repeat(of_part, [len(p) for p, _ in kept])
+    return Embeddings(name, embedder.name, np.concatenate([p for p, _ in kept]), clip_N)
 
 
 @dataclass(frozen=True)
 class SetDistance:
     """A distance between two sets with all that is needed to read it.
 
-    ``extrapolated`` is the Fréchet distance at infinite sample size (None for kernel distances); ``caveat`` says
-    what makes the number doubtful, or is empty.
+    ``extrapolated`` is the Fréchet distance without the bias of a finite sample (None for kernel distances, which have
+    none); the 95% ``interval`` is for that one, NaN where there is none; ``caveat`` says what makes the number doubtful
+    or why there is no interval, or is empty.
     """
 
     metric: str
@@ -128,11 +140,12 @@ class SetDistance:
     caveat: str
 
     def __str__(self) -> str:
-        limit = "" if self.extrapolated is None else f", at infinite N {self.extrapolated:.4g}"
+        ends = f"[{self.interval.lo:.4g}, {self.interval.hi:.4g}]" if math.isfinite(self.interval.lo) else "[–]"
+        limit = "" if self.extrapolated is None else f"; at infinite N {self.extrapolated:.4g}"
         return (
-            f"{self.metric} {self.value:.4g} [{self.interval.lo:.4g}, {self.interval.hi:.4g}]{limit}: {self.generated} "
-            f"(N={self.n_generated}, {self.clips_generated} clips) against {self.reference} (N={self.n_reference}, "
-            f"{self.clips_reference} clips), {self.embedder}{'; ' + self.caveat if self.caveat else ''}"
+            f"{self.metric} {self.value:.4g}{limit} {ends}: {self.generated} (N={self.n_generated}, "
+            f"{self.clips_generated} clips) against {self.reference} (N={self.n_reference}, {self.clips_reference} "
+            f"clips), {self.embedder}{'; ' + self.caveat if self.caveat else ''}"
         )
 
 
@@ -190,63 +203,55 @@ def _result(
     )  # fmt: skip
 
 
-def _extrapolate(reference: _ClipMoments, generated: _ClipMoments, rng: np.random.Generator, draws: int) -> float:
-    """Intercept at 1/N = 0 of the Fréchet distance of random halves, quarters, ... of both sets of clips.
+def _jackknife(value: float, without: Sequence[Floats]) -> tuple[float, Interval]:
+    """(value without its bias, 95% interval around it) from the values without each clip of each of the two sets.
 
-    Its bias falls as 1/N (Chong & Forsyth 2020, arXiv 1911.07023; Gui et al. 2024, arXiv 2311.01616). Both sets are
-    thinned by the same share, so that both their biases are removed.
+    The jackknife takes off the bias of order 1/N (Quenouille 1956; Efron & Tibshirani 1993, ch. 11). The variances of
+    the two sets add up, each with its own t quantile (`analysis.crossed.banerjee`). No interval for fewer than
+    LEAST_CLIPS clips of a set.
     """
-    shares, values = [], []
-    for share in np.linspace(0.35, 1.0, 8):
-        n1, n2 = (max(2, round(share * len(m.n_C))) for m in (reference, generated))
-        for _ in range(draws if share < 1 else 1):
-            weights = []
-            for moments, n in ((reference, n1), (generated, n2)):
-                weight_C = np.zeros(len(moments.n_C))
-                weight_C[rng.choice(len(weight_C), n, replace=False)] = 1
-                weights.append(weight_C)
-            values.append(frechet_of_gaussians(*reference.gaussian(weights[0]), *generated.gaussian(weights[1])))
-            shares.append(share)
-    slope_and_limit = np.polyfit(1 / np.array(shares), np.array(values), 1)
-    return float(slope_and_limit[1])
+    corrected, variance, df = value, [], []
+    for without_C in without:
+        n = len(without_C)
+        corrected += (n - 1) * (value - float(without_C.mean()))
+        variance.append((n - 1) / n * float(((without_C - without_C.mean()) ** 2).sum()))
+        df.append(n - 1)
+    half = float(banerjee([corrected], [variance], [df])[0][0])
+    if min(df) + 1 < LEAST_CLIPS:
+        half = math.nan
+    return corrected, Interval(corrected - half, corrected + half)
 
 
-def frechet_distance(
-    reference: Embeddings,
-    generated: Embeddings,
-    *,
-    n_resamples: int = 300,
-    level: float = 0.95,
-    seed: int = 0,
-    draws: int = 8,
-) -> SetDistance:
-    """Fréchet (audio) distance with a bootstrap interval by clip and the extrapolation to infinite sample size.
+def frechet_distance(reference: Embeddings, generated: Embeddings) -> SetDistance:
+    """Fréchet (audio) distance, the same without the bias of a finite sample, and the latter's interval (cut at 0).
 
-    The estimate at finite N is biased upwards, and a resample is biased once more; the interval is therefore the
-    reverse percentile one, [2 d - q_hi, 2 d - q_lo] cut at 0 (Efron & Tibshirani 1993, ch. 13), which takes that
-    bias off. ``draws`` subsets of each size serve the extrapolation, whose value may be slightly negative.
+    The estimate at finite N is biased upwards, by about 1/N (Chong & Forsyth 2020, arXiv 1911.07023); the jackknife
+    over the clips of both sets takes that off, so that the corrected value may be slightly negative. No interval where
+    the sets have no more vectors than dimensions, or fewer than LEAST_CLIPS clips.
     Raises ValueError when the embedders differ.
     """
     _check_pair(reference, generated)
     moments = _ClipMoments(reference), _ClipMoments(generated)
     whole = [m.gaussian(np.ones(len(m.n_C))) for m in moments]
     value = frechet_of_gaussians(*whole[0], *whole[1])
-    streams = [
-        np.concatenate(list(count_blocks(len(m.n_C), n_resamples, seed=2 * seed + i))) for i, m in enumerate(moments)
-    ]
-    values_R = np.array(
-        [
-            frechet_of_gaussians(*moments[0].gaussian(a_C), *moments[1].gaussian(b_C))
-            for a_C, b_C in zip(*streams, strict=True)
-        ]
-    )
-    low, high = percentile_interval(values_R, level)
-    interval = Interval(max(0.0, 2 * value - high), max(0.0, 2 * value - low))
-    limit = _extrapolate(*moments, np.random.default_rng(seed), draws)
-    d = reference.x_ND.shape[1]
-    fewest = min(len(reference.x_ND), len(generated.x_ND))
-    caveat = f"N={fewest} <= D={d}: a covariance is singular, do not compare across N" if fewest <= d else ""
-    return _result("Fréchet distance", value, interval, limit, reference, generated, caveat)
+    without = []
+    for side, m in enumerate(moments):
+        weight_CC = 1 - np.eye(len(m.n_C))
+        sets = [(m.gaussian(w), whole[1]) if side == 0 else (whole[0], m.gaussian(w)) for w in weight_CC]
+        without.append(np.array([frechet_of_gaussians(*a, *b) for a, b in sets]))
+    corrected, interval = _jackknife(value, without)
+    d, fewest = reference.x_ND.shape[1], min(len(reference.x_ND), len(generated.x_ND))
+    caveat = _few_clips(reference, generated)
+    if fewest <= d:
+        caveat = f"N={fewest} <= D={d}: a covariance is singular, no interval, do not compare across N"
+        interval = Interval(math.nan, math.nan)
+    interval = Interval(*(max(0.0, end) if math.isfinite(end) else end for end in interval))
+    return _result("Fréchet distance", value, interval, corrected, reference, generated, caveat)
+
+
+def _few_clips(a: Embeddings, b: Embeddings) -> str:
+    fewest = min(a.n_clips, b.n_clips)
+    return f"{fewest} clips: no interval for fewer than {LEAST_CLIPS}" if fewest < LEAST_CLIPS else ""
 
 
 def _kernel_sums(a: Embeddings, b: Embeddings, kernel: Kernel, scale: float) -> Floats:
@@ -286,16 +291,14 @@ def kernel_distance(
     generated: Embeddings,
     *,
     kernel: Kernel = "polynomial",
-    n_resamples: int = 2_000,
-    level: float = 0.95,
-    seed: int = 0,
 ) -> SetDistance:
     """Unbiased squared maximum mean discrepancy (Gretton et al. 2012, eq. 3): 0 in expectation for equal laws.
 
     ``polynomial`` is the kernel inception distance's (x.y/D + 1)^3 (Bińkowski et al. 2018), ``rbf`` a Gaussian of
     the reference's median distance (as in the kernel audio distance, Chung et al. 2025), both on embeddings
     standardised by the reference. Pairs of vectors from the same clip are left out, clips being the independent
-    units, and the interval resamples clips. The value may be negative.
+    units. The value may be negative. The interval is the jackknife's over clips, for the kernel at hand (scaled by this
+    reference).
     Raises ValueError when the embedders differ or the kernel has another name.
     """
     _check_pair(reference, generated)
@@ -306,23 +309,23 @@ def kernel_distance(
     sums = [_kernel_sums(p, q, kernel, scale) for p, q in ((a, a), (b, b), (a, b))]
     sizes = [np.unique(e.clip_N, return_counts=True)[1].astype(np.float64) for e in (a, b)]
 
-    def within(sum_CC: Floats, n_C: Floats, w_RC: Floats) -> Floats:
-        off_CC = sum_CC - np.diag(np.diag(sum_CC))  # copies of a clip in a resample are not pairs either
-        pairs_CC = np.outer(n_C, n_C) - np.diag(n_C**2)
-        return np.einsum("rc,cd,rd->r", w_RC, off_CC, w_RC, optimize=True) / np.einsum(
-            "rc,cd,rd->r", w_RC, pairs_CC, w_RC, optimize=True
-        )
+    with np.errstate(invalid="ignore", divide="ignore"):  # one of two clips left out: no pair, and no interval
+        value, without = _mmd_without_each(sums, sizes)
+    interval = _jackknife(value, without)[1]
+    caveat = _few_clips(a, b)
+    return _result(f"kernel distance ({kernel})", value, interval, None, reference, generated, caveat)
 
-    def mmd(w_RC: Floats, w_RE: Floats) -> Floats:
-        between = np.einsum("rc,ce,re->r", w_RC, sums[2], w_RE, optimize=True) / ((w_RC @ sizes[0]) * (w_RE @ sizes[1]))
-        return within(sums[0], sizes[0], w_RC) + within(sums[1], sizes[1], w_RE) - 2 * between
 
-    value = float(mmd(np.ones((1, a.n_clips)), np.ones((1, b.n_clips)))[0])
-    streams = [
-        np.concatenate(list(count_blocks(e.n_clips, n_resamples, seed=2 * seed + i))) for i, e in enumerate((a, b))
-    ]
-    with np.errstate(invalid="ignore", divide="ignore"):  # a resample of one clip alone has no pair, and no value
-        values_R = mmd(streams[0], streams[1])
-    caveat = "fewer than 20 clips: the interval is rough" if min(a.n_clips, b.n_clips) < 20 else ""
-    metric = f"kernel distance ({kernel})"
-    return _result(metric, value, percentile_interval(values_R, level), None, reference, generated, caveat)
+def _mmd_without_each(sums: Sequence[Floats], sizes: Sequence[Floats]) -> tuple[float, tuple[Floats, Floats]]:
+    """(squared MMD, it without each clip of a and of b) from kernel sums by clip within a, within b, between them."""
+    off = [within - np.diag(np.diag(within)) for within in sums[:2]]
+    pairs = [np.outer(n, n) - np.diag(n**2) for n in sizes]
+    total, n_pairs = [float(o.sum()) for o in off], [float(p.sum()) for p in pairs]
+    between, n = float(sums[2].sum()), [float(some.sum()) for some in sizes]
+    value = total[0] / n_pairs[0] + total[1] / n_pairs[1] - 2 * between / (n[0] * n[1])
+    without = []
+    for side in (0, 1):
+        within_C = (total[side] - 2 * off[side].sum(1)) / (n_pairs[side] - 2 * pairs[side].sum(1))
+        between_C = (between - sums[2].sum(1 - side)) / ((n[side] - sizes[side]) * n[1 - side])
+        without.append(within_C + total[1 - side] / n_pairs[1 - side] - 2 * between_C)
+    return value, (without[0], without[1])

@@ -200,20 +200,21 @@ def gradient_figure(curves: pd.DataFrame, order: Sequence[str], path: Path) -> b
 def audio_figure(audio: pd.DataFrame, order: Sequence[str], path: Path) -> None:
     """Fréchet distance and coherence of each model's samples with 95% intervals; real audio as a line with its band.
 
-    audio: a row an architecture and one named "real audio", columns architecture, frechet, frechet_lo, frechet_hi,
-    coherence, coherence_lo, coherence_hi (NaN: not measured).
+    audio: a row an architecture and one named "real audio", columns architecture, frechet_limit, frechet_lo,
+    frechet_hi, coherence, coherence_lo, coherence_hi (NaN: not measured).
     """
-    shown = {"frechet": "Fréchet distance to held-out audio", "coherence": "long-range coherence"}
+    shown = {"frechet": "Fréchet distance to held-out audio (at infinite N)", "coherence": "long-range coherence"}
     table = audio.set_index("architecture")
     names = list(reversed(order))
     with plots.style():
         figure, axes = plots.panels(1, 2, width=3.9, height=0.32 * len(order) + 0.8, sharex=False)
         for axis, (metric, title) in zip(axes[0], shown.items(), strict=True):
-            value, low, high = (table.loc[names, f"{metric}{end}"].to_numpy(float) for end in ("", "_lo", "_hi"))
+            columns = ["frechet_limit" if metric == "frechet" else metric, f"{metric}_lo", f"{metric}_hi"]
+            value, low, high = table.loc[names, columns].to_numpy(float).T
             lengths = plots.error_lengths(value, low, high)
             axis.errorbar(value, range(len(names)), xerr=lengths, fmt="o", color=plots.PALETTE[0], label="samples")
             real = table.loc["real audio"]
-            axis.axvline(real[metric], color=plots.PALETTE[1], label="real audio")
+            axis.axvline(real[columns[0]], color=plots.PALETTE[1], label="real audio")
             axis.axvspan(real[f"{metric}_lo"], real[f"{metric}_hi"], color=plots.PALETTE[1], alpha=0.12, linewidth=0)
             axis.set_title(title)
             axis.set_yticks(range(len(names)), names)

@@ -265,13 +265,13 @@ def _audio_table(audio: pd.DataFrame, order: Sequence[str]) -> str:
             [
                 name,
                 f"{int(r['vectors'])} / {int(r['clips'])}",
-                interval(r["frechet"], r["frechet_lo"], r["frechet_hi"], 1),
-                f"{r['frechet_limit']:.1f}" if np.isfinite(r["frechet_limit"]) else "–",
+                f"{r['frechet']:.1f}" if np.isfinite(r["frechet"]) else "–",
+                interval(r["frechet_limit"], r["frechet_lo"], r["frechet_hi"], 1),
                 interval(r["kernel"], r["kernel_lo"], r["kernel_hi"]),
                 interval(r["coherence"], r["coherence_lo"], r["coherence_hi"]),
             ]
         )
-    head = ["architecture", "N vectors / clips", "Fréchet [95% CI]", "Fréchet at infinite N", "kernel [95% CI]"]
+    head = ["architecture", "N vectors / clips", "Fréchet", "Fréchet at infinite N [95% CI]", "kernel [95% CI]"]
     return table([*head, "coherence [95% CI]"], rows)
 
 

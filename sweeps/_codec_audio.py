@@ -159,12 +159,14 @@ def _coherences(clips: Any, codec: Codec, frames: int) -> npt.NDArray[np.float64
     return np.array(values, dtype=np.float64)
 
 
-def _embedded(kind: str, waves: Sequence[Waves], with_these: Sequence[Embedder]) -> dict[str, npt.NDArray[Any]]:
-    """Arrays `KIND_J_x` and `KIND_J_clip` of each embedder J that finds two clips long enough."""
+def _embedded(
+    kind: str, waves: Sequence[Waves], with_these: Sequence[Embedder], recordings: Sequence[str] | None = None
+) -> dict[str, npt.NDArray[Any]]:
+    """Arrays `KIND_J_x` and `KIND_J_clip` of each embedder J that finds two recordings long enough."""
     arrays: dict[str, npt.NDArray[Any]] = {}
     for j, embedder in enumerate(with_these):
         try:
-            e = embed_set(waves, embedder, kind)
+            e = embed_set(waves, embedder, kind, recordings)
         except ValueError:
             continue
         arrays |= {f"{kind}_{j}_x": e.x_ND, f"{kind}_{j}_clip": e.clip_N}
@@ -186,6 +188,7 @@ def _real_arrays(
         codec.weights_hash,
         [e.name for e in with_these],
         len(training),
+        "by recording",
         *(["clips with a text of their own"] if study.text else []),
     ]
     place = Path(source.tokens.folder).parent / f"real-{digest(facts)[:16]}.npz"
@@ -199,16 +202,22 @@ def _real_arrays(
             "coherence_window_s": np.array(window["window_s"]),
         }
         long: list[npt.NDArray[np.uint16]] = []
+        whose: list[str] = []
         for kind, clips in (("held_out", held_out), ("training", training)):
+            recordings = dict(zip(clips.clip_ids, clips.recording_ids, strict=True))
+            batches = list(evaluation_batches(clips, 1, max_frames=frames, n_clips=n))
             chosen = [
                 codes_KT[:, : int(length)].numpy().astype(np.uint16)
-                for batch in evaluation_batches(clips, 1, max_frames=frames, n_clips=n)
+                for batch in batches
                 for codes_KT, length in zip(batch.codes_BKT, batch.length_B, strict=True)
             ]
-            arrays |= _embedded(kind, list(_decoded(codec, chosen)), with_these)
+            cut_from = [recordings[name] for batch in batches for name in batch.clip_ids]
+            arrays |= _embedded(kind, list(_decoded(codec, chosen)), with_these, cut_from)
             lengthy = [c for c in range(len(clips)) if clips.n_frames_C[c] >= frames][:_REAL_CLIPS]
             long += [clips.codes(c)[:, :frames] for c in lengthy]
+            whose += [clips.recording_ids[c] for c in lengthy]
         arrays["coherence_real"] = _coherences(long, codec, frames)
+        arrays["coherence_real_recording"] = np.unique(whose, return_inverse=True)[1].astype(np.int64)
         aside = place.with_suffix(".tmp")
         aside.write_bytes(_npz(arrays))
         aside.replace(place)
@@ -224,11 +233,13 @@ def _npz(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
 @dataclass(frozen=True)
 class AudioSets:
     """What audio.npz of a cell holds: by embedder's name, the embeddings of each of SETS; coherences of the samples and
-    of real clips at least as long; the length of a sample and the coherence's window in seconds."""
+    of real clips at least as long, and which recording each of these was cut from; the length of a sample and the
+    coherence's window in seconds."""
 
     embeddings: Mapping[str, Mapping[str, Embeddings]]
     coherence_samples: npt.NDArray[np.float64]
     coherence_real: npt.NDArray[np.float64]
+    coherence_recording: npt.NDArray[np.int64]
     sample_s: float
     coherence_window_s: float
 
@@ -244,4 +255,6 @@ class AudioSets:
                 }
                 for j, name in enumerate(a["embedders"])
             }
-            return cls(found, a["coherence_samples"], a["coherence_real"], *(float(a[n]) for n in _LENGTHS))
+            real = a["coherence_real"]  # cells made before recordings were kept: each clip for itself
+            whose = a["coherence_real_recording"] if "coherence_real_recording" in a else np.arange(len(real))
+            return cls(found, a["coherence_samples"], real, whose, *(float(a[n]) for n in _LENGTHS))

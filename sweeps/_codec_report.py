@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from analysis.audio_distance import Embeddings, frechet_distance, kernel_distance
-from analysis.bootstrap import bootstrap_ci
+from analysis.audio_distance import LEAST_CLIPS, Embeddings, frechet_distance, kernel_distance
 from analysis.codec_contrasts import choose_lr
 from analysis.codec_published import Published
 from analysis.codec_report import REAL, interval, write_report
 from analysis.codec_results import Results, at
 from analysis.codec_text import text_effects, text_figure, text_section, verdict
-from analysis.crossed import NEEDS_SEEDS
+from analysis.crossed import NEEDS_SEEDS, units_mean
 from sweeps._codec_audio import SAMPLING, AudioSets
 from sweeps._codec_data import banner
 from sweeps._codec_text import NONE, RIGHT, arm_name, text_arm
@@ -114,9 +113,9 @@ def _audio_table(cells: Sequence[PublishedCell]) -> pd.DataFrame:
             name: _joined([s.embeddings[embedder].get("samples") for s in sets]) for name, sets in by_name.items()
         }
         for name, generated in pairs.items():
-            values = first.coherence_real if name == REAL else np.concatenate(
-                [s.coherence_samples for s in by_name[name]]
-            )  # fmt: skip
+            values = (
+                np.concatenate([s.coherence_samples for s in by_name[name]]) if name != REAL else _by_recording(first)
+            )
             record: dict[str, Any] = {"embedder": embedder, "architecture": name}
             record |= _distances(real.get("held_out"), generated)
             records.append(record | dict(zip(_ends("coherence"), _mean_with_ends(values), strict=True)))
@@ -128,10 +127,17 @@ def _ends(name: str) -> tuple[str, str, str]:
 
 
 def _mean_with_ends(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean over samples or recordings, and its 95% t interval; NaN for fewer than two."""
     values = values[np.isfinite(values)]
     if len(values) < 2:
         return _NOTHING
-    return float(values.mean()), *bootstrap_ci(values)
+    found = units_mean(values)
+    return found.value, found.lo, found.hi
+
+
+def _by_recording(sets: AudioSets) -> np.ndarray:
+    """Coherence of real audio: the mean over the clips of each recording."""
+    return pd.Series(sets.coherence_real).groupby(sets.coherence_recording).mean().to_numpy(float)
 
 
 def _joined(parts: Sequence[Embeddings | None]) -> Embeddings | None:
@@ -323,12 +329,14 @@ def _audio_facts(cells: Sequence[PublishedCell], results: Results, study: Study)
         f"{SAMPLING.top_k}, all seeds of the chosen learning rate; real clips are cut to the same length, and "
         "both have "
         "been through the codec" + ("; models with text are given texts of held-out clips" if study.text else ""),
-        f"reference set of the distances: {int(real.get('reference_clips', 0))} held-out clips "
-        f"({int(real.get('reference_vectors', 0))} vectors); `{REAL}` is as many training clips against the same "
-        "reference: what two sets of real audio differ by",
-        "intervals resample clips; the Fréchet distance at finite N is biased upwards, its limit at infinite N is a "
-        "linear extrapolation in 1/N; the kernel distance (squared MMD, Gaussian kernel) is unbiased, and may be below "
-        "0",
+        f"reference set of the distances: {int(real.get('reference_clips', 0))} held-out recordings "
+        f"({int(real.get('reference_vectors', 0))} vectors); `{REAL}` is as many training clips against the "
+        "same reference, clips of one recording as one: what two sets of real audio differ by",
+        "95% intervals by the jackknife over samples and recordings speak of these trained models, whose samples are "
+        f"pooled over their seeds, and of no other training; none for fewer than {LEAST_CLIPS} of a set; the Fréchet "
+        "distance at finite N is biased upwards, and its interval is that of the value at infinite N, from which the "
+        "jackknife has taken that bias; the kernel distance (squared MMD, Gaussian kernel) is unbiased, and may be "
+        "below 0",
         "log-mel statistics hear timbre and level, neither words nor voice",
         f"coherence: cosine of code histograms in windows of {window:g} s, {window / 2:g} s apart, that share "
         "no frame; "

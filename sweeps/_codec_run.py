@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -68,9 +69,10 @@ class TrainingStream:
 
 
 def evaluate(model: CodecLM, clips: TokenClips, n_clips: int, precision: str, world: World = ALONE) -> CodebookScores:
-    """Scores on held-out clips, kept by clip so that intervals can resample them; the processes share the batches."""
+    """Scores on held-out clips, kept by clip with its recording for the intervals; the processes share the batches."""
     config, device = model.config, model.heads.device
-    found: dict[int, list[dict[str, npt.NDArray[np.float64]]]] = {}
+    recordings = dict(zip(clips.clip_ids, clips.recording_ids, strict=True))
+    found: dict[int, list[tuple[str, dict[str, npt.NDArray[np.float64]]]]] = {}
     model.eval()
     with torch.inference_mode(), autocast(device, precision):
         for batch in evaluation_batches(clips, EVAL_BATCH, max_frames=config.max_frames, n_clips=n_clips):
@@ -79,18 +81,18 @@ def evaluate(model: CodecLM, clips: TokenClips, n_clips: int, precision: str, wo
             inputs, targets = training_pair(batch.codes_BKT, pad=config.pad, bos=config.bos)
             texts = given_texts(config, batch.texts, device)
             hidden = model.decode_embedded(model.embed(inputs.to(device)), texts)
-            for h_TD, target_KT in zip(hidden, targets.to(device), strict=True):
+            for clip_id, h_TD, target_KT in zip(batch.clip_ids, hidden, targets.to(device), strict=True):
                 r = codebook_loss(h_TD[None], model.heads, target_KT[None], pad=config.pad, accuracy=True)
                 sums = {"nll": r.nll_K, "uniform": r.uniform_K, "count": r.count_K, "top1": r.top1_K, "top5": r.top5_K}
                 some = {name: values[None].cpu().numpy() for name, values in sums.items() if values is not None}
-                found.setdefault(batch.index, []).append(some)
-    whole: dict[int, list[dict[str, npt.NDArray[np.float64]]]] = {}
+                found.setdefault(batch.index, []).append((recordings[clip_id], some))
+    whole: dict[int, list[tuple[str, dict[str, npt.NDArray[np.float64]]]]] = {}
     for part in world.gather(found):
         whole |= part
     scores = CodebookScores(config.n_codebooks)
     for index in sorted(whole):
-        for some in whole[index]:
-            scores.add(some)
+        for recording, some in whole[index]:
+            scores.add(some, [recording])
     return scores
 
 
@@ -308,9 +310,10 @@ class _CellRun:
         scores = self._scores(model, self.cell.curve_clips)
         value = scores.val_nll()
         self.context.progress(best=self.baseline - value)
-        interval = scores.val_nll_ci(n_resamples=1000)
+        interval = scores.val_nll_ci()
         numbers = {"val_nll": value, "val_loss_smoothed": scores.val_loss_smoothed()}
-        numbers |= {"val_nll_lo": interval.lo, "val_nll_hi": interval.hi}
+        if math.isfinite(interval.lo):
+            numbers |= {"val_nll_lo": interval.lo, "val_nll_hi": interval.hi}
         return numbers | gate_numbers(model, self.held_out, self.cell.curve_clips, self.cell.precision)
 
     def _tell(self, trainer: Trainer, stats: StepStats, rate: float) -> None:
@@ -400,5 +403,5 @@ class _CellRun:
 
 def _nll_rows(scores: CodebookScores, metric: str, params: dict[str, str]) -> list[Row]:
     interval = scores.val_nll_ci()
-    values = {"": scores.val_nll(), "_lo": interval.lo, "_hi": interval.hi}
-    return [Row(metric + end, value, "nats a token", params) for end, value in values.items()]
+    values = {"": scores.val_nll(), "_lo": interval.lo, "_hi": interval.hi}  # no limits for one recording
+    return [Row(metric + end, value, "nats a token", params) for end, value in values.items() if math.isfinite(value)]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import stats
 
 from analysis.audio import CodebookScores, code_histograms, coherence
 from analysis.bootstrap import bootstrap_ci
@@ -88,7 +89,25 @@ def test_codebooks_with_unequal_counts_weigh_equally_in_bits_a_second() -> None:
     assert scores.bits_per_second(10.0) == pytest.approx((2.0 + 0.0) * 10.0)
 
 
-def test_interval_resamples_clips() -> None:
+def test_interval_is_over_recordings() -> None:
+    rng = np.random.default_rng(3)
+    nll_C = 50 * (3.0 + np.repeat(rng.standard_normal(6), 5))  # five equal clips of each recording
+    sums = {name: nll_C[:, None] * (name in ("nll", "uniform")) for name in ("nll", "uniform", "top1", "top5")}
+    sums["count"] = np.full((30, 1), 50.0)
+    by_clip, by_recording = CodebookScores(1), CodebookScores(1)
+    by_clip.add(sums)
+    by_recording.add(sums, [f"r{i // 5}" for i in range(30)])
+    expected = stats.ttest_1samp(nll_C[::5] / 50, 0).confidence_interval()
+    assert tuple(by_recording.val_nll_ci()) == pytest.approx(tuple(expected))
+    assert by_clip.val_nll_ci().lo > by_recording.val_nll_ci().lo
+    one = CodebookScores(1)
+    one.add(sums, ["r"] * 30)
+    assert math.isnan(one.val_nll_ci().lo)
+    with pytest.raises(ValueError, match="2 recordings for 30 clips"):
+        one.add(sums, ["a", "b"])
+
+
+def test_interval_without_recordings_is_over_clips() -> None:
     scores = CodebookScores(1)
     rng = np.random.default_rng(0)
     nll = 100 * (3.0 + rng.standard_normal((400, 1)))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
-from analysis.bootstrap import bootstrap_ci
 from analysis.codec_contrasts import arm_resamples, choose_lr
 
 
@@ -25,51 +27,79 @@ def test_what_clips_share_cancels() -> None:
     rng = np.random.default_rng(0)
     tokens = rng.integers(50, 500, 40)
     hard = rng.normal(6, 1, 40)
-    arms = arm_resamples(clip_table({("x", 0): hard, ("y", 0): hard + 0.1, ("z", 0): hard}, tokens))
+    nll = {(name, s): hard + extra + 0.01 * s for name, extra in (("x", 0.0), ("y", 0.1), ("z", 0.0)) for s in (0, 1)}
+    arms = arm_resamples(clip_table(nll, tokens))
     assert arms.table()["architecture"].tolist() == ["x", "z", "y"]
-    expected = bootstrap_ci(np.stack([hard * tokens, tokens], 1), lambda m: m[:, 0] / m[:, 1], n_resamples=10_000)
-    assert tuple(arms.table().loc[0, ["lo", "hi"]]) == pytest.approx(tuple(expected))
     pairs = arms.differences().set_index(["a", "b"])
-    assert pairs.loc[("x", "y"), ["difference", "lo", "hi"]].tolist() == pytest.approx([0.1, 0.1, 0.1])
-    assert pairs.loc[("x", "y"), "p"] < 1e-3
+    half = stats.t.ppf(0.975, 3) * 0.01 / math.sqrt(2)  # seeds alone: sd 0.01 / sqrt(2) of one, three pooled pairs
+    expected = [0.1, 0.1 - half, 0.1 + half]
+    assert pairs.loc[("x", "y"), ["difference", "lo", "hi"]].tolist() == pytest.approx(expected)
     assert pairs.loc[("x", "z"), "difference"] == 0
     assert pairs.loc[("x", "z"), "p_holm"] == 1
     assert arms.table().loc[0, "hi"] - arms.table().loc[0, "lo"] > 0.2
+    assert arms.table()["seed_sd"].tolist() == pytest.approx([0.01 / math.sqrt(2)] * 3)
 
 
-@pytest.mark.parametrize("seeds", [2, 3, 6])
-def test_seeds_add_the_variance_of_their_mean(seeds: int) -> None:
-    rng = np.random.default_rng(seeds)
-    tokens = np.full(30, 100)
-    clip = rng.normal(5, 0.5, 30)
-    shift_S = rng.normal(0, 0.3, seeds)
-    arms = arm_resamples(clip_table({("x", s): clip + shift for s, shift in enumerate(shift_S)}, tokens))
-    expected = clip.var() / 30 + shift_S.var(ddof=1) / seeds
-    assert arms.value_RA[:, 0].var() == pytest.approx(expected, rel=0.05)
-    assert arms.value_A[0] == pytest.approx(clip.mean() + shift_S.mean())
-    assert arms.n_seeds_A == (seeds,)
+def test_one_seed_is_no_statement_about_other_trainings() -> None:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(50, 500, 40)
+    nll = {(name, 0): rng.normal(6, 1, 40) for name in "xy"} | {("w", s): rng.normal(6, 1, 40) for s in (0, 1)}
+    arms = arm_resamples(clip_table(nll, tokens))
+    pairs = arms.differences()
+    assert pairs[["lo", "hi", "p", "p_holm"]].isna().all(axis=None)
+    assert set(pairs["needs"]) == {"needs ≥ 2 seeds"}
+    table = arms.table().set_index("architecture")
+    assert table["seed_sd"].isna().to_dict() == {"x": True, "y": True, "w": False}
+    own = nll["x", 0] * tokens
+    ratio = own.sum() / tokens.sum()
+    t = stats.ttest_1samp(ratio + (own - ratio * tokens) * 40 / tokens.sum(), 0).confidence_interval()
+    assert table.loc["x", ["lo", "hi"]].tolist() == pytest.approx(list(t))  # of this trained model, for other clips
 
 
-def test_null_pairs_are_found_different_at_the_nominal_rate() -> None:
-    rng = np.random.default_rng(3)
-    tokens, found = np.full(60, 10), 0
-    for trial in range(120):
-        common = rng.normal(6, 1, 60)
-        nll = {(name, 0): common + rng.normal(0, 0.2, 60) for name in "xy"}
-        found += arm_resamples(clip_table(nll, tokens), n_resamples=800, seed=trial).differences().loc[0, "p"] < 0.05
-    assert 1 <= found <= 14
-
-
-def test_holm_covers_all_pairs() -> None:
+def test_holm_counts_the_pairs_that_were_tested() -> None:
     rng = np.random.default_rng(1)
     tokens, common = np.full(50, 10), rng.normal(6, 1, 50)
-    nll = {(name, 0): common + rng.normal(0.02 * i, 0.1, 50) for i, name in enumerate("wxyz")}
+    nll = {(name, s): common + rng.normal(0.02 * i, 0.1, 50) for i, name in enumerate("wxyz") for s in (0, 1)}
+    del nll["z", 1]
     pairs = arm_resamples(clip_table(nll, tokens)).differences()
     assert len(pairs) == 6
     assert (pairs["difference"] >= 0).all()
-    smallest = pairs["p"].idxmin()
-    assert pairs.loc[smallest, "p_holm"] == pytest.approx(min(1, 6 * pairs.loc[smallest, "p"]))
-    assert (pairs["p_holm"] >= pairs["p"]).all()
+    tested = pairs[pairs["needs"] == ""]
+    assert len(tested) == 3
+    smallest = tested["p"].idxmin()
+    assert tested.loc[smallest, "p_holm"] == pytest.approx(min(1, 3 * tested.loc[smallest, "p"]))
+    assert (tested["p_holm"] >= tested["p"]).all()
+    assert pairs.loc[pairs["needs"] != "", "p_holm"].isna().all()
+
+
+def test_clips_of_one_recording_are_one_unit() -> None:
+    rng = np.random.default_rng(2)
+    tokens = rng.integers(50, 500, 30)
+    nll = {(name, s): rng.normal(6, 1, 30) for name in "xy" for s in (0, 1)}
+    clips = clip_table(nll, tokens).assign(recording_id=lambda t: t["clip_id"].str[1:].astype(int) // 3)
+    arms = arm_resamples(clips)
+    assert (arms.n_units, arms.units) == (10, "recordings")
+    sums = clips.groupby(["architecture", "seed", "recording_id"], as_index=False)[["nll", "tokens"]].sum()
+    by_hand = arm_resamples(sums.rename(columns={"recording_id": "clip_id"}))
+    assert by_hand.units == "clips (their recordings are not known)"
+    pd.testing.assert_frame_equal(arms.differences(), by_hand.differences())
+    one = arm_resamples(clips.assign(recording_id="r"))
+    for table in (one.table(), one.differences()):
+        assert table[["lo", "hi"]].isna().all(axis=None)
+        assert set(table["needs"]) == {"needs ≥ 2 held-out recordings"}
+
+
+def test_an_architecture_whose_seeds_differ_more_is_named() -> None:
+    rng = np.random.default_rng(4)
+    tokens, common = np.full(20, 10), rng.normal(6, 1, 20)
+    sd = {"u": 0.01, "v": 0.01, "w": 0.01, "x": 0.3}
+    nll = {(n, s): common + (s - 1) * d + rng.normal(0, 0.001, 20) for n, d in sd.items() for s in (0, 1, 2)}
+    found = arm_resamples(clip_table(nll, tokens)).odd_seeds()
+    assert found is not None
+    assert found[:3] == ("x", pytest.approx(0.3, rel=0.02), pytest.approx(0.01, rel=0.1))
+    alike = {key: value for key, value in nll.items() if key[0] != "x"}
+    assert arm_resamples(clip_table(alike, tokens)).odd_seeds() is None
+    assert arm_resamples(clip_table({k: v for k, v in nll.items() if k[1] == 0}, tokens)).odd_seeds() is None
 
 
 def test_models_scored_on_other_clips_are_refused() -> None:
@@ -81,8 +111,9 @@ def test_models_scored_on_other_clips_are_refused() -> None:
     changed.loc[7, "tokens"] = 9
     with pytest.raises(ValueError, match="scored on different clips"):
         arm_resamples(changed)
-    with pytest.raises(ValueError, match="1 held-out clip gives no interval"):
-        arm_resamples(table[table["clip_id"] == "c00"])
+    with pytest.raises(ValueError, match="no held-out clip was scored"):
+        arm_resamples(table[:0])
+    assert math.isnan(arm_resamples(table[table["clip_id"] == "c00"]).table().loc[0, "lo"])
 
 
 def test_each_architecture_gets_its_own_learning_rate() -> None:

@@ -10,7 +10,9 @@ import pandas as pd
 import pytest
 
 from analysis.codec_contrasts import choose_lr
-from analysis.codec_report import REAL, Results, _published_section, interval, write_report
+from analysis.codec_published import Published, published_section
+from analysis.codec_report import REAL, interval, write_report
+from analysis.codec_results import Results
 
 NAMES = ("olmo_hybrid", "transformer", "mc_la")
 LEVEL = {"olmo_hybrid": 5.0, "transformer": 5.2, "mc_la": 5.4}
@@ -81,7 +83,9 @@ def made_up(seeds: tuple[int, ...] = SEEDS, rates: tuple[float, ...] = RATES) ->
 
 
 def test_a_whole_report(tmp_path: Path) -> None:
-    main = write_report(made_up(), tmp_path, preset="p", facts=["FACT"], audio_facts=["AUDIO"], published="same")
+    main = write_report(
+        made_up(), tmp_path, preset="p", facts=["FACT"], audio_facts=["AUDIO"], published=Published("speech")
+    )
     assert main["architecture"].tolist() == ["olmo_hybrid", "transformer", "mc_la"]
     assert main["lr"].tolist() == [BEST[name] for name in main["architecture"]]
     assert main["n_seeds"].tolist() == [2, 2, 2]
@@ -94,9 +98,10 @@ def test_a_whole_report(tmp_path: Path) -> None:
     pairs = pd.read_parquet(tmp_path / "differences.parquet").set_index(["a", "b"])
     assert pairs.loc[("olmo_hybrid", "mc_la"), "difference"] == pytest.approx(0.4, abs=0.02)
     assert (pairs["p_holm"] < 0.05).all()
-    assert "over clips (drawn once for both models) and seeds (2 an architecture)" in text
+    assert "30 held-out clips (their recordings are not known), 2 seeds an architecture" in text
+    assert "95% interval for other seeds and other recordings" in text
     assert "| mc_la | 1 | -2.000 → -1.500 | 0.180 | 0.500 | 0.090 | 0.700 | 2.000 |" in text
-    assert "| real audio | 96 / 32 | 10.0 [9.0, 11.0] | 9.0 |" in text
+    assert "| real audio | 96 / 32 | 10.0 | 9.0 [9.0, 11.0] |" in text
     figures = ("curves", "learning_rates", "differences", "codebooks", "audio", "gradients")
     for name in figures:
         assert (tmp_path / f"{name}.png").stat().st_size > 5_000
@@ -105,7 +110,7 @@ def test_a_whole_report(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("rates", "lr"), [(RATES, 2e-3), ((*RATES, 3e-4), 3e-4)])
 def test_beside_the_published_run(rates: tuple[float, ...], lr: float) -> None:
     results = made_up(rates=rates)
-    text = "\n".join(_published_section(results, choose_lr(results.models), "same", curve_clips=20))
+    text = "\n".join(published_section(results, choose_lr(results.models), Published("speech", curve_clips=20)))
     here = f"architecture == 'olmo_hybrid' and lr == {lr}"
     curve = results.curves.query(f"{here} and metric == 'val_loss_smoothed' and step == 1800")
     shown = {"4.2847 / 72.58": curve.groupby("weights")["value"].mean()}
@@ -122,11 +127,17 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     results = made_up(seeds=(0,), rates=(2e-3,))
     curves = results.curves[results.curves["metric"] != "grad_norm"]
     results = replace(results, gates=nothing, audio=nothing, curves=curves)
-    write_report(results, tmp_path, preset="p", facts=[], audio_facts=[], published="another codec")
+    write_report(
+        results, tmp_path, preset="p", facts=[], audio_facts=[], published=Published("speech", "another codec")
+    )
     text = (tmp_path / "report.md").read_text()
     assert "One learning rate only, not tuned and perhaps handicapped by it: olmo_hybrid, transformer, mc_la" in text
     assert "grid's edge" not in text
-    assert "the noise of training is in none of these intervals" in text
+    assert "**No intervals and no tests: needs ≥ 2 seeds.**" in text
+    assert " [–] |" in text
+    differences = text[text.index("## Differences") : text.index("## Compared")]
+    assert "\\*" not in differences  # nothing is starred
+    assert text.count("| – | ") >= 3  # no sd of one seed
     assert "Not comparable: another codec" in text
     for section in ("Generated audio", "Memory caches", "Gradients"):
         assert f"## {section}" not in text
@@ -143,6 +154,26 @@ def test_rates_that_left_no_cell_still_bound_the_grid(tmp_path: Path) -> None:
     text = (tmp_path / "report.md").read_text()
     assert "Tried for transformer: 0.001, 0.002." in text
     assert "One learning rate only" not in text
+
+
+def test_music_baselines_stand_with_their_architectures(tmp_path: Path) -> None:
+    results = made_up()
+    text = "\n".join(published_section(results, choose_lr(results.models), Published("music", "another codec")))
+    best = results.models.query(f"architecture == 'transformer' and lr == {BEST['transformer']}")
+    here = f"{best['val_nll_ema'].mean():.3f} / {best['val_nll_raw'].mean():.3f}"
+    assert f"| transformer | 5.294 (162M) | {here} | 1M |" in text
+    assert "hybrid_1_3" not in text  # not trained here
+    assert "Not comparable: another codec" in text
+    only = replace(results, models=results.models.query("architecture == 'mc_la'"))
+    assert published_section(only, choose_lr(only.models), Published("music")) == []
+
+
+def test_an_architecture_whose_seeds_scatter_is_said(tmp_path: Path) -> None:
+    results = made_up(seeds=(0, 1, 2))
+    wild = (results.clips["architecture"] == "mc_la") & (results.clips["seed"] == 2)
+    clips = results.clips.assign(nll=results.clips["nll"] + 200.0 * wild)
+    write_report(replace(results, clips=clips), tmp_path, preset="p", facts=[], audio_facts=[])
+    assert "**The seeds of mc_la differ by a standard deviation of" in (tmp_path / "report.md").read_text()
 
 
 def test_one_architecture_alone_has_no_differences(tmp_path: Path) -> None:

@@ -9,18 +9,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import stats
 
+from analysis.crossed import NEEDS_SEEDS, Effect, crossed_mean
 from analysis.memory_cache_effects import (
     ArmData,
-    crossed_mean,
     effects,
     layer_means,
-    likelihood_differences,
     openness_movement,
     verdicts,
 )
-from analysis.memory_cache_report import write_report
+from analysis.memory_cache_report import headline, write_report
+from analysis.recordings import likelihood_differences
 
 FACTS = {
     "n_parameters": 1000.0,
@@ -32,49 +31,6 @@ FACTS = {
     "cache_spikes": 0.5,
     "gradient_share": 0.1,
 }
-
-
-@pytest.mark.parametrize(("seed_sd", "clip_sd", "noise_sd"), [(1.0, 1.0, 1.0), (2.0, 0.2, 0.5), (0.0, 1.0, 1.0)])
-def test_intervals_cover_with_three_seeds(seed_sd: float, clip_sd: float, noise_sd: float) -> None:
-    """95% limits hold the true mean in 95% of 2,000 studies, whichever variation dominates."""
-    rng = np.random.default_rng(0)
-    covered = 0
-    for _ in range(2000):
-        d_SC = 0.3 + seed_sd * rng.standard_normal((3, 1)) + clip_sd * rng.standard_normal((1, 25))
-        effect = crossed_mean(d_SC + noise_sd * rng.standard_normal((3, 25)))
-        covered += effect.lo <= 0.3 <= effect.hi
-    assert 0.93 <= covered / 2000 <= 0.995
-
-
-def test_false_alarms_are_rare_where_seeds_differ_and_the_mean_is_zero() -> None:
-    rng = np.random.default_rng(1)
-    alarms = sum(
-        crossed_mean(rng.standard_normal((3, 1)) + 0.3 * rng.standard_normal((3, 25))).p < 0.05 for _ in range(2000)
-    )
-    assert alarms / 2000 < 0.07
-
-
-def test_one_row_or_column_is_the_ordinary_t_interval() -> None:
-    x = np.random.default_rng(2).standard_normal(12)
-    expected = stats.ttest_1samp(x, 0.0)
-    for table in (x[None], x[:, None]):
-        effect = crossed_mean(table)
-        assert (effect.value, effect.p, effect.df) == pytest.approx((x.mean(), expected.pvalue, 11))
-        assert (effect.lo, effect.hi) == pytest.approx(tuple(expected.confidence_interval()))
-    assert math.isnan(crossed_mean([[1.0]]).p)
-    with pytest.raises(ValueError, match="finite table of seeds by clips"):
-        crossed_mean([[1.0, math.nan]])
-
-
-def test_the_effect_moves_with_its_data() -> None:
-    d = np.random.default_rng(3).standard_normal((3, 10))
-    effect, moved = crossed_mean(d), crossed_mean(2 * d[::-1, ::-1] + 5)
-    assert (moved.value, moved.lo, moved.hi) == pytest.approx(
-        tuple(2 * v + 5 for v in (effect.value, effect.lo, effect.hi))
-    )
-    assert moved.df == pytest.approx(effect.df)
-    with_seeds = crossed_mean(d + np.array([[-3.0], [0.0], [3.0]]))
-    assert with_seeds.df == pytest.approx(2, abs=0.05)
 
 
 def scores(shift: float, n_seeds: int = 3, n_clips: int = 8, seed: int = 0) -> pd.DataFrame:
@@ -100,12 +56,12 @@ def test_differences_are_those_of_val_nll_and_pair_by_clip() -> None:
             likelihood_differences(cached, wrong)
 
 
-def gates(end: float, n_seeds: int = 3, layers: tuple[int, ...] = (1, 2), spread: float = 0.001) -> pd.DataFrame:
-    rng = np.random.default_rng(5)
+def gates(end: float, n_seeds: int = 3, layers: tuple[int, ...] = (1, 2), seed: int = 5) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
     records = []
     for s in range(n_seeds):
         for layer in layers:
-            for weights, openness in (("start", 0.12), ("raw", 0.5), ("ema", end + spread * rng.standard_normal())):
+            for weights, openness in (("start", 0.12), ("raw", 0.5), ("ema", end + 0.001 * rng.standard_normal())):
                 for c, steps in enumerate((10, 30, 0)):
                     health = {"openness": openness, "cache_mass": 0.2 + 0.2 * c, "effective_mass": 0.1, "entropy": 1.0}
                     health |= {"entropy_share": 0.7, "read_ratio": 40.0 + c, "gate_bias": -2.0}
@@ -129,10 +85,11 @@ def test_layer_means_weigh_clips_by_their_steps() -> None:
 def study(n: int = 3) -> list[ArmData]:
     """The base setting, one variant that opens and helps, one that closes and hurts, one of no effect, and recall."""
     base = ArmData("base", "", "", False, scores(0.0, n, seed=1), scores(0.0, n, seed=2), gates(0.12, n), FACTS)
-    lr = replace(base, name="lr=0.01", variable="lr", gates=gates(0.25, n), cached=scores(-0.2, n))
-    segment = replace(base, name="segment=8", variable="segment", gates=gates(0.05, n), cached=scores(0.2, n))
-    start = replace(base, name="start_layer=2", variable="start_layer", gates=gates(0.12, n, (2,)))
-    recall = replace(base, name="recall", planted=True, gates=gates(0.4, n), cached=scores(-0.1, n))
+    lr = replace(base, name="lr=0.01", variable="lr", gates=gates(0.25, n, seed=6), cached=scores(-0.2, n))
+    segment = replace(base, name="segment=8", variable="segment", gates=gates(0.05, n, seed=7), cached=scores(0.2, n))
+    start = replace(base, name="start_layer=2", variable="start_layer", gates=gates(0.12, n, (2,), seed=8))
+    start = replace(start, cached=scores(0.0, n, seed=3))
+    recall = replace(base, name="recall", planted=True, gates=gates(0.4, n, seed=9), cached=scores(-0.1, n))
     return [base, lr, segment, start, recall]
 
 
@@ -159,14 +116,39 @@ def test_verdicts_find_the_planted_effects() -> None:
     assert table.loc["base", "contribution"] == pytest.approx(0.12 * 40.75, rel=0.03)
 
 
-def test_holm_runs_over_the_family_and_one_seed_decides_nothing_about_openness() -> None:
-    adjusted, words = verdicts([0.02, 0.04, math.nan], [-1.0, 1.0, 1.0], ("closes", "opens"))
-    assert adjusted == pytest.approx([0.06, 0.08, 1.0])
-    assert words == ["no evidence"] * 3
-    assert verdicts([0.01], [-1.0], ("closes", "opens"))[1] == ["closes"]
-    table = effects(study(1)).set_index("arm")
-    assert set(table["gate_verdict"].dropna()) == {"no evidence"}
-    assert table.loc["lr=0.01", "worth_verdict"] == "helps"  # of these clips, for this one model
+def effect(value: float, p: float, needs: str = "") -> Effect:
+    return Effect(value, math.nan, math.nan, p, needs)
+
+
+def test_holm_runs_over_those_that_could_be_tested() -> None:
+    found = [effect(-1.0, 0.02), effect(1.0, 0.04), effect(1.0, math.nan, NEEDS_SEEDS)]
+    adjusted, words = verdicts(found, ("closes", "opens"))
+    assert adjusted == pytest.approx([0.04, 0.04, math.nan], nan_ok=True)
+    assert words == ["closes", "opens", NEEDS_SEEDS]
+    assert verdicts([effect(-1.0, 0.03), effect(1.0, 0.04)], ("closes", "opens"))[1] == ["no evidence"] * 2
+
+
+def test_one_seed_decides_nothing(tmp_path: Path) -> None:
+    table = effects(study(1))
+    for name in ("worth", "moved", "gate", "more"):
+        assert table[[f"{name}_lo", f"{name}_hi", f"{name}_p", f"{name}_holm"]].isna().all(axis=None)
+        assert set(table[f"{name}_verdict"].dropna()) == {NEEDS_SEEDS}
+    lines = headline(table)
+    assert lines[1] == "caching, against the control: helps: none; hurts: none; no evidence for 0 of 4; " + (
+        f"not tested 4 ({NEEDS_SEEDS})"
+    )
+    assert lines[-1] == f"planted recall task: not tested ({NEEDS_SEEDS})"
+
+
+def test_one_recording_decides_nothing_about_likelihood() -> None:
+    some = [
+        replace(arm, **{side: getattr(arm, side).assign(recording_id="r") for side in ("cached", "control")})
+        for arm in study()
+    ]
+    table = effects(some).set_index("arm")
+    assert set(table["n_units"]) == {1}
+    assert set(table["worth_verdict"]) == {"needs ≥ 2 held-out recordings"}
+    assert table.loc["lr=0.01", "gate_verdict"] == "opens"  # openness does not depend on recordings
 
 
 def test_report_says_what_the_verdicts_say(tmp_path: Path) -> None:

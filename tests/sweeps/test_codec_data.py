@@ -13,6 +13,7 @@ import pytest
 import soundfile
 import torch
 
+from analysis.codec_published import Published
 from data import codec_shards
 from data.audio_io import AudioSet, sample_rates
 from data.codec import CODECS, CodecSpec, MelVQCodec
@@ -24,6 +25,7 @@ from data.split import side_of
 from sweeps import _codec_data, _codec_tokenise
 from sweeps._codec_report import _missing, _published, _resampled
 from sweeps._codec_run import TrainingStream
+from sweeps._lm_plan import CURVE_CLIPS
 from sweeps._sweep import PublishedCell, UserError
 from sweeps._where import RunSettings
 from sweeps.codec_lm import PRESETS, SWEEP, Study, with_settings
@@ -183,12 +185,22 @@ def test_codec_weights_as_the_codecs_spell_it() -> None:
     assert with_settings(["--preset", "local"]) == ["--preset", "local"]
 
 
+def caveat(study: Study) -> str:
+    found = _published(study)
+    assert found is not None
+    return found.caveat
+
+
 def test_published_numbers_only_beside_their_own_setting() -> None:
     speech = PRESETS["speech_a100"]
-    assert _published(speech) == "same"
-    assert "random weights" in _published(replace(speech, codec_weights="random"))
-    assert "coded by dac" in _published(replace(speech, codec="dac"))
-    assert _published(PRESETS["asterisk"]) == _published(PRESETS["music_a100"]) == ""
+    assert _published(speech) == Published("speech", "", CURVE_CLIPS)
+    assert "random weights" in caveat(replace(speech, codec_weights="random"))
+    assert "coded by dac" in caveat(replace(speech, codec="dac"))
+    assert _published(PRESETS["asterisk"]) is None
+    music = PRESETS["music_a100"]
+    assert _published(music) == Published("music")
+    assert "DAC has random weights" in caveat(replace(music, codec_weights="random"))
+    assert "coded by encodec is not FMA coded by DAC" in caveat(replace(music, codec="encodec"))
 
 
 def test_resampling_is_said() -> None:

@@ -124,7 +124,7 @@ def test_the_banner_names_what_is_known_of_a_path(tmp_path: Path) -> None:
         assert str(tmp_path) in line
         assert "asterisk" not in line.replace(str(tmp_path), "")
         assert "layout" in line
-    assert "lasts 0.3 h, LJ Speech 23.9 h" in _published(PRESETS["speech_a100"], 1_000.0)
+    assert "lasts 0.3 h, LJ Speech 23.9 h" in str(_published(PRESETS["speech_a100"], 1_000.0))
 
 
 def test_nothing_readable_is_one_line_before_anything_starts(tmp_path: Path) -> None:
