@@ -41,8 +41,8 @@ _WHOLE = (
 
 
 def tree_draws(permutations: int) -> int:
-    """Draws of the control under the trees: enough for its mean; a p under the trees needs 950 permutations."""
-    return min(permutations, max(4, permutations // 50))
+    """Draws of the control under the trees: enough for its mean; a p under the trees needs 1,900 permutations."""
+    return min(permutations, max(4, permutations // 100))
 
 
 def families(permutations: int) -> tuple[tuple[str, int], ...]:

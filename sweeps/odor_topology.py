@@ -118,7 +118,7 @@ class Audit:
     null_stream: str = "fast"
     pom_epochs: int = 40
     neighbours: int = 40
-    permutations: int = 199
+    permutations: int = 399  # draws of the utility study's control: fifteen tests of a table need 300 for Holm
     splits: tuple[str, ...] = ("neighbourhood", "random")  # of the utility study, from SPLITS
 
 
