@@ -163,7 +163,7 @@ def patch_noise_world(
 def test_patch_noise_gains_under_random_folds_and_is_no_finding_under_neighbourhood_folds() -> None:
     """The old test called such noise significant in 28 to 73% of trials."""
     p_values, deltas, above, leaky = [], [], 0, []
-    for seed in range(24):
+    for seed in range(12):
         *blocks, patches_NP = patch_noise_world(160, 8, seed)
         results = utility.compare(*blocks, patches_NP=patches_NP, permutations=39, seed=seed)
         p_values += [r.p for r in results]
@@ -174,7 +174,7 @@ def test_patch_noise_gains_under_random_folds_and_is_no_finding_under_neighbourh
     assert abs(np.mean(deltas)) < 0.1
     assert stats.binom.sf(int((np.array(p_values) <= 0.05).sum()) - 1, len(p_values), 0.05) > 0.01
     assert stats.binom.sf(above - 1, len(p_values), 0.025) > 0.01
-    assert np.mean(p_values) == pytest.approx(0.5, abs=0.12)
+    assert np.mean(p_values) == pytest.approx(0.5, abs=0.2)
 
 
 def test_topology_that_says_something_is_found_beyond_patch_noise() -> None:
