@@ -59,6 +59,23 @@ def top1(diagram: np.ndarray) -> float:
     return float(life.max()) if life.size else 0.0
 
 
+def top1_quantile(diagram: np.ndarray, distance_NN: np.ndarray) -> float:
+    """Largest F(death) − F(birth) over the finite loops [n, 2], F the distribution of the pairwise distances.
+
+    A monotone map of all distances (d → d^q, say) changes every persistence, but not this share of the distances that
+    lie within a loop's life, so it may be compared across metrics. 0 for a diagram without loops.
+    """
+    pairs = np.asarray(diagram).reshape(-1, 2)
+    pairs = pairs[np.isfinite(pairs).all(axis=1)]
+    if not len(pairs):
+        return 0.0
+    ends, back = np.unique(pairs, return_inverse=True)
+    distances = np.sort(np.asarray(distance_NN)[np.triu_indices(len(distance_NN), 1)].astype(ends.dtype, copy=False))
+    share = np.searchsorted(distances, ends, side="right") / distances.size
+    birth_P, death_P = share[back.reshape(pairs.shape)].T
+    return float((death_P - birth_P).max())
+
+
 def monte_carlo_p(observed: float, null_B: np.ndarray) -> float:
     """p = (1 + #{null >= observed})/(B + 1): exact under exchangeability, never 0 (Phipson & Smyth 2010).
 

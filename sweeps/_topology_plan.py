@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from sweeps._sweep import Pack, UserError, nearest
 from sweeps._topology_sources import (
@@ -41,7 +41,7 @@ def plan(preset: Audit) -> list[TopologyCell]:
     for field in ("rows", "runs", "draws", "draws_per_cell", "neighbours", "pom_epochs"):
         if getattr(preset, field) < 1:
             raise UserError(f"{field}={getattr(preset, field)} leaves nothing to compute; choose 1 or more")
-    for field in ("permutations", "null_runs"):
+    for field in ("permutations", "null_runs", "full_draws"):
         if getattr(preset, field) < 0:
             raise UserError(f"{field}={getattr(preset, field)} counts nothing; choose 0 or more")
     if unknown := [m for m in preset.metrics if m not in METRICS]:
@@ -115,7 +115,7 @@ def subsample_rows(preset: Audit, total: int) -> int:
 def _diagrams(preset: Audit, table: str, representation: str) -> list[TopologyCell]:
     total = n_rows(table, place_of(preset))
     rows = subsample_rows(preset, total)
-    null_runs = preset.null_runs or preset.runs
+    null_runs = min(preset.null_runs or preset.runs, preset.runs)
     cells: list[TopologyCell] = []
     for metric in metrics_of(representation, preset.metrics):
         for route in preset.routes:
@@ -129,21 +129,33 @@ def _diagrams(preset: Audit, table: str, representation: str) -> list[TopologyCe
             )
             if preset.full_table and route == "direct":
                 cells.append(cell(run=FULL_TABLE, rows=total))
+                cells += _null_cells(preset, partial(cell, run=FULL_TABLE, rows=total), preset.full_draws)
             for run in range(preset.runs):
                 cells.append(cell(run=run, rows=rows))
-                if run >= null_runs:
-                    continue
-                for null in NULLS[kind_of(representation)]:
-                    for first in range(0, preset.draws, preset.draws_per_cell):
-                        count = min(preset.draws_per_cell, preset.draws - first)
-                        nulls: dict[str, Any] = {
-                            "null": null,
-                            "first_draw": first,
-                            "draws": count,
-                            "null_stream": preset.null_stream,
-                        }
-                        cells.append(cell(run=run, rows=rows, **nulls))
+                if run < null_runs:
+                    cells += _null_cells(preset, partial(cell, run=run, rows=rows), draws_of_run(preset, null_runs))
     return cells
+
+
+def draws_of_run(preset: Audit, null_runs: int) -> int:
+    """Null draws of each of `null_runs` runs: joint draws are counted over all of them, rounded up."""
+    return -(-preset.draws // null_runs) if preset.null_stream == "joint" else preset.draws
+
+
+def _null_cells(preset: Audit, cell: Callable[..., DiagramCell], draws: int) -> list[DiagramCell]:
+    """The cells of every null of one run, `draws_per_cell` draws each; `cell` lacks their own fields."""
+    own = cell()
+    return [
+        replace(
+            own,
+            null=null,
+            first_draw=first,
+            draws=min(preset.draws_per_cell, draws - first),
+            null_stream=preset.null_stream,
+        )
+        for null in NULLS[kind_of(own.representation)]
+        for first in range(0, draws, preset.draws_per_cell)
+    ]
 
 
 def _weight(cell: TopologyCell) -> float:

@@ -95,17 +95,13 @@ class _Probe:
         return self.known[name]
 
     def _diagram(self, cell: DiagramCell, rows: int) -> float:
-        from analysis import nulls
-        from sweeps._topology_run import diagram
+        from sweeps._topology_run import filtration, finite_h1, null_rows
 
-        x_nD = self._sample(cell, rows)
+        x_nD, every_n = self._sample(cell, rows), np.arange(rows)
 
         def draw() -> None:
-            drawn = x_nD
-            if cell.null != OBSERVED:
-                stream = "published" if cell.null_stream == "published" else "fast"
-                drawn = getattr(nulls, cell.null)(x_nD, 0, stream=stream)
-            diagram(drawn, cell.metric, min(cell.landmarks, rows), 0)
+            drawn_nD = x_nD if cell.null == OBSERVED else null_rows(cell, 0, x_nD, every_n)
+            finite_h1(filtration(drawn_nD, cell.metric, min(cell.landmarks, rows), 0))
 
         return _best(draw)
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from analysis import nulls
+from analysis.audit import top1_quantile
 from analysis.distances import distance_matrix
 from analysis.persistence import h1, landmarks
 from data import molecules
@@ -34,6 +35,7 @@ from sweeps._topology_utility import utility_rows
 from sweeps.odor_topology import NULLS, OBSERVED, Audit, DiagramCell, MemberCell, TopologyCell, UtilityCell
 
 _NULL_SEED, _LANDMARK_SEED, _LANDMARK_NULL_SEED, _DRAW_SEED = 10_000, 500_000, 1_000, 1_000_000
+_JOINT_SEED = 2**48  # above every seed of a run's own draws
 
 
 def run_pack(cells: Sequence[TopologyCell], preset: Audit, context: PackContext) -> None:
@@ -119,9 +121,12 @@ def run_rows(total: int, run: int, rows: int) -> np.ndarray:
 
 
 def null_seed(cell: DiagramCell, draw: int) -> int:
-    """Seed of a null draw: draw 0 of a run is the published one, run + 10000 · position of the null."""
+    """Seed of a null draw: draw 0 of a run is the published one, run + 10000 · position of the null.
+
+    A joint draw has the same seed in every run, and in the full table.
+    """
     position = NULLS[kind_of(cell.representation)].index(cell.null) + 1
-    return cell.run + _NULL_SEED * position + _DRAW_SEED * draw
+    return (_JOINT_SEED if cell.null_stream == "joint" else cell.run) + _NULL_SEED * position + _DRAW_SEED * draw
 
 
 def landmark_seed(cell: DiagramCell, draw: int) -> int:
@@ -132,16 +137,13 @@ def landmark_seed(cell: DiagramCell, draw: int) -> int:
 
 def _diagrams(cell: DiagramCell, sources: _Sources, context: PackContext) -> None:
     x_ND = sources.matrix(cell.table, cell.representation)
-    x_nD = x_ND[run_rows(len(x_ND), cell.run, cell.rows)]
+    rows_n = run_rows(len(x_ND), cell.run, cell.rows)
     out: list[Row] = []
     diagrams = []
     for draw in range(cell.first_draw, cell.first_draw + cell.draws):
-        if cell.null == OBSERVED:
-            drawn = x_nD
-        else:
-            stream = "published" if cell.null_stream == "published" else "fast"
-            drawn = getattr(nulls, cell.null)(x_nD, null_seed(cell, draw), stream=stream)
-        pairs_P2 = diagram(drawn, cell.metric, cell.landmarks, landmark_seed(cell, draw))
+        drawn_nD = x_ND[rows_n] if cell.null == OBSERVED else null_rows(cell, draw, x_ND, rows_n)
+        distance_nn = filtration(drawn_nD, cell.metric, cell.landmarks, landmark_seed(cell, draw))
+        pairs_P2 = finite_h1(distance_nn)
         diagrams.append(pairs_P2)
         length_P = pairs_P2[:, 1].astype(np.float64) - pairs_P2[:, 0]
         at = {"run": cell.run, "draw": draw}
@@ -150,6 +152,8 @@ def _diagrams(cell: DiagramCell, sources: _Sources, context: PackContext) -> Non
             Row("h1_total", float(length_P.sum()), "distance", at),
             Row("h1_count", len(pairs_P2), "features", at),
         ]
+        if cell.null == OBSERVED:
+            out.append(Row("h1_top1_quantile", top1_quantile(pairs_P2, distance_nn), "share of distances", at))
         context.progress(phase=f"{cell.representation} {cell.null} draw {draw + 1}")
     out.append(Row("h1_top1_mean", float(np.mean([r.value for r in out if r.metric == "h1_top1"])), "distance"))
     lengths = np.array([len(p) for p in diagrams])
@@ -159,12 +163,29 @@ def _diagrams(cell: DiagramCell, sources: _Sources, context: PackContext) -> Non
     context.progress(best=max(r.value for r in out if r.metric == "h1_top1"))
 
 
-def diagram(x_nD: np.ndarray, metric: str, n_landmarks: int, seed: int) -> np.ndarray:
-    """Finite H1 pairs [P, 2] of the Rips filtration of the rows, or of their greedy landmarks."""
+def null_rows(cell: DiagramCell, draw: int, x_ND: np.ndarray, rows_n: np.ndarray) -> np.ndarray:
+    """A run's rows [n, D] under its null: of a draw of the whole table (joint), or drawn from the run's rows alone.
+
+    Subsamples of one table overlap. Only where draw b is one table for all of them do their null values hang together
+    as the observed ones do, which a test of their mean needs; margins then hold in the whole table.
+    """
+    sample = getattr(nulls, cell.null)
+    if cell.null_stream == "joint":
+        return sample(x_ND, null_seed(cell, draw), stream="fast")[rows_n]
+    return sample(x_ND[rows_n], null_seed(cell, draw), stream=cell.null_stream)
+
+
+def filtration(x_nD: np.ndarray, metric: str, n_landmarks: int, seed: int) -> np.ndarray:
+    """Distances of the rows [n, n], or of their greedy landmarks."""
     distance_nn = distance_matrix(x_nD, metric)
-    if n_landmarks:
-        chosen = landmarks(distance_nn, n_landmarks, seed)
-        distance_nn = np.ascontiguousarray(distance_nn[np.ix_(chosen, chosen)])
+    if not n_landmarks:
+        return distance_nn
+    chosen = landmarks(distance_nn, n_landmarks, seed)
+    return np.ascontiguousarray(distance_nn[np.ix_(chosen, chosen)])
+
+
+def finite_h1(distance_nn: np.ndarray) -> np.ndarray:
+    """Finite H1 pairs [P, 2] of the Rips filtration."""
     pairs = h1(distance_nn)
     return pairs[np.isfinite(pairs).all(axis=1)]
 

@@ -19,6 +19,7 @@ from sweeps._sweep import Cell, Estimate, Pack, PublishedCell, UserError
 from sweeps._where import Machine, RunSettings
 
 OBSERVED = "observed"
+NULL_STREAMS = ("fast", "published", "joint")
 SPLITS = ("neighbourhood", "random", "grouped")
 STUDIES = ("paper", "audit", "bottleneck", "ensemble", "utility")
 NULLS: Mapping[str, tuple[str, ...]] = {  # in the published order; a null's position (from 1) enters its seed
@@ -42,7 +43,11 @@ class TopologyCell(Cell):
 
 @dataclass(frozen=True, kw_only=True)
 class DiagramCell(TopologyCell):
-    """H1 of one subsample (`run`) of one representation, observed or for `draws` draws of one null."""
+    """H1 of one subsample (`run`) of one representation, observed or for `draws` draws of one null.
+
+    `null_stream`: "fast" and "published" draw the null from the run's own rows; "joint" draws it from the whole table,
+    by a seed that does not depend on the run, and takes the run's rows of it, so draw b is one table for all runs.
+    """
 
     kind: str = "diagram"
     metric: str
@@ -53,7 +58,7 @@ class DiagramCell(TopologyCell):
     null: str = OBSERVED
     first_draw: int = 0
     draws: int = 1
-    null_stream: str = "fast"
+    null_stream: str = "fast"  # one of NULL_STREAMS
 
     def __post_init__(self) -> None:
         if self.route not in ("direct", "landmark"):
@@ -63,8 +68,11 @@ class DiagramCell(TopologyCell):
                 f"landmarks={self.landmarks} of {self.table}'s rows={self.rows} a run; choose 1 <= landmarks <= rows "
                 "(--set landmarks=N)"
             )
-        if self.null_stream not in ("fast", "published"):
-            raise UserError(f"null_stream={self.null_stream!r} is not known; choose fast or published")
+        if self.null_stream not in NULL_STREAMS:
+            raise UserError(
+                f"null_stream={self.null_stream!r} is not known; choose fast or published for draws of each run's own "
+                "rows, joint for draws of the whole table that all runs share"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,11 +119,12 @@ class Audit:
     rows: int = 1000
     runs: int = 8
     landmarks: int = 250
-    draws: int = 1  # null draws a run
+    draws: int = 1  # null draws of each run; with null_stream "joint" of all runs together, spread evenly
     null_runs: int = 0  # runs that get null draws; 0 = all
     draws_per_cell: int = 50
     full_table: bool = False  # also the observed diagram of every row
-    null_stream: str = "fast"
+    full_draws: int = 0  # null draws of the full table, where full_table
+    null_stream: str = "fast"  # one of NULL_STREAMS, see DiagramCell
     pom_epochs: int = 40
     neighbours: int = 40
     permutations: int = 399  # draws of the utility study's control: fifteen tests of a table need 300 for Holm
@@ -126,9 +135,10 @@ PRESETS: Mapping[str, Audit] = {
     "audit": Audit(
         study="audit",
         clouds=("circle", "figure_eight", "torus", "gaussian_blob"),
-        draws=199,
-        null_runs=1,
+        draws=1000,
+        null_stream="joint",
         full_table=True,
+        full_draws=199,
         representations=("bits_r4", "bits_r2", "counts_r4", "physchem", "pom_0", "pom_1"),
     ),
     "paper": Audit(
@@ -139,8 +149,8 @@ PRESETS: Mapping[str, Audit] = {
     ),
     "bottleneck": Audit(
         study="bottleneck",
-        draws=199,
-        null_runs=1,
+        draws=1600,
+        null_stream="joint",
         representations=("bits_r4", "pca256", "rp256_0", "rp256_1", "rp256_2", "ae256_0", "ae256_1", "ae256_2"),
     ),
     "ensemble": Audit(study="ensemble", draws=4, representations=tuple(f"pom_{m}" for m in range(10))),
