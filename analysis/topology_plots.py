@@ -14,8 +14,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from analysis import plots
+from analysis.multiplicity import ALPHA
 from analysis.topology_unit import FULL_TABLE, Unit
-from analysis.verdict import ALPHA
 
 _MAX_PANELS = 12
 _PLACE = ["table", "representation", "metric", "route"]
@@ -39,7 +39,10 @@ def _panels(units: Sequence[Unit]) -> tuple[Figure, list[tuple[Axes, Unit]]]:
 
 
 def ratios(cells: pd.DataFrame, path: Path) -> None:
-    """Top-1 ratios with intervals and the line at 1; filled where the Monte-Carlo p is below ALPHA."""
+    """Top-1 ratios with intervals and the line at 1; filled where the Monte-Carlo p is below ALPHA.
+
+    An interval without a lower limit reaches to 0.
+    """
     chosen = cells[cells["statistic"] == "top1_ratio"].reset_index(drop=True)
     if chosen.empty:
         return
@@ -51,27 +54,28 @@ def ratios(cells: pd.DataFrame, path: Path) -> None:
         y = np.arange(len(chosen))[::-1]
         for low, face in ((p < ALPHA, plots.PALETTE[0]), (~(p < ALPHA), "white")):
             part = chosen[low]
-            errors = plots.error_lengths(part["value"], part["lo"], part["hi"])
+            known = part["lo"].notna() | part["hi"].isna()
+            errors = plots.error_lengths(part["value"], part["lo"].where(known, 0.0), part["hi"])
             axis.errorbar(part["value"], y[low], xerr=errors, fmt="o", color=plots.PALETTE[0], mfc=face)
         axis.axvline(1.0, color=plots.GREY, linestyle="--", linewidth=1)
         axis.set_yticks(y, [_label(place) for place in chosen[_PLACE].to_numpy().tolist()])
         axis.set_xlabel(
-            "top-1 persistence / largest null p95 (95% CI over null draws)\n"
-            f"filled: Monte-Carlo p over all nulls < {ALPHA:g}"
+            "top-1 persistence / largest null p95 (95% interval over runs and null draws)\n"
+            f"filled: Monte-Carlo p over all nulls < {ALPHA:g}, not adjusted"
         )
         plots.save(figure, path)
 
 
 def nulls(units: Sequence[Unit], path: Path) -> None:
-    """Histograms of the nulls' largest persistence beside the observed mean over runs."""
-    shown = [u for u in units if u.nulls]
+    """Histograms of the nulls' largest persistence in subsamples, and the observed mean over runs."""
+    shown = [u for u in units if u.tested_runs()]
     if not shown:
         return
     used: dict[str, None] = {}
     with plots.style():
         figure, panels = _panels(shown)
         for axis, unit in panels:
-            drawn = {n: np.concatenate([np.asarray(v) for v in by_run.values()]) for n, by_run in unit.nulls.items()}
+            drawn = {n: null_RB.ravel() for n, null_RB in unit.null_RB(unit.tested_runs()).items()}
             bins = np.histogram_bin_edges(np.concatenate(list(drawn.values())), bins=30)
             for null, values in drawn.items():
                 used[null] = None

@@ -20,14 +20,17 @@ Place = tuple[str, str, str, str]  # table, representation, metric, route
 class Unit:
     """All draws of one (table, representation, metric, route).
 
-    `observed` maps a run to its diagram; `nulls` maps a null and a run to the top 1 of its draws, `null_diagrams` a
-    null to all its diagrams.
+    `observed` maps a run to its diagram, `quantile` to the longest of its loops' lives as a share of the pairwise
+    distances; `nulls` maps a null and a run to the top 1 of its draws, `null_diagrams` to their diagrams. FULL_TABLE is
+    the run of all rows. joint: draw b is one realisation of the whole table in all runs.
     """
 
     place: Place
     observed: dict[int, np.ndarray] = field(default_factory=dict)
+    quantile: dict[int, float] = field(default_factory=dict)
     nulls: dict[str, dict[int, list[float]]] = field(default_factory=dict)
-    null_diagrams: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    null_diagrams: dict[str, dict[int, list[np.ndarray]]] = field(default_factory=dict)
+    joint: bool = False
 
     @property
     def runs(self) -> list[int]:
@@ -38,9 +41,16 @@ class Unit:
         return np.array([top1(self.observed[run]) for run in runs])
 
     def tested_runs(self) -> list[int]:
-        """Runs that every null was drawn for."""
-        drawn = [set(by_run) for by_run in self.nulls.values()]
-        return sorted(set.intersection(*drawn) & set(self.runs)) if drawn else []
+        """Subsamples that every null was drawn for."""
+        return [run for run in self.runs if self._drawn(run)]
+
+    @property
+    def full_tested(self) -> bool:
+        """The full table's diagram is there, and every null was drawn for it."""
+        return FULL_TABLE in self.observed and self._drawn(FULL_TABLE)
+
+    def _drawn(self, run: int) -> bool:
+        return bool(self.nulls) and all(run in by_run for by_run in self.nulls.values())
 
     def null_RB(self, runs: Sequence[int]) -> dict[str, np.ndarray]:
         """{null: top 1 of the draws [R, B] of these runs}, cut to the number of draws that all runs have."""
@@ -49,3 +59,7 @@ class Unit:
             draws = min(len(by_run[run]) for run in runs)
             out[name] = np.array([by_run[run][:draws] for run in runs])
         return out
+
+    def subsample_diagrams(self) -> dict[str, dict[int, list[np.ndarray]]]:
+        """`null_diagrams` without the full table."""
+        return {n: {run: d for run, d in by.items() if run != FULL_TABLE} for n, by in self.null_diagrams.items()}

@@ -30,12 +30,21 @@ def units_of(cells: Sequence[PublishedCell]) -> list[Unit]:
         place = (identity["table"], identity["representation"], identity["metric"], identity["route"])
         unit = units.setdefault(place, Unit(place))
         diagrams = read_diagrams(data)
+        run, values = identity["run"], cell.rows.set_index("metric")["value"]
         if identity["null"] == OBSERVED:
-            unit.observed[identity["run"]] = diagrams[0]
+            unit.observed[run] = diagrams[0]
+            if "h1_top1_quantile" in values:  # ledgers older than this row lack it
+                unit.quantile[run] = float(values["h1_top1_quantile"])
             continue
-        top1 = cell.rows.loc[cell.rows["metric"] == "h1_top1", "value"].tolist()
-        unit.nulls.setdefault(identity["null"], {}).setdefault(identity["run"], []).extend(top1)
-        unit.null_diagrams.setdefault(identity["null"], []).extend(diagrams)
+        unit.joint = identity["null_stream"] == "joint"
+        drawn = unit.nulls.setdefault(identity["null"], {}).setdefault(run, [])
+        if identity["first_draw"] == len(drawn):  # after a gap a draw's place no longer says which draw it is
+            drawn += values.loc[["h1_top1"]].tolist()
+            unit.null_diagrams.setdefault(identity["null"], {}).setdefault(run, []).extend(diagrams)
+    for unit in units.values():
+        for by_run in unit.nulls.values():
+            for run in [run for run, drawn in by_run.items() if not drawn]:
+                del by_run[run]
     return list(units.values())
 
 

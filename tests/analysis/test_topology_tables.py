@@ -30,7 +30,18 @@ def unit(name: str, top: float, *, draws: int, null_top: float = 0.1, runs: int 
     for null in ("permute_columns", "gaussian"):
         values = rng.uniform(0.5 * null_top, null_top, draws)
         made.nulls[null] = {0: values.tolist()}
-        made.null_diagrams[null] = [diagram(v, rng) for v in values]
+        made.null_diagrams[null] = {0: [diagram(v, rng) for v in values]}
+    return made
+
+
+def joint_unit(name: str, top: float, *, draws: int, seed: int = 0) -> Unit:
+    """Draws of the whole table in every run, and of the full table itself."""
+    made = unit(name, top, draws=draws, seed=seed)
+    made.joint = True
+    for null, by_run in made.nulls.items():
+        for run in (FULL_TABLE, *made.runs):
+            by_run[run] = [value + 1e-5 * run for value in by_run[0]]
+            made.null_diagrams[null][run] = made.null_diagrams[null][0]
     return made
 
 
@@ -57,12 +68,39 @@ def test_p_is_the_largest_over_nulls_and_holm_counts_the_tests_of_the_table() ->
     assert value(result, "clear", "p_holm") == pytest.approx(2 / 200)
     per_null = result.cells[(result.cells["representation"] == "weak") & (result.cells["statistic"] == "p_null")]
     assert value(result, "weak", "p_max_over_nulls") == per_null["value"].max()
-    assert not result.published_rule
+    assert not result.few_draws
+
+
+def test_the_full_table_is_tested_itself_and_its_verdict_rests_on_that() -> None:
+    """Every subsample beats its nulls; the whole table does not."""
+    made, other = joint_unit("physchem", 0.4, draws=199), joint_unit("clear", 0.4, draws=199, seed=1)
+    for by_run in made.nulls.values():
+        by_run[FULL_TABLE] = [value + (0.4 if draw % 2 else 0.0) for draw, value in enumerate(by_run[FULL_TABLE])]
+    result = audit([made, other])
+    assert value(result, "physchem", "p_subsamples") == pytest.approx(1 / 200)
+    assert value(result, "physchem", "p_full_table") == value(result, "physchem", "p_max_over_nulls") > 0.4
+    assert result.verdicts["t", "physchem"].label == "not distinguishable"
+    assert result.verdicts["t", "clear"].label.startswith("real")
+    assert value(result, "clear", "top1_ratio_full", "lo") > 1
+
+
+def test_a_ratio_has_an_interval_only_where_runs_and_draws_give_one() -> None:
+    every = value(audit([joint_unit("x", 0.4, draws=199)]), "x", "top1_ratio", "lo")
+    assert every > 1
+    for made, needs in (
+        (unit("x", 0.4, draws=199), "needs null draws of every run"),
+        (unit("x", 0.4, draws=199, runs=1), "needs ≥ 2 runs"),
+        (joint_unit("x", 0.4, draws=8), "lower limit needs ≥ 72 independent null draws, 32 are worth"),
+    ):
+        cells = audit([made]).cells
+        row = cells[cells["statistic"] == "top1_ratio"].iloc[0]
+        assert np.isnan(row["lo"])
+        assert needs in row["needs"]
 
 
 def test_verdicts_follow_the_rule() -> None:
     result = audit([unit("mine", 0.4, draws=199), unit("physchem", 0.05, draws=199, seed=2)])
-    assert result.verdicts["t", "mine"].label == "real and unique"
+    assert result.verdicts["t", "mine"].label == "real, not found in baselines"
     assert result.verdicts["t", "physchem"].label == "not distinguishable"
     both = audit([unit("mine", 0.4, draws=199), unit("physchem", 0.5, draws=199, seed=2)])
     assert both.verdicts["t", "mine"].label == "real but not unique"
@@ -110,6 +148,7 @@ def test_report_has_the_checkpoints_and_the_pooled_ratio(tmp_path: Path, monkeyp
     relative = value(result, "pom_*", "checkpoint_bottleneck_relative")
     assert f"| {relative:.4g} |" in matched
     assert "pom_*" not in text.split("## Matching over checkpoints")[0] + others
+    assert "published ratio" in text
     assert "| pooled ratio |" in text
     assert f"| {value(result, 'pom_0', 'pooled_ratio'):.4g} |" in text
     kept = pd.read_parquet(tmp_path / "universal.parquet")
@@ -133,24 +172,28 @@ def test_every_loop_of_the_full_table_gets_a_universal_p() -> None:
 
 def test_pooled_ratio_is_over_all_loops_of_a_null() -> None:
     made = unit("mine", 0.4, draws=5)
-    lives = [np.concatenate([d[:, 1].astype(float) - d[:, 0] for d in drawn]) for drawn in made.null_diagrams.values()]
+    drawn = [by_run[0] for by_run in made.null_diagrams.values()]
+    lives = [np.concatenate([d[:, 1].astype(float) - d[:, 0] for d in diagrams]) for diagrams in drawn]
     expected = made.top1(made.runs).mean() / max(np.quantile(life, 0.95) for life in lives)
     assert value(audit([made]), "mine", "pooled_ratio") == pytest.approx(expected)
 
 
-def test_advice_counts_the_tests_of_the_table_and_says_the_power() -> None:
+def test_advice_counts_the_tests_of_the_table() -> None:
     names = ("one", "two", "three")
     other = unit("one", 0.4, draws=39)
     other.place = ("t", "one", "cosine", "direct")
     lines = audit([*(unit(name, 0.4, draws=39, seed=i) for i, name in enumerate(names)), other]).advice
-    assert "p < 0.05 over 3 tests needs 60 null draws or more, one run with 39 has power 0.00" in lines[0]
-    assert "p < 0.05 over 1 test needs 20 null draws or more, one run with 39 has power 1.00" in lines[-1]
+    assert "p < 0.05 over 3 tests needs ≥ 60 null draws, there are 39" in lines[0]
+    assert "p < 0.05 over 1 test needs ≥ 20 null draws, there are 39" in lines[-1]
 
 
-def test_too_few_draws_fall_back_on_the_published_rule_and_say_so() -> None:
+def test_too_few_draws_give_no_verdict_and_say_what_it_needs() -> None:
+    """A ratio far above 1 is no detection."""
     result = audit([unit("mine", 0.4, draws=8)])
-    assert result.published_rule
-    assert result.verdicts["t", "mine"].label == "real, uniqueness not tested"
+    assert result.few_draws
+    assert value(result, "mine", "top1_ratio") > 3
+    assert result.verdicts["t", "mine"].label == "undecided"
+    assert result.verdicts["t", "mine"].sentence.endswith("needs ≥ 20 null draws, there are 8")
 
 
 def test_partial_units_are_reported_not_fatal() -> None:
@@ -166,8 +209,8 @@ def test_partial_units_are_reported_not_fatal() -> None:
 
 def test_draws_must_be_enough_for_holm_over_all_representations() -> None:
     many = [unit(f"r{i}", 0.4, draws=39, seed=i) for i in range(3)]
-    assert audit(many).published_rule  # 3 / 40 > 0.05: no verdict may rest on these p-values
-    assert not audit(many[:1]).published_rule
+    assert audit(many).few_draws  # 3 / 40 > 0.05: no verdict may rest on these p-values
+    assert not audit(many[:1]).few_draws
 
 
 def test_other_metrics_of_a_representation_are_not_tests_of_their_own() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import uuid
 from dataclasses import replace
@@ -23,12 +24,22 @@ from sweeps._context import PackContext
 from sweeps._ledger import Ledger
 from sweeps._sweep import UserError
 from sweeps._topology_report import write
-from sweeps._topology_run import landmark_seed, null_seed, run_pack, run_rows
+from sweeps._topology_run import landmark_seed, null_rows, null_seed, run_pack, run_rows
 from sweeps._topology_sources import table_name
 from sweeps._where import Machine, RunSettings
 from sweeps.odor_topology import PRESETS, SWEEP, Audit, DiagramCell, MemberCell
 
-SHAPES = Audit(study="audit", table="cloud:circle", clouds=("gaussian_blob",), draws=39, null_runs=1, runs=3, rows=120)
+SHAPES = Audit(
+    study="audit",
+    table="cloud:circle",
+    clouds=("gaussian_blob",),
+    draws=117,
+    runs=3,
+    rows=120,
+    null_stream="joint",
+    full_table=True,
+    full_draws=39,
+)
 MACHINE = Machine(nodes=1, cpus=2, gpus=0, memory_bytes=8 * 2**30, hardware="test")
 
 
@@ -54,7 +65,13 @@ def test_known_shapes_get_their_verdicts(tmp_path: Path) -> None:
     table = pd.read_parquet(tmp_path / "cells.parquet")
     assert {"table", "representation", "metric", "route", "statistic", "value", "lo", "hi", "p", "null"} <= set(table)
     ratio = table[(table["table"] == "cloud:circle") & (table["statistic"] == "top1_ratio")].iloc[0]
-    assert ratio["lo"] > 1
+    assert ratio["value"] > 2
+    assert np.isnan(ratio["lo"])  # 117 draws of three runs bound no 95th percentile from above
+    assert "lower limit needs ≥ 72 independent null draws, 117 are worth" in ratio["needs"]
+    shares = table[table["statistic"] == "observed_top1_quantile_full"].set_index("table")["value"]
+    assert shares["cloud:circle"] > 0.3 > shares["cloud:gaussian_blob"] > 0
+    tested = table.set_index(["table", "statistic"])["value"]
+    assert tested["cloud:circle", "p_full_table"] == tested["cloud:circle", "p_subsamples"] == 1 / 40
     loops = pd.read_parquet(tmp_path / "universal.parquet").set_index("table")
     circle, blob = loops.loc["cloud:circle"], loops.loc["cloud:gaussian_blob"]
     assert circle["p"].to_numpy().argmin() == (circle["death"] - circle["birth"]).to_numpy().argmax()
@@ -77,6 +94,30 @@ def test_draws_do_not_depend_on_how_they_are_cut_into_cells() -> None:
         ]
         values.append(sorted(rows))
     assert values[0] == values[1]
+
+
+def test_a_joint_draw_is_one_table_for_all_runs() -> None:
+    preset = replace(SHAPES, table="embedded", clouds=(), representations=("bits_r4",), draws=10, full_draws=5)
+    cells = [c for c in SWEEP.plan(preset) if isinstance(c, DiagramCell) and c.null == "fixed_margin"]
+    assert [(c.run, c.draws) for c in cells] == [(-1, 5), (0, 4), (1, 4), (2, 4)]  # 10 over 3 runs, rounded up
+    assert len({null_seed(c, 3) for c in cells}) == 1
+    assert null_seed(cells[0], 3) != null_seed(cells[0], 2)
+    bits = molecules.morgan(molecules.embedded().smiles)
+    whole = null_rows(cells[0], 1, bits, np.arange(len(bits)))
+    assert (whole.sum(axis=0) == bits.sum(axis=0)).all()
+    rows_n = run_rows(len(bits), 2, 120)
+    np.testing.assert_array_equal(null_rows(cells[-1], 1, bits, rows_n), whole[rows_n])
+    own = replace(cells[-1], null_stream="fast")
+    assert (null_rows(own, 1, bits, rows_n).sum(axis=0) == bits[rows_n].sum(axis=0)).all()
+
+
+def test_keys_of_cells_that_mean_the_same_stay() -> None:
+    """Digests of the plans' keys at the commit before joint draws."""
+    audit = replace(PRESETS["audit"], representations=("bits_r4",), clouds=())
+    paper = replace(PRESETS["paper"], representations=("bits_r4", "physchem"))
+    observed = [c for c in SWEEP.plan(audit) if isinstance(c, DiagramCell) and c.null == "observed"]
+    for cells, known in ((observed, "5e52faab6e9b134c"), (SWEEP.plan(paper), "7c9591c8e21b04b8")):
+        assert hashlib.sha256("".join(c.key for c in cells).encode()).hexdigest()[:16] == known
 
 
 def test_runs_and_seeds_are_the_published_ones() -> None:
