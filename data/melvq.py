@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import math
 import time
+import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -163,7 +165,22 @@ class MelVQ:
 
     @classmethod
     def load(cls, path: str | Path) -> MelVQ:
-        """Read what `save` wrote; raises ValueError for another kind of file."""
+        """Read what `save` wrote; raises ValueError for another kind of file or a damaged one."""
+        try:
+            return cls._load(path)
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            EOFError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            NotImplementedError,
+        ) as e:
+            raise ValueError(f"{path} is no melvq, or a damaged one ({e}); make one with data.melvq.train") from e
+
+    @classmethod
+    def _load(cls, path: str | Path) -> MelVQ:
         with np.load(path, allow_pickle=False) as stored:
             names = set(MelVQSpec.__dataclass_fields__)
             if not names | {"mean", "centroids"} <= set(stored.files):

@@ -9,7 +9,7 @@ Shapes: B batch, K codebooks, T steps, D model width, V vocabulary a codebook (c
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from models.attention import Attention
 from models.cache_health import GateSums, gate_sums
 from models.codebook_loss import CodebookLoss, check_tokens, codebook_loss
 from models.gated_delta import GatedDeltaNet, SimpleDeltaNet
-from models.layers import FusedLinear, Mixer, RMSNorm, SwiGLU
+from models.layers import FusedLinear, Mixer, ResidualDropout, RMSNorm, SwiGLU
 from models.linear_attention import LinearAttention
 from models.mamba import Mamba, Mamba2
 from models.memory_cache import CachedLinearAttention, CachedMixer, CachedOutput, MemoryCacheConfig
@@ -47,6 +47,7 @@ class CodecLMConfig:
     None for no attention; force_final_attention makes the last layer attention too. head_k, head_v: widths of a
     Gated DeltaNet head. delta_rule: of linear attention. d_state, expand, mamba2_head: of the two Mambas.
     impl: kernel of the mixers (see models.ops); it changes speed, not the function. text: conditioning on texts.
+    dropout: share of what each mixer, cross-attention and MLP adds that is dropped in training.
     """
 
     d_model: int
@@ -72,8 +73,11 @@ class CodecLMConfig:
     norm_eps: float = 1e-6
     impl: str = "auto"
     text: TextConfig | None = None
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must lie in 0..1, below 1; 0.1 drops a tenth")
         for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "n_codebooks", "context", "codebook_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; choose {name} >= 1")
@@ -134,10 +138,12 @@ class CodecLMConfig:
 
 
 def config_facts(config: CodecLMConfig) -> dict[str, Any]:
-    """The configuration as JSON values, as checkpoints hold it; without text conditioning they do not mention it."""
+    """The configuration as JSON values, as checkpoints hold it; what a model does without they do not mention."""
     facts = asdict(config)
     if config.text is None:
         del facts["text"]
+    if not config.dropout:
+        del facts["dropout"]
     return facts
 
 
@@ -184,9 +190,14 @@ def build_mixer(config: CodecLMConfig, layer: int) -> Mixer:
     return CachedOutput(mixer, c.d_model, c.memory_cache)
 
 
+def _whole(x: Tensor) -> Tensor:
+    return x
+
+
 class Block(nn.Module):
     """x + mixer(norm(x)), in some x + cross_attention(norm(x), text), then x + SwiGLU(norm(x)).
 
+    In training each of the three terms goes through dropout, where the configuration has some.
     keys: of the text, see `CodecLM.text_keys`; None in a block without cross-attention.
     """
 
@@ -200,15 +211,16 @@ class Block(nn.Module):
             self.cross = CrossAttention(config.d_model, config.text.width, config.n_heads, norm_eps=config.norm_eps)
         self.mlp_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.mlp = SwiGLU(config.d_model, config.d_ff)
+        self.dropout = ResidualDropout(config.dropout)
 
-    def _after_mixer(self, x_BTD: Tensor, keys: TextKeys | None) -> Tensor:
+    def _after_mixer(self, x_BTD: Tensor, keys: TextKeys | None, drop: Callable[[Tensor], Tensor] = _whole) -> Tensor:
         if self.cross is not None:
             assert keys is not None
-            x_BTD = x_BTD + self.cross(self.cross_norm(x_BTD), keys)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+            x_BTD = x_BTD + drop(self.cross(self.cross_norm(x_BTD), keys))
+        return x_BTD + drop(self.mlp(self.mlp_norm(x_BTD)))
 
     def forward(self, x_BTD: Tensor, keys: TextKeys | None = None) -> Tensor:
-        return self._after_mixer(x_BTD + self.mixer(self.mixer_norm(x_BTD)), keys)
+        return self._after_mixer(x_BTD + self.dropout(self.mixer(self.mixer_norm(x_BTD))), keys, self.dropout)
 
     def prefill(self, x_BTD: Tensor, max_steps: int, keys: TextKeys | None = None) -> tuple[Tensor, Any]:
         y, state = self.mixer.prefill(self.mixer_norm(x_BTD), max_steps)
@@ -271,6 +283,18 @@ class CodecLM(nn.Module):
             for name, parameter in self.named_parameters():
                 if name.endswith(("out.weight", "mlp.down.weight")):
                     parameter.mul_(1 / math.sqrt(2 * layers[name.split(".")[0]]))
+
+    def seed_dropout(self, seeds_B: Sequence[int]) -> None:
+        """Draw the dropout of the next forward pass from a stream for each of its clips; with none, from global state.
+
+        seeds_B: 64-bit numbers. Nothing happens in a model without dropout.
+        """
+        if not self.config.dropout:
+            return
+        streams = [torch.Generator(self.heads.device).manual_seed(seed) for seed in seeds_B]
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.dropout.streams = streams
 
     def embed(self, tokens_BKT: Tensor) -> Tensor:
         """[B, K, T] tokens -> [B, T, D]. Raises ValueError for a wrong K or a token outside the vocabulary."""

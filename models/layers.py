@@ -78,6 +78,31 @@ class Mixer(nn.Module, ABC):
         """Initialise the parameters that are not inside a projection or a norm."""
 
 
+class ResidualDropout(nn.Module):
+    """Dropout (Srivastava et al. 2014) of what a part of a block adds, in training alone.
+
+    streams: a generator a clip, drawn from in turn by all blocks, so that a clip's mask does not depend on which clips
+    share its batch, micro-batch or process. Without any, the masks come from the global random state.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+        self.streams: list[torch.Generator] = []
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Each number 0 with probability p, else divided by 1 - p; raises ValueError for another number of clips."""
+        if not self.training or not self.p:
+            return x_BTD
+        if not self.streams:
+            return F.dropout(x_BTD, self.p)
+        if len(self.streams) != len(x_BTD):
+            raise ValueError(f"{len(self.streams)} random streams for {len(x_BTD)} clips; seed one a clip")
+        shape, device = x_BTD.shape[1:], x_BTD.device
+        keep_BTD = torch.stack([torch.rand(shape, generator=g, device=device) >= self.p for g in self.streams])
+        return x_BTD * keep_BTD / (1 - self.p)
+
+
 class SwiGLU(nn.Module):
     """W_down (silu(W_gate x) * W_up x), without biases (Shazeer 2020, arXiv 2002.05202)."""
 

@@ -273,7 +273,8 @@ def _facts(cells: Sequence[PublishedCell], tokens: dict[str, Any], study: Study)
         + _resampled(rates, codec["sample_rate"]),
         *_content_line(tokens),
         f"odd recordings: {odd}",
-        f"{study.steps} steps of {study.batch_size} clips, seeds {', '.join(map(str, seeds))}",
+        f"{study.steps} steps of {study.batch_size} clips, seeds {', '.join(map(str, seeds))}"
+        + (f", dropout {study.dropout:g}" if study.dropout else ""),
         f"hardware: {recorded(cells, 'hardware')}",
         f"commit: {recorded(cells, 'git_commit')}",
     ]

@@ -194,6 +194,7 @@ class _CellRun:
             ),
             world=context.world,
             maker=f"{cell.SWEEP} version {cell.VERSION}",
+            seed=cell.seed,
         )
         self.stream = TrainingStream(train_clips, cell, self.config, context.device)
         self._scored: dict[CodecLM, tuple[tuple[int, int], CodebookScores]] = {}

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from data.split import identity_hash
 from models._allocator import keep_freed_memory
 from models._bfloat16 import multiplies_bfloat16
 from models.codec_lm import CodecLM, config_facts
@@ -133,6 +134,7 @@ class Trainer:
     """Model, optimizer and averaged weights at one step of a trajectory.
 
     maker: name and version of what trains, kept in checkpoints and required of them.
+    seed: of dropout; each clip's masks follow from it, the step and the clip's place in the batch alone.
     best: step and value of the best measurement of the averaged weights so far.
     """
 
@@ -140,6 +142,7 @@ class Trainer:
     config: TrainConfig
     world: World = field(default_factory=World)
     maker: str = ""
+    seed: int = 0
     step_count: int = 0
     real_tokens: int = 0
     running: dict[str, float] = field(default_factory=dict)
@@ -232,18 +235,22 @@ class Trainer:
         idle = world.rank >= len(batch.targets_BKT)
         share = slice(0, 1) if idle else slice(world.rank, None, world.size)
         inputs_BKT, targets_BKT = batch.inputs_BKT[share], batch.targets_BKT[share]
+        seeds = [identity_hash(f"{self.seed} {self.step_count} {clip}", salt="dropout") for clip in
+                 range(len(batch.targets_BKT))[share]]  # fmt: skip
         texts = batch.texts and batch.texts.rows(share)
         size = self.config.micro_batch or len(targets_BKT)
         starts = range(0, len(targets_BKT), size)
         for start in starts:
             some = slice(start, start + size)
             inputs_bKT, targets_bKT = inputs_BKT[some], targets_BKT[some]
+            self.model.seed_dropout(seeds[some])
             with self._apart(last=start == starts[-1]):
                 with autocast(self.device, self.config.precision):
                     mean = self._loss(inputs_bKT, targets_bKT, texts and texts.rows(some))
                 part = mean * (0 if idle else (targets_bKT != pad).sum() / total)
                 (part * world.size).backward()  # the processes' gradients are averaged
             loss += part.detach()
+        self.model.seed_dropout(())
         return float(loss)
 
     def _apart(self, *, last: bool) -> AbstractContextManager[Any]:

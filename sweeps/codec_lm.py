@@ -59,6 +59,11 @@ class LMCell(Cell):
     precision: str
     eval_every: int
     eval_clips: int
+    dropout: float = 0.0
+
+    def identity(self) -> dict[str, Any]:
+        """The fields as plain JSON values; `dropout` only where there is some, as cells had none for long."""
+        return {name: value for name, value in super().identity().items() if name != "dropout" or value}
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "eval_every"):
@@ -74,6 +79,8 @@ class LMCell(Cell):
             raise UserError(f"lr={self.lr} must be positive and lr_end={self.lr_end} in 0..lr")
         if self.precision not in ("float32", "bfloat16"):
             raise UserError(f"precision={self.precision!r} is not known; choose float32 or bfloat16")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout={self.dropout} must lie in 0..1, below 1; 0.1 drops a tenth")
         if not 0 < self.holdout < 1:
             raise UserError(f"holdout={self.holdout} must lie between 0 and 1; 0.05 holds out one recording in twenty")
 
@@ -103,7 +110,7 @@ class LMCell(Cell):
 
     def lm_config(self) -> Any:
         """Configuration of the model to train. Raises UserError for a scale or architecture that is not known."""
-        return _config(self.scale, self.architecture)
+        return _config(self.scale, self.architecture, dropout=self.dropout)
 
     def training_clips(self, clips: TokenClips) -> TokenClips:
         """Those of the training side that the model is trained on: all of them."""
@@ -155,7 +162,7 @@ class TextCell(LMCell):
             raise UserError(f"text_dropout={self.text_dropout} must lie in 0..1, below 1; 0.1 drops one text in ten")
 
     def lm_config(self) -> Any:
-        return _config(self.scale, self.architecture, text=self.text != NONE)
+        return _config(self.scale, self.architecture, text=self.text != NONE, dropout=self.dropout)
 
     def usable_clips(self, clips: TokenClips) -> tuple[TokenClips, dict[str, int]]:
         from models.lm_presets import text_config
@@ -186,6 +193,7 @@ class Study(TokenStudy):
     sample_n: int = 32  # generated clips a model, for the distances to real audio
     text: tuple[str, ...] = ()  # none, bytes: a text study, each architecture without and with transcripts
     text_dropout: float = 0.1
+    dropout: float = 0.0  # share of what each mixer and MLP adds that is dropped in training
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -289,6 +297,7 @@ PRESETS: dict[str, Study] = {
         eval_every=2000,
         eval_clips=256,
         sample_s=20.0,
+        dropout=0.1,  # the published model's
     ),
 }
 _TEXT = ("none", "bytes")
@@ -438,11 +447,11 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _config(scale: str, architecture: str, *, text: bool = False) -> Any:
+def _config(scale: str, architecture: str, *, text: bool = False, dropout: float = 0.0) -> Any:
     from models.lm_presets import scale_config
 
     try:
-        return scale_config(scale, architecture, text=text)
+        return replace(scale_config(scale, architecture, text=text), dropout=dropout)
     except ValueError as error:
         raise UserError(str(error)) from error
 

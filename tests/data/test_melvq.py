@@ -126,3 +126,16 @@ def test_impossible_training(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", a=np.zeros(3))
     with pytest.raises(ValueError, match="not a melvq"):
         MelVQ.load(tmp_path / "x.npz")
+
+
+def test_damaged_files_are_one_line(tmp_path: Path) -> None:
+    spec = MelVQSpec(n_mels=8, n_codebooks=1, codebook_size=4)
+    whole = MelVQ(spec, torch.zeros(8), torch.zeros(1, 4, 8)).save(tmp_path / "m.npz").read_bytes()
+    np.save(tmp_path / "matrix.npy", np.zeros(3))
+    spoilt = bytearray(whole)
+    spoilt[60:100] = b"\xff" * 40
+    for data in (whole[:200], bytes(spoilt), b"", b"no codec", (tmp_path / "matrix.npy").read_bytes()):
+        (tmp_path / "x.npz").write_bytes(data)
+        with pytest.raises(ValueError, match=r"x\.npz|pickled|empty|No data") as caught:
+            MelVQ.load(tmp_path / "x.npz")
+        assert "\n" not in str(caught.value)
