@@ -30,6 +30,8 @@ _INVERSION_STEPS = 30
 _GRIFFIN_LIM_STEPS = 32
 _MOMENTUM = 0.99
 _ENCODE_ROWS = 8192
+# what numpy and zipfile raise for a damaged or foreign file, besides OSError
+_NPZ_ERRORS = (ValueError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,15 +170,7 @@ class MelVQ:
         """Read what `save` wrote; raises ValueError for another kind of file or a damaged one."""
         try:
             return cls._load(path)
-        except (
-            zipfile.BadZipFile,
-            zlib.error,
-            EOFError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            NotImplementedError,
-        ) as e:
+        except (*_NPZ_ERRORS, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{path} is no melvq, or a damaged one ({e}); make one with data.melvq.train") from e
 
     @classmethod
