@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from sweeps._code import OTHER_CODE
 from sweeps._sweep import Pack
 
 _MEMORY = re.compile(
@@ -13,6 +14,7 @@ _MEMORY = re.compile(
 )
 _THRESHOLD = re.compile(r"exceeded threshold of \d+B \((?P<percent>[\d.]+)%")
 _DEAD = re.compile(r"The actor died|The actor is dead|The worker died|The actor \S+ is unavailable|node is either dead")
+_OTHER_CODE = re.compile(rf"a worker on [^\n]*{OTHER_CODE}[^\n]*")
 _DETAIL = re.compile(r"Worker exit detail: (?P<why>[^.]+)\.")
 
 
@@ -28,6 +30,12 @@ def death(text: str, pack: Pack) -> str | None:
         why = _DETAIL.search(text)
         return f"its worker died ({' '.join(why['why'].split())})" if why else "its worker died"
     return None
+
+
+def refusal(text: str) -> str | None:
+    """The line of a worker that would have run other code than its launch; None where there is none in `text`."""
+    found = _OTHER_CODE.search(text)
+    return found[0].strip() if found else None
 
 
 def _usage(text: str) -> str:

@@ -14,9 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sweeps import _limits
 from sweeps._board import Board
+from sweeps._code import other_code
 from sweeps._context import PackContext
-from sweeps._crash import death, last_failure
+from sweeps._crash import death, last_failure, refusal
 from sweeps._ledger import Ledger
 from sweeps._secrets import VARIABLE as LOGINS
 from sweeps._secrets import without_password
@@ -153,7 +155,7 @@ def _board_callback(
             text = without_password(last_failure(Path(trial.error_file).read_text(encoding="utf-8")))
         except OSError:
             return "crashed"
-        line = death(text, packs[name])
+        line = refusal(text) or death(text, packs[name])
         if line is None:
             line = text.splitlines()[-1].strip() if text else "crashed"
             if not SYSTEM_ERROR.search(line):
@@ -171,6 +173,8 @@ def _board_callback(
                 board.say(f"{trial.config['pack']}: {line}")
             if keys := state.pop("keys", None):
                 published(keys)
+            if line := state.pop("refused", None):
+                errors[trial.config["pack"]] = line
             board.update(trial.config["pack"], state)
 
         def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
@@ -202,6 +206,9 @@ def run_one(
 ) -> None:
     """Body of a trial, in its worker process: set the threads, run what is not yet published, sort the errors."""
     prepare_process()
+    if (line := other_code()) is not None:  # files changed since this worker began
+        report({"progress": {"refused": line}})
+        return
     threads = max(1, int(pack.cpus))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
@@ -219,7 +226,7 @@ def run_one(
         report=lambda state: report({"progress": state}),
         launch_id=launch_id,
         pack=pack.name,
-        share=pack.gpus or pack.cpus / (os.cpu_count() or 1),
+        share=pack.gpus or pack.cpus / _limits.here().cpus,
     )
     context.progress(force=True, published=len(done), keys=sorted(done))
     if cells:
@@ -231,6 +238,9 @@ def run_one(
             if terminated():  # this node is going away, the launch goes on: a retry finds another place
                 raise RuntimeError(f"SIGTERM: {stop}") from stop
         except PERMANENT as error:
+            if (line := refusal(str(error))) is not None:  # a data task's worker, or one of Ray Train's
+                report({"progress": {"refused": line}})
+                return
             if not isinstance(error, UserError):
                 traceback.print_exc()
             published = ledger.done(c.key for c in cells)

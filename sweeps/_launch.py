@@ -1,7 +1,7 @@
 """The one command line of every sweep: plan → skip what is done → pack → Ray Tune → report.
 
     python sweeps/NAME.py [--preset P] [--plan] [--only KEY ...] [--report] [--retry-failed] [--storage URI]
-                          [--tracking-uri URI] [--address ADDR] [--set field=value ...]
+                          [--tracking-uri URI] [--report-dir DIR] [--address ADDR] [--set field=value ...]
 
 Exit codes: 0 when every planned cell is published, 2 for bad arguments, 1 otherwise.
 """
@@ -20,21 +20,24 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from sweeps._address import check as check_address
 from sweeps._board import Board, duration, quantity
 from sweeps._claims import Claims
+from sweeps._code import OTHER_CODE, own_code
 from sweeps._cost import cost_lines
 from sweeps._execute import SYSTEM_ERROR, one_line, run_packs
 from sweeps._ledger import Ledger
 from sweeps._secrets import clean_arguments, given, hide_arguments
 from sweeps._stop import Stopper
 from sweeps._sweep import Cell, Pack, Sweep, UserError, apply_settings, nearest
-from sweeps._track import Tracker, default_uri
-from sweeps._where import Machine, RunSettings, connect, git_commit, normal_storage, prepare_process
+from sweeps._track import Tracker, default_uri, normal_uri, sqlite_file
+from sweeps._where import Machine, RunSettings, check_folder, connect, git_commit, normal_storage, prepare_process
 
 _WAIT_SECONDS = 2.0  # before the ledger is looked at again for the cells of other launches
 _WAIT_SHARE = 20  # ... and at least so many times what the last look took
 _INDEX_SECONDS = 30.0
 _LEAVE_SECONDS = 5.0  # that a launch which got SIGTERM gives MLflow
+_CLOSE_SECONDS = 60.0  # ... and one that an error ended: a new database takes some seconds to make
 
 
 def parser(sweep: Sweep) -> argparse.ArgumentParser:
@@ -53,6 +56,7 @@ def parser(sweep: Sweep) -> argparse.ArgumentParser:
     storage = os.environ.get("PLUMBLINE_STORAGE") or "runs/ledger"
     p.add_argument("--storage", default=storage, metavar="URI", help="ledger: a path, s3:// or what else fsspec knows")
     p.add_argument("--tracking-uri", default=None, metavar="URI", help="MLflow; default: SQLite under runs/")
+    p.add_argument("--report-dir", default="runs/reports", metavar="DIR", help="reports; default: runs/reports")
     p.add_argument("--address", default=None, metavar="ADDR", help="Ray cluster to join (auto, HOST:PORT)")
     p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of the preset")
     return p
@@ -62,7 +66,12 @@ def main(module: str, argv: Sequence[str] | None = None) -> int:
     """Run the sweep that `module` names as SWEEP; returns the exit code."""
     if argv is None:
         hide_arguments()
-    prepare_process()
+    try:
+        prepare_process()
+    except UserError as error:
+        print(f"{module}: {one_line(error)}", file=sys.stderr)
+        return 2
+    own_code()
     sweep: Sweep = importlib.import_module(module).SWEEP
     arguments = parser(sweep).parse_args(clean_arguments(sys.argv[1:] if argv is None else argv))
     stopper = Stopper()
@@ -92,13 +101,13 @@ class _Launch:
         arguments.storage = given(arguments.storage, "--storage")
         self.storage = normal_storage(arguments.storage)
         tracking = arguments.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri()
-        self.tracking_uri = given(tracking, "--tracking-uri")
+        self.tracking_uri = normal_uri(given(tracking, "--tracking-uri"))
         self.ledger = Ledger(self.storage, sweep.name, sweep.version)
         self.cells = self._planned()
         self.by_key = {cell.key: cell for cell in self.cells}
         self.done = self.ledger.done(self.by_key)
         self.failures = self.ledger.failures(set(self.by_key) - self.done)
-        self.out = Path("runs/reports") / sweep.name / arguments.preset
+        self.out = Path(arguments.report_dir).expanduser() / sweep.name / arguments.preset
 
     def _planned(self) -> list[Cell]:
         cells = list({cell.key: cell for cell in self.sweep.plan(self.preset)}.values())  # a grid may name one twice
@@ -119,6 +128,7 @@ class _Launch:
         if self.arguments.report:
             if not self.done:
                 raise UserError(f"none of the {len(self.cells)} cells is published in {self.ledger.store.uri}")
+            self._check_report_folder()
             for line in self._report():
                 print(line)
             return 0 if len(self.done) == len(self.cells) else 1
@@ -173,13 +183,26 @@ class _Launch:
         for line in lines:
             print(f"  {line}")
 
-    def _execute(self) -> int:
+    def _check_report_folder(self) -> None:
+        check_folder(self.out, "the folder for reports", "choose another with --report-dir DIR")
+
+    def _check_places(self, missing: list[Cell]) -> None:
+        """Raise UserError for a place that cannot be written and a cluster that is gone, before work is spent."""
         self.ledger.store.check_writable()
+        self._check_report_folder()
+        if (database := sqlite_file(self.tracking_uri)) is not None:
+            remedy = "name another store with --tracking-uri, such as sqlite:////tmp/mlflow.db"
+            check_folder(database.parent, "the folder of MLflow's database", remedy)
+        if missing:
+            check_address(self.arguments.address)
+
+    def _execute(self) -> int:
+        missing = [c for c in self.cells if c.key not in self.done]
+        self._check_places(missing)
         self.ledger.store.remove_leftovers()
         started = time.monotonic()
         print(f"{self.sweep.name} --preset {self.arguments.preset} → {self.ledger.store.uri}")
         self._print_banner()
-        missing = [c for c in self.cells if c.key not in self.done]
         if missing and (preflight := getattr(self.sweep, "preflight", None)):
             for line in preflight(missing, self.preset, self.run) or ():
                 print(f"  {line}")
@@ -202,9 +225,8 @@ class _Launch:
             claims.release()
 
     def _execute_with(self, claims: Claims, fingerprints: dict[str, str], board: Board, started: float) -> int:
-        uri = self.tracking_uri
         tracker = Tracker(
-            uri,
+            self.tracking_uri,
             self.ledger,
             claims,
             artifact_mb=self.run.mlflow_artifact_mb,
@@ -217,6 +239,25 @@ class _Launch:
             {"plumbline.preset": self.arguments.preset, "plumbline.git_commit": git_commit()},
         )
         tracker.want(sorted(self.done))
+        status = "FAILED"
+        try:
+            return self._work_and_report(fingerprints, claims, tracker, board, started)
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:  # whatever ended the launch, its run does not stay open
+            tracker.leave(status, self._metrics(started), _CLOSE_SECONDS)
+
+    def _metrics(self, started: float) -> dict[str, float]:
+        return {
+            "cells_done": len(self.done),
+            "cells_planned": len(self.cells),
+            "seconds": time.monotonic() - started,
+        }
+
+    def _work_and_report(
+        self, fingerprints: dict[str, str], claims: Claims, tracker: Tracker, board: Board, started: float
+    ) -> int:
         interrupted = False
         trouble: OSError | None = None
         try:
@@ -234,15 +275,11 @@ class _Launch:
             board.close()
         whole = len(self.done) == len(self.cells)
         status = "FINISHED" if whole else "KILLED" if interrupted else "FAILED"
-        metrics = {
-            "cells_done": len(self.done),
-            "cells_planned": len(self.cells),
-            "seconds": time.monotonic() - started,
-        }
+        metrics = self._metrics(started)
         if interrupted and self.stopper.terminated:  # SIGKILL follows soon: others may go on at once
             claims.release()
             tracker.leave(status, metrics, _LEAVE_SECONDS)
-            self._close(["report       left out: --report makes it"], tracker, False, uri, started)
+            self._close(["report       left out: --report makes it"], tracker, False, started)
             raise KeyboardInterrupt
         tracker.want(sorted(self.done))
         with contextlib.suppress(OSError):  # the index only saves reading
@@ -250,7 +287,7 @@ class _Launch:
         lines = self._report() if self.done else []
         files = sorted(p for p in self.out.glob("*") if p.is_file()) if lines else []
         synced = tracker.finish(status, metrics, files)
-        self._close(lines, tracker, synced, uri, started)
+        self._close(lines, tracker, synced, started)
         if interrupted:
             raise KeyboardInterrupt
         if trouble is not None:
@@ -318,6 +355,8 @@ class _Launch:
             for cell in pack.cells:
                 if cell.key not in done and cell.key not in failed:
                     reason = errors.get(pack.name, "its pack ended without publishing it")
+                    if OTHER_CODE in reason:
+                        raise UserError(reason)
                     if SYSTEM_ERROR.search(reason):  # the storage's or the machine's fault, not the cell's
                         trouble = reason
                     else:
@@ -334,7 +373,8 @@ class _Launch:
             lines = [*lines, f"partial      {len(keys)} of {self.planned} planned cells"]
         return [*lines, f"report       {self.out / 'report.md'}"]
 
-    def _close(self, lines: list[str], tracker: Tracker, synced: bool, uri: str, started: float) -> None:
+    def _close(self, lines: list[str], tracker: Tracker, synced: bool, started: float) -> None:
+        uri = self.tracking_uri
         for line in lines:
             print(line)
         if synced:

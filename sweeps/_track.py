@@ -13,6 +13,9 @@ import itertools
 import json
 import logging
 import os
+import re
+import shlex
+import sqlite3
 import tempfile
 import threading
 import time
@@ -20,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import filelock
 import tenacity
@@ -43,11 +46,44 @@ _WRITERS = 8  # threads that copy to a server; SQLite has one writer
 _SAY_SECONDS = 15.0
 _PAGE = 5000  # runs a search may return at once
 _COMPARE_RUNS = 100  # the compare page slows beyond this
+_PLAIN = "/!$&'()*+,;=:@"  # characters of a path that an address holds as they are
+_BUSY = re.compile(r"database is locked|database table is locked")  # SQLite, while another launch writes
+# what a server or a database answers alike the next time: no permission, a schema of another MLflow
+_FINAL = re.compile(r"error code 40[0134]|PERMISSION_DENIED|UNAUTHENTICATED|out-of-date database schema")
 
 
 def default_uri() -> str:
     """The tracking store used when none is named: a SQLite file under runs/."""
-    return f"sqlite:///{Path('runs').resolve()}/mlflow.db"
+    return _sqlite_uri(Path("runs/mlflow.db"))
+
+
+def normal_uri(uri: str) -> str:
+    """The address, a relative path of a SQLite file made absolute: MLflow cannot keep artifacts beside such a one."""
+    file = sqlite_file(uri)
+    if file is None or (file.is_absolute() and "%" not in uri):
+        return uri
+    options = uri.partition("?")[2]
+    return _sqlite_uri(file) + (f"?{options}" if options else "")
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file of a SQLite store, percent-encoding undone as SQLAlchemy does it; None for another kind of store."""
+    found = re.match(r"sqlite(?:\+\w+)?:///([^?]+)", uri)
+    return Path(unquote(found[1])) if found else None
+
+
+def _sqlite_uri(file: Path) -> str:
+    """The address of a SQLite file; a path is not one: `?` would end it, and `%20` be a blank.
+
+    With the driver named where anything is encoded: for `sqlite:///` MLflow makes the folder that the encoded path is.
+    """
+    path = str(file.parent.resolve() / file.name)
+    encoded = quote(path, safe=_PLAIN)
+    return f"sqlite:///{path}" if encoded == path else f"sqlite+pysqlite:///{encoded}"
+
+
+class Refused(Exception):
+    """MLflow answers, and what it says does not change by asking again; the text says what to do."""
 
 
 class Tracker:
@@ -83,6 +119,8 @@ class Tracker:
         self._experiment = ""
         self._parent = ""
         self._down = False
+        self._refused = False
+        self._ended = False  # `finish` or `leave` was called
         self._many = False  # more cells than are looked up one by one
         self._listed = False  # every run of this ledger's cells that was made before is in `run_ids` or `_begun`
         self._begun: dict[str, str] = {}  # {key: id of a run that a launch left unfinished}
@@ -105,14 +143,17 @@ class Tracker:
     def finish(self, status: str, metrics: Mapping[str, float], files: Sequence[Path], timeout: float = 600.0) -> bool:
         """Copy what is left, close the parent run with its summary and report files; False if MLflow is away."""
         self._stop.set()
+        self._ended = True
         if self._thread:
             self._thread.join(timeout)
             if self._thread.is_alive():  # copying here as well would make two runs of the cells it is at
                 self._unreachable(TimeoutError(f"a copy did not end within {timeout:.0f} s"))
                 return False
-        answered = bool(self._parent) or self.uri.startswith("sqlite:")
+        if self._refused:
+            return False
         again = tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(_FINISH_TRIES if answered else 1),
+            retry=tenacity.retry_if_exception(self._worth_another_try),
+            stop=tenacity.stop_after_attempt(_FINISH_TRIES),
             wait=tenacity.wait_random_exponential(multiplier=1, max=10),
             reraise=True,
         )
@@ -122,6 +163,14 @@ class Tracker:
             self._unreachable(error)
             return False
         return not self._wanted
+
+    def _worth_another_try(self, error: BaseException) -> bool:
+        """Whether a store that answered before may answer again: not a file, unless another launch is writing to it."""
+        if isinstance(error, Refused) or _FINAL.search(str(error)) or not isinstance(error, Exception):
+            return False
+        if sqlite_file(self.uri) is not None or self.uri.startswith("file:") or "://" not in self.uri:
+            return bool(_BUSY.search(str(error)))
+        return bool(self._parent)
 
     def _finish_once(self, status: str, metrics: Mapping[str, float], files: Sequence[Path]) -> None:
         self._open()
@@ -147,9 +196,17 @@ class Tracker:
         self._client.set_terminated(self._parent, status)
 
     def leave(self, status: str, metrics: Mapping[str, float], seconds: float) -> None:
-        """Copy nothing more and close the parent run, if that works within `seconds`; the next launch does the rest."""
+        """Copy nothing more and close the parent run, if that works within `seconds`; the next launch does the rest.
+
+        Does nothing after `finish` or `leave`.
+        """
+        if self._ended:
+            return
+        self._ended = True
         self._left.set()
         self._stop.set()
+        if self._refused or (self._down and not self._parent):  # no run to close, and none can be made
+            return
 
         def close() -> None:
             if self._thread:
@@ -171,18 +228,30 @@ class Tracker:
                     pass
             except Exception as error:
                 self._unreachable(error)
+                if self._refused:
+                    return
                 self._stop.wait(10.0)
             if stopping or self._stop.wait(_POLL_SECONDS):
                 return
 
     def _unreachable(self, error: Exception) -> None:
+        """Say once what is wrong with the store, and whether giving the same command again is the remedy."""
+        text = without_password(str(error))  # libraries repeat the address with its password
+        self._refused = self._refused or isinstance(error, Refused) or bool(_FINAL.search(text))
         if not self._down:
-            text = without_password(str(error))  # libraries repeat the address with its password
-            reason = text.splitlines()[0][:160] if text else type(error).__name__
-            self.say(
-                f"MLflow at {self.uri} does not answer ({reason}); results are safe in the ledger "
-                "and the next launch copies them"
-            )
+            reason = text.splitlines()[0] if text else type(error).__name__
+            if isinstance(error, Refused):
+                self.say(f"MLflow at {self.uri}: {reason}; results are safe in the ledger")
+            elif self._refused:
+                self.say(
+                    f"MLflow at {self.uri} refuses ({reason[:240]}); results are safe in the ledger and a launch after "
+                    "that is mended copies them"
+                )
+            else:
+                self.say(
+                    f"MLflow at {self.uri} does not answer ({reason[:160]}); results are safe in the ledger "
+                    "and the next launch copies them"
+                )
         self._down = True
 
     def _open(self) -> None:
@@ -200,13 +269,12 @@ class Tracker:
             address = self.uri
         self._address = address
         artifacts = None
-        if self.uri.startswith("sqlite:///"):
-            folder = Path(self.uri.removeprefix("sqlite:///")).parent
-            folder.mkdir(parents=True, exist_ok=True)
-            artifacts = (folder / "mlartifacts").as_uri()
-            one_at_a_time: Any = filelock.FileLock(folder / "mlflow.db.lock")
-        else:
-            one_at_a_time = contextlib.nullcontext()
+        one_at_a_time: Any = contextlib.nullcontext()
+        if (file := sqlite_file(self.uri)) is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            artifacts = (file.parent / "mlartifacts").as_uri()
+            one_at_a_time = filelock.FileLock(file.parent / "mlflow.db.lock")
+            _open_once(file)
         experiment = f"plumbline/{self.ledger.sweep}"
         with one_at_a_time:  # the first call makes SQLite's tables; two launches doing so at once break them
             self._client = MlflowClient(address)
@@ -215,11 +283,16 @@ class Tracker:
             try:
                 self._experiment = self._client.create_experiment(experiment, artifact_location=artifacts)
             except Exception:  # another launch made it in between
-                again = self._client.get_experiment_by_name(experiment)
-                if again is None:
+                found = self._client.get_experiment_by_name(experiment)
+                if found is None:
                     raise
-                self._experiment = again.experiment_id
-        else:
+        if found is not None:
+            if found.lifecycle_stage == "deleted":
+                raise Refused(
+                    f"the experiment {experiment} is in the trash, so nothing is copied; bring it back with `"
+                    f"MLFLOW_TRACKING_URI={shlex.quote(self.uri)} mlflow experiments restore --experiment-id "
+                    f"{found.experiment_id}`, and the same command copies the cells"
+                )
             self._experiment = found.experiment_id
         ledger = self.ledger.store.uri
         open_runs = f"tags.`plumbline.ledger` = {_quoted(ledger)} and attributes.status = 'RUNNING'"
@@ -288,7 +361,7 @@ class Tracker:
         return bool(finished)
 
     def _copy_all(self, keys: Sequence[str], lapses: int) -> None:
-        pool = ThreadPoolExecutor(1 if self.uri.startswith("sqlite:") else _WRITERS)
+        pool = ThreadPoolExecutor(_WRITERS if sqlite_file(self.uri) is None else 1)
         try:
             copies = {pool.submit(self._copy, key, self._begun.get(key, ""), lapses): key for key in keys}
             for copy in as_completed(copies):
@@ -388,6 +461,16 @@ class Tracker:
         runs = [self.run_ids[k] for k in keys if k in self.run_ids][:_COMPARE_RUNS]
         experiments = quote(json.dumps([self._experiment]))
         return f"{base.rstrip('/')}/#/compare-runs?runs={quote(json.dumps(runs))}&experiments={experiments}"
+
+
+def _open_once(file: Path) -> None:
+    """Open and lock a SQLite file for writing; raises sqlite3.Error.
+
+    MLflow asks ten times with growing pauses, nearly two minutes in all, whatever is wrong with a file.
+    """
+    with contextlib.closing(sqlite3.connect(file, timeout=60.0, isolation_level=None)) as database:
+        database.execute("BEGIN IMMEDIATE")
+        database.execute("ROLLBACK")
 
 
 def _quoted(text: str) -> str:

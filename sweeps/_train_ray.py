@@ -35,8 +35,9 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
+from sweeps._code import other_code
 from sweeps._context import PackContext
-from sweeps._crash import death
+from sweeps._crash import death, refusal
 from sweeps._execute import HEADROOM, PERMANENT, SYSTEM_ERROR, one_line
 from sweeps._stop import PackStopped, listen, lower_flag, raise_flag, terminated, working
 from sweeps._sweep import Pack, UserError
@@ -75,6 +76,8 @@ def fit(job: str, pack: Pack, preset: Any, context: PackContext) -> None:
             except TrainingFailedError as error:
                 current = board.state().get("cell")
                 line = _reason(error, pack)
+                if (refused := refusal(line)) is not None:
+                    raise UserError(refused) from error
                 if SYSTEM_ERROR.search(line):  # no fault of the cell's: a later launch tries again
                     raise OSError(line) from error
                 begun = [cell for cell in cells if cell.key == current]
@@ -207,6 +210,9 @@ def _work(config: dict[str, Any]) -> str:
     board = _Board(config["board"])
     if board.error() is not None:
         return "failed"
+    if (line := other_code()) is not None:
+        board.fail(line)
+        return "failed"
     world = World.join()
     if world.first:
         _Reserved(config["context"].stop_name).note()
@@ -310,4 +316,4 @@ def _reason(error: BaseException, pack: Pack) -> str:
     """The first worker's error as one line, or the death of one, which makes the others fail."""
     failures = getattr(error, "worker_failures", None) or {0: error}
     lines = [one_line(getattr(failure, "_base_exc", failure)) for failure in failures.values()]
-    return next((dead for line in lines if (dead := death(line, pack))), lines[0][:500])
+    return next((said for line in lines if (said := refusal(line) or death(line, pack))), lines[0][:500])

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import math
 import os
 import platform
 import re
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from sweeps import _limits
+from sweeps._address import check as check_address
+from sweeps._code import ROOT, VARIABLE, own_code, worker_job, worker_setup
 from sweeps._cost import asked_types
 from sweeps._storage import Store
 from sweeps._sweep import UserError
 
 _SHARED = re.compile(r"^file\+shared://")  # a local path that the user says every node mounts
-ROOT = Path(__file__).resolve().parents[1]
 _PACKAGES = (
     "ray",
     "torch",
@@ -32,6 +34,10 @@ _PACKAGES = (
     "mlflow",
     "pyarrow",
 )
+
+
+_CACHE_REMEDY = "name a folder that can be written: export PLUMBLINE_CACHE=DIR"
+_OPTIONS = {"logging_level": "ERROR", "log_to_driver": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,20 +98,19 @@ class Machine:
         gpus = 0  # counted without importing torch: --plan and --report must be quick
         if os.environ.get("CUDA_VISIBLE_DEVICES", "unset") != "":
             gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
-        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return Machine(
-            nodes=1, cpus=cpus, gpus=gpus, memory_bytes=psutil.virtual_memory().available, hardware=hardware()
-        )
+        limits = _limits.here()
+        return Machine(nodes=1, cpus=limits.cpus, gpus=gpus, memory_bytes=limits.available_bytes, hardware=hardware())
 
 
 def hardware() -> str:
-    """One line that names this machine's processor, cores, memory and GPUs."""
+    """One line that names this machine's processor, cores and memory, as far as this process may use them, and GPUs."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         lines = [x for x in cpuinfo.read_text(encoding="utf-8").splitlines() if x.startswith("model name")]
         model = lines[0].split(":", 1)[1].strip() if lines else model
-    text = f"{model}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
+    limits = _limits.here()
+    text = f"{model}, {limits.cpus} cores, {limits.total_bytes / 2**30:.0f} GiB"
     if "torch" in sys.modules:
         import torch
 
@@ -136,6 +141,8 @@ def git_commit() -> str:
             ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
             capture_output=True,
             text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=20,
             check=True,
         )
@@ -145,14 +152,31 @@ def git_commit() -> str:
 
 
 def user_cache() -> Path:
-    """Folder for what is made once on a machine: stand-in models, compiled kernels ($PLUMBLINE_CACHE)."""
-    return Path(os.environ.get("PLUMBLINE_CACHE", Path.home() / ".cache" / "plumbline"))
+    """Folder for what is made once on a machine: stand-in models, compiled kernels ($PLUMBLINE_CACHE).
+
+    Raises UserError where that names none and the user has no home folder.
+    """
+    if named := os.environ.get("PLUMBLINE_CACHE"):
+        return Path(named)
+    try:
+        return Path.home() / ".cache" / "plumbline"
+    except RuntimeError as error:  # a user without an entry in the system's list, as containers have them
+        raise UserError(f"this user has no home folder ({error}); {_CACHE_REMEDY}") from error
 
 
 def prepare_process() -> None:
-    """Environment that must be set before torch, numba and Ray are imported."""
+    """Environment that must be set before torch, numba and Ray are imported; printing that no encoding can stop.
+
+    Raises UserError where the folder for compiled kernels cannot be made or written.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an arrow on a latin-1 terminal must not end a launch
+    if not os.environ.get("NUMBA_CACHE_DIR"):
+        kernels = user_cache() / "numba"
+        check_folder(kernels, "the cache folder", _CACHE_REMEDY)
+        os.environ["NUMBA_CACHE_DIR"] = str(kernels)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("NUMBA_CACHE_DIR", str(user_cache() / "numba"))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 starves trials beside any other work
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
@@ -165,52 +189,36 @@ def prepare_process() -> None:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines a run otherwise
 
 
+def check_folder(folder: Path, what: str, remedy: str) -> None:
+    """Raise UserError where `folder` cannot be made or written, before anything is computed; leaves nothing there."""
+    try:
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"{what} {folder} cannot be written ({error.strerror or error}); {remedy}") from error
+
+
 def connect(address: str | None, storage: str) -> Machine:
     """Start Ray here, or join the cluster at `address` (`auto`, `HOST:PORT`, or $RAY_ADDRESS).
 
-    Raises UserError when no cluster answers there, when it has several nodes and `storage` is a path of one of them,
-    and when the folder for temporary files has too long a name for Ray.
+    Raises UserError when no cluster answers there or one of another Ray or Python, when it has several nodes and
+    `storage` is a path of one of them, and when the folder for temporary files has too long a name for Ray.
     """
+    where = check_address(address)  # before Ray is imported: a cluster that is gone is told in seconds
     import ray
 
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
-    env_vars = {
-        name: os.environ[name]
-        for name in (
-            "OMP_WAIT_POLICY",
-            "NUMBA_CACHE_DIR",
-            "PLUMBLINE_CACHE",
-            "TOKENIZERS_PARALLELISM",
-            "HF_HUB_OFFLINE",
-            "HF_ENDPOINT",
-        )
-        if name in os.environ
-    }
-    env_vars["TQDM_DISABLE"] = "1"  # progress is the board's business
-    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": True}
-    if address == "local":
-        here = Machine.here()
-        env_vars["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-        options |= {
-            "num_cpus": here.cpus,
-            "include_dashboard": False,
-            "object_store_memory": int(min(2e9, max(8e7, here.memory_bytes * 0.1))),
-            # else a worker a core starts that no trial can use, as trials have environments of their own
-            "_system_config": {"prestart_worker_first_driver": False},
-        }
-    runtime_env: dict[str, Any] = {"env_vars": env_vars}
-    if address != "local":
-        env_vars["PLUMBLINE_GIT_COMMIT"] = git_commit()
-        runtime_env |= {
-            "working_dir": str(ROOT),
-            "excludes": [".git", ".venv", "runs", "**/__pycache__", ".mypy_cache", ".ruff_cache"],
-        }
     try:
-        ray.init(address=address, runtime_env=runtime_env, **options)
+        ray.init(address=where.text, **(_local_options() if where.text == "local" else _cluster_options()))
     except (ConnectionError, ValueError) as error:  # ValueError: no address at all
+        raise where.trouble(error) from error
+    except RuntimeError as error:
+        if "ersion" not in str(error):
+            raise
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"no Ray cluster answers at {address} ({' '.join(str(error).split())}); start one with `ray start --head` "
-            "or leave --address out"
+            f"the Ray cluster at {where.text} does not fit ({reason}); install what it has, or restart it with what is "
+            "installed here"
         ) from error
     except OSError as error:
         if "AF_UNIX" not in str(error):
@@ -219,6 +227,61 @@ def connect(address: str | None, storage: str) -> Machine:
             f"the folder for temporary files has too long a name for Ray ({error}); give it a shorter one: "
             "export RAY_TMPDIR=/tmp"
         ) from error
+    return _machine(storage)
+
+
+def _environment() -> dict[str, str]:
+    """The variables that workers get from the launch, wherever they run."""
+    names = (
+        "OMP_WAIT_POLICY",
+        "NUMBA_CACHE_DIR",
+        "PLUMBLINE_CACHE",
+        "XDG_CACHE_HOME",
+        "TOKENIZERS_PARALLELISM",
+        "HF_HUB_OFFLINE",
+        "HF_ENDPOINT",
+        "HF_HOME",
+    )
+    known = {name: os.environ[name] for name in names if name in os.environ}
+    return known | {"TQDM_DISABLE": "1", VARIABLE: own_code()}  # progress is the board's business
+
+
+def _local_options() -> dict[str, Any]:
+    """What a Ray on this machine alone is told: no more than this process may use, and the checkout before all else."""
+    here = Machine.here()
+    store = int(min(2e9, max(8e7, here.memory_bytes * 0.1)))
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return _OPTIONS | {
+        "num_cpus": here.cpus,
+        "_memory": max(1, here.memory_bytes - store),  # else Ray's own guess, which knows not every limit
+        "object_store_memory": store,
+        "include_dashboard": False,
+        "job_config": worker_job(),
+        "runtime_env": {
+            "env_vars": _environment() | {"PYTHONPATH": path},
+            "worker_process_setup_hook": worker_setup(str(ROOT)),
+        },
+        # else a worker a core starts that no trial can use, as trials have environments of their own
+        "_system_config": {"prestart_worker_first_driver": False},
+    }
+
+
+def _cluster_options() -> dict[str, Any]:
+    """What a cluster is told: to give every worker a copy of the checkout as its working folder."""
+    return _OPTIONS | {
+        "runtime_env": {
+            "env_vars": _environment() | {"PLUMBLINE_GIT_COMMIT": git_commit()},
+            "working_dir": str(ROOT),
+            "excludes": [".git", ".venv", "runs", "**/__pycache__", ".mypy_cache", ".ruff_cache"],
+            "worker_process_setup_hook": worker_setup(None),
+        }
+    }
+
+
+def _machine(storage: str) -> Machine:
+    """What the Ray that was joined has; raises UserError where its nodes cannot share the storage."""
+    import ray
+
     nodes = [n for n in ray.nodes() if n["Alive"]]
     if len(nodes) > 1 and not _SHARED.match(storage) and Store(normal_storage(storage)).local:
         raise UserError(

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from sweeps import _launch
+from sweeps import _launch, _where
+from sweeps._address import Address
 from sweeps._ledger import Ledger
 from sweeps._sweep import Row, UserError
 from sweeps._where import Machine, connect
@@ -73,6 +74,9 @@ def cell_runs(uri: str) -> list[str]:
 def test_run_fail_repair_extend_continue_report(tmp_path: Path, main: Main) -> None:
     settings = ("--set", "pack_size=1", "--set", f"scratch={tmp_path}")
     uri = f"sqlite:///{tmp_path}/runs/mlflow.db"
+    for name in ("sweeps/__init__.py", "data/__init__.py", "pandas.py"):  # workers must not take them for their own
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("raise ImportError('of the folder that the launch was started from')")
     first = toy(tmp_path, *settings, "--set", "n=1,2,3", "--set", "bad=2")
     assert first.returncode == 1
     assert "n=2 is on the list of bad numbers; choose another" in first.stderr
@@ -287,6 +291,7 @@ def test_workers_get_the_drivers_cache_and_a_cluster_that_is_away_is_one_line(
         raise error("nobody\nthere")
 
     monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr(_where, "check_address", lambda asked: Address("far:1", "--address"))
     monkeypatch.setenv("PLUMBLINE_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=r"no Ray cluster answers at far:1 \(nobody there\); start one"):
         connect("far:1", "s3://bucket/ledger")

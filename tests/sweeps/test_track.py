@@ -16,7 +16,7 @@ from benchmarks import scale
 from sweeps._claims import Claims
 from sweeps._ledger import Ledger
 from sweeps._sweep import PublishedCell, UserError
-from sweeps._track import Tracker, _name, _points, _quoted
+from sweeps._track import Tracker, _name, _points, _quoted, default_uri, normal_uri, sqlite_file
 from tests.sweeps.mlflow_runs import runs_of_cells
 
 
@@ -115,6 +115,115 @@ def test_the_end_does_not_copy_what_the_thread_is_copying(ledger: Ledger) -> Non
     assert after.finish("FINISHED", {}, [])
     after.claims.release()
     assert_copied_once(ledger, slow.uri)
+
+
+def test_the_store_of_an_odd_folder_lies_in_it(ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = "a%20b ?x#ü %3F"
+    (tmp_path / where).mkdir()
+    monkeypatch.chdir(tmp_path / where)
+    said: list[str] = []
+    tracking = Tracker(default_uri(), ledger, Claims(ledger.store), artifact_mb=1.0, say=said.append)
+    tracking.start({}, {})
+    tracking.want(ledger.done())
+    assert tracking.finish("FINISHED", {}, [])
+    tracking.claims.release()
+    assert said == []
+    assert {p.name for p in (tmp_path / where / "runs").iterdir()} >= {"mlflow.db", "mlartifacts"}
+    assert [p.name for p in tmp_path.iterdir() if p.name != where and "ledger" not in p.name] == []
+    key = next(iter(ledger.done()))
+    copied = [p.read_bytes() for p in (tmp_path / where / "runs/mlartifacts").rglob(ledger.read(key).files[0])]
+    assert ledger.file(key, ledger.read(key).files[0]) in copied
+    assert len(runs_of_cells(default_uri(), "scale")) == 3
+    assert_an_error_closes_the_run(ledger, default_uri())
+    assert_trash_is_told_once_and_asked_no_more(ledger, default_uri(), monkeypatch)
+
+
+def assert_an_error_closes_the_run(ledger: Ledger, uri: str) -> None:
+    """Here, and in the next, to make one database the fewer: it takes many seconds."""
+    tracking = Tracker(uri, ledger, Claims(ledger.store), artifact_mb=1.0, say=print)
+    tracking.start({}, {})
+    tracking.leave("FAILED", {"cells_done": 0}, 60)
+    tracking.leave("KILLED", {}, 60)  # nothing: it has ended
+    tracking.claims.release()
+    assert launches(uri)[tracking.claims.launch_id] == "FAILED"
+
+
+def assert_trash_is_told_once_and_asked_no_more(ledger: Ledger, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("plumbline/scale")
+    assert experiment is not None
+    client.delete_experiment(experiment.experiment_id)
+    said: list[str] = []
+    tracking = Tracker(uri, ledger, Claims(ledger.store), artifact_mb=1.0, say=said.append)
+    tracking.start({}, {})
+    tracking.want(ledger.done())
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: pytest.fail("asked again"))
+    assert not tracking.finish("FINISHED", {}, [])
+    tracking.claims.release()
+    (line,) = said
+    assert f"mlflow experiments restore --experiment-id {experiment.experiment_id}`" in line
+    assert uri in line
+    assert "the next launch copies" not in line
+    client.restore_experiment(experiment.experiment_id)
+
+
+def launches(uri: str) -> dict[str, str]:
+    """{launch: status of its run}."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("plumbline/scale")
+    assert experiment is not None
+    found = client.search_runs([experiment.experiment_id], "tags.`plumbline.kind` = 'launch'")
+    return {run.data.tags["plumbline.launch"]: run.info.status for run in found}
+
+
+@pytest.mark.parametrize(
+    ("uri", "normal", "file"),
+    [
+        ("sqlite:///runs/mlflow.db", "sqlite:///{cwd}/runs/mlflow.db", "{cwd}/runs/mlflow.db"),
+        ("sqlite+pysqlite:///a.db?timeout=9", "sqlite:///{cwd}/a.db?timeout=9", "{cwd}/a.db"),
+        ("sqlite:////x/a%20b/m.db?timeout=9", "sqlite+pysqlite:////x/a%20b/m.db?timeout=9", "/x/a b/m.db"),
+        ("http://host:5000", "http://host:5000", None),
+        ("mlruns", "mlruns", None),
+    ],
+)
+def test_addresses_of_sqlite_files(
+    uri: str, normal: str, file: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    there = normal_uri(uri)
+    assert there == normal.format(cwd=tmp_path)
+    assert sqlite_file(there) == (file and Path(file.format(cwd=tmp_path)))
+
+
+@pytest.mark.parametrize("kind", ["no database", "a folder"])
+def test_a_file_that_is_no_database_is_told_at_once(
+    kind: str, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "a folder":
+        (tmp_path / "mlflow.db").mkdir()
+    else:
+        (tmp_path / "mlflow.db").write_text("not a database, whatever its name says; long enough to be read as one" * 9)
+    monkeypatch.setattr("mlflow.store.db.utils.create_sqlalchemy_engine_with_retry", lambda *a: pytest.fail("minutes"))
+    said: list[str] = []
+    tracking = tracker(ledger, said)
+    assert not tracking.finish("FINISHED", {}, [])
+    tracking.claims.release()
+    (line,) = said
+    assert "database" in line
+
+
+def test_what_a_server_refuses_is_not_called_away(ledger: Ledger) -> None:
+    said: list[str] = []
+    tracking = tracker(ledger, said)
+    tracking._unreachable(Exception("API request failed with error code 401 != 200. Response body: 'who are you?'"))
+    assert tracking._refused
+    assert "refuses (API request failed with error code 401" in said[0]
+    assert "does not answer" not in said[0]
+    tracking.leave("FAILED", {}, 60)
 
 
 def test_a_launch_that_leaves_copies_nothing_more(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,101 @@
+"""Which Ray cluster a launch joins, who said so, and whether anything answers there: asked before Ray is.
+
+Ray itself looks for a cluster that is gone for minutes, in calls that no signal interrupts. Here every question runs in
+a thread with a limit, so that the main thread hears signals at once.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+from sweeps._sweep import UserError
+
+_CONNECT_SECONDS = 5.0  # for a TCP connection to the head
+_ANSWER_SECONDS = 30.0  # for Ray's own answer, once something listens there
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Address:
+    """text: `local`, or where the cluster is. said_by: the option or variable that names it, for the user to change."""
+
+    text: str
+    said_by: str
+
+    def trouble(self, reason: object) -> UserError:
+        """The error for a cluster that does not answer."""
+        undo = f"unset {self.said_by}" if self.said_by.isupper() else f"leave out {self.said_by}"
+        return UserError(
+            f"no Ray cluster answers at {self.text} ({' '.join(str(reason).split())}); start one there with "
+            f"`ray start --head`, or {undo}, which names it, to use this machine alone"
+        )
+
+
+def named(asked: str | None) -> Address:
+    """The address that the command line names, else $RAY_ADDRESS, else this machine alone.
+
+    As in Ray, `auto` is what $RAY_ADDRESS names where it is set.
+    """
+    known = os.environ.get("RAY_ADDRESS", "")
+    if known and (not asked or asked == "auto"):
+        return Address(known, "RAY_ADDRESS")
+    return Address(asked, "--address") if asked else Address("local", "")
+
+
+def check(asked: str | None) -> Address:
+    """The address that is named; raises UserError within seconds where it names a cluster and none answers there."""
+    address = named(asked)
+    if address.text == "local":
+        return address
+    try:
+        _knock(address.text)
+    except Exception as error:  # Ray has its own for an answer that is none of Ray's
+        raise address.trouble(error or type(error).__name__) from error
+    return address
+
+
+def _knock(text: str) -> None:
+    """Open a connection, and ask Ray's head for its name; raises whatever either raises."""
+    if "://" in text:
+        parts = urlsplit(text)
+        _within(_CONNECT_SECONDS, lambda: _open(parts.hostname or "", parts.port or 10001))
+        return
+    from ray._private.services import canonicalize_bootstrap_address_or_die
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+    place = canonicalize_bootstrap_address_or_die(text)
+    host, _, port = place.rpartition(":")
+    _within(_CONNECT_SECONDS, lambda: _open(host.strip("[]"), int(port)))
+    _within(_ANSWER_SECONDS, lambda: GcsClient(address=place))
+
+
+def _open(host: str, port: int) -> None:
+    with socket.create_connection((host, port), timeout=_CONNECT_SECONDS):
+        pass
+
+
+def _within(seconds: float, work: Callable[[], _T]) -> _T:
+    """The result of `work`, done in a thread; raises what it raises, and TimeoutError when it takes longer."""
+    results: list[_T] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="knock", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise TimeoutError(f"nothing that speaks Ray's protocol within {seconds:g} s")
+    return results[0]

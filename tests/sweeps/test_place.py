@@ -1,0 +1,389 @@
+"""Where a launch runs: limits of containers, the code of its workers; folders, homes, clusters that are not there."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from sweeps import _address, _code, _crash, _execute, _launch, _limits, _where
+from sweeps._ledger import Ledger
+from sweeps._sweep import Pack, UserError
+from sweeps._where import Machine, RunSettings
+from tests.sweeps.test_launch import Main, main  # noqa: F401 - a fixture
+
+GIB = 2**30
+
+
+def plant(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return root
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 CPUs and 64 GiB, 60 of them free, with no affinity."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    monkeypatch.setattr(_limits.psutil, "virtual_memory", lambda: SimpleNamespace(total=64 * GIB, available=60 * GIB))
+
+
+V1 = {
+    "proc/self/cgroup": "5:memory:/docker/abc\n4:cpu,cpuacct:/docker/abc\n3:cpuset:/docker/abc\n0::/\n",
+    "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n",
+    "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "100000\n",
+    "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{3 * GIB}\n",
+    "sys/fs/cgroup/memory/memory.usage_in_bytes": f"{2 * GIB}\n",
+    "sys/fs/cgroup/memory/memory.stat": f"cache 1\ntotal_inactive_file {GIB}\n",
+}
+V1_FREE = {
+    "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+    "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+    "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+    "sys/fs/cgroup/memory/memory.usage_in_bytes": f"{GIB}\n",
+}
+V2 = {
+    "proc/self/cgroup": "0::/a/b\n",
+    "sys/fs/cgroup/a/cpu.max": "350000 100000\n",
+    "sys/fs/cgroup/a/b/cpu.max": "max 100000\n",
+    "sys/fs/cgroup/a/memory.max": f"{4 * GIB}\n",
+    "sys/fs/cgroup/a/memory.current": f"{GIB}\n",
+    "sys/fs/cgroup/a/b/memory.max": "max\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "cpus", "total", "available"),
+    [
+        ({}, 16, 64, 60),
+        (V1, 1, 3, 2),
+        (V1_FREE, 16, 64, 60),
+        (V1_FREE | {"sys/fs/cgroup/cpuset/cpuset.cpus": "0-3,8,10-11\n"}, 7, 64, 60),
+        (V2, 3, 4, 3),
+        (V2 | {"sys/fs/cgroup/a/b/cpuset.cpus.effective": "4-5\n"}, 2, 4, 3),
+        (V2 | {"sys/fs/cgroup/a/memory.current": f"{5 * GIB}\n", "sys/fs/cgroup/a/cpu.max": "5000 100000"}, 1, 4, 0),
+    ],
+)
+def test_the_smallest_limit_counts(
+    files: dict[str, str], cpus: int, total: int, available: int, host: None, tmp_path: Path
+) -> None:
+    assert _limits.here(plant(tmp_path, files)) == _limits.Limits(cpus, total * GIB, available * GIB)
+
+
+def test_affinity_counts_too(host: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 2})
+    assert _limits.here(tmp_path).cpus == 2
+
+
+def test_planning_and_ray_get_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_limits, "here", lambda: _limits.Limits(1, 3 * GIB, 2 * GIB))
+    machine = Machine.here()
+    assert (machine.cpus, machine.memory_bytes) == (1, 2 * GIB)
+    assert "1 cores, 3 GiB" in machine.hardware
+    told = _where._local_options()
+    assert told["num_cpus"] == 1
+    assert told["_memory"] + told["object_store_memory"] == 2 * GIB
+    monkeypatch.setattr(_limits, "here", lambda: _limits.Limits(1, GIB, 0))
+    assert _where._local_options()["_memory"] > 0  # Ray's own sum would be negative: no launch at all
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A small checkout of other code, to be found before this one."""
+    return plant(tmp_path / "other", {f"{room}/__init__.py": "" for room in _code.ROOMS})
+
+
+def test_the_digest_tells_contents_names_and_rooms_apart(checkout: Path) -> None:
+    def digest() -> str:
+        return _code.code_digest(checkout / room for room in _code.ROOMS)
+
+    seen = [digest()]
+    (checkout / "data/a.py").write_text("x = 1")
+    seen.append(digest())
+    (checkout / "data/a.py").write_text("x = 3")
+    seen.append(digest())
+    (checkout / "data/a.py").rename(checkout / "data/b.py")
+    seen.append(digest())
+    (checkout / "data/b.py").rename(checkout / "models/b.py")
+    seen.append(digest())
+    assert len(set(seen)) == len(seen)
+    (checkout / "data/notes.txt").write_text("no code")
+    assert digest() == seen[-1]
+
+
+def test_a_worker_of_other_code_says_so_and_imports_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    monkeypatch.setenv(_code.VARIABLE, _code.own_code())
+    _code.guard()
+    assert _code.other_code() is None
+    monkeypatch.setenv(_code.VARIABLE, "f" * 64)
+    line = _code.other_code()
+    assert line is not None
+    assert f"{_code.own_code()[:12]} in {_code.ROOT}, the launch ffffffffffff" in line
+    _code.guard()
+    monkeypatch.delitem(sys.modules, "analysis.nulls", raising=False)
+    with pytest.raises(ImportError, match="runs other code than its launch") as refused:
+        importlib.import_module("analysis.nulls")
+    assert _crash.refusal(f"Traceback\n  x\nImportError: {refused.value}\n") == line
+
+
+def test_workers_take_the_checkout_whatever_comes_before_it(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The setup travels by value, and after it the packages are the checkout's though another folder comes first."""
+    import cloudpickle
+
+    travelling = tmp_path / "setup.pkl"
+    travelling.write_bytes(cloudpickle.dumps(_code.worker_setup(str(_code.ROOT))))
+    worker = (
+        "import pickle, sys\n"
+        f"pickle.load(open({str(travelling)!r}, 'rb'))()\n"
+        f"sys.path.insert(0, {str(checkout)!r})\n"
+        "import data.point_clouds, sweeps\n"
+        "print(data.point_clouds.__file__, sweeps.__file__)"
+    )
+    environment = {**os.environ, _code.VARIABLE: _code.own_code(), "PYTHONPATH": str(checkout)}
+    run = subprocess.run([sys.executable, "-c", worker], cwd=checkout, env=environment, capture_output=True, text=True)
+    assert run.stdout.split() == [str(_code.ROOT / "data/point_clouds.py"), str(_code.ROOT / "sweeps/__init__.py")]
+    assert _code.worker_job()._runtime_env_has_working_dir()  # what makes Ray add no folder of the driver's
+
+
+def test_a_pack_whose_worker_runs_other_code_ends_the_launch_and_fails_no_cell(
+    tmp_path: Path,
+    main: Main,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from toy_sweep import SWEEP, Square
+
+    pack = SWEEP.pack([Square(n=1)], SWEEP.presets["small"], Machine.here(), RunSettings())[0]
+    reports: list[dict] = []
+    with monkeypatch.context() as patch:
+        patch.setenv(_code.VARIABLE, "f" * 64)
+        _execute.run_one(
+            "toy_sweep", pack, SWEEP.presets["small"], RunSettings(), str(tmp_path / "l"), {}, "x", reports.append
+        )
+    (line,) = (report["progress"]["refused"] for report in reports)
+    assert not (tmp_path / "l").exists()
+    ended: list[str] = []
+    monkeypatch.setattr(_launch, "connect", lambda *a: Machine.here())
+    monkeypatch.setattr(_launch, "run_packs", lambda *a: {"pack0": line})
+    monkeypatch.setattr(_launch.Tracker, "start", lambda *a: None)
+    monkeypatch.setattr(_launch.Tracker, "leave", lambda self, status, *a: ended.append(status))
+    run = main("--set", "n=1")
+    assert run.code == 2
+    assert run.err.strip() == f"toy: {line}"
+    assert ended == ["FAILED"]
+    assert Ledger(str(tmp_path / "runs/ledger"), "toy", "1").failures([Square(n=1).key]) == {}
+
+
+def test_a_data_task_of_other_code_fails_no_cell(tmp_path: Path, main: Main, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    import toy_sweep
+
+    line = f"a worker on node7 {_code.OTHER_CODE}: abc in /x, the launch def; run it again"
+
+    def run(*arguments: object) -> None:
+        raise ImportError(f"ray::read()\n  File …\nImportError: {line}")
+
+    monkeypatch.setattr(toy_sweep.ToySweep, "run", run)
+    reports: list[dict] = []
+    square = toy_sweep.Square(n=1)
+    _execute.run_one(
+        "toy_sweep",
+        Pack(name="p", cells=(square,)),
+        toy_sweep.Toy(),
+        RunSettings(),
+        str(tmp_path / "l"),
+        {square.key: ""},
+        "x",
+        reports.append,
+    )
+    assert reports[-1]["progress"]["refused"] == line
+    assert Ledger(str(tmp_path / "l"), "toy", "1").failures([square.key]) == {}
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """A port where something listens that does not speak Ray's protocol."""
+    with socket.create_server(("", 0)) as listening:
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("asked", "variable", "text", "undo"),
+    [
+        (None, "127.0.0.1:9", "127.0.0.1:9", "or unset RAY_ADDRESS, which names it"),
+        ("auto", "127.0.0.1:9", "127.0.0.1:9", "or unset RAY_ADDRESS, which names it"),
+        ("127.0.0.1:9", "10.0.0.1:6379", "127.0.0.1:9", "or leave out --address, which names it"),
+        ("ray://127.0.0.1:9", "", "ray://127.0.0.1:9", "or leave out --address, which names it"),
+        ("127.0.0.1:port", "", "127.0.0.1:port", "or leave out --address, which names it"),
+    ],
+)
+def test_a_cluster_that_is_gone_is_told_at_once(
+    asked: str | None, variable: str, text: str, undo: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", variable)
+    before = time.monotonic()
+    with pytest.raises(UserError, match=f"no Ray cluster answers at {text} ") as error:
+        _address.check(asked)
+    assert undo in str(error.value)
+    assert time.monotonic() - before < 5
+
+
+def test_this_machine_alone_is_asked_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(_address, "_knock", lambda text: pytest.fail("asked"))
+    assert _address.check(None).text == "local"
+
+
+def test_signals_are_heard_while_a_stranger_is_asked_and_it_gets_no_minutes(
+    silent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def heard(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, heard)
+    sender = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1))
+    began = time.monotonic()
+    sender.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            _address._within(30.0, lambda: time.sleep(3))
+        assert time.monotonic() - began < 2
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    monkeypatch.setattr(_address, "_ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr("ray._raylet.GcsClient", lambda address: time.sleep(2))  # it waits for 40 s
+    with pytest.raises(UserError, match=r"nothing that speaks Ray's protocol within 0\.3 s"):
+        _address.check(silent)
+
+
+def test_a_dead_cluster_is_told_before_anything_is_begun(
+    tmp_path: Path,
+    main: Main,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_launch.Tracker, "start", lambda *a: pytest.fail("MLflow was asked"))
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    run = main()
+    assert run.code == 2
+    assert "toy: no Ray cluster answers at 127.0.0.1:9" in run.err
+    assert len(run.err.strip().splitlines()) == 1
+    assert Ledger(str(tmp_path / "runs/ledger"), "toy", "1").store.names("_claims") == []
+
+
+def test_a_cluster_of_another_ray_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**options: object) -> None:
+        raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.9\n    Python: 3.10")
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr(_where, "check_address", lambda asked: _address.Address("far:1", "--address"))
+    with pytest.raises(UserError, match=r"the Ray cluster at far:1 does not fit \(Version mismatch: .* Python: 3.10\)"):
+        _where.connect("far:1", "s3://bucket/x")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ((), "storage /proc/runs/ledger/toy/1 is not writable"),
+        (("--storage", "L"), "the folder for reports runs/reports/toy/small cannot be written"),
+        (("--storage", "L", "--report-dir", "R"), "the folder of MLflow's database /proc/runs cannot be written"),
+    ],
+)
+def test_a_working_directory_that_cannot_be_written_is_told_before_anything_is_computed(
+    arguments: tuple[str, ...],
+    line: str,
+    tmp_path: Path,
+    main: Main,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir("/proc")  # where not even root can make a folder
+    run = main(*(str(tmp_path / a) if a in "LR" else a for a in arguments))
+    assert run.code == 2
+    assert line in run.err
+    assert any(option in run.err for option in ("--storage", "--report-dir", "--tracking-uri"))
+    assert len(run.err.strip().splitlines()) == 1
+
+
+def test_reports_go_where_they_are_asked_to(tmp_path: Path, main: Main, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    from toy_sweep import Square
+
+    from sweeps._sweep import Row
+
+    Ledger(str(tmp_path / "L"), "toy", "1").publish(Square(n=2), [Row("square", 4)], {}, {"published_unix": 1.7e9})
+    monkeypatch.chdir("/proc")
+    arguments = ("--report", "--set", "n=2", "--storage", str(tmp_path / "L"))
+    assert "choose another with --report-dir DIR" in main(*arguments).err
+    run = main(*arguments, "--report-dir", str(tmp_path / "R"))
+    assert run.code == 0, run.err
+    assert (tmp_path / "R/toy/small/report.md").read_text() == "2 4.0"
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user id without an entry, as containers have them."""
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    for name in ("PLUMBLINE_CACHE", "NUMBA_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_no_home_folder_matters_only_where_nothing_names_the_cache(
+    homeless: None,
+    tmp_path: Path,
+    main: Main,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = main("--plan")
+    assert run.code == 2
+    assert "no home folder" in run.err
+    assert "export PLUMBLINE_CACHE=DIR" in run.err
+    assert len(run.err.strip().splitlines()) == 1
+    monkeypatch.setenv("PLUMBLINE_CACHE", str(tmp_path / "cache"))
+    assert main("--plan").code == 0
+    assert os.environ["NUMBA_CACHE_DIR"] == str(tmp_path / "cache/numba")
+    monkeypatch.delenv("NUMBA_CACHE_DIR")
+
+
+def test_a_home_that_cannot_be_written_gets_the_right_remedy(
+    main: Main,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("PLUMBLINE_CACHE", raising=False)
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: Path("/proc"))
+    run = main("--plan")
+    assert run.code == 2
+    assert "the cache folder /proc/.cache/plumbline/numba cannot be written" in run.err
+    assert "export PLUMBLINE_CACHE=DIR" in run.err
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_printing_never_fails(encoding: str, main: Main, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    screen = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(_launch.Tracker, "start", lambda *a: None)
+    monkeypatch.setattr(_launch.Tracker, "finish", lambda *a: False)
+    monkeypatch.setattr(_launch, "connect", lambda *a: Machine.here())
+    monkeypatch.setattr(_launch, "run_packs", lambda *a: {"pack0": "Überlauf → ∞"})
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", screen)
+        patch.setattr(sys, "stderr", screen)
+        assert _launch.main("toy_sweep", ["--set", "n=1"]) == 1  # its head has an arrow
+    screen.flush()
+    assert b"toy --preset small ? " in screen.buffer.getvalue()  # type: ignore[attr-defined]
