@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from data._launched import check
 from data._shards import CorruptShard, Shards, StreamUnavailable
 
 _BLOCK_BYTES = 2 * 2**20
@@ -128,6 +129,7 @@ class _ReadShard:
     context: int
 
     def __call__(self) -> Iterator[pa.Table]:
+        check()
         for piece in read_shard(self.shards, self.shard, self.rank):
             yield _table(piece, self.context)
 

@@ -27,6 +27,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from data._atomic import write_whole
+from data._launched import check
 from data.audio_io import AudioSet, Oddity, Recording, counts, first_of_each, read_clips, with_contents
 from data.codec import Codec, CodecSpec
 from data.split import identity_hash
@@ -179,6 +180,7 @@ class _ShardMaker:
     """Ray Data actor: loads the codec once, then makes and publishes one shard a row."""
 
     def __init__(self, audio: AudioSet, codec: CodecSpec, facts: dict[str, Any], folder: str) -> None:
+        check()
         self.audio, self.facts, self.folder = audio, facts, Folder(folder)
         self.codec = codec.load()
         if self.codec.describe() != facts["codec"]:

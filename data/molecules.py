@@ -19,6 +19,7 @@ from rdkit.Chem.Scaffolds import MurckoScaffold
 from data import odor_sources
 from data._content import file_sha256
 from data._csv import label_values, read_csv
+from data._launched import check
 
 CURATED_ROWS = 4983
 BROADER_ROWS = 5862
@@ -296,6 +297,7 @@ def featurise(smiles: Sequence[str], what: str, ray: bool = False, batch_size: i
     import ray.data as ray_data
 
     def batch(rows: Any) -> Any:
+        check()
         return {"row": rows["row"], "x": FEATURES[what](rows["smiles"].tolist())}
 
     table = pd.DataFrame({"row": np.arange(len(smiles)), "smiles": list(smiles)})

@@ -6,6 +6,7 @@ a thread with a limit, so that the main thread hears signals at once.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
@@ -29,7 +30,12 @@ class Address:
     said_by: str
 
     def trouble(self, reason: object) -> UserError:
-        """The error for a cluster that does not answer."""
+        """The error for a cluster that does not answer, or that asks for a token."""
+        if "uth" in str(reason) and "oken" in str(reason):
+            return UserError(
+                f"the Ray cluster at {self.text} asks for a token that this user lacks; copy its ~/.ray/auth_token, or "
+                "name that file: export RAY_AUTH_TOKEN_PATH=FILE"
+            )
         undo = f"unset {self.said_by}" if self.said_by.isupper() else f"leave out {self.said_by}"
         return UserError(
             f"no Ray cluster answers at {self.text} ({' '.join(str(reason).split())}); start one there with "
@@ -66,12 +72,15 @@ def _knock(text: str) -> None:
         parts = urlsplit(text)
         _within(_CONNECT_SECONDS, lambda: _open(parts.hostname or "", parts.port or 10001))
         return
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
     from ray._private.services import canonicalize_bootstrap_address_or_die
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
     place = canonicalize_bootstrap_address_or_die(text)
     host, _, port = place.rpartition(":")
     _within(_CONNECT_SECONDS, lambda: _open(host.strip("[]"), int(port)))
+    logging.getLogger("ray").setLevel(logging.ERROR)  # as `ray.init` is told, which sets it too late for the next line
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as `ray.init` does before it asks
     _within(_ANSWER_SECONDS, lambda: GcsClient(address=place))
 
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
-import importlib.abc
 import os
 import platform
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+
+from data._launched import refuse
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("sweeps", "models", "data", "analysis")
@@ -58,21 +57,13 @@ def other_code(expected: str | None = None) -> str | None:
     )
 
 
-class _Refuse(importlib.abc.MetaPathFinder):
-    """Answers every import from the checkout with one line."""
-
-    def __init__(self, line: str) -> None:
-        self.line = line
-
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
-        if fullname.partition(".")[0] in ROOMS:
-            raise ImportError(self.line)
-
-
 def guard() -> None:
-    """Fix the packages of the checkout in this worker; where its code is not the launch's, let it import none."""
+    """Fix the packages of the checkout in this worker; its data tasks refuse where its code is not the launch's.
+
+    A pack looks for itself (`other_code`), each time.
+    """
     if (line := other_code()) is not None:
-        sys.meta_path.insert(0, _Refuse(line))
+        refuse(line)
 
 
 def worker_setup(root: str | None) -> Callable[[], None]:

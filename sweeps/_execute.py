@@ -237,10 +237,12 @@ def run_one(
         except PackStopped as stop:
             if terminated():  # this node is going away, the launch goes on: a retry finds another place
                 raise RuntimeError(f"SIGTERM: {stop}") from stop
-        except PERMANENT as error:
+        except Exception as error:
             if (line := refusal(str(error))) is not None:  # a data task's worker, or one of Ray Train's
                 report({"progress": {"refused": line}})
                 return
+            if not isinstance(error, PERMANENT):
+                raise
             if not isinstance(error, UserError):
                 traceback.print_exc()
             published = ledger.done(c.key for c in cells)

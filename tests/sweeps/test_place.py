@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import os
 import signal
@@ -11,12 +10,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from data import _launched
+from data._source import _ReadShard
+from data.codec_shards import _ShardMaker
 from sweeps import _address, _code, _crash, _execute, _launch, _limits, _where
 from sweeps._ledger import Ledger
 from sweeps._sweep import Pack, UserError
@@ -125,8 +127,8 @@ def test_the_digest_tells_contents_names_and_rooms_apart(checkout: Path) -> None
     assert digest() == seen[-1]
 
 
-def test_a_worker_of_other_code_says_so_and_imports_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+def test_a_worker_of_other_code_says_so_and_its_data_tasks_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_launched, "_reasons", [])
     monkeypatch.setenv(_code.VARIABLE, _code.own_code())
     _code.guard()
     assert _code.other_code() is None
@@ -135,10 +137,14 @@ def test_a_worker_of_other_code_says_so_and_imports_none(monkeypatch: pytest.Mon
     assert line is not None
     assert f"{_code.own_code()[:12]} in {_code.ROOT}, the launch ffffffffffff" in line
     _code.guard()
-    monkeypatch.delitem(sys.modules, "analysis.nulls", raising=False)
-    with pytest.raises(ImportError, match="runs other code than its launch") as refused:
-        importlib.import_module("analysis.nulls")
-    assert _crash.refusal(f"Traceback\n  x\nImportError: {refused.value}\n") == line
+    tasks: list[Callable[[], object]] = [
+        lambda: next(_ReadShard(None, 0, 0, 1)()),  # type: ignore[arg-type]
+        lambda: _ShardMaker(None, None, {}, ""),  # type: ignore[arg-type]
+    ]
+    for task in tasks:
+        with pytest.raises(RuntimeError, match="runs other code than its launch") as refused:
+            task()
+        assert _crash.refusal(f"Traceback\n  x\nRuntimeError: {refused.value}\n") == line
 
 
 def test_workers_take_the_checkout_whatever_comes_before_it(
@@ -196,7 +202,7 @@ def test_a_data_task_of_other_code_fails_no_cell(tmp_path: Path, main: Main, mon
     line = f"a worker on node7 {_code.OTHER_CODE}: abc in /x, the launch def; run it again"
 
     def run(*arguments: object) -> None:
-        raise ImportError(f"ray::read()\n  File …\nImportError: {line}")
+        raise RuntimeError(f"ray::read()\n  File …\nRuntimeError: {line}")
 
     monkeypatch.setattr(toy_sweep.ToySweep, "run", run)
     reports: list[dict] = []
