@@ -1,6 +1,6 @@
 """What a sparse code costs, what it uses, and how many active features a target fidelity takes.
 
-Shape suffixes: N tokens, K active features a token, F features (d_sae), G grid points of k, S seeds.
+Shape suffixes: N tokens, K active features a token, F features (d_sae), G grid points of k.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ KStar = float | Censored
 
 @dataclass(frozen=True)
 class KStarInterval:
-    """k* of the mean curve and its smallest and largest value over seeds."""
+    """k* of a curve and its limits."""
 
     value: KStar
     lo: KStar
@@ -109,34 +109,32 @@ class KStarInterval:
         return f"{format_k_star(self.value)} [{format_k_star(self.lo)}, {format_k_star(self.hi)}]"
 
 
-def format_k_star(value: KStar | KStarInterval) -> str:
+def format_k_star(value: KStar) -> str:
     """One decimal, or the censored marker: "71.2", "> 256"."""
     return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
-def k_star(k: npt.ArrayLike, ce_rec: npt.ArrayLike, target: float) -> KStar | KStarInterval:
+def k_star(k: npt.ArrayLike, ce_rec: npt.ArrayLike, target: float) -> KStar:
     """The smallest k with CE_rec >= target, linearly interpolated on the grid and never extrapolated.
+
+    k* falls as a curve rises: the lower limits of a curve give k*'s upper limit.
 
     Args:
         k: (G,) the grid, in any order.
-        ce_rec: (G,) one curve, or (S, G) one curve a seed.
+        ce_rec: (G,) the curve.
         target: the CE_rec to reach, 0.85 or 0.90 in the study.
     Returns:
-        One curve: a float, or Censored("> largest k") when the grid never reaches the target, or
-        Censored("<= smallest k") when it starts above it. Seeds: a KStarInterval.
+        A float, or Censored("> largest k") when the grid never reaches the target, or Censored("<= smallest k") when
+        it starts above it.
     """
     grid = np.asarray(k, dtype=float)
-    curves = np.asarray(ce_rec, dtype=float)
-    if grid.ndim != 1 or not len(grid) or curves.ndim not in (1, 2) or curves.shape[-1] != len(grid):
-        raise ValueError(f"k has shape {grid.shape} and ce_rec {curves.shape}; give (G,) and (G,) or (seeds, G)")
-    if len(np.unique(grid)) != len(grid) or not np.isfinite(curves).all():
+    curve = np.asarray(ce_rec, dtype=float)
+    if grid.ndim != 1 or not len(grid) or curve.shape != grid.shape:
+        raise ValueError(f"k has shape {grid.shape} and ce_rec {curve.shape}; give (G,) and (G,)")
+    if len(np.unique(grid)) != len(grid) or not np.isfinite(curve).all():
         raise ValueError(f"k={grid.tolist()} must be distinct and every ce_rec finite; average or drop duplicates")
     order = np.argsort(grid)
-    if curves.ndim == 1:
-        return _crossing(grid[order], curves[order], target)
-    each = [_crossing(grid[order], curve[order], target) for curve in curves]
-    mean = _crossing(grid[order], curves.mean(axis=0)[order], target)
-    return KStarInterval(value=mean, lo=min(each, key=_rank), hi=max(each, key=_rank))
+    return _crossing(grid[order], curve[order], target)
 
 
 def _crossing(grid: npt.NDArray[np.float64], curve: npt.NDArray[np.float64], target: float) -> KStar:
@@ -148,9 +146,3 @@ def _crossing(grid: npt.NDArray[np.float64], curve: npt.NDArray[np.float64], tar
         return Censored("<=", float(grid[0]))
     share = (target - curve[first - 1]) / (curve[first] - curve[first - 1])
     return float(grid[first - 1] + share * (grid[first] - grid[first - 1]))
-
-
-def _rank(value: KStar) -> tuple[int, float]:
-    if isinstance(value, Censored):
-        return (1 if value.side == ">" else -1, value.limit)
-    return (0, value)

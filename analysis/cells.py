@@ -5,14 +5,17 @@ Shape suffixes: C cells, S sequences, R resamples.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from analysis.bootstrap import Floats, ce_rec_ci, count_blocks
+from analysis.bootstrap import Floats, count_blocks
 from analysis.budget import FeatureCounts, rate_bits
+from analysis.crossed import Component, Effect, effects, ratio_influence, skew_factor, units_component
 from analysis.fidelity import LOSSES, SEQUENCE_COLUMNS, TOKEN_SUMS, SequenceSums
 from analysis.variance import CONTROLS
 
@@ -26,6 +29,8 @@ CELL_COLUMNS = (
     *("pr", "pr_deflated", *LOSSES, "d_model", "d_sae", "cell_key", *AUDIT_COLUMNS),
 )
 CONFIGURATION = ("model", "depth", "layer", "k", "tokens")
+# Fewer sequences leave 95% intervals below .93: R² hangs on the few sequences with the longest activations.
+MIN_SEQUENCES = {"ce_rec": 8, "r2": 32}
 _DEPTHS = {"early": 0, "mid": 1, "late": 2}
 
 
@@ -34,9 +39,6 @@ def cell_record(
     sums: SequenceSums,
     features: FeatureCounts,
     geometry: Mapping[str, float],
-    *,
-    n_resamples: int = 5_000,
-    seed: int = 0,
 ) -> dict[str, object]:
     """One row of the cells table, keys CELL_COLUMNS.
 
@@ -46,15 +48,13 @@ def cell_record(
         features: what fired on the same tokens.
         geometry: `pr` and `pr_deflated` of the hooked layer (`CovarianceSums.summary`), and AUDIT_COLUMNS
             (`VarianceSums.summary`, `ControlledErrors.metrics`); those that are not given are NaN.
-        n_resamples: bootstrap resamples over sequences for the interval of CE_rec.
-        seed: of the resamples; the same for all cells, so that their intervals are paired.
     """
     table = sums.table()
     absent = int(table[list(LOSSES)].isna().any(axis=1).sum())
     if absent:
         raise ValueError(f"{absent} of {len(table)} sequences have no losses; call add_losses for every sequence")
     k = int(str(identity["k"]))
-    interval = ce_rec_ci(table["loss_orig"], table["loss_recon"], n_resamples=n_resamples, seed=seed)
+    interval = ce_rec_interval(table)
     values: dict[str, object] = {
         **identity,
         **sums.metrics(),
@@ -70,6 +70,35 @@ def cell_record(
         **{name: geometry.get(name, float("nan")) for name in AUDIT_COLUMNS},
     }
     return {name: values[name] for name in CELL_COLUMNS}
+
+
+def ce_rec_interval(table: pd.DataFrame) -> Effect:
+    """CE_rec of one trained SAE for other sequences; NaN limits where `needs` says what they would need.
+
+    Args:
+        table: one row per evaluated sequence, columns `fidelity.SEQUENCE_COLUMNS`.
+    """
+    return _trained(_METRICS["ce_rec"].influence(_summands(table)))[0]
+
+
+def _trained(influence_CS: Floats) -> list[Effect]:
+    """CE_rec of trained SAEs that share their sequences, for other sequences."""
+    values, needs = influence_CS.mean(axis=1).tolist(), needs_sequences("ce_rec", influence_CS.shape[1])
+    if needs:
+        return [Effect(value, math.nan, math.nan, math.nan, needs) for value in values]
+    return effects(values, [[sequence_component(row)] for row in influence_CS])
+
+
+def needs_sequences(metric: str, sequences: int) -> str:
+    """What an interval over sequences would need, empty where there are enough of them."""
+    least = MIN_SEQUENCES[metric]
+    return "" if sequences >= least else f"needs ≥ {least} evaluated sequences"
+
+
+def sequence_component(mean_S: Floats, twice: float = 0.0) -> Component:
+    """Variance of a mean over sequences, widened for their skewness; `twice` as in `crossed.units_component`."""
+    plain = units_component(mean_S, twice)
+    return Component(plain.variance * skew_factor(mean_S) ** 2, plain.df)
 
 
 def prepare_cells(cells: pd.DataFrame) -> pd.DataFrame:
@@ -110,14 +139,31 @@ def tokens_label(tokens: float) -> str:
     return f"{tokens:.0f}"
 
 
-# Each metric as a function of a resample's sums, with the columns it needs. Later metrics join here.
+@dataclass(frozen=True)
+class _Ratio:
+    """A metric as base + sign · Σ top / Σ bottom over the evaluated sequences."""
+
+    base: float
+    sign: float
+    top: str
+    bottom: str
+
+    def value(self, sums: Mapping[str, Floats]) -> Floats:
+        return self.base + self.sign * (sums[self.top] / sums[self.bottom])
+
+    def influence(self, columns: Mapping[str, Floats]) -> Floats:
+        """Arrays (rows, S) whose row means are the metric: each sequence's linearised influence on it."""
+        return self.base + self.sign * ratio_influence(columns[self.top], columns[self.bottom])
+
+
+# Later metrics join here.
 _METRICS = {
-    "r2": (("sse", "sst"), lambda s: 1.0 - s["sse"] / s["sst"]),
-    "cosine": (("cos_sum", "n_tokens"), lambda s: s["cos_sum"] / s["n_tokens"]),
-    "nmse": (("sse", "sum_sq"), lambda s: s["sse"] / s["sum_sq"]),
-    "swd": (("swd_sum", "n_tokens"), lambda s: s["swd_sum"] / s["n_tokens"]),
-    "abs_gdelta": (("abs_sum", "n_tokens"), lambda s: s["abs_sum"] / s["n_tokens"]),
-    "ce_rec": (("loss_orig", "loss_recon"), lambda s: 2.0 - s["loss_recon"] / s["loss_orig"]),
+    "r2": _Ratio(1.0, -1.0, "sse", "sst"),
+    "cosine": _Ratio(0.0, 1.0, "cos_sum", "n_tokens"),
+    "nmse": _Ratio(0.0, 1.0, "sse", "sum_sq"),
+    "swd": _Ratio(0.0, 1.0, "swd_sum", "n_tokens"),
+    "abs_gdelta": _Ratio(0.0, 1.0, "abs_sum", "n_tokens"),
+    "ce_rec": _Ratio(2.0, -1.0, "loss_recon", "loss_orig"),
 }
 
 
@@ -144,14 +190,44 @@ class SequenceTables:
                 break
             table = _checked(key, tables[key]).sort_values("sequence")
             self._groups.setdefault(tuple(table["sequence"].tolist()), []).append(row)
-            weights = table["n_tokens"].to_numpy(float)
-            columns = {name: table[name].to_numpy(float) for name in ("n_tokens", *TOKEN_SUMS)}
-            self._columns.append(columns | {name: weights * table[name].to_numpy(float) for name in LOSSES})
+            self._columns.append(_summands(table))
 
     @property
-    def levels(self) -> str:
-        """What resamples cover beside cells and seeds, to end a sentence of a report."""
-        return " and evaluated sequences" if self._columns else " (no sequence tables were given)"
+    def given(self) -> bool:
+        """Whether there are sequence tables."""
+        return bool(self._columns)
+
+    def influence(self, metric: str) -> list[Floats]:
+        """Each cell's row of the sequences' linearised influence on a metric (its mean is the metric).
+
+        Without sequence tables a row holds the cell's own value alone.
+        """
+        if not self._columns:
+            return [np.array([value]) for value in self._cells[metric].to_numpy(float)]
+        ratio, result = _METRICS[metric], [np.empty(0)] * len(self._cells)
+        for rows in self._groups.values():
+            stacked = {c: np.stack([self._columns[r][c] for r in rows]) for c in (ratio.top, ratio.bottom)}
+            for row, influence_S in zip(rows, ratio.influence(stacked), strict=True):
+                result[row] = influence_S
+        return result
+
+    def ce_rec_intervals(self) -> list[Effect] | None:
+        """`ce_rec_interval` of every cell; None without sequence tables."""
+        if not self._columns:
+            return None
+        influence = self.influence("ce_rec")
+        result: dict[int, Effect] = {}
+        for rows in self._groups.values():
+            result |= dict(zip(rows, _trained(np.stack([influence[r] for r in rows])), strict=True))
+        return [result[row] for row in range(len(self._cells))]
+
+    @property
+    def sequence_set(self) -> npt.NDArray[np.int64]:
+        """A number per cell; equal for cells that were evaluated on the same sequences."""
+        result = np.zeros(len(self._cells), dtype=np.int64)
+        for number, rows in enumerate(self._groups.values()):
+            result[rows] = number
+        return result
 
     def blocks(
         self, metrics: Sequence[str], *, n_resamples: int, seed: int, block: int = 250
@@ -166,7 +242,7 @@ class SequenceTables:
                 shape = (min(block, n_resamples - start), size)
                 yield {name: np.broadcast_to(self._cells[name].to_numpy(float), shape) for name in metrics}
             return
-        needed = sorted({column for name in metrics for column in _METRICS[name][0]})
+        needed = sorted({column for name in metrics for column in (_METRICS[name].top, _METRICS[name].bottom)})
         stacked = [
             (rows, np.stack([np.stack([self._columns[r][c] for r in rows], axis=1) for c in needed], axis=1))
             for rows in self._groups.values()
@@ -180,15 +256,22 @@ class SequenceTables:
                 flat = counts_RS @ columns_SMC.reshape(len(columns_SMC), -1)
                 sums = dict(zip(needed, np.moveaxis(flat.reshape(len(counts_RS), len(needed), -1), 1, 0), strict=True))
                 for name in metrics:
-                    result[name][:, rows] = _METRICS[name][1](sums)
+                    result[name][:, rows] = _METRICS[name].value(sums)
             yield result
+
+
+def _summands(table: pd.DataFrame) -> dict[str, Floats]:
+    """What the metrics' sums run over: token sums as they are, mean losses times the sequence's tokens."""
+    weight_S = table["n_tokens"].to_numpy(float)
+    columns = {name: table[name].to_numpy(float) for name in ("n_tokens", *TOKEN_SUMS)}
+    return columns | {name: weight_S * table[name].to_numpy(float) for name in LOSSES}
 
 
 def _checked(key: str, table: pd.DataFrame) -> pd.DataFrame:
     missing = [c for c in SEQUENCE_COLUMNS if c not in table.columns]
     if missing:
         raise ValueError(f"the sequence table of cell {key} lacks columns {missing}; save SequenceSums.table() whole")
-    if table["sequence"].duplicated().any() or len(table) < 2:
+    if table["sequence"].duplicated().any() or table.empty:
         raise ValueError(f"cell {key} has {len(table)} rows for {table['sequence'].nunique()} sequences; one row each")
     return table
 

@@ -80,9 +80,11 @@ def banerjee(value_N: npt.ArrayLike, variance_NK: npt.ArrayLike, df_NK: npt.Arra
 
 
 def effects(values: Sequence[float], components: Sequence[Sequence[Component]]) -> list[Effect]:
-    """The Effects of means from the variance components of each (one or more, as many for all)."""
-    variance = [[c.variance for c in some] for some in components]
-    width, p = banerjee(values, variance, [[c.df for c in some] for some in components])
+    """The Effects of means from the variance components of each (one or more)."""
+    most = max((len(some) for some in components), default=0)
+    filled = [[*some, *[Component(0.0, 1.0)] * (most - len(some))] for some in components]
+    variance = [[c.variance for c in some] for some in filled]
+    width, p = banerjee(values, variance, [[c.df for c in some] for some in filled])
     return [
         Effect(v, v - w, v + w, q) if q == q else Effect(v, math.nan, math.nan, math.nan, NEEDS_VARIATION)
         for v, w, q in zip(values, width.tolist(), p.tolist(), strict=True)
@@ -119,8 +121,7 @@ def crossed_mean(d_SU: npt.ArrayLike) -> Effect:
         return Effect(mean, math.nan, math.nan, math.nan, NEEDS_SEEDS)
     components = [Component(float(d.mean(axis=1).var(ddof=1)) / seeds, seeds - 1)]
     if units > 1:
-        unit_variance = float(d.mean(axis=0).var(ddof=1)) / units
-        components.append(Component(_without_residual(unit_variance, residual([d]) / d.size, units), units - 1))
+        components.append(units_component(d.mean(axis=0), residual([d]) / d.size))
     return effect(mean, components)
 
 
@@ -199,11 +200,37 @@ class CrossedArms:
         for mean_U, per_seed in zip(mean_NU, per_seed_N, strict=True):
             some = [Component(seed_variance * per_seed, self.seed_df)]
             if self.units > 1:
-                unit_variance = float(mean_U.var(ddof=1)) / self.units
-                twice = rest * per_seed / self.units
-                some.append(Component(_without_residual(unit_variance, twice, self.units), self.units - 1))
+                some.append(units_component(mean_U, rest * per_seed / self.units))
             components.append(some)
         return effects(value_N, components)
+
+
+def units_component(mean_U: Floats, twice: float) -> Component:
+    """The units' component of the mean of `mean_U`, an average over seeds.
+
+    `twice`: the residual's share in that mean's variance, which is in the seeds' component as well; see the file's
+    head for when it is taken off.
+    """
+    units = len(mean_U)
+    variance = float(mean_U.var(ddof=1)) / units
+    return Component(max(variance - twice, 0.0) if units >= UNITS_FOR_RESIDUAL else variance, units - 1)
+
+
+def skew_factor(d_U: npt.ArrayLike) -> float:
+    """How many times wider the t interval of a mean must be for units as skewed as these: 1 or more.
+
+    The wider side of Hall's interval (1992, "On the removal of skewness by transformation", JRSS B 54: the cubic
+    transformation, inverted), at the 95% level; a variance component is multiplied by its square.
+    """
+    d = np.asarray(d_U, np.float64)
+    d = d - d.mean()
+    spread = float(np.sqrt((d**2).mean()))
+    if len(d) < 2 or not spread:
+        return 1.0
+    a = max(abs(float((d**3).mean()) / spread**3) / math.sqrt(len(d)), 1e-6)
+    t = float(special.stdtrit(len(d) - 1, (1 + LEVEL) / 2))
+    longer_tail = 3 / a * (1 - float(np.cbrt(1 - a * (t + a / 6))))
+    return max(longer_tail / t, 1.0)
 
 
 def residual(tables_SU: Sequence[Floats]) -> float:
@@ -227,10 +254,6 @@ def ratio_influence(numerator_SU: npt.ArrayLike, denominator_SU: npt.ArrayLike) 
     total = bottom.sum(axis=1, keepdims=True)
     ratio = top.sum(axis=1, keepdims=True) / total
     return np.asarray(ratio + (top - ratio * bottom) * bottom.shape[1] / total)
-
-
-def _without_residual(unit_variance: float, twice: float, units: int) -> float:
-    return max(unit_variance - twice, 0.0) if units >= UNITS_FOR_RESIDUAL else unit_variance
 
 
 def _table(d_SU: npt.ArrayLike) -> Floats:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from analysis import published
-from analysis.proxy_gap_study import Section, Study, each, identity, interval, limited, number, study_name
+from analysis.proxy_gap_study import Section, Study, each, identity, limited, measured, number, study_name
 
 
 def leaderboard(study: Study) -> Section:
@@ -19,13 +19,13 @@ def leaderboard(study: Study) -> Section:
             "statistic": row["statistic"],
             "rank": str(row["rank"]),
             "proxy": row["label"],
-            "correlation with CE_rec [95% CI]": interval(row["value"], row["lo"], row["hi"], sign=True) or "undefined",
-            "minus R² [95% CI], paired": interval(row["minus_r2"], row["minus_r2_lo"], row["minus_r2_hi"], sign=True),
+            "correlation with CE_rec [95% CI]": measured(row, "value", ("lo", "hi"), sign=True) or "undefined",
+            "minus R² [95% CI], paired": measured(row, "minus_r2", sign=True),
         }
         for row in each(table)
     ]
     lines = [
-        f"{len(study.cells)} cells; {study.n_leaderboard:,} resamples of configurations, their seeds{study.levels}, "
+        f"{len(study.cells)} cells; {study.n_resamples:,} resamples of configurations and their seeds, "
         "the same for every proxy. Within k: both sides minus their mean over the cells of the same k. Resampling "
         "adds noise to ranks, so the interval of a rank correlation near 1 may lie below its value."
     ]

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from analysis import proxy_gap_details as details
@@ -19,10 +20,11 @@ from analysis.cells import SequenceTables, depths_of, prepare_cells, tokens_labe
 from analysis.contrasts import configuration_means, model_deltas
 from analysis.proxies import leaderboard
 from analysis.proxy_gap_plots import write_figures
-from analysis.proxy_gap_study import Study, interval, markdown, study_name
+from analysis.proxy_gap_study import Study, markdown, measured, study_name
 from analysis.variance import LAYER_COLUMNS
 
 SEED = 0
+N_RESAMPLES = 400
 GEOMETRY_COLUMNS = ("model", "layer", "d_model", "pr", "pr_deflated")
 
 
@@ -36,15 +38,14 @@ def write_report(
     facts: Mapping[str, str],
     notes: Sequence[str] = (),
     published: bool = False,
-    n_resamples: int = 5_000,
-    n_leaderboard: int = 2_000,
+    n_resamples: int = N_RESAMPLES,
 ) -> Path:
     """Write report.md, its figures, cells.parquet, cells.csv, leaderboard.csv and the tables behind them.
 
     Args:
         cells: one row a cell, columns `cells.CELL_COLUMNS` (more are kept).
         sequences: the evaluated sequences by cell_key (or one frame with that column), columns
-            `fidelity.SEQUENCE_COLUMNS`; None leaves intervals to seeds and cells alone, and the report says so.
+            `fidelity.SEQUENCE_COLUMNS`; None leaves intervals to seeds alone, and the report says so.
         geometry: one row a layer, columns GEOMETRY_COLUMNS and, unless an older ledger lacks them,
             variance.LAYER_COLUMNS; None leaves the sections out.
         out: folder, made when absent; files of an earlier report are overwritten.
@@ -52,16 +53,13 @@ def write_report(
         facts: what it ran on, in plain words (models, real or stand-in; text; budget; hardware), in order.
         notes: caveats to print, a line each.
         published: whether the preset is one of the study's, so that its numbers are printed beside ours.
-        n_resamples: for means over seeds and differences between models.
-        n_leaderboard: for the leaderboard.
+        n_resamples: of the sequences, for the leaderboard.
     Returns:
         The path of report.md.
     Raises:
         ValueError: a table lacks columns, repeats a cell, or is empty.
     """
-    study = measure(
-        cells, sequences, geometry, published=published, n_resamples=n_resamples, n_leaderboard=n_leaderboard
-    )
+    study = measure(cells, sequences, geometry, published=published, n_resamples=n_resamples)
     out.mkdir(parents=True, exist_ok=True)
     study.cells.to_parquet(out / "cells.parquet", index=False)
     for name, table in {
@@ -85,25 +83,35 @@ def measure(
     geometry: pd.DataFrame | None,
     *,
     published: bool = False,
-    n_resamples: int = 5_000,
-    n_leaderboard: int = 2_000,
+    n_resamples: int = N_RESAMPLES,
 ) -> Study:
     """Everything that the report prints or draws, computed; arguments as in `write_report`."""
     ordered = prepare_cells(cells)
     evaluated = SequenceTables(ordered, sequences)
-    means = configuration_means(ordered, evaluated, n_resamples=n_resamples, seed=SEED)
+    ordered, earlier = _renewed(ordered, evaluated)
+    means = configuration_means(ordered, evaluated)
     scopes = tables.correlation_scopes(ordered)
     return Study(
         cells=ordered,
         means=means.table,
         deltas=model_deltas(means),
-        board=leaderboard(ordered, evaluated, scopes=scopes, n_resamples=n_leaderboard, seed=SEED),
+        board=leaderboard(ordered, evaluated, scopes=scopes, n_resamples=n_resamples, seed=SEED),
         geometry=_prepare_geometry(geometry),
         published=published,
-        levels=evaluated.levels,
+        sequences=evaluated.given,
         n_resamples=n_resamples,
-        n_leaderboard=n_leaderboard,
+        earlier_intervals=earlier,
     )
+
+
+def _renewed(cells: pd.DataFrame, evaluated: SequenceTables) -> tuple[pd.DataFrame, int]:
+    """The cells with CE_rec's limits of today's method, and how many were stored with others."""
+    found = evaluated.ce_rec_intervals()
+    if found is None:
+        return cells, 0
+    limits = {"ce_rec_lo": np.array([e.lo for e in found]), "ce_rec_hi": np.array([e.hi for e in found])}
+    same = [np.isclose(cells[name], values, rtol=0, atol=1e-9, equal_nan=True) for name, values in limits.items()]
+    return cells.assign(**limits), int((~(same[0] & same[1])).sum())
 
 
 def compose(
@@ -185,46 +193,53 @@ def glance(study: Study) -> list[str]:
     at_depth = study.deltas[study.deltas["depth"] == study.reference_depth]
     for tokens, part in at_depth.groupby("tokens", sort=True):
         row = part.sort_values("k").iloc[0]
+        needs = row["delta_ce_rec_needs"] or row["delta_r2_needs"]
         verdict = {
             "opposite": "R² and the patched loss point in opposite directions",
             "same": "R² and the patched loss point the same way",
-            "undecided": "at least one interval includes zero, so the directions are undecided",
+            "undetermined": f"directions undetermined ({needs or 'not both differences pass 5% after Holm'})",
         }[tables.direction(row)]
-        delta_r2 = interval(row["delta_r2"], row["delta_r2_lo"], row["delta_r2_hi"], sign=True)
-        delta_ce = interval(row["delta_ce_rec"], row["delta_ce_rec_lo"], row["delta_ce_rec_hi"], sign=True)
         lines.append(
             f"{study.reference_depth}, k = {row['k']}, {tokens_label(float(str(tokens)))} tokens, {row['large']} minus "
-            f"{row['small']}: ΔR² {delta_r2}, ΔCE_rec {delta_ce}; {verdict}."
+            f"{row['small']}: ΔR² {measured(row, 'delta_r2', sign=True)}, "
+            f"ΔCE_rec {measured(row, 'delta_ce_rec', sign=True)}; {verdict}."
         )
     if len(study.deltas):
         count = pd.Series([tables.direction(row) for _, row in study.deltas.iterrows()]).value_counts()
         lines.append(
             f"Of {len(study.deltas)} comparisons of these two models (depth, k, budget): opposite in "
-            f"{count.get('opposite', 0)}, same in {count.get('same', 0)}, undecided in {count.get('undecided', 0)}."
+            f"{count.get('opposite', 0)}, same in {count.get('same', 0)}, undetermined in "
+            f"{count.get('undetermined', 0)}."
         )
     table = study.board.table
     ranked = table[(table["scope"] == "all cells") & (table["statistic"] == "spearman") & table["value"].notna()]
     for relation, part in ranked.groupby("relation", sort=False):
         best, r2 = part.iloc[0], part[part["proxy"] == "r2"]
         text = f"Spearman with CE_rec, {relation}: {best['label']} ranks first of {len(part)} at "
-        text += interval(best["value"], best["lo"], best["hi"], sign=True)
+        text += measured(best, "value", ("lo", "hi"), sign=True)
         if len(r2) and best["proxy"] != "r2":
             row = r2.iloc[0]
-            text += f"; R² is number {row['rank']} at {interval(row['value'], row['lo'], row['hi'], sign=True)}, "
-            gap = interval(best["minus_r2"], best["minus_r2_lo"], best["minus_r2_hi"], sign=True)
-            text += f"behind by {gap} (paired)"
+            text += f"; R² is number {row['rank']} at {measured(row, 'value', ('lo', 'hi'), sign=True)}, "
+            text += f"behind by {measured(best, 'minus_r2', sign=True)} (paired)"
         lines.append(text + ".")
     lines += variance.flags(study)
     return lines or ["One cell alone compares nothing; add models, k or depths."]
 
 
 def _notes(study: Study) -> list[str]:
-    several = bool((study.means["n_seeds"] > 1).any())
+    crossed = (
+        "training seeds and evaluated sequences"
+        if study.sequences
+        else "training seeds (no sequence tables were given)"
+    )
     notes = [
         "The language models' weights are used unprocessed: no folding of layer norms, no centring of weights.",
-        f"Brackets are 95% percentile intervals from {study.n_resamples:,} bootstrap resamples of training "
-        f"seeds{study.levels}; models evaluated on the same sequences are resampled together. R²'s total variation "
-        "stays around the mean of the whole evaluation set.",
+        f"Brackets are 95% t intervals over {crossed}, each interval for its own number alone. Models evaluated on the "
+        "same sequences are paired by sequence. R²'s total variation stays around the mean of the whole evaluation "
+        "set. “[–]”: these data support no interval.",
+        "A configuration of one seed: its interval is that of the one trained SAE over sequences and covers no "
+        "variation between trainings. Seeds differ in the SAE's initial weights; all see the same tokens in the same "
+        "order.",
         "CE_rec_lo and CE_rec_hi in cells.csv are per cell, over sequences alone.",
     ]
     lacking = int(study.cells["sst_share_top1pct"].isna().sum())
@@ -233,8 +248,11 @@ def _notes(study: Study) -> list[str]:
             f"{lacking} of {len(study.cells)} cells were published before what owns the variance was measured: their "
             "columns on it are “–” here and empty in cells.parquet."
         )
-    if not several:
-        notes.append("One seed a configuration: no interval here covers variation between training seeds.")
+    if study.earlier_intervals:
+        notes.append(
+            f"{study.earlier_intervals} cells were published with limits of CE_rec by an earlier method (percentile "
+            "bootstrap, too narrow for few sequences); here they are computed anew from the cells' sequences."
+        )
     if study.published:
         notes.append("“Published” columns: the source study's numbers; blank where it printed none for that cell.")
     else:

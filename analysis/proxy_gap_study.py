@@ -26,9 +26,9 @@ class Study:
     board: Leaderboard
     geometry: pd.DataFrame
     published: bool
-    levels: str  # what resamples cover beside cells and seeds
-    n_resamples: int
-    n_leaderboard: int
+    sequences: bool  # whether the evaluated sequences were given
+    n_resamples: int  # of the sequences, for the leaderboard
+    earlier_intervals: int = 0  # cells whose stored interval of CE_rec is of an earlier method
 
     @property
     def models(self) -> list[str]:
@@ -95,6 +95,16 @@ def interval(value: float, lo: float, hi: float, digits: int = 3, *, sign: bool 
     if math.isnan(lo) or math.isnan(hi):
         return text
     return f"{text} [{number(lo, digits, sign=sign)}, {number(hi, digits, sign=sign)}]"
+
+
+def measured(row: pd.Series, name: str, limits: tuple[str, str] | None = None, *, sign: bool = False) -> str:
+    """A column of a row with its 95% limits, by default `<name>_lo` and `<name>_hi`.
+
+    “[–]” without limits, blank without a value.
+    """
+    low, high = (float(row[column]) for column in limits or (f"{name}_lo", f"{name}_hi"))
+    text = interval(float(row[name]), low, high, sign=sign)
+    return f"{text} [–]" if text and math.isnan(low + high) else text
 
 
 def study_name(model: object) -> str:

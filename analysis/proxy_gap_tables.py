@@ -14,9 +14,10 @@ import numpy as np
 import pandas as pd
 
 from analysis import published
-from analysis.budget import format_k_star, k_star
+from analysis.budget import KStarInterval, format_k_star, k_star
 from analysis.cells import depths_of, tokens_label
-from analysis.proxy_gap_study import Section, Study, each, identity, interval, number, study_name
+from analysis.multiplicity import ALPHA
+from analysis.proxy_gap_study import Section, Study, each, identity, interval, measured, number, study_name
 
 
 def _source(study: Study, sweep: str) -> list[str]:
@@ -33,31 +34,41 @@ def headline(study: Study) -> Section:
         rows.append(
             identity(row)
             | {
-                "R² [95% CI]": interval(row["r2"], row["r2_lo"], row["r2_hi"]),
+                "R² [95% CI]": measured(row, "r2"),
                 "R² published": number(r2),
-                "CE_rec [95% CI]": interval(row["ce_rec"], row["ce_rec_lo"], row["ce_rec_hi"]),
+                "CE_rec [95% CI]": measured(row, "ce_rec"),
                 "CE_rec published": interval(ce, *limits),
             }
         )
-    return Section("Headline", rows, ["The smallest k and budget at the reference depth."])
+    return Section("Headline", rows, ["The smallest k and budget at the reference depth.", *missing_limits(study)])
+
+
+def missing_limits(study: Study) -> list[str]:
+    """A line on the means' limits that the data do not support; empty where all are there."""
+    found = {needs for name in ("ce_rec", "r2") for needs in study.means[f"{name}_needs"] if needs}
+    return [f"[–]: {'; '.join(sorted(found))}."] if found else []
 
 
 def direction(row: pd.Series) -> str:
-    """Whether ΔR² and ΔCE_rec agree in sign, when both intervals exclude zero."""
-    signs = []
-    for metric in ("delta_r2", "delta_ce_rec"):
-        low, high = row[f"{metric}_lo"], row[f"{metric}_hi"]
-        signs.append(1 if low > 0 else -1 if high < 0 else 0)
-    if 0 in signs:
-        return "undecided"
-    return "same" if signs[0] == signs[1] else "opposite"
+    """Whether ΔR² and ΔCE_rec agree in sign: "same", "opposite", or "undetermined".
+
+    Both differences must pass 5% after Holm's correction over all deltas of the study, both metrics together.
+    """
+    if not max(row["delta_r2_p_holm"], row["delta_ce_rec_p_holm"]) < ALPHA:  # NaN: not tested
+        return "undetermined"
+    return "same" if row["delta_r2"] * row["delta_ce_rec"] > 0 else "opposite"
+
+
+def _direction_cell(row: pd.Series) -> str:
+    needs = row["delta_ce_rec_needs"] or row["delta_r2_needs"]
+    return f"{direction(row)} ({needs})" if needs else direction(row)
 
 
 def _delta_cells(row: pd.Series) -> dict[str, str]:
     return {
-        "ΔR² [95% CI]": interval(row["delta_r2"], row["delta_r2_lo"], row["delta_r2_hi"], sign=True),
-        "ΔCE_rec [95% CI]": interval(row["delta_ce_rec"], row["delta_ce_rec_lo"], row["delta_ce_rec_hi"], sign=True),
-        "directions": direction(row),
+        "ΔR² [95% CI]": measured(row, "delta_r2", sign=True),
+        "ΔCE_rec [95% CI]": measured(row, "delta_ce_rec", sign=True),
+        "directions": _direction_cell(row),
     }
 
 
@@ -81,7 +92,9 @@ def model_deltas(study: Study) -> Section:
     pair = part.iloc[0]
     line = (
         f"{pair['large']} minus {pair['small']} at {tokens_label(study.budgets[0])} tokens. Directions are opposite "
-        "when R² calls one model's SAE better and the patched loss the other's, both intervals excluding zero."
+        "when R² calls one model's SAE better and the patched loss the other's, and same when they agree: counted only "
+        f"where both differences pass 5% after Holm's correction over the {2 * len(study.deltas)} differences of this "
+        "report (deltas.csv has the p-values). An interval is of its own difference alone."
     )
     return Section(title, rows, [line, *_source(study, "fast2")])
 
@@ -133,8 +146,8 @@ def correlations(study: Study) -> Section:
         text = {"depth": depth, "tokens": tokens, "cells": str(part["n_cells"].iloc[0])}
         for i, relation in enumerate(("pooled", "within k")):
             row = part[part["relation"] == relation].iloc[0]
-            value = interval(row["value"], row["lo"], row["hi"], sign=True)
-            text[f"{relation} [95% CI]"] = value or "undefined (one cell a k)"
+            value = measured(row, "value", ("lo", "hi"), sign=True)
+            text[f"{relation} [95% CI]"] = value or "undefined (one cell per k)"
             text[f"{relation} published"] = number(known[i] if known else None, sign=True)
         rows.append(text)
     return Section(title, rows, _source(study, "fast2"))
@@ -152,26 +165,29 @@ def k_stars(study: Study) -> Section:
         study.budgets,
         study.models,
     ):
-        chosen = (study.cells["model"] == model) & (study.cells["depth"] == depth) & (study.cells["tokens"] == tokens)
-        curves = study.cells[chosen].pivot(index="seed", columns="k", values="ce_rec").dropna()
-        if curves.shape[1] < 2 or curves.empty:
+        curve = study.means_at(model=model, depth=depth, tokens=tokens)
+        if len(curve) < 2:
             continue
-        values = curves.to_numpy(float)
-        result = k_star(curves.columns.to_numpy(float), values[0] if len(values) == 1 else values, target)
         matches = study.published and tokens == published.TEN
         known = published.K_STAR.get((study_name(model), depth, target)) if matches else None
         rows.append(
             {"depth": depth, "target": f"{target:.2f}", "tokens": tokens_label(tokens), "model": model}
-            | {"seeds": str(len(values)), "k*": format_k_star(result), "published": number(known, 1)}
+            | {"seeds": str(curve["n_seeds"].min()), "k* [95% CI]": _k_star(curve, target)}
+            | {"published": number(known, 1)}
         )
     line = (
-        "Linear interpolation on the grid, never extrapolation: “> 256” means that the grid's largest k, 256, stays "
-        "below the target, “<= 8” that its smallest already reaches it. With seeds: the mean curve's value [smallest, "
-        "largest over seeds]."
+        "Of the means over seeds. Linear interpolation on the grid, never extrapolation: “> 256” means that the grid's "
+        "largest k, 256, stays below the target, “<= 8” that its smallest already reaches it. The limits are where the "
+        "limits of CE_rec cross the target."
     )
-    return Section(
-        title, rows, [line, *_source(study, "fast2")], needs="" if rows else "complete k grids for at least one seed"
-    )
+    return Section(title, rows, [line, *_source(study, "fast2")], needs="" if rows else "a grid of k for one model")
+
+
+def _k_star(curve: pd.DataFrame, target: float) -> str:
+    k, columns = curve["k"].to_numpy(float), [curve[c].to_numpy(float) for c in ("ce_rec", "ce_rec_lo", "ce_rec_hi")]
+    if not np.isfinite(columns).all():
+        return f"{format_k_star(k_star(k, columns[0], target))} [–]"
+    return str(KStarInterval(*(k_star(k, column, target) for column in (columns[0], columns[2], columns[1]))))
 
 
 def budget_deltas(study: Study) -> Section:
@@ -210,7 +226,7 @@ def budget_cells(study: Study) -> Section:
         rows.append(
             {"k": str(row["k"]), "model": row["model"], "tokens": tokens_label(row["tokens"])}
             | {"seeds": str(row["n_seeds"])}
-            | {"CE_rec [95% CI]": interval(row["ce_rec"], row["ce_rec_lo"], row["ce_rec_hi"])}
+            | {"CE_rec [95% CI]": measured(row, "ce_rec")}
             | {"CE_rec published": interval(known.get("ce_rec", math.nan), *limits)}
             | {"R²": number(row["r2"]), "R² published": number(known.get("r2"))}
             | {"alive %": number(100 * row["alive"], 1), "alive % published": number(known.get("alive"), 1)}

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from sweeps.proxy_gap import SAECell
 
 _CHUNK = 8  # sequences evaluated at once
-_RESAMPLES = 5000
 _UNITS = {"mse": "squared norm / d_model", "loss_orig": "nats/token", "loss_recon": "nats/token"} | {
     "loss_zero": "nats/token",
     "rate_bits": "bits/token",
@@ -140,7 +139,7 @@ class Evaluation:
             sums.add_losses(sequence_B, self.loss_orig_S[rows], recon_B, self.loss_zero_S[cell.layer][rows])
         identity = {name: getattr(cell, name) for name in IDENTITY} | {"cell_key": cell.key}
         geometry = self.geometry[cell.layer] | controlled.metrics()
-        record = cell_record(identity, sums, features, geometry, n_resamples=_RESAMPLES)
+        record = cell_record(identity, sums, features, geometry)
         numbers = [n for n in CELL_COLUMNS if n not in (*IDENTITY, "cell_key")]
         rows_out = [Row(n, float(str(record[n])), _UNITS.get(n, "")) for n in numbers]
         for layer, summary in self.geometry.items():

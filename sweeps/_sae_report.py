@@ -86,6 +86,6 @@ def write(cells: Sequence[PublishedCell], preset_name: str, grid: Grid, original
     )
     best = frame.sort_values("ce_rec").to_dict("records")[-1]
     return [
-        f"best CE_rec  {best['ce_rec']:.3f} [{best['ce_rec_lo']:.3f}, {best['ce_rec_hi']:.3f}] at R² {best['r2']:.3f} "
+        f"best CE_rec  {best['ce_rec']:.3f} at R² {best['r2']:.3f} "
         f"({best['model']}, {best['depth']}, k={best['k']}, {best['tokens']} tokens)",
     ]

@@ -9,9 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.bootstrap import ce_rec_ci
 from analysis.budget import rate_bits, rate_bits_entropy
-from analysis.cells import AUDIT_COLUMNS, CELL_COLUMNS
+from analysis.cells import AUDIT_COLUMNS, CELL_COLUMNS, ce_rec_interval
 from analysis.fidelity import SEQUENCE_COLUMNS, metrics_from_table
 from analysis.variance import LAYER_COLUMNS
 
@@ -87,13 +86,19 @@ def build_grid(
                         key = f"{model}-{depth}-{k}-{budget}-{s}"
                         table = _sequence_table(ce, r2, d, n_sequences, difficulty, rng)
                         sequences[key] = table
-                        low, high = ce_rec_ci(table["loss_orig"], table["loss_recon"], n_resamples=500)
+                        limits = ce_rec_interval(table)
                         mean_sq = float(table["sum_sq"].sum() - table["sst"].sum()) / float(table["n_tokens"].sum())
                         metrics = metrics_from_table(table, d_model=d, mean_sq=mean_sq)
                         records.append(
                             metrics
                             | {"model": model, "layer": layers[position], "depth": depth, "k": k, "seed": s}
-                            | {"tokens": budget, "ce_rec_lo": low, "ce_rec_hi": high, "d_model": d, "d_sae": 32 * d}
+                            | {
+                                "tokens": budget,
+                                "ce_rec_lo": limits.lo,
+                                "ce_rec_hi": limits.hi,
+                                "d_model": d,
+                                "d_sae": 32 * d,
+                            }
                             | {
                                 "alive": float(np.clip((0.14 - 0.03 * width) * (k / 8) ** 0.55 * 1.4**trained, 0, 1)),
                                 "cell_key": key,

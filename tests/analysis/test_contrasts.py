@@ -1,17 +1,20 @@
-"""Means over seeds and model differences: point values, pairing, seed variation."""
+"""Means over seeds and model differences: point values, pairing, variance components, what one seed can say."""
 
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from analysis.cells import SequenceTables, prepare_cells
 from analysis.contrasts import configuration_means, model_deltas
+from analysis.crossed import CrossedArms, crossed_mean
+from analysis.proxy_gap_tables import direction
 
 
-def _means(grid, n_resamples=600):
+def _means(grid, sequences=None):
     cells = prepare_cells(grid.cells)
-    return cells, configuration_means(cells, SequenceTables(cells, grid.sequences), n_resamples=n_resamples)
+    return cells, configuration_means(cells, SequenceTables(cells, grid.sequences if sequences is None else sequences))
 
 
 def test_means_average_seeds_and_intervals_bracket_them(make_grid):
@@ -26,42 +29,102 @@ def test_means_average_seeds_and_intervals_bracket_them(make_grid):
     assert (means.table["ce_rec"] < means.table["ce_rec_hi"]).all()
 
 
-def test_single_seed_interval_is_the_sequence_bootstrap(make_grid):
-    _, means = _means(make_grid(depths=("mid",), ks=(8,)), n_resamples=4_000)
-    row = means.table.iloc[0]
-    assert row["ce_rec_hi"] - row["ce_rec_lo"] == pytest.approx(0.034, abs=0.012)
+def test_one_seed_speaks_of_its_trained_sae_over_sequences(make_grid):
+    """The mean's interval is the cell's own; a difference between two models has none."""
+    cells, means = _means(make_grid(depths=("mid",), ks=(8,)))
+    np.testing.assert_allclose(means.table[["ce_rec_lo", "ce_rec_hi"]], cells[["ce_rec_lo", "ce_rec_hi"]], rtol=1e-12)
+    row = model_deltas(means).iloc[0]
+    assert np.isnan(row[["delta_ce_rec_lo", "delta_r2_hi", "delta_ce_rec_p", "delta_r2_p_holm"]].astype(float)).all()
+    assert row["delta_ce_rec_needs"] == row["delta_r2_needs"] == "needs ≥ 2 seeds"
+    assert direction(row) == "undetermined"
 
 
-def test_seed_level_widens_intervals_when_seeds_differ(make_grid):
-    grid = make_grid(models=("pythia-70m",), depths=("mid",), ks=(8,), seeds=4)
-    spread = dict(grid.sequences)
-    for i, key in enumerate(spread):
-        spread[key] = spread[key].assign(loss_recon=spread[key]["loss_recon"] * (1 + 0.1 * i))
-    cells = prepare_cells(grid.cells)
-    tight = configuration_means(cells, SequenceTables(cells, grid.sequences), n_resamples=800).table.iloc[0]
-    wide = configuration_means(cells, SequenceTables(cells, spread), n_resamples=800).table.iloc[0]
-    assert wide["ce_rec_hi"] - wide["ce_rec_lo"] > 3 * (tight["ce_rec_hi"] - tight["ce_rec_lo"])
+def test_few_sequences_give_no_interval_and_the_reason(make_grid):
+    _, means = _means(make_grid(depths=("mid",), ks=(8,), n_sequences=12, seeds=2))
+    assert set(means.table["r2_needs"]) == {"needs ≥ 32 evaluated sequences"}
+    assert means.table["r2_lo"].isna().all()
+    assert means.table["ce_rec_lo"].notna().all()
+    assert model_deltas(means)["delta_r2_needs"][0] == "needs ≥ 32 evaluated sequences"
+    _, alone = _means(make_grid(depths=("mid",), ks=(8,), n_sequences=1))
+    assert set(alone.table["ce_rec_needs"]) == {"needs ≥ 8 evaluated sequences"}
 
 
-def test_deltas_are_widest_minus_narrowest_and_paired(make_grid):
-    grid = make_grid(models=("pythia-410m", "pythia-160m", "pythia-70m"), depths=("mid",), ks=(8, 32))
-    _, means = _means(grid)
+def _with_seed_effects(grid, effects):
+    """The grid's cells with each seed's patched losses multiplied; limits and values recomputed by nobody."""
+    tables = {key: t.assign(loss_recon=t["loss_recon"] * effects(key)) for key, t in grid.sequences.items()}
+    ce = [2 - t["loss_recon"].sum() / t["loss_orig"].sum() for t in tables.values()]
+    return type(grid)(grid.cells.assign(ce_rec=ce), tables, None)
+
+
+def test_two_far_apart_seeds_give_the_t_interval_of_one_degree_of_freedom(make_grid):
+    grid = make_grid(models=("pythia-70m",), depths=("mid",), ks=(8,), seeds=2)
+    wide = _with_seed_effects(grid, lambda key: 1 + 0.2 * int(key[-1]))
+    row = _means(wide)[1].table.iloc[0]
+    gap = abs(np.diff(wide.cells["ce_rec"])[0])
+    assert row["ce_rec_hi"] - row["ce_rec_lo"] == pytest.approx(12.706 * gap, rel=0.02)
+
+
+def test_means_and_deltas_equal_crossed_components_where_nothing_is_skewed(make_grid):
+    """Symmetric influences: the limits are `crossed_mean`'s and, for equal seed variances, `CrossedArms`'."""
+    rng = np.random.default_rng(0)
+    half = rng.normal(0, 0.02, size=20)
+    sequence_U = np.concatenate([half, -half])
+    grid = make_grid(depths=("mid",), ks=(8,), seeds=2, n_sequences=40)
+    values = {}
+    tables = {}
+    for key, table in grid.sequences.items():
+        ce_U = 0.5 + 0.03 * (int(key[-1]) - 0.5) + sequence_U * (1 if "70m" in key else 3)
+        tables[key] = table.assign(loss_orig=3.0, loss_recon=3.0 * (2 - ce_U))
+        values[key] = ce_U
+    cells = grid.cells.assign(ce_rec=[v.mean() for v in values.values()])
+    means = _means(type(grid)(cells, tables, None))[1]
+    arms = [np.stack([v for k, v in values.items() if m in k]) for m in ("70m", "410m")]
+    for row, arm in zip(range(2), arms, strict=True):
+        expected = crossed_mean(arm)
+        assert means.table.loc[row, ["ce_rec_lo", "ce_rec_hi"]].tolist() == pytest.approx([expected.lo, expected.hi])
+    expected = CrossedArms(tuple(arms)).difference(1, 0)
+    found = model_deltas(means).iloc[0]
+    assert found["delta_ce_rec_lo"] == pytest.approx(expected.lo)
+    assert found["delta_ce_rec_p"] == pytest.approx(expected.p)
+
+
+def test_deltas_are_widest_minus_narrowest_and_adjusted_together(make_grid):
+    grid = make_grid(models=("pythia-410m", "pythia-160m", "pythia-70m"), depths=("mid",), ks=(8, 32), seeds=3)
+    cells, means = _means(grid)
     deltas = model_deltas(means)
     assert list(deltas["k"]) == [8, 32]
     assert set(deltas["small"]) == {"pythia-70m"}
     assert set(deltas["large"]) == {"pythia-410m"}
-    by = grid.cells.set_index(["model", "k"])["ce_rec"]
+    by = cells.groupby(["model", "k"])["ce_rec"].mean()
     assert deltas["delta_ce_rec"][0] == pytest.approx(by["pythia-410m", 8] - by["pythia-70m", 8])
     assert (deltas["delta_r2_lo"] > 0).all()
+    p = pd.concat([deltas["delta_ce_rec_p"], deltas["delta_r2_p"]])
+    adjusted = pd.concat([deltas["delta_ce_rec_p_holm"], deltas["delta_r2_p_holm"]])
+    assert adjusted.min() == pytest.approx(4 * p.min())
 
 
-def test_identical_losses_give_a_zero_delta_interval_through_pairing(make_grid):
-    grid = make_grid(depths=("mid",), ks=(8,))
-    keys = list(grid.sequences)
-    shared = dict.fromkeys(keys, grid.sequences[keys[0]])
-    cells = prepare_cells(grid.cells)
-    deltas = model_deltas(configuration_means(cells, SequenceTables(cells, shared), n_resamples=200))
-    np.testing.assert_allclose(deltas[["delta_ce_rec_lo", "delta_ce_rec_hi"]], 0.0, atol=1e-15)
+def test_pairing_by_sequence_and_its_absence(make_grid):
+    grid = make_grid(depths=("mid",), ks=(8,), seeds=2)
+    shared = dict(zip(grid.sequences, [t for t in list(grid.sequences.values())[:2]] * 2, strict=True))
+    paired = model_deltas(_means(grid, shared)[1]).iloc[0]
+    apart = {k: t.assign(sequence=t["sequence"] + 1000 * ("410m" in k)) for k, t in shared.items()}
+    unpaired = model_deltas(_means(grid, apart)[1]).iloc[0]
+    widths = [row["delta_ce_rec_hi"] - row["delta_ce_rec_lo"] for row in (paired, unpaired)]
+    assert widths[0] < 0.999 * widths[1]
+    different = {k: t.assign(sequence=t["sequence"] + 1000 * int(k[-1])) for k, t in shared.items()}
+    row = model_deltas(_means(grid, different)[1]).iloc[0]
+    assert row["delta_ce_rec_needs"] == "needs the same evaluated sequences for all seeds"
+
+
+def test_without_sequences_seeds_alone_carry_the_interval(make_grid):
+    cells = prepare_cells(make_grid(depths=("mid",), ks=(8,), seeds=3).cells)
+    means = configuration_means(cells, SequenceTables(cells, None))
+    expected = crossed_mean(cells["ce_rec"].to_numpy()[:3, None])
+    assert means.table["ce_rec_lo"][0] == pytest.approx(expected.lo)
+    one = cells[cells["seed"] == 0].reset_index(drop=True)
+    assert set(configuration_means(one, SequenceTables(one, None)).table["ce_rec_needs"]) == {
+        "needs ≥ 8 evaluated sequences"
+    }
 
 
 def test_one_model_gives_an_empty_table(make_grid):
@@ -72,6 +135,6 @@ def test_one_model_gives_an_empty_table(make_grid):
 def test_only_configurations_with_both_extreme_models_are_compared(make_grid):
     grid = make_grid(models=("pythia-70m", "pythia-160m", "pythia-410m"), depths=("mid",), ks=(8, 32), n_sequences=9)
     partial = type(grid)(grid.cells[~((grid.cells.model == "pythia-410m") & (grid.cells.k == 8))], grid.sequences, None)
-    deltas = model_deltas(_means(partial, n_resamples=50)[1])
+    deltas = model_deltas(_means(partial)[1])
     assert list(deltas["k"]) == [32]
     assert list(deltas["large"]) == ["pythia-410m"]
