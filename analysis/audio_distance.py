@@ -24,6 +24,7 @@ from analysis.crossed import banerjee
 
 Floats = npt.NDArray[np.float64]
 Kernel = Literal["polynomial", "rbf"]
+_NO_KERNEL_INTERVAL = "no interval: none that was tried covers where the sets differ in spread"
 LEAST_CLIPS = 12  # of each set for an interval; simulated down to there (docs/calibration.md)
 
 
@@ -241,17 +242,13 @@ def frechet_distance(reference: Embeddings, generated: Embeddings) -> SetDistanc
         without.append(np.array([frechet_of_gaussians(*a, *b) for a, b in sets]))
     corrected, interval = _jackknife(value, without)
     d, fewest = reference.x_ND.shape[1], min(len(reference.x_ND), len(generated.x_ND))
-    caveat = _few_clips(reference, generated)
+    clips = min(reference.n_clips, generated.n_clips)
+    caveat = f"{clips} clips: no interval for fewer than {LEAST_CLIPS}" if clips < LEAST_CLIPS else ""
     if fewest <= d:
         caveat = f"N={fewest} <= D={d}: a covariance is singular, no interval, do not compare across N"
         interval = Interval(math.nan, math.nan)
     interval = Interval(*(max(0.0, end) if math.isfinite(end) else end for end in interval))
     return _result("Fréchet distance", value, interval, corrected, reference, generated, caveat)
-
-
-def _few_clips(a: Embeddings, b: Embeddings) -> str:
-    fewest = min(a.n_clips, b.n_clips)
-    return f"{fewest} clips: no interval for fewer than {LEAST_CLIPS}" if fewest < LEAST_CLIPS else ""
 
 
 def _kernel_sums(a: Embeddings, b: Embeddings, kernel: Kernel, scale: float) -> Floats:
@@ -297,8 +294,8 @@ def kernel_distance(
     ``polynomial`` is the kernel inception distance's (x.y/D + 1)^3 (Bińkowski et al. 2018), ``rbf`` a Gaussian of
     the reference's median distance (as in the kernel audio distance, Chung et al. 2025), both on embeddings
     standardised by the reference. Pairs of vectors from the same clip are left out, clips being the independent
-    units. The value may be negative. The interval is the jackknife's over clips, for the kernel at hand (scaled by this
-    reference).
+    units. The value may be negative. It has no interval: the scale is that of the reference at hand, and neither
+    resampling nor leaving out clips knows the error of that (simulated: 95% intervals cover 85 to 90%).
     Raises ValueError when the embedders differ or the kernel has another name.
     """
     _check_pair(reference, generated)
@@ -309,23 +306,10 @@ def kernel_distance(
     sums = [_kernel_sums(p, q, kernel, scale) for p, q in ((a, a), (b, b), (a, b))]
     sizes = [np.unique(e.clip_N, return_counts=True)[1].astype(np.float64) for e in (a, b)]
 
-    with np.errstate(invalid="ignore", divide="ignore"):  # one of two clips left out: no pair, and no interval
-        value, without = _mmd_without_each(sums, sizes)
-    interval = _jackknife(value, without)[1]
-    caveat = _few_clips(a, b)
-    return _result(f"kernel distance ({kernel})", value, interval, None, reference, generated, caveat)
-
-
-def _mmd_without_each(sums: Sequence[Floats], sizes: Sequence[Floats]) -> tuple[float, tuple[Floats, Floats]]:
-    """(squared MMD, it without each clip of a and of b) from kernel sums by clip within a, within b, between them."""
-    off = [within - np.diag(np.diag(within)) for within in sums[:2]]
-    pairs = [np.outer(n, n) - np.diag(n**2) for n in sizes]
-    total, n_pairs = [float(o.sum()) for o in off], [float(p.sum()) for p in pairs]
-    between, n = float(sums[2].sum()), [float(some.sum()) for some in sizes]
-    value = total[0] / n_pairs[0] + total[1] / n_pairs[1] - 2 * between / (n[0] * n[1])
-    without = []
-    for side in (0, 1):
-        within_C = (total[side] - 2 * off[side].sum(1)) / (n_pairs[side] - 2 * pairs[side].sum(1))
-        between_C = (between - sums[2].sum(1 - side)) / ((n[side] - sizes[side]) * n[1 - side])
-        without.append(within_C + total[1 - side] / n_pairs[1 - side] - 2 * between_C)
-    return value, (without[0], without[1])
+    within = [
+        float((some.sum() - np.trace(some)) / (n_C.sum() ** 2 - (n_C**2).sum()))
+        for some, n_C in zip(sums[:2], sizes, strict=True)
+    ]
+    value = sum(within) - 2 * float(sums[2].sum() / (sizes[0].sum() * sizes[1].sum()))
+    nothing = Interval(math.nan, math.nan)
+    return _result(f"kernel distance ({kernel})", value, nothing, None, reference, generated, _NO_KERNEL_INTERVAL)

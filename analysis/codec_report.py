@@ -267,11 +267,11 @@ def _audio_table(audio: pd.DataFrame, order: Sequence[str]) -> str:
                 f"{int(r['vectors'])} / {int(r['clips'])}",
                 f"{r['frechet']:.1f}" if np.isfinite(r["frechet"]) else "–",
                 interval(r["frechet_limit"], r["frechet_lo"], r["frechet_hi"], 1),
-                interval(r["kernel"], r["kernel_lo"], r["kernel_hi"]),
+                f"{r['kernel']:.3f}" if np.isfinite(r["kernel"]) else "–",
                 interval(r["coherence"], r["coherence_lo"], r["coherence_hi"]),
             ]
         )
-    head = ["architecture", "N vectors / clips", "Fréchet", "Fréchet at infinite N [95% CI]", "kernel [95% CI]"]
+    head = ["architecture", "N vectors / clips", "Fréchet", "Fréchet at infinite N [95% CI]", "kernel"]
     return table([*head, "coherence [95% CI]"], rows)
 
 

@@ -20,7 +20,8 @@ class Results:
     spikes: architecture, lr, seed, group, value (steps whose gradient norm jumped).
     gates: architecture, lr, seed, weights, clip_id, recording_id, layer, steps and the numbers of models.cache_health;
         may be empty.
-    audio: embedder, architecture, clips, vectors, and frechet, kernel and coherence with _lo and _hi, frechet_limit;
+    audio: embedder, architecture, clips, vectors, frechet, frechet_limit with frechet_lo and _hi, kernel, and
+        coherence with _lo and _hi;
         the rows REAL are training audio against held-out audio; may be empty.
     samples: architecture, and the name of a spectrogram beside the report.
     texts: of models with text conditioning, the rows of clips with the averaged weights and other texts too, told apart
