@@ -13,7 +13,7 @@ from analysis.proxy_gap_report import compose, glance, measure
 from analysis.proxy_gap_variance import controls, definition_check, flags, layers, scale_parts
 from analysis.variance import LAYER_COLUMNS
 
-SMALL = {"n_resamples": 50, "n_leaderboard": 50}
+SMALL = {"n_resamples": 50}
 
 
 def study_of(grid, geometry=None, **changes):
