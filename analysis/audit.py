@@ -177,8 +177,9 @@ def _merged(observed_R: np.ndarray, drawn: Mapping[str, np.ndarray]) -> NullTest
 
 def _clopper_pearson(exceed: int, draws: int, tail: float) -> tuple[float, float]:
     """Limits of the share that endless draws would have above, each missed with probability `tail` at most."""
-    interval = stats.binomtest(exceed, draws).proportion_ci(1 - 2 * tail)
-    return float(interval.low), float(interval.high)
+    low = stats.beta.ppf(tail, exceed, draws - exceed + 1) if exceed else 0.0
+    high = stats.beta.isf(tail, exceed + 1, draws - exceed) if exceed < draws else 1.0
+    return float(low), float(high)
 
 
 def mean_interval(values_R: Sequence[float] | np.ndarray) -> tuple[float, float]:

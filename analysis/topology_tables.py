@@ -63,10 +63,13 @@ def audit(units: Sequence[Unit]) -> Audit:
     other metrics and routes count for the criterion of that name.
     """
     tests = {unit.place: _tests(unit) for unit in units}
+    ratios = {unit.place: _ratio(unit) for unit in units if unit.tested_runs()}
     rows: list[dict[str, object]] = []
     loops: list[pd.DataFrame] = []
     for unit in units:
-        rows += _observed_rows(unit) + _ratio_rows(unit) + _test_rows(unit.place, tests[unit.place])
+        rows += (
+            _observed_rows(unit) + _ratio_rows(unit, ratios.get(unit.place)) + _test_rows(unit.place, tests[unit.place])
+        )
         rows += _universal_rows(unit, loops)
     for place, found in checkpoints(units).items():
         rows += [_row(place, f"checkpoint_{name}", value=value) for name, value in found.items()]
@@ -84,12 +87,12 @@ def audit(units: Sequence[Unit]) -> Audit:
     return Audit(
         cells=pd.DataFrame(rows, columns=list(COLUMNS)),
         universal=pd.concat(loops, ignore_index=True) if loops else pd.DataFrame(columns=list(UNIVERSAL_COLUMNS)),
-        verdicts=_verdicts(units, tests, adjusted, needs),
+        verdicts=_verdicts(units, tests, ratios, adjusted, needs),
         advice=[
             f"{' '.join(u.place)}: "
-            + advice(_ratio(u), own, runs=len(u.runs), tests=size[u.place[0]] if u.place in adjusted else 1)
+            + advice(ratios[u.place], own, runs=len(u.runs), tests=size[u.place[0]] if u.place in adjusted else 1)
             for u in units
-            if u.tested_runs() and (own := tests[u.place].own)
+            if u.place in ratios and (own := tests[u.place].own)
         ],
         few_draws=any(needs.values()),
     )
@@ -157,14 +160,13 @@ def _observed_rows(unit: Unit) -> list[dict[str, object]]:
     return rows
 
 
-def _ratio_rows(unit: Unit) -> list[dict[str, object]]:
+def _ratio_rows(unit: Unit, ratio: Ratio | None) -> list[dict[str, object]]:
     rows = []
-    if unit.tested_runs():
-        ratio = _ratio(unit)
+    if ratio:
         rows.append(_interval_row(unit, "top1_ratio", ratio))
         rows.append(_row(unit.place, "share_above_p95", value=ratio.share_above, null=ratio.null))
         diagrams = unit.subsample_diagrams()
-        if all(sum(len(d) for drawn in by_run.values() for d in drawn) for by_run in diagrams.values()):
+        if diagrams and all(sum(len(d) for drawn in by_run.values() for d in drawn) for by_run in diagrams.values()):
             pooled = _whole_interval(unit, pooled_ratio(unit.top1(unit.runs), diagrams))
             rows.append(_interval_row(unit, "pooled_ratio", pooled))
     if unit.full_tested:
@@ -214,7 +216,11 @@ def _universal_rows(unit: Unit, loops: list[pd.DataFrame]) -> list[dict[str, obj
 
 
 def _verdicts(
-    units: Sequence[Unit], tests: Mapping[Place, _Tests], adjusted: Mapping[Place, float], needs: Mapping[Place, str]
+    units: Sequence[Unit],
+    tests: Mapping[Place, _Tests],
+    ratios: Mapping[Place, Ratio],
+    adjusted: Mapping[Place, float],
+    needs: Mapping[Place, str],
 ) -> dict[tuple[str, str], Verdict]:
     out: dict[tuple[str, str], Verdict] = {}
     for table in dict.fromkeys(unit.place[0] for unit in units):
@@ -233,7 +239,7 @@ def _verdicts(
             )
             found[name] = criteria(
                 p_adjusted=None if lacks[name] else adjusted.get(place),
-                share_above=_ratio(mine[0]).share_above if mine[0].tested_runs() else None,
+                share_above=ratios[place].share_above if place in ratios else None,
                 p_by_metric=_p(mine, tests, several * (len(mine) - 1)),
                 p_by_compression=_p(smaller, tests, bits * (len(smaller) - len(smaller) // 2)),
                 spread=_spread(mine[0]),
