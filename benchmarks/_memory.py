@@ -27,5 +27,5 @@ def added_peak_mib(warm_up: Callable[[], object], work: Callable[[], object]) ->
 
 def in_fresh_process(argv: Sequence[str]) -> float:
     """The number on the last line that `python argv` prints: so that no allocator keeps what another arm freed."""
-    answer = subprocess.run([sys.executable, *argv], capture_output=True, text=True, check=True)
+    answer = subprocess.run([sys.executable, *argv], capture_output=True, encoding="utf-8", check=True)
     return float(answer.stdout.split()[-1])

@@ -19,6 +19,7 @@ parent holds a `Worker(argv, env)`, the child calls `serve(step)`; it alternates
 
 from __future__ import annotations
 
+import io
 import os
 import platform
 import statistics
@@ -57,7 +58,7 @@ class Worker:
             env={**os.environ, **(env or {})},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
         )
         self._wait_for(READY)
 
@@ -208,6 +209,8 @@ def machine() -> str:
 
 def write_report(text: str, out: str | Path | None) -> None:
     """Print `text`; with `out`, write it there as well (folders are made)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # × and ± on a terminal that has none
     print(text)
     if out is not None:
         path = Path(out)

@@ -29,7 +29,9 @@ TRACK_S = 30.0
 def unpack(packages: Sequence[str], into: Path) -> Path:
     """Download Debian packages with apt-get and unpack them; raises RuntimeError naming the remedy."""
     into.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(["apt-get", "download", *packages], cwd=into, capture_output=True, text=True)
+    done = subprocess.run(
+        ["apt-get", "download", *packages], cwd=into, capture_output=True, encoding="utf-8", errors="replace"
+    )
     if done.returncode:
         names = " ".join(packages)
         raise RuntimeError(f"apt-get download {names} failed; run apt-get update first.\n{done.stderr.strip()}")

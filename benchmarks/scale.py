@@ -272,7 +272,7 @@ def child(step: str, n: int, folder: Path) -> dict[str, Any]:
     """`measure` in a process of its own."""
     command = [sys.executable, __file__, "--folder", str(folder), "--measure", step, str(n)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=env)
     if done.returncode:
         raise RuntimeError(f"{step} of {n} cells failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -50,9 +50,10 @@ SOURCES = {
 
 
 def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/plumbline/odor`, or `~/.cache/plumbline/odor`."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "plumbline" / "odor"
+    """`$PLUMBLINE_CACHE/odor`, else `$XDG_CACHE_HOME/plumbline/odor`, else `~/.cache/plumbline/odor`."""
+    if named := os.environ.get("PLUMBLINE_CACHE"):
+        return Path(named) / "odor"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plumbline" / "odor"
 
 
 def fetch(name: str, folder: Path | None = None, timeout_s: float = 30.0) -> Path:

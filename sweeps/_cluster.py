@@ -31,6 +31,7 @@ from sweeps._sweep import UserError
 from sweeps._where import git_commit, prepare_process
 
 PORT = 6379
+_TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "replace"}  # how messages of nodes are read
 _POLL_SECONDS = 2.0
 _SAY_SECONDS = 15.0  # between progress lines while nothing changes
 _MLFLOW_SECONDS = 120.0
@@ -123,7 +124,7 @@ class Cluster:
         return ["ssh", *options, f"{self.user}@{address}", f"bash -c {shlex.quote(whole)}"]
 
     def on_head(self, command: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(self.ssh(self.door, command), text=True, **options)
+        return subprocess.run(self.ssh(self.door, command), **_TEXT, **options)
 
 
 def up(cluster: Cluster, timeout: float) -> int:
@@ -166,9 +167,9 @@ def down(cluster: Cluster) -> int:
     print(f"{cluster.head}: {'stopped' if head.returncode == 0 else _last(head.stderr)}", flush=True)
 
     def stop_worker(address: str) -> bool:
-        run = subprocess.run(cluster.ssh(address, stop, through_head=reachable), text=True, capture_output=True)
+        run = subprocess.run(cluster.ssh(address, stop, through_head=reachable), capture_output=True, **_TEXT)
         if run.returncode == 255 and reachable:
-            run = subprocess.run(cluster.ssh(address, stop), text=True, capture_output=True)
+            run = subprocess.run(cluster.ssh(address, stop), capture_output=True, **_TEXT)
         print(f"{address}: {'stopped' if run.returncode == 0 else _last(run.stderr)}", flush=True)
         return run.returncode == 0
 
@@ -301,8 +302,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sub.add_argument("--timeout", type=float, required=True)
     commands.add_parser("mlflow").add_argument("--stop", action="store_true")
     a = p.parse_args(argv)
-    prepare_process()
     try:
+        prepare_process()
         if a.command == "up":
             return up(Cluster.read(a.config), a.timeout)
         if a.command == "down":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from sweeps._codec_text import arm_name
 from sweeps._sweep import UserError
+from sweeps._where import prepare_process
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +50,7 @@ def main(argv: list[str]) -> int:
     import sys
 
     try:
+        prepare_process()
         for line in sample(parser().parse_args(argv)):
             print(line)
     except (UserError, ValueError) as error:

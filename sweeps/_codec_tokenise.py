@@ -32,8 +32,8 @@ def main(argv: list[str]) -> int:
     """Make the tokens; returns the exit code (2 for bad input)."""
     import sys
 
-    prepare_process()
     try:
+        prepare_process()
         for line in tokenise(parser().parse_args(argv)):
             print(line)
     except UserError as error:

@@ -36,6 +36,7 @@ MARKER = "_PUBLISHED"
 _ASIDE, _LEFT_SECONDS = ".tmp-", 86_400.0  # folders that are being made, and when they are taken for dead
 _DAMAGED = ".damaged-"  # folders that somebody may want to look at, which no reader counts
 _PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
+_LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)  # no better a second later
 _ANSWERS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, NotImplementedError)
 _MISTAKES = (ValueError, TypeError, KeyError, AttributeError)
 _UPLOADS = 8  # files of a folder that are uploaded and checksummed at once
@@ -70,7 +71,7 @@ Describe = Callable[[Mapping[str, Facts], str], Mapping[str, bytes]]
 
 
 def _transient(error: BaseException) -> bool:
-    return isinstance(error, OSError) and not isinstance(error, _PERMANENT) and error.errno != errno.ENOSPC
+    return isinstance(error, OSError) and not isinstance(error, _PERMANENT) and error.errno not in _LASTING
 
 
 _retry = tenacity.retry(

@@ -52,3 +52,24 @@ def test_lock_names_no_address_and_holds_every_package() -> None:
         assert f"\n{name}==" in f"\n{lock}"
     for name in ("descript-audio-codec", "ripser", "rdkit", "mlflow", "pytest"):
         assert f"\n{name}==" in f"\n{lock}"
+
+
+def without_encoding(file: Path) -> list[str]:
+    """Calls that read, write or hear text in whatever encoding the user's locale has."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        named = {k.arg for k in node.keywords}
+        modes = [a.value for a in [*node.args[1:2], *(k.value for k in node.keywords)] if isinstance(a, ast.Constant)]
+        opened = isinstance(node.func, ast.Name) and name == "open" and not any("b" in str(m) for m in modes)
+        written = (name == "read_text" and not node.args) or (name == "write_text" and len(node.args) == 1)
+        if (opened or written or ("text" in named and name in ("run", "Popen"))) and "encoding" not in named:
+            found.append(f"{file.relative_to(ROOT)}:{node.lineno} {name}")
+    return found
+
+
+def test_text_has_an_encoding() -> None:
+    files = [file for room in (*ROOMS, "benchmarks") for file in (ROOT / room).rglob("*.py")]
+    assert [call for file in files for call in without_encoding(file)] == []

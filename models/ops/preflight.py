@@ -170,7 +170,9 @@ def stack_fingerprint(device: str) -> dict[str, object]:
 
 
 def default_cache_dir() -> Path:
-    """plumbline/preflight under $XDG_CACHE_HOME or ~/.cache."""
+    """preflight under $PLUMBLINE_CACHE, else under plumbline in $XDG_CACHE_HOME or ~/.cache."""
+    if named := os.environ.get("PLUMBLINE_CACHE"):
+        return Path(named) / "preflight"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plumbline" / "preflight"
 
 
@@ -187,7 +189,7 @@ def _driver_version() -> str:
     if tool is None:
         return "no nvidia-smi"
     command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    answer = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=60, check=False)
     return answer.stdout.strip().splitlines()[0] if answer.returncode == 0 and answer.stdout.strip() else "unknown"
 
 
