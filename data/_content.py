@@ -18,6 +18,7 @@ from data._atomic import write_whole
 
 UNREADABLE = "unreadable"
 _AT_ONCE = 8
+_LONG_BYTES = 10**9
 _FRESH_NS = 2 * 10**9  # a file as young as this may change again within the clock's tick: its digest is not kept
 
 
@@ -37,14 +38,18 @@ def file_stamp(path: str | Path) -> list[int]:
 
 
 def known_digests(
-    stamps: Mapping[str, list[int]], read: Callable[[str], str], cache: Path | None = None
+    stamps: Mapping[str, list[int]],
+    read: Callable[[str], str],
+    cache: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, str]:
     """{name: digest} of all names in `stamps`: kept ones where the stamp is the same, else what `read` gives.
 
     Args:
-        stamps: by name, what changes when the content does; its second and third numbers are times in ns.
+        stamps: by name, what changes when the content does: bytes, two times in ns, and more.
         read: the digest of a name, or `UNREADABLE`, which is asked for anew each time; called in several threads.
         cache: JSON file that keeps digests from one process to the next; other processes wait for the one that reads.
+        say: told once, where reading takes more than some seconds.
     """
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -52,6 +57,9 @@ def known_digests(
         kept = _kept(cache)
         found = {name: kept[name][-1] for name, stamp in stamps.items() if name in kept and kept[name][:-1] == stamp}
         missing = [name for name in stamps if name not in found]
+        size = sum(max(0, stamps[name][0]) for name in missing)
+        if size > _LONG_BYTES:
+            say(f"reading {len(missing):,} files ({size / 1e9:.0f} GB) once, to know their content")
         now = time.time_ns()
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             found |= zip(missing, pool.map(read, missing), strict=True)

@@ -14,7 +14,7 @@ import tarfile
 import uuid
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -62,13 +62,15 @@ class FolderFiles:
         """Bytes of one file; raises OSError."""
         return (self.root / name).read_bytes()
 
-    def contents(self, names: Sequence[str], cache: Path | None = None) -> dict[str, str]:
+    def contents(
+        self, names: Sequence[str], cache: Path | None = None, say: Callable[[str], None] = lambda line: None
+    ) -> dict[str, str]:
         """SHA-256 of each file's bytes, `UNREADABLE` where they cannot be read.
 
         cache: folder that keeps digests by path, size, times and inode, so that a machine reads the files once.
         """
         stamps = {name: _stamp(self.root / name) for name in names}
-        return known_digests(stamps, self._digest, _kept_in(cache, self.root))
+        return known_digests(stamps, self._digest, _kept_in(cache, self.root), say)
 
     def _digest(self, name: str) -> str:
         try:
@@ -151,17 +153,20 @@ class ZipFiles:
         except _MEMBER_ERRORS as error:
             raise OSError(f"{name} in {self.path.name}: {error or type(error).__name__}") from error
 
-    def contents(self, names: Sequence[str], cache: Path | None = None) -> dict[str, str]:
+    def contents(
+        self, names: Sequence[str], cache: Path | None = None, say: Callable[[str], None] = lambda line: None
+    ) -> dict[str, str]:
         """SHA-256 of each member's bytes, `UNREADABLE` where they cannot be read; as in a folder of the same files.
 
         cache: folder that keeps digests by the archive's path, size, times and inode, so that it is read once.
         """
         archive = _stamp(self.path)
         stamps = {
-            name: [*archive, *((i.CRC, i.file_size, i.header_offset) if (i := self._members.get(name)) else ())]
+            name: [i.file_size, *archive[1:], archive[0], i.CRC, i.header_offset]
             for name in names
+            if (i := self._members.get(name))
         }
-        return known_digests(stamps, self._digest, _kept_in(cache, self.path / self.prefix))
+        return known_digests(stamps, self._digest, _kept_in(cache, self.path / self.prefix), say)
 
     def _digest(self, name: str) -> str:
         try:

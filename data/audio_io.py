@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -98,13 +98,15 @@ def recording_of(clip_id: str) -> str:
     return recording if mark and chunk.isascii() and chunk.isdigit() else clip_id
 
 
-def with_contents(audio: AudioSet, cache: Path | None = None) -> AudioSet:
+def with_contents(
+    audio: AudioSet, cache: Path | None = None, say: Callable[[str], None] = lambda line: None
+) -> AudioSet:
     """The same set with the content of each recording, and with copies of one recording told by it.
 
     A copy (the same bytes under another name) is listed as an oddity. Every file is read once; `cache` is a folder
-    that keeps the digests, so that a machine reads unchanged files once.
+    that keeps the digests, so that a machine reads unchanged files once. `say` is told where that takes long.
     """
-    found = audio.files.contents([r.name for r in audio.recordings], cache)
+    found = audio.files.contents([r.name for r in audio.recordings], cache, say)
     first: dict[str, str] = {}
     recordings, copies = [], []
     for recording in audio.recordings:

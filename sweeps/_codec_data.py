@@ -361,7 +361,7 @@ def _told(corpus: str, path: str) -> AudioSet:
     """The same with the content of each recording, which is read once a machine."""
     from data.audio_io import with_contents
 
-    return with_contents(_listed(corpus, path), user_cache() / "content")
+    return with_contents(_listed(corpus, path), user_cache() / "content", lambda line: print(f"  {line}", flush=True))
 
 
 def _codec_spec(codec: str, weights: str, device: str) -> CodecSpec:
