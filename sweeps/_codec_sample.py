@@ -123,15 +123,23 @@ def _texts(model: CodecLM, text: str | None, n: int) -> tuple[Texts | None, list
 
 def _bytes_of(place: str) -> tuple[bytes, str]:
     """(bytes of the checkpoint, its name): of a cell's folder on any storage, or of a bare file."""
+    from sweeps._ledger import Ledger
     from sweeps._storage import Store
 
     path = Path(place)
     if path.is_file():
         return path.read_bytes(), place
-    store = Store(place.rstrip("/").removesuffix(f"/{_CHECKPOINT}"))
+    folder = place.rstrip("/").removesuffix(f"/{_CHECKPOINT}")
     try:
-        return store.read(_CHECKPOINT), f"{store.uri}/{_CHECKPOINT}"
-    except (FileNotFoundError, NotADirectoryError) as error:
+        return Store(folder).read(_CHECKPOINT), f"{folder}/{_CHECKPOINT}"
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # on object stores the files lie in a folder below, which the ledger knows
+    try:
+        storage, sweep, version, key = folder.rsplit("/", 3)
+        return Ledger(storage, sweep, version).file(key, _CHECKPOINT), f"{folder}/{_CHECKPOINT}"
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        if isinstance(error, UserError):  # a damaged cell
+            raise
         raise UserError(
             f"{place} is neither a checkpoint file nor a published cell of codec_lm; give LEDGER/codec_lm/VERSION/KEY "
             f"or a {_CHECKPOINT}"
