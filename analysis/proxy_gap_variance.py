@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
 from analysis import published
 from analysis.cells import AUDIT_COLUMNS, tokens_label
+from analysis.proxies import MIN_CELLS
 from analysis.proxy_gap_study import Section, Study, each, identity, limited, number, study_name
 from analysis.variance import DIRECTIONS, LAYER_COLUMNS, SINK_NORM, SINK_SHARE, TOP_SHARE
 
@@ -101,7 +102,17 @@ def controls(study: Study) -> Section:
         "the coordinates that are left. Whitened: 1 − tr(Σ⁻¹E) / d, E the mean of δδᵀ and Σ the covariance. 1 − NMSE = "
         "1 − Σ‖a − â‖² / Σ‖a‖² is about what SAELens called explained variance between its pull requests 443 and 665."
     )
-    return Section(title, rows, [text, *lines])
+    return Section(title, rows, [text, *_ranking(study, {"R²": "r2", **columns}), *lines])
+
+
+def _ranking(study: Study, columns: Mapping[str, str]) -> list[str]:
+    """How each R² ranks the configurations as CE_rec does; nothing where fewer than MIN_CELLS have them all."""
+    known = study.means.dropna(subset=["ce_rec", *columns.values()])
+    if len(known) < MIN_CELLS:
+        return []
+    values = {label: known[column].corr(known["ce_rec"], method="spearman") for label, column in columns.items()}
+    listed = ", ".join(f"{label} {number(value, 2, sign=True)}" for label, value in values.items())
+    return [f"Spearman correlation with CE_rec over {len(known)} configurations, point estimates: {listed}."]
 
 
 def scale_parts(study: Study) -> Section:
