@@ -16,7 +16,7 @@ from scipy import stats
 
 from analysis.thresholds import Threshold, largest_threshold
 
-SKEW_LEVEL = 0.98
+SKEW_LEVEL = 0.985
 
 
 @dataclass(frozen=True, kw_only=True)
