@@ -98,8 +98,8 @@ _CHECKPOINT_NOTE = (
 _UNIVERSAL_NOTE = (
     "Each loop against the loops of its own diagram (Bobrowski & Skraba 2023), which is another question than whether "
     "the largest loop beats its matched nulls. On clouds of noise it calls any loop significant in 0 to 5% of cases "
-    "(nominal 5%), the more rarely the more points there are. Loops born at 0 have no p-value and are left out. Every loop's p: "
-    "universal.parquet."
+    "(nominal 5%), the more rarely the more points there are. Loops born at 0 have no p-value and are left out. Every "
+    "loop's p: universal.parquet."
 )
 _STABILITY = (
     *("birth_spread", "death_spread", "bottleneck_relative", "bottleneck_recurrence"),
