@@ -229,6 +229,14 @@ class SequenceTables:
             result[rows] = number
         return result
 
+    @property
+    def sequence_counts(self) -> npt.NDArray[np.int64]:
+        """How many sequences each cell was evaluated on; 0 without sequence tables."""
+        result = np.zeros(len(self._cells), dtype=np.int64)
+        for ids, rows in self._groups.items():
+            result[rows] = len(ids)
+        return result
+
     def blocks(
         self, metrics: Sequence[str], *, n_resamples: int, seed: int, block: int = 250
     ) -> Iterator[dict[str, Floats]]:

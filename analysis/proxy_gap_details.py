@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pandas as pd
+
 from analysis import published
 from analysis.proxy_gap_study import Section, Study, each, identity, limited, measured, number, study_name
 
@@ -13,24 +15,36 @@ def leaderboard(study: Study) -> Section:
     table = table[table["scope"] == "all cells"]
     if table.empty:
         return Section(title, needs="at least three cells", lines=[f"Left out: {d}." for d in study.board.dropped])
-    rows = [
-        {
-            "relation": row["relation"],
-            "statistic": row["statistic"],
-            "rank": str(row["rank"]),
-            "proxy": row["label"],
-            "correlation with CE_rec [95% CI]": measured(row, "value", ("lo", "hi"), sign=True) or "undefined",
-            "minus R² [95% CI], paired": measured(row, "minus_r2", sign=True),
-        }
-        for row in each(table)
-    ]
+    rows = [_leaderboard_row(row) for row in each(table)]
     lines = [
-        f"{len(study.cells)} cells; {study.n_resamples:,} resamples of configurations and their seeds, "
-        "the same for every proxy. Within k: both sides minus their mean over the cells of the same k. Resampling "
-        "adds noise to ranks, so the interval of a rank correlation near 1 may lie below its value."
+        f"{len(study.cells)} cells. Ranks follow the values and are no verdict: see the differences. Pooled: over all "
+        "cells of this grid; the interval speaks of other trainings of these configurations and other sequences, not "
+        "of other models, layers or k (a jackknife over trajectories, each with its seeds and budgets). Within k: both "
+        "sides minus their mean over the cells of the same k; the interval speaks of other k (a jackknife over k). "
+        "Differences are paired and each has an interval of its own. Pearson's correlation has none, since it hangs on "
+        "how the cells are spread."
     ]
+    lines += _missing(table)
     lines += [f"Left out: {reason}." for reason in study.board.dropped]
     return Section(title, rows, lines)
+
+
+def _leaderboard_row(row: pd.Series) -> dict[str, str]:
+    text = {name: str(row[name]) for name in ("relation", "statistic", "rank")} | {"proxy": row["label"]}
+    if row["statistic"] == "pearson":
+        values = number(row["value"], sign=True), number(row["minus_r2"], sign=True)
+    else:
+        values = measured(row, "value", ("lo", "hi"), sign=True), measured(row, "minus_r2", sign=True)
+    return text | {"correlation with CE_rec [95% CI]": values[0] or "undefined", "minus R² [95% CI]": values[1]}
+
+
+def _missing(table: pd.DataFrame) -> list[str]:
+    """What missing intervals of rank correlations would need, a line each relation."""
+    ranks = table[(table["statistic"] == "spearman") & table["value"].notna() & (table["needs"] != "")]
+    return [
+        f"[–], {relation}: {'; '.join(sorted(set(part['needs'])))}."
+        for relation, part in ranks.groupby("relation", sort=False)
+    ]
 
 
 def participation_ratios(study: Study) -> Section:

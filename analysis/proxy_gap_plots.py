@@ -103,7 +103,7 @@ def r2_no_sinks_vs_ce(study: Study) -> Figure | None:
 
 
 def ce_vs_k(study: Study) -> Figure:
-    """CE_rec against k with 95% intervals; faint points are single seeds."""
+    """CE_rec against k with 95% intervals where the data support one; faint points are single seeds."""
     figure, walk = _grid(study, _K_LABEL, "CE_rec, 95% CI")
     several = bool((study.means["n_seeds"] > 1).any())
     for axis, depth, tokens in walk:
@@ -204,7 +204,7 @@ def participation_ratio(study: Study) -> Figure | None:
 
 
 def leaderboard(study: Study) -> Figure | None:
-    """Correlation of each proxy with CE_rec, bars with 95% intervals; None without a leaderboard."""
+    """Correlation of each proxy with CE_rec, bars, rank correlations with 95% intervals; None without a leaderboard."""
     board = study.board.table
     board = board[board["scope"] == "all cells"]
     if board.empty:
@@ -230,7 +230,7 @@ def leaderboard(study: Study) -> Figure | None:
             axis.set_xticks([-1, -0.5, 0, 0.5, 1])
             axis.grid(axis="y", visible=False)
             axis.set_title(f"{statistic.capitalize()}, {relation}")
-    figure.supxlabel("correlation with CE_rec over all cells, 95% CI (cells, seeds and sequences)", fontsize=10)
+    figure.supxlabel("correlation with CE_rec over all cells; 95% CI of rank correlations", fontsize=10)
     return figure
 
 

@@ -132,10 +132,10 @@ def correlation_scopes(cells: pd.DataFrame) -> dict[str, np.ndarray]:
 
 
 def correlations(study: Study) -> Section:
-    """Pearson correlation of R² and CE_rec per depth and budget, pooled and within fixed k."""
+    """Correlations of R² and CE_rec per depth and budget, pooled and within fixed k."""
     title = "Correlation of R² with CE_rec, per depth"
     table = study.board.table
-    table = table[(table["proxy"] == "r2") & (table["statistic"] == "pearson") & (table["scope"] != "all cells")]
+    table = table[(table["proxy"] == "r2") & (table["scope"] != "all cells")]
     if table.empty:
         return Section(title, needs="at least three cells at one depth and budget")
     rows = []
@@ -145,12 +145,14 @@ def correlations(study: Study) -> Section:
         known = published.CORRELATION.get(depth) if matches else None
         text = {"depth": depth, "tokens": tokens, "cells": str(part["n_cells"].iloc[0])}
         for i, relation in enumerate(("pooled", "within k")):
-            row = part[part["relation"] == relation].iloc[0]
-            value = measured(row, "value", ("lo", "hi"), sign=True)
-            text[f"{relation} [95% CI]"] = value or "undefined (one cell per k)"
+            row = {r["statistic"]: r for r in each(part[part["relation"] == relation])}
+            text[f"Pearson, {relation}"] = number(row["pearson"]["value"], sign=True) or "undefined (one cell per k)"
             text[f"{relation} published"] = number(known[i] if known else None, sign=True)
+            spearman = measured(row["spearman"], "value", ("lo", "hi"), sign=True)
+            text[f"Spearman, {relation} [95% CI]"] = spearman or "undefined"
         rows.append(text)
-    return Section(title, rows, _source(study, "fast2"))
+    line = "Intervals are of rank correlations alone, as in the leaderboard below; [–]: too few trajectories or k."
+    return Section(title, rows, [line, *_source(study, "fast2")])
 
 
 def k_stars(study: Study) -> Section:
