@@ -130,7 +130,8 @@ def assert_same(found: Results, expected: Results) -> None:
 def assert_tidy(ledger: Ledger) -> None:
     """Nothing partial is visible: published folders hold what their cell.json names, and no failure is on record."""
     for key in ledger.done():
-        sizes = json.loads(ledger.file(key, "cell.json"))["files"]
+        files = json.loads(ledger.file(key, "cell.json"))["files"]
+        sizes = {name: known["size"] for name, known in files.items()}
         found = ledger.store.sizes(key)
         del found["cell.json"], found["_PUBLISHED"]
         assert found == sizes
