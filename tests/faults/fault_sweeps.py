@@ -62,6 +62,7 @@ def odor_topology(sources: Path, **changes: object) -> Tiny:
         "rows": 40,
         "runs": 1,
         "draws": 4,
+        "full_draws": 2,
         "draws_per_cell": 2,
         "threads": 1,
         "max_retries": 9,
