@@ -125,9 +125,8 @@ def judge(name: str, found: Mapping[str, Criteria], baselines: Sequence[str], ne
         raise KeyError(f"no criteria for {name!r}; known are {sorted(found)}")
     mine = found[name]
     if mine.above_null is None:
-        return Verdict(
-            label="undecided", sentence=f"{name}: not tested against its matched nulls{needs and '; '}{needs}"
-        )
+        lacks = needs or "not tested against its matched nulls"
+        return Verdict(label="undecided", sentence=f"{name}: {lacks}")
     if not mine.above_null:
         return Verdict(
             label="not distinguishable", sentence=f"{name}: its largest loop is not distinguishable from matched nulls"
