@@ -114,10 +114,18 @@ def format_k_star(value: KStar) -> str:
     return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
+def k_star_interval(
+    k: npt.ArrayLike, ce_rec: npt.ArrayLike, lo: npt.ArrayLike, hi: npt.ArrayLike, target: float
+) -> KStarInterval:
+    """k* of a curve and where the limits of its CE_rec cross the target; arguments as in `k_star`.
+
+    At the true k* the true curve is the target, so the limits hold it as often as those of CE_rec hold the curve there.
+    """
+    return KStarInterval(k_star(k, ce_rec, target), k_star(k, hi, target), k_star(k, lo, target))
+
+
 def k_star(k: npt.ArrayLike, ce_rec: npt.ArrayLike, target: float) -> KStar:
     """The smallest k with CE_rec >= target, linearly interpolated on the grid and never extrapolated.
-
-    k* falls as a curve rises: the lower limits of a curve give k*'s upper limit.
 
     Args:
         k: (G,) the grid, in any order.

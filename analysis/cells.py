@@ -16,7 +16,7 @@ import pandas as pd
 from analysis.bootstrap import Floats, count_blocks
 from analysis.budget import FeatureCounts, rate_bits
 from analysis.crossed import Component, Effect, effects, ratio_influence, skew_factor, units_component
-from analysis.fidelity import LOSSES, SEQUENCE_COLUMNS, TOKEN_SUMS, SequenceSums
+from analysis.fidelity import LOSSES, SEQUENCE_COLUMNS, SequenceSums
 from analysis.variance import CONTROLS
 
 IDENTITY = ("model", "layer", "depth", "k", "seed", "tokens")
@@ -188,9 +188,9 @@ class SequenceTables:
         for row, key in enumerate(cells["cell_key"]):
             if not tables:
                 break
-            table = _checked(key, tables[key]).sort_values("sequence")
-            self._groups.setdefault(tuple(table["sequence"].tolist()), []).append(row)
-            self._columns.append(_summands(table))
+            columns = _summands(_checked(key, tables[key]))
+            self._groups.setdefault(tuple(columns["sequence"].astype(np.int64).tolist()), []).append(row)
+            self._columns.append(columns)
 
     @property
     def given(self) -> bool:
@@ -269,10 +269,11 @@ class SequenceTables:
 
 
 def _summands(table: pd.DataFrame) -> dict[str, Floats]:
-    """What the metrics' sums run over: token sums as they are, mean losses times the sequence's tokens."""
-    weight_S = table["n_tokens"].to_numpy(float)
-    columns = {name: table[name].to_numpy(float) for name in ("n_tokens", *TOKEN_SUMS)}
-    return columns | {name: weight_S * table[name].to_numpy(float) for name in LOSSES}
+    """What the metrics' sums run over, by sequence: token sums as they are, mean losses times the sequence's tokens."""
+    columns_CS = table[list(SEQUENCE_COLUMNS)].to_numpy(float).T
+    columns_CS = np.ascontiguousarray(columns_CS[:, np.argsort(columns_CS[0], kind="stable")])
+    columns = dict(zip(SEQUENCE_COLUMNS, columns_CS, strict=True))
+    return columns | {name: columns["n_tokens"] * columns[name] for name in LOSSES}
 
 
 def _checked(key: str, table: pd.DataFrame) -> pd.DataFrame:

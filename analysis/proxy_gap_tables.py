@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import published
-from analysis.budget import KStarInterval, format_k_star, k_star
+from analysis.budget import format_k_star, k_star, k_star_interval
 from analysis.cells import depths_of, tokens_label
 from analysis.multiplicity import ALPHA
 from analysis.proxy_gap_study import Section, Study, each, identity, interval, measured, number, study_name
@@ -186,10 +186,10 @@ def k_stars(study: Study) -> Section:
 
 
 def _k_star(curve: pd.DataFrame, target: float) -> str:
-    k, columns = curve["k"].to_numpy(float), [curve[c].to_numpy(float) for c in ("ce_rec", "ce_rec_lo", "ce_rec_hi")]
-    if not np.isfinite(columns).all():
-        return f"{format_k_star(k_star(k, columns[0], target))} [–]"
-    return str(KStarInterval(*(k_star(k, column, target) for column in (columns[0], columns[2], columns[1]))))
+    k, ce_rec, lo, hi = (curve[c].to_numpy(float) for c in ("k", "ce_rec", "ce_rec_lo", "ce_rec_hi"))
+    if not np.isfinite([lo, hi]).all():
+        return f"{format_k_star(k_star(k, ce_rec, target))} [–]"
+    return str(k_star_interval(k, ce_rec, lo, hi, target))
 
 
 def budget_deltas(study: Study) -> Section:

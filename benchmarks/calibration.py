@@ -24,11 +24,17 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process per core instead
 
 from analysis.markdown import table
-from benchmarks import _calibration_codec, _calibration_sae, _calibration_topology, _calibration_utility
+from benchmarks import (
+    _calibration_codec,
+    _calibration_proxies,
+    _calibration_sae,
+    _calibration_topology,
+    _calibration_utility,
+)
 from benchmarks._calibration import WIDE_COVERAGE, Setting, Statement, Tally, measure, spelled
 
 STUDIES: Mapping[str, Sequence[Statement]] = {
-    "Proxy gap": _calibration_sae.STATEMENTS,
+    "Proxy gap": (*_calibration_sae.STATEMENTS, *_calibration_proxies.STATEMENTS),
     "Codec LMs and memory caching": _calibration_codec.STATEMENTS,
     "Topology audit": (*_calibration_topology.STATEMENTS, *_calibration_utility.STATEMENTS),
 }

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.budget import Censored, FeatureCounts, KStarInterval, k_star, rate_bits, rate_bits_entropy
+from analysis.budget import Censored, FeatureCounts, k_star, k_star_interval, rate_bits, rate_bits_entropy
 
 
 def test_uniform_rate():
@@ -73,8 +73,8 @@ def test_k_star_is_censored_not_extrapolated():
 
 
 def test_interval_of_k_star_may_be_half_censored():
-    limits = [k_star([8, 16, 32], curve, 0.75) for curve in ([0.2, 0.6, 1.0], [0.8, 0.9, 1.1], [0.1, 0.4, 0.7])]
-    assert str(KStarInterval(*limits)) == "22.0 [<= 8, > 32]"
+    found = k_star_interval([8, 16, 32], [0.2, 0.6, 1.0], [0.1, 0.4, 0.7], [0.8, 0.9, 1.1], 0.75)
+    assert str(found) == "22.0 [<= 8, > 32]"
 
 
 @pytest.mark.parametrize(
