@@ -31,8 +31,8 @@ _FOLDS_NOTE = (
     "Neighbourhood folds: no patch of a test row shares a molecule with the patch of a training row; rows between the "
     "two are left out, and fewest training is what the poorest fold keeps. Random folds are the study's, grouped folds "
     "have no skeleton (Bemis-Murcko frame without atom types, or the graph of a molecule without rings) on both sides; "
-    "both leave molecules of test patches in training patches, so noise gains there, too: no p. Trees are fitted on the "
-    "first 40 neighbourhoods alone."
+    "both leave molecules of test patches in training patches, so noise gains there, too: no p. Trees are fitted on "
+    "the first 40 neighbourhoods alone."
 )
 _JACCARD_NOTE = (
     "The own odor model (pom_M) was trained on the labels that are asked for here: its rows use the molecules of its "
