@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -89,6 +89,29 @@ class _Log:
     foreign: dict[str, str] = field(default_factory=dict)  # {key: launch} held elsewhere for another fingerprint
     number: int = -1  # of this launch's own entry
     shared: bool = False  # another live launch claimed in this group since this one first did
+
+
+@dataclass(frozen=True)
+class _Standing:
+    """Who holds what at a moment: the last entry that names a key decides, and counts while its launch is alive."""
+
+    newest: int  # number of the last entry, -1 where there is none
+    holders: dict[str, str]  # {key: launch}
+    marks: dict[str, str]  # {key: fingerprint, as the holder's entry has it}
+    alive: dict[str, bool]
+
+    def others(self, keys: Sequence[str], own: str) -> dict[str, str]:
+        """{key: launch} of the keys that a live launch other than `own` holds."""
+        held = {key: self.holders.get(key, own) for key in keys}
+        return {key: launch for key, launch in held.items() if launch != own and self.alive[launch]}
+
+    def foreign(self, others: Mapping[str, str], marks: Mapping[str, str]) -> dict[str, str]:
+        """{key: launch} of those among `others` that are computed from something else than `marks` say."""
+        return {k: who for k, who in others.items() if marks[k] and self.marks[k] not in ("", marks[k])}
+
+
+def _marks(keys: Sequence[str], fingerprints: Mapping[str, str] | None) -> dict[str, str]:
+    return {key: (fingerprints or {}).get(key, "")[:_MARK] for key in keys}
 
 
 class Claims:
@@ -166,35 +189,49 @@ class Claims:
         The number of requests depends on the number of launches, never on the number of keys.
         """
         wanted = list(keys)
-        marks = {key: (fingerprints or {}).get(key, "")[:_MARK] for key in wanted}
+        marks = _marks(wanted, fingerprints)
         with self._lock:
             log = self._logs.setdefault(group, _Log())
             while True:
-                newest = self._read_log(group, log)
-                alive = {self.launch_id: True}
-                holders: dict[str, str] = {}
-                theirs: dict[str, str] = {}
-                for number in sorted(log.entries):
-                    launch, held = log.entries[number].launch, log.entries[number].keys
-                    if held and launch not in alive:
-                        alive[launch] = self.alive(launch)
-                    holders.update(dict.fromkeys(held, launch))
-                    theirs.update(held)
-                    log.shared |= bool(held) and launch != self.launch_id and alive[launch]
-                log.shared |= 0 <= log.number != newest
-                others = {
-                    k: holders[k]
-                    for k in wanted
-                    if holders.get(k, self.launch_id) != self.launch_id and alive[holders[k]]
-                }
+                standing = self._stand(group, log)
+                others = standing.others(wanted, self.launch_id)
+                log.foreign = standing.foreign(others, marks)
                 ours = [k for k in wanted if k not in others]
-                log.foreign = {k: who for k, who in others.items() if marks[k] and theirs[k] not in ("", marks[k])}
                 # what another launch took over while this one seemed dead is lost
-                kept = {k: mark for k, mark in log.mine.items() if holders.get(k) in (None, self.launch_id)}
+                kept = {k: mark for k, mark in log.mine.items() if standing.holders.get(k) in (None, self.launch_id)}
                 log.mine = kept | {k: marks[k] for k in ours}
-                if all(holders.get(k) == self.launch_id for k in ours) or self._append(group, log, newest + 1):
-                    self._tidy(group, log, alive)
+                held = all(standing.holders.get(k) == self.launch_id for k in ours)
+                if held or self._append(group, log, standing.newest + 1):
+                    self._tidy(group, log, standing.alive)
                     return ours, others
+
+    def held(
+        self, keys: Iterable[str], group: str = "cells", fingerprints: Mapping[str, str] | None = None
+    ) -> dict[str, str]:
+        """{key: other live launch that holds it}, without claiming anything; `foreign` is brought up to date."""
+        wanted = list(keys)
+        with self._lock:
+            log = self._logs.setdefault(group, _Log())
+            standing = self._stand(group, log)
+            others = standing.others(wanted, self.launch_id)
+            log.foreign = standing.foreign(others, _marks(wanted, fingerprints))
+            return others
+
+    def _stand(self, group: str, log: _Log) -> _Standing:
+        """Bring the log up to date, and ask who of its launches is alive."""
+        newest = self._read_log(group, log)
+        alive = {self.launch_id: True}
+        holders: dict[str, str] = {}
+        marks: dict[str, str] = {}
+        for number in sorted(log.entries):
+            launch, keys = log.entries[number].launch, log.entries[number].keys
+            if keys and launch not in alive:
+                alive[launch] = self.alive(launch)
+            holders.update(dict.fromkeys(keys, launch))
+            marks.update(keys)
+            log.shared |= bool(keys) and launch != self.launch_id and alive[launch]
+        log.shared |= 0 <= log.number != newest
+        return _Standing(newest, holders, marks, alive)
 
     def overtaken(self, group: str) -> bool:
         """Whether another launch claimed in the group after this one did; one listing."""

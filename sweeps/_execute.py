@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
@@ -10,7 +11,7 @@ import tempfile
 import traceback
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from sweeps._code import other_code
 from sweeps._context import PackContext
 from sweeps._crash import death, last_failure, refusal
 from sweeps._ledger import Ledger
+from sweeps._queue import Queue
 from sweeps._secrets import VARIABLE as LOGINS
 from sweeps._secrets import without_password
 from sweeps._stop import PackStopped, listen, terminated, working
-from sweeps._sweep import Pack, UserError
+from sweeps._sweep import Cell, Pack, UserError
 from sweeps._where import RunSettings, prepare_process
 
 PERMANENT = (UserError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError, ImportError)
@@ -39,20 +41,23 @@ def one_line(error: BaseException) -> str:
     return text if isinstance(error, UserError) and text else f"{type(error).__name__}: {text}"
 
 
-def run_packs(
-    module: str,
-    packs: Sequence[Pack],
-    preset: Any,
-    run: RunSettings,
-    storage: str,
-    fingerprints: Mapping[str, str],
-    launch_id: str,
-    board: Board,
-    published: Callable[[list[str]], None],
-) -> dict[str, str]:
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What all packs of a launch share. fingerprints: of every planned cell, by key."""
+
+    module: str
+    preset: Any
+    run: RunSettings
+    storage: str
+    launch_id: str
+    fingerprints: Mapping[str, str]
+
+
+def run_packs(job: Job, queue: Queue, board: Board, published: Callable[[list[str]], None]) -> dict[str, str]:
     """Run packs as Tune trials; returns {pack name: error line} of those that crashed more than `max_retries` times.
 
-    `published` is told the keys of cells as packs report them.
+    A pack is taken from the queue when there is room for it. `published` is told the keys of cells as packs report
+    them.
 
     Raises KeyboardInterrupt when the user stops it; published cells and checkpoints stay.
     """
@@ -67,22 +72,26 @@ def run_packs(
     from ray.tune.trainable import wrap_function
 
     usage.tag_callbacks = lambda callbacks: False  # for Ray's usage report, which is off; it imports wandb (2 s)
+    packs = queue.packs
     by_name = {pack.name: pack for pack in packs}
     if len(by_name) != len(packs):
         raise ValueError("two packs share a name")
     # a trial fetches one bucket of packs, not the whole plan: with a closure every worker would be sent all cells
     buckets: list[dict[str, tuple[Pack, dict[str, str]]]] = [{} for _ in range(min(_BUCKETS, len(packs)))]
     for pack in packs:
-        work = pack, {c.key: fingerprints[c.key] for c in pack.cells}
+        work = pack, {c.key: job.fingerprints[c.key] for c in pack.cells}
         buckets[_bucket(pack.name, len(buckets))][pack.name] = work
     bundles = {pack.name: _bundle(pack) for pack in packs}
 
     def trial(config: dict[str, Any], parts: list[Any], known: str) -> None:
         if known:
             os.environ[LOGINS] = known
-        name = config["pack"]
+        name, keys = config["pack"], set(config["keys"])
         pack, own = ray.get(parts[_bucket(name, len(parts))])[name]
-        run_one(module, pack, preset, run, storage, own, launch_id, tune.report)
+        ours = replace(pack, cells=tuple(cell for cell in pack.cells if cell.key in keys))
+        run_one(replace(common, fingerprints=own), ours, tune.report)
+
+    common = replace(job, fingerprints={})
 
     def resources(config: dict[str, Any]) -> Any:
         return tune.PlacementGroupFactory([bundles[config["pack"]]])
@@ -101,18 +110,19 @@ def run_packs(
     try:
         tuner = tune.Tuner(
             tune.with_resources(Listening, resources),
-            param_space={"pack": tune.grid_search(list(by_name))},
             tune_config=tune.TuneConfig(
+                search_alg=_taking(queue),
+                num_samples=len(packs),
                 reuse_actors=True,  # a worker imports torch once, not once a pack
                 max_concurrent_trials=_at_once(packs, ray.cluster_resources()),
                 trial_name_creator=lambda t: t.config["pack"],
                 trial_dirname_creator=lambda t: t.trial_id,
             ),
             run_config=tune.RunConfig(
-                name=launch_id,
+                name=job.launch_id,
                 storage_path=folder,
                 verbose=0,
-                failure_config=tune.FailureConfig(max_failures=run.max_retries),
+                failure_config=tune.FailureConfig(max_failures=job.run.max_retries),
                 callbacks=[_board_callback(board, by_name, published, errors)],
             ),
         )
@@ -120,6 +130,27 @@ def run_packs(
         return errors
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _taking(queue: Queue) -> Any:
+    """Tune's source of trials: each asks for one more pack when there is room."""
+    from ray.tune.search import Searcher
+
+    class Taking(Searcher):
+        def suggest(self, trial_id: str) -> Any:
+            pack = queue.next()
+            return Searcher.FINISHED if pack is None else {"pack": pack.name, "keys": [c.key for c in pack.cells]}
+
+        def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+            return
+
+        def save(self, checkpoint_path: str) -> None:  # the ledger is what a restart reads
+            return
+
+        def restore(self, checkpoint_path: str) -> None:
+            return
+
+    return Taking()
 
 
 def _bucket(name: str, buckets: int) -> int:
@@ -194,16 +225,7 @@ def _board_callback(
     return BoardCallback()
 
 
-def run_one(
-    module: str,
-    pack: Pack,
-    preset: Any,
-    run: RunSettings,
-    storage: str,
-    fingerprints: Mapping[str, str],
-    launch_id: str,
-    report: Any,
-) -> None:
+def run_one(job: Job, pack: Pack, report: Any) -> None:
     """Body of a trial, in its worker process: set the threads, run what is not yet published, sort the errors."""
     prepare_process()
     if (line := other_code()) is not None:  # files changed since this worker began
@@ -212,43 +234,49 @@ def run_one(
     threads = max(1, int(pack.cpus))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
-    sweep = importlib.import_module(module).SWEEP
-    ledger = Ledger(storage, sweep.name, sweep.version)
+    sweep = importlib.import_module(job.module).SWEEP
+    ledger = Ledger(job.storage, sweep.name, sweep.version)
     done = ledger.done(cell.key for cell in pack.cells)
     cells = tuple(cell for cell in pack.cells if cell.key not in done)
     context = PackContext(
         ledger,
-        run,
+        job.run,
         threads=threads,
         device="cuda" if pack.gpus else "cpu",
         # a cell outside the plan is one that a planned cell needs (`--only` chose the latter alone)
-        fingerprint=lambda cell: fingerprints.get(cell.key) or sweep.fingerprint(cell, preset, run),
+        fingerprint=lambda cell: job.fingerprints.get(cell.key) or sweep.fingerprint(cell, job.preset, job.run),
         report=lambda state: report({"progress": state}),
-        launch_id=launch_id,
+        launch_id=job.launch_id,
         pack=pack.name,
         share=pack.gpus or pack.cpus / _limits.here().cpus,
     )
     context.progress(force=True, published=len(done), keys=sorted(done))
-    if cells:
-        try:
-            with working():
-                context.check_stop()
-                sweep.run(replace(pack, cells=cells), preset, context)
-        except PackStopped as stop:
-            if terminated():  # this node is going away, the launch goes on: a retry finds another place
-                raise RuntimeError(f"SIGTERM: {stop}") from stop
-        except Exception as error:
-            if (line := refusal(str(error))) is not None:  # a data task's worker, or one of Ray Train's
-                report({"progress": {"refused": line}})
-                return
-            if not isinstance(error, PERMANENT):
-                raise
-            if not isinstance(error, UserError):
-                traceback.print_exc()
-            published = ledger.done(c.key for c in cells)
-            missing = [c for c in cells if c.key not in published]
-            already = ledger.failures([c.key for c in missing])
-            for cell in missing:
-                if cell.key not in already:
-                    context.fail(cell, one_line(error))
+    with contextlib.closing(context):
+        if cells:
+            _run_cells(lambda: sweep.run(replace(pack, cells=cells), job.preset, context), cells, context, report)
     context.progress(force=True, phase="done")
+
+
+def _run_cells(run: Callable[[], None], cells: Sequence[Cell], context: PackContext, report: Any) -> None:
+    """Do the work; what a retry cannot mend is noted for the cells that are still missing, all else is raised."""
+    try:
+        with working():
+            context.check_stop()
+            run()
+    except PackStopped as stop:
+        if terminated():  # this node is going away, the launch goes on: a retry finds another place
+            raise RuntimeError(f"SIGTERM: {stop}") from stop
+    except Exception as error:
+        if (line := refusal(str(error))) is not None:  # a data task's worker, or one of Ray Train's
+            report({"progress": {"refused": line}})
+            return
+        if not isinstance(error, PERMANENT):
+            raise
+        if not isinstance(error, UserError):
+            traceback.print_exc()
+        published = context.ledger.done(c.key for c in cells)
+        missing = [c for c in cells if c.key not in published]
+        already = context.ledger.failures([c.key for c in missing])
+        for cell in missing:
+            if cell.key not in already:
+                context.fail(cell, one_line(error))

@@ -17,7 +17,8 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from sweeps._address import check as check_address
@@ -25,8 +26,9 @@ from sweeps._board import Board, duration, quantity
 from sweeps._claims import Claims
 from sweeps._code import OTHER_CODE, own_code
 from sweeps._cost import cost_lines
-from sweeps._execute import SYSTEM_ERROR, one_line, run_packs
+from sweeps._execute import SYSTEM_ERROR, Job, one_line, run_packs
 from sweeps._ledger import Ledger
+from sweeps._queue import Queue
 from sweeps._secrets import clean_arguments, given, hide_arguments
 from sweeps._stop import Stopper
 from sweeps._sweep import Cell, Pack, Sweep, UserError, apply_settings, nearest
@@ -107,13 +109,14 @@ class _Launch:
         self.by_key = {cell.key: cell for cell in self.cells}
         self.done = self.ledger.done(self.by_key)
         self.failures = self.ledger.failures(set(self.by_key) - self.done)
+        self._verified: set[str] = set()  # finished cells whose fingerprint was looked at
         self.out = Path(arguments.report_dir).expanduser() / sweep.name / arguments.preset
 
     def _planned(self) -> list[Cell]:
         cells = list({cell.key: cell for cell in self.sweep.plan(self.preset)}.values())  # a grid may name one twice
         if not cells:
             raise UserError("the plan has no cells; give every grid field at least one value")
-        self.planned = len(cells)
+        self.whole = cells
         if not self.arguments.only:
             return cells
         chosen = _chosen(cells, self.arguments.only)
@@ -145,6 +148,7 @@ class _Launch:
         for cell in self.cells:
             state = "done" if cell.key in self.done else "failed" if cell.key in self.failures else "to do"
             print(f"{cell.key}  {state:7}  {' '.join(f'{n}={v}' for n, v in cell.identity().items() if n in varying)}")
+        self._settle_threads(machine)
         packs = self._rounds(missing, machine)
         estimate = self.sweep.estimate(missing, self.preset, machine, self.run)
         print(f"cells        {len(self.cells)} planned, {len(self.done)} done, {len(missing)} to do")
@@ -211,8 +215,12 @@ class _Launch:
             for entry in self.run.hub_commits:
                 print(f"  from the hub: {entry}")
         fingerprints = {c.key: self.sweep.fingerprint(c, self.preset, self.run) for c in self.cells}
+        if self.arguments.retry_failed:
+            self.ledger.check(self.done)
         self.ledger.compact(self.done)
-        self.ledger.verify({key: fingerprints[key] for key in self.done})
+        self.done = self.ledger.done(self.by_key)  # without those that were found damaged
+        self.failures = self.ledger.failures(self.by_key.keys() - self.done)
+        self._verify(self.done, fingerprints)
         if self.arguments.retry_failed:
             self.ledger.forget_failures(self.failures)
             self.failures = {}
@@ -223,6 +231,12 @@ class _Launch:
             return self._execute_with(claims, fingerprints, board, started)
         finally:
             claims.release()
+
+    def _verify(self, keys: Iterable[str], fingerprints: Mapping[str, str]) -> None:
+        """Raises UserError when one of these finished cells, whoever finished it, is of other code or data."""
+        fresh = [key for key in keys if key not in self._verified]
+        self.ledger.verify({key: fingerprints[key] for key in fresh})
+        self._verified.update(fresh)
 
     def _execute_with(self, claims: Claims, fingerprints: dict[str, str], board: Board, started: float) -> int:
         tracker = Tracker(
@@ -295,35 +309,67 @@ class _Launch:
         return 0 if whole else 1
 
     def _work(self, fingerprints: dict[str, str], claims: Claims, tracker: Tracker, board: Board) -> None:
-        """Rounds of claim and run until nothing is left that this launch could do or wait for."""
+        """Rounds of work until nothing is left that this launch could do or wait for."""
         machine: Machine | None = None
         waiting_said = False
         while True:
             looked = time.monotonic()
-            self.done = self.ledger.done(self.by_key)
-            tracker.want(sorted(self.done))
-            self.failures = self.ledger.failures(set(self.by_key) - self.done)
-            missing = [k for k in self.by_key if k not in self.done and k not in self.failures]
+            missing = self._missing(fingerprints, tracker)
             if not missing:
                 return
-            self.ledger.compact((), missing)
-            ours, others = claims.claim(missing)
+            others = claims.held(missing, fingerprints=fingerprints)
+            self._refuse_foreign(claims.foreign())
             looked = time.monotonic() - looked
             board.already(len(self.done))
-            if ours:
+            if free := [self.by_key[key] for key in missing if key not in others]:
                 if machine is None:
                     machine = connect(self.arguments.address, self.arguments.storage)
-                cells = [self.by_key[k] for k in ours]
-                packs = self.sweep.pack(cells, self.preset, machine, self.run)
-                self._run_round(packs, fingerprints, claims, tracker, board)
+                    self._settle_threads(machine)
+                    self._say_other_threads(board)
+                queue = Queue(self.sweep.pack(free, self.preset, machine, self.run), claims, fingerprints)
+                self._run_round(queue, fingerprints, claims, tracker, board)
                 continue
             if not waiting_said:
                 board.say(f"{len(others)} cells are being computed by launch {next(iter(others.values()))}; waiting")
                 waiting_said = True
             time.sleep(max(_WAIT_SECONDS, _WAIT_SHARE * looked))
 
+    def _missing(self, fingerprints: dict[str, str], tracker: Tracker) -> list[str]:
+        """Keys that are neither done nor failed; what others have done meanwhile is checked and copied, too."""
+        self.done = self.ledger.done(self.by_key)
+        self.ledger.compact(self.done)
+        self.done = self.ledger.done(self.by_key)  # without what was found damaged
+        self._verify(self.done, fingerprints)
+        tracker.want(sorted(self.done))
+        self.failures = self.ledger.failures(set(self.by_key) - self.done)
+        missing = [k for k in self.by_key if k not in self.done and k not in self.failures]
+        self.ledger.compact((), missing)
+        return missing
+
+    def _refuse_foreign(self, foreign: Mapping[str, str]) -> None:
+        """Raises UserError when another launch computes planned cells from other code or data."""
+        for key, launch in foreign.items():
+            raise UserError(
+                f"cell {key} is being computed by launch {launch} from other code or data than this launch has "
+                f"({len(foreign)} such cells); wait for it and choose, or use another --storage"
+            )
+
+    def _settle_threads(self, machine: Machine) -> None:
+        """The threads of a pack follow from the whole plan: an interrupted run goes on with as many as it began with."""
+        if not self.run.threads and (threads := getattr(self.sweep, "threads", None)):
+            self.run = replace(self.run, threads=threads(self.whole, self.preset, machine, self.run))
+
+    def _say_other_threads(self, board: Board) -> None:
+        """A change of threads since the cells that are done: another machine, or a setting."""
+        before = {int(self.ledger.read(key).meta.get("threads", 0)) for key in sorted(self.done)[:1]} - {0}
+        if self.run.threads and before and before != {self.run.threads}:
+            board.say(
+                f"cells so far were computed with {before.pop()} threads, now there are {self.run.threads}; numbers may "
+                "differ by rounding (--set threads=N keeps them)"
+            )
+
     def _run_round(
-        self, packs: list[Pack], fingerprints: dict[str, str], claims: Claims, tracker: Tracker, board: Board
+        self, queue: Queue, fingerprints: dict[str, str], claims: Claims, tracker: Tracker, board: Board
     ) -> None:
         watch = _Watch(self.ledger)
 
@@ -331,21 +377,20 @@ class _Launch:
             tracker.want(keys)
             watch.note(keys)
 
+        job = Job(
+            module=self.module,
+            preset=self.preset,
+            run=self.run,
+            storage=self.storage,
+            launch_id=claims.launch_id,
+            fingerprints=fingerprints,
+        )
         try:
             with self.stopper.asking(self.ledger.store, claims.launch_id, self.run.grace_seconds, board.say):
-                errors = run_packs(
-                    self.module,
-                    packs,
-                    self.preset,
-                    self.run,
-                    self.storage,
-                    fingerprints,
-                    claims.launch_id,
-                    board,
-                    published,
-                )
+                errors = run_packs(job, queue, board, published)
         finally:
             watch.stop()
+        packs = queue.taken
         board.forget()
         done = self.ledger.done(c.key for p in packs for c in p.cells)
         failed = self.ledger.failures({c.key for p in packs for c in p.cells} - done)
@@ -368,9 +413,9 @@ class _Launch:
         self.out.mkdir(parents=True, exist_ok=True)
         keys = [key for key in self.by_key if key in self.done]
         lines = self.sweep.report(self.ledger.read_many(keys), self.arguments.preset, self.preset, self.out)
-        if len(keys) < self.planned:
-            say_partial(self.out / "report.md", len(keys), self.planned)
-            lines = [*lines, f"partial      {len(keys)} of {self.planned} planned cells"]
+        if len(keys) < len(self.whole):
+            say_partial(self.out / "report.md", len(keys), len(self.whole))
+            lines = [*lines, f"partial      {len(keys)} of {len(self.whole)} planned cells"]
         return [*lines, f"report       {self.out / 'report.md'}"]
 
     def _close(self, lines: list[str], tracker: Tracker, synced: bool, started: float) -> None:

@@ -12,6 +12,7 @@ it as failed, and `--retry-failed` sets it aside and computes it again.
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import threading
@@ -34,6 +35,7 @@ from sweeps._sweep import Cell, PublishedCell, Row, UserError
 _FEW = 64  # cells looked at one by one; more are found by one listing
 _HEADS = 1000  # markers looked at one by one after a listing of folders; more are found by listing every file
 _COMPACT = 5000  # cells read before a file of the index is written
+_ID = "_id.json"
 _T = TypeVar("_T")
 
 
@@ -242,10 +244,23 @@ class Ledger:
 
     def identifier(self) -> str:
         """The ledger's name: made once, the same wherever the ledger is moved or mounted."""
-        if (made := self.store.read_json("_id.json")) is None:
-            self.store.create("_id.json", json.dumps({"ledger": uuid.uuid4().hex}).encode())
-            made = self.store.read_json("_id.json") or {}
-        return str(made.get("ledger", ""))
+        return str(self._id["ledger"])
+
+    @property
+    def had_no_name(self) -> bool:
+        """Whether the ledger held cells before it got its name: MLflow may know them by their address alone."""
+        return bool(self._id["had_cells"])
+
+    @functools.cached_property
+    def _id(self) -> dict[str, Any]:
+        if (made := self.store.read_json(_ID)) is None:
+            self.store.create(_ID, json.dumps({"ledger": uuid.uuid4().hex, "had_cells": bool(self.done())}).encode())
+            made = self.store.read_json(_ID)
+        if not isinstance(made, dict) or not {"ledger", "had_cells"} <= made.keys():
+            raise UserError(
+                f"{self.store.uri}/{_ID} is not what a launch writes; remove it, and the next one does again"
+            )
+        return made
 
     def verify(self, cells: Mapping[str, str]) -> None:
         """Compare recorded fingerprints with {key: fingerprint of the code and data at hand}.

@@ -30,6 +30,7 @@ import tenacity
 
 from sweeps._claims import Claims
 from sweeps._ledger import Ledger
+from sweeps._published import file_of, file_sizes
 from sweeps._secrets import http_login, remember, with_login, without_password
 from sweeps._sweep import PublishedCell, UserError, digest
 
@@ -124,6 +125,7 @@ class Tracker:
         self._many = False  # more cells than are looked up one by one
         self._listed = False  # every run of this ledger's cells that was made before is in `run_ids` or `_begun`
         self._begun: dict[str, str] = {}  # {key: id of a run that a launch left unfinished}
+        self._left_out: set[str] = set()  # damaged cells
         self.run_ids: dict[str, str] = {}
 
     def start(self, parent_params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
@@ -294,7 +296,7 @@ class Tracker:
                     f"{found.experiment_id}`, and the same command copies the cells"
                 )
             self._experiment = found.experiment_id
-        ledger = self.ledger.store.uri
+        ledger = self.ledger.identifier()
         open_runs = f"tags.`plumbline.ledger` = {_quoted(ledger)} and attributes.status = 'RUNNING'"
         own = ""
         for run in self._client.search_runs([self._experiment], open_runs):
@@ -312,22 +314,32 @@ class Tracker:
             self.say(f"MLflow at {self.uri} answers again")
             self._down = False
 
+    def _tag(self, key: str) -> str:
+        """By what the run of a cell is known: the ledger's own name, so that a ledger may move, and the cell's key."""
+        return f"{self.ledger.identifier()}/{key}"
+
     def _look_up(self, keys: Sequence[str] | None) -> None:
         """Note the runs that exist for these cells, or all of this ledger's: those that are finished, and others."""
-        kind, here = "tags.`plumbline.kind` = 'cell'", f"{self.ledger.store.uri}/"
+        self._look_up_by("plumbline.cell", self._tag(""), keys)
+        if self.ledger.had_no_name:  # copied before ledgers had a name of their own: by address
+            self._look_up_by("plumbline.cell_uri", f"{self.ledger.store.uri}/", keys)
+
+    def _look_up_by(self, tag: str, here: str, keys: Sequence[str] | None) -> None:
+        """Runs whose tag is `here` followed by a key."""
+        kind = "tags.`plumbline.kind` = 'cell'"
         if keys is None:
-            filters = [f"{kind} and tags.`plumbline.cell_uri` LIKE {_quoted(f'{here}%')}"]
+            filters = [f"{kind} and tags.`{tag}` LIKE {_quoted(f'{here}%')}"]
         else:
-            filters = [f"{kind} and tags.`plumbline.cell_uri` = {_quoted(here + key)}" for key in keys]
+            filters = [f"{kind} and tags.`{tag}` = {_quoted(here + key)}" for key in keys]
         for text in filters:
             token = None
             while True:
                 page = self._client.search_runs([self._experiment], text, max_results=_PAGE, page_token=token)
                 for run in page:
-                    uri = run.data.tags["plumbline.cell_uri"]
-                    if uri.startswith(here):  # LIKE knows neither case nor `_`
+                    named = run.data.tags[tag]
+                    if named.startswith(here):  # LIKE knows neither case nor `_`
                         found = self.run_ids if run.info.status == "FINISHED" else self._begun
-                        found[uri.removeprefix(here)] = run.info.run_id
+                        found[named.removeprefix(here)] = run.info.run_id
                 token = page.token
                 if not token:
                     break
@@ -357,7 +369,8 @@ class Tracker:
             with self._lock:
                 for key in wanted:
                     self._wanted.pop(key, None)
-                self._wanted.update({key: None for key in wanted if key not in self.run_ids})
+                over = self.run_ids.keys() | self._left_out
+                self._wanted.update({key: None for key in wanted if key not in over})
         return bool(finished)
 
     def _copy_all(self, keys: Sequence[str], lapses: int) -> None:
@@ -365,7 +378,13 @@ class Tracker:
         try:
             copies = {pool.submit(self._copy, key, self._begun.get(key, ""), lapses): key for key in keys}
             for copy in as_completed(copies):
-                if run_id := copy.result():
+                try:
+                    run_id = copy.result()
+                except UserError as error:  # the cell's fault, not MLflow's: the others go on
+                    self._left_out.add(copies[copy])
+                    self.say(f"not copied to MLflow: {error}")
+                    continue
+                if run_id:
                     self.run_ids[copies[copy]] = run_id
                 else:
                     self._listed = False
@@ -388,7 +407,8 @@ class Tracker:
         tags = {
             "plumbline.kind": "cell",
             "plumbline.cell_key": key,
-            "plumbline.cell_uri": cell.uri,
+            "plumbline.cell": self._tag(key),
+            "plumbline.cell_uri": f"{self.ledger.store.uri}/{key}",
             "plumbline.version": self.ledger.version,
             "plumbline.launch": str(cell.meta.get("launch", "")),
             "plumbline.git_commit": str(cell.meta.get("git_commit", "")),
@@ -403,7 +423,8 @@ class Tracker:
                 self._experiment, start_time=began, run_name=_name(cell, self._named), tags=tags
             )
             run_id, place = made.info.run_id, made.info.artifact_uri
-            if self.claims.lapses() != lapses and self._taken_over(key, run_id):
+            away = self.claims.lapses() != lapses or self.claims.overtaken(self._group)
+            if away and self._taken_over(key, run_id):
                 self._client.delete_run(run_id)
                 return ""
         if unfinished:
@@ -418,7 +439,7 @@ class Tracker:
         """Whether another launch copies the cell, or has made a run of it besides this one."""
         if not self.claims.claim([key], self._group)[0]:
             return True
-        place = f"tags.`plumbline.cell_uri` = {_quoted(f'{self.ledger.store.uri}/{key}')}"
+        place = f"tags.`plumbline.cell` = {_quoted(self._tag(key))}"
         return any(run.info.run_id != run_id for run in self._client.search_runs([self._experiment], place))
 
     def _log_points(
@@ -436,17 +457,16 @@ class Tracker:
         """Copy the cell's files to where the run keeps its own; `place` as its maker was told, empty if not known."""
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-        store = self.ledger.store
         left_out = []
         with tempfile.TemporaryDirectory() as folder:
-            sizes = cell.meta.get("files") or store.sizes(cell.key)
+            sizes = file_sizes(cell.meta) or self.ledger.store.sizes(cell.key)
             for name in cell.files:
                 if sizes.get(name, 0) > self._artifact_bytes:
                     left_out.append(name)
                     continue
                 copy = Path(folder, name)
                 copy.parent.mkdir(parents=True, exist_ok=True)
-                copy.write_bytes(store.read(f"{cell.key}/{name}"))
+                copy.write_bytes(file_of(cell, name))
             if left_out:
                 text = "".join(f"{cell.uri}/{name}\n" for name in left_out)
                 Path(folder, "larger_files_in_ledger.txt").write_text(text, encoding="utf-8")

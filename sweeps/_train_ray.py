@@ -15,12 +15,14 @@ import tempfile
 import threading
 import traceback
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch.distributed as dist
+from ray import cloudpickle
 from ray.experimental import internal_kv
 from ray.train.torch import TorchConfig
 from ray.train.v2._internal.execution.controller import TrainController
@@ -39,8 +41,9 @@ from sweeps._code import other_code
 from sweeps._context import PackContext
 from sweeps._crash import death, refusal
 from sweeps._execute import HEADROOM, PERMANENT, SYSTEM_ERROR, one_line
+from sweeps._secrets import VARIABLE as LOGINS
 from sweeps._stop import PackStopped, listen, lower_flag, raise_flag, terminated, working
-from sweeps._sweep import Pack, UserError
+from sweeps._sweep import Cell, Pack, UserError
 from sweeps._world import World
 
 _RELAY_SECONDS = 1.0
@@ -183,9 +186,7 @@ def _trainer(
         _work,
         train_loop_config={
             "job": job,
-            "cells": cells,
-            "preset": preset,
-            "context": context,
+            "work": _Sealed.of(cells, preset, context),
             "threads": max(1, int(pack.cpus / workers)),
             "board": board.name,
         },
@@ -204,6 +205,26 @@ def _trainer(
     )
 
 
+@dataclass(frozen=True, repr=False)
+class _Sealed:
+    """Cells, preset and context on their way to a worker, with the storage's logins, which must be known there first.
+
+    Without a representation: Ray Train shows the settings of a run to whoever asks.
+    """
+
+    data: bytes
+    logins: str
+
+    @staticmethod
+    def of(cells: Sequence[Cell], preset: Any, context: PackContext) -> _Sealed:
+        return _Sealed(cloudpickle.dumps((tuple(cells), preset, context)), os.environ.get(LOGINS, ""))
+
+    def open(self) -> tuple[tuple[Cell, ...], Any, PackContext]:
+        if self.logins:
+            os.environ[LOGINS] = self.logins
+        return cloudpickle.loads(self.data)
+
+
 def _work(config: dict[str, Any]) -> str:
     """What each worker does: the whole job, in step with the others."""
     module, _, name = config["job"].partition(":")
@@ -214,17 +235,23 @@ def _work(config: dict[str, Any]) -> str:
         board.fail(line)
         return "failed"
     world = World.join()
+    planned, preset, given = config["work"].open()
     if world.first:
-        _Reserved(config["context"].stop_name).note()
-    context = config["context"].for_worker(world, config["threads"], board.put)
-    keys = [c.key for c in config["cells"]]
-    published = context.ledger.done(keys)
-    over = world.share(published | context.ledger.failures(keys).keys())  # before this group was started again
-    context.progress(published=context.published + len(published))
-    cells = [c for c in config["cells"] if c.key not in over]
+        _Reserved(given.stop_name).note()
+    with closing(given.for_worker(world, config["threads"], board.put)) as context:
+        published = context.ledger.done([c.key for c in planned])
+        failed = context.ledger.failures([c.key for c in planned])
+        over = world.share(published | failed.keys())  # before this group was started again
+        context.progress(published=context.published + len(published))
+        cells = [c for c in planned if c.key not in over]
+        return _outcome(lambda: getattr(importlib.import_module(module), name)(cells, preset, context), world, board)
+
+
+def _outcome(run: Callable[[], None], world: World, board: _Board) -> str:
+    """Do the work; how it ended, in a word that the trial understands."""
     try:
         with working():
-            getattr(importlib.import_module(module), name)(cells, config["preset"], context)
+            run()
     except PackStopped as stop:
         if world.sum([float(terminated())])[0]:
             raise RuntimeError(f"a worker got SIGTERM: {stop}") from stop

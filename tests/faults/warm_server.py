@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 _CALLS = ("create_run", "log_batch", "log_artifacts", "log_artifact", "set_terminated")
@@ -89,15 +89,7 @@ def _launch(order: dict[str, Any]) -> int:
 
 
 def _in_process(
-    module: str,
-    packs: Sequence[Any],
-    preset: Any,
-    run: Any,
-    storage: str,
-    fingerprints: Any,
-    launch_id: str,
-    board: Any,
-    published: Callable[[list[str]], None] = lambda keys: None,
+    job: Any, queue: Any, board: Any, published: Callable[[list[str]], None] = lambda keys: None
 ) -> dict[str, str]:
     from sweeps._execute import one_line, run_one
 
@@ -105,10 +97,10 @@ def _in_process(
         published(result["progress"].get("keys", []))
 
     errors = {}
-    for pack in packs:
-        for _ in range(run.max_retries + 1):
+    while (pack := queue.next()) is not None:
+        for _ in range(job.run.max_retries + 1):
             try:
-                run_one(module, pack, preset, run, storage, fingerprints, launch_id, report)
+                run_one(job, pack, report)
                 errors.pop(pack.name, None)
                 break
             except Exception as error:

@@ -18,6 +18,7 @@ import pytest
 from sweeps import _launch, _where
 from sweeps._address import Address
 from sweeps._ledger import Ledger
+from sweeps._queue import Queue
 from sweeps._sweep import Row, UserError
 from sweeps._where import Machine, connect
 from tests.sweeps.mlflow_runs import runs_of_cells
@@ -237,7 +238,8 @@ def test_sigterm_frees_the_claims_and_leaves_the_report_out(
     ledger = Ledger(str(tmp_path / "runs/ledger"), "toy", "1")
     monkeypatch.setattr(_launch, "connect", lambda *a: Machine.here())
 
-    def packs(*arguments: object) -> dict[str, str]:
+    def packs(job: object, queue: Queue, *rest: object) -> dict[str, str]:
+        assert queue.next() is not None
         ledger.publish(Square(n=1), [Row("square", 1)], {}, {"fingerprint": "", "published_unix": 1.7e9})
         os.kill(os.getpid(), signal.SIGTERM)
         return {}
@@ -269,7 +271,12 @@ def test_a_pack_given_up_for_its_nodes_or_the_storages_sake_fails_no_cell(
     from toy_sweep import Square
 
     monkeypatch.setattr(_launch, "connect", lambda *a: Machine.here())
-    monkeypatch.setattr(_launch, "run_packs", lambda *a: {"pack0": reason})
+
+    def given_up(job: object, queue: Queue, *rest: object) -> dict[str, str]:
+        assert queue.next() is not None
+        return {"pack0": reason}
+
+    monkeypatch.setattr(_launch, "run_packs", given_up)
     monkeypatch.setattr(_launch.Tracker, "start", lambda *a: None)
     monkeypatch.setattr(_launch.Tracker, "finish", lambda *a: False)
     run = main("--set", "n=1")

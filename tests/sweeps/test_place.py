@@ -21,6 +21,7 @@ from data._source import _ReadShard
 from data.codec_shards import _ShardMaker
 from sweeps import _address, _code, _crash, _execute, _launch, _limits, _where
 from sweeps._ledger import Ledger
+from sweeps._queue import Queue
 from sweeps._sweep import Pack, UserError
 from sweeps._where import Machine, RunSettings
 from tests.sweeps.test_launch import Main, main  # noqa: F401 - a fixture
@@ -168,6 +169,19 @@ def test_workers_take_the_checkout_whatever_comes_before_it(
     assert _code.worker_job()._runtime_env_has_working_dir()  # what makes Ray add no folder of the driver's
 
 
+def job_in(folder: Path) -> _execute.Job:
+    import toy_sweep
+
+    return _execute.Job(
+        module="toy_sweep",
+        preset=toy_sweep.Toy(),
+        run=RunSettings(),
+        storage=str(folder / "l"),
+        launch_id="x",
+        fingerprints={toy_sweep.Square(n=1).key: ""},
+    )
+
+
 def test_a_pack_whose_worker_runs_other_code_ends_the_launch_and_fails_no_cell(
     tmp_path: Path,
     main: Main,  # noqa: F811
@@ -179,14 +193,17 @@ def test_a_pack_whose_worker_runs_other_code_ends_the_launch_and_fails_no_cell(
     reports: list[dict] = []
     with monkeypatch.context() as patch:
         patch.setenv(_code.VARIABLE, "f" * 64)
-        _execute.run_one(
-            "toy_sweep", pack, SWEEP.presets["small"], RunSettings(), str(tmp_path / "l"), {}, "x", reports.append
-        )
+        _execute.run_one(job_in(tmp_path), pack, reports.append)
     (line,) = (report["progress"]["refused"] for report in reports)
     assert not (tmp_path / "l").exists()
     ended: list[str] = []
     monkeypatch.setattr(_launch, "connect", lambda *a: Machine.here())
-    monkeypatch.setattr(_launch, "run_packs", lambda *a: {"pack0": line})
+
+    def refused(job: object, queue: Queue, *rest: object) -> dict[str, str]:
+        assert queue.next() is not None
+        return {"pack0": line}
+
+    monkeypatch.setattr(_launch, "run_packs", refused)
     monkeypatch.setattr(_launch.Tracker, "start", lambda *a: None)
     monkeypatch.setattr(_launch.Tracker, "leave", lambda self, status, *a: ended.append(status))
     run = main("--set", "n=1")
@@ -207,16 +224,7 @@ def test_a_data_task_of_other_code_fails_no_cell(tmp_path: Path, main: Main, mon
     monkeypatch.setattr(toy_sweep.ToySweep, "run", run)
     reports: list[dict] = []
     square = toy_sweep.Square(n=1)
-    _execute.run_one(
-        "toy_sweep",
-        Pack(name="p", cells=(square,)),
-        toy_sweep.Toy(),
-        RunSettings(),
-        str(tmp_path / "l"),
-        {square.key: ""},
-        "x",
-        reports.append,
-    )
+    _execute.run_one(job_in(tmp_path), Pack(name="p", cells=(square,)), reports.append)
     assert reports[-1]["progress"]["refused"] == line
     assert Ledger(str(tmp_path / "l"), "toy", "1").failures([square.key]) == {}
 
