@@ -144,7 +144,13 @@ def _taking(queue: Queue) -> Any:
         def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
             return
 
-        def save(self, checkpoint_path: str) -> None:  # the ledger is what a restart reads
+        def __reduce__(self) -> Any:  # Tune pickles its settings for a restart, which reads the ledger instead
+            return Searcher, ()
+
+        def save(self, checkpoint_path: str) -> None:
+            return
+
+        def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
             return
 
         def restore(self, checkpoint_path: str) -> None:

@@ -355,7 +355,7 @@ class _Launch:
             )
 
     def _settle_threads(self, machine: Machine) -> None:
-        """The threads of a pack follow from the whole plan: an interrupted run goes on with as many as it began with."""
+        """Threads of a pack follow from the whole plan: an interrupted run goes on with as many as it began with."""
         if not self.run.threads and (threads := getattr(self.sweep, "threads", None)):
             self.run = replace(self.run, threads=threads(self.whole, self.preset, machine, self.run))
 
@@ -364,8 +364,8 @@ class _Launch:
         before = {int(self.ledger.read(key).meta.get("threads", 0)) for key in sorted(self.done)[:1]} - {0}
         if self.run.threads and before and before != {self.run.threads}:
             board.say(
-                f"cells so far were computed with {before.pop()} threads, now there are {self.run.threads}; numbers may "
-                "differ by rounding (--set threads=N keeps them)"
+                f"cells so far were computed with {before.pop()} threads, now there are {self.run.threads}; numbers "
+                "may differ by rounding (--set threads=N keeps them)"
             )
 
     def _run_round(

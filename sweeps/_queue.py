@@ -1,4 +1,4 @@
-"""Packs in their order, claimed a few at a time as there is room for them, so that launches on one ledger share a grid."""
+"""Packs in their order, claimed a few at a time as there is room for them: launches on one ledger share a grid."""
 
 from __future__ import annotations
 

@@ -246,7 +246,7 @@ def _parse(raw: str, kind: Any) -> Any:
         return int(number)
     if kind is float:
         value = float(raw)
-        if math.isnan(value) or (math.isinf(value) and "inf" not in raw.lower()):
+        if math.isinf(value) and "inf" not in raw.lower():
             raise ValueError("write a number that a float64 holds")
         return value
     if kind is str:
