@@ -258,13 +258,20 @@ def run_one(job: Job, pack: Pack, report: Any) -> None:
     )
     context.progress(force=True, published=len(done), keys=sorted(done))
     with contextlib.closing(context):
-        if cells:
-            _run_cells(lambda: sweep.run(replace(pack, cells=cells), job.preset, context), cells, context, report)
-    context.progress(force=True, phase="done")
+        refused = cells and _run_cells(
+            lambda: sweep.run(replace(pack, cells=cells), job.preset, context), cells, context
+        )
+    if refused:
+        report({"progress": {"refused": refused}})
+    else:
+        context.progress(force=True, phase="done")
 
 
-def _run_cells(run: Callable[[], None], cells: Sequence[Cell], context: PackContext, report: Any) -> None:
-    """Do the work; what a retry cannot mend is noted for the cells that are still missing, all else is raised."""
+def _run_cells(run: Callable[[], None], cells: Sequence[Cell], context: PackContext) -> str:
+    """Do the work; what a retry cannot mend is noted for the cells that are still missing, all else is raised.
+
+    Returns the line of a worker that runs other code (a data task's, or one of Ray Train's), else an empty text.
+    """
     try:
         with working():
             context.check_stop()
@@ -273,9 +280,8 @@ def _run_cells(run: Callable[[], None], cells: Sequence[Cell], context: PackCont
         if terminated():  # this node is going away, the launch goes on: a retry finds another place
             raise RuntimeError(f"SIGTERM: {stop}") from stop
     except Exception as error:
-        if (line := refusal(str(error))) is not None:  # a data task's worker, or one of Ray Train's
-            report({"progress": {"refused": line}})
-            return
+        if (line := refusal(str(error))) is not None:
+            return line
         if not isinstance(error, PERMANENT):
             raise
         if not isinstance(error, UserError):
@@ -286,3 +292,4 @@ def _run_cells(run: Callable[[], None], cells: Sequence[Cell], context: PackCont
         for cell in missing:
             if cell.key not in already:
                 context.fail(cell, one_line(error))
+    return ""
