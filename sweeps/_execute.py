@@ -21,7 +21,7 @@ from sweeps._code import other_code
 from sweeps._context import PackContext
 from sweeps._crash import death, last_failure, refusal
 from sweeps._ledger import Ledger
-from sweeps._queue import Queue
+from sweeps._pack_queue import Queue
 from sweeps._secrets import VARIABLE as LOGINS
 from sweeps._secrets import without_password
 from sweeps._stop import PackStopped, listen, terminated, working

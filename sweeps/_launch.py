@@ -28,7 +28,7 @@ from sweeps._code import OTHER_CODE, own_code
 from sweeps._cost import cost_lines
 from sweeps._execute import SYSTEM_ERROR, Job, one_line, run_packs
 from sweeps._ledger import Ledger
-from sweeps._queue import Queue
+from sweeps._pack_queue import Queue
 from sweeps._secrets import clean_arguments, given, hide_arguments
 from sweeps._stop import Stopper
 from sweeps._sweep import Cell, Pack, Sweep, UserError, apply_settings, nearest

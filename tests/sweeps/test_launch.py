@@ -18,7 +18,7 @@ import pytest
 from sweeps import _launch, _where
 from sweeps._address import Address
 from sweeps._ledger import Ledger
-from sweeps._queue import Queue
+from sweeps._pack_queue import Queue
 from sweeps._sweep import Row, UserError
 from sweeps._where import Machine, connect
 from tests.sweeps.mlflow_runs import runs_of_cells

@@ -21,7 +21,7 @@ from data._source import _ReadShard
 from data.codec_shards import _ShardMaker
 from sweeps import _address, _code, _crash, _execute, _launch, _limits, _where
 from sweeps._ledger import Ledger
-from sweeps._queue import Queue
+from sweeps._pack_queue import Queue
 from sweeps._sweep import Pack, UserError
 from sweeps._where import Machine, RunSettings
 from tests.sweeps.test_launch import Main, main  # noqa: F401 - a fixture
