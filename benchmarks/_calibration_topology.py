@@ -9,6 +9,8 @@ Shapes: R runs, B null draws a run (`null_RB`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from scipy import stats
 
@@ -24,6 +26,7 @@ from analysis.universal_null import universal_null
 from benchmarks._calibration import Statement, Tally, covers, grid
 
 NAMES = ("bits_r4", "bits_r2", "counts_r4", "physchem", "pom_0", "pom_1", "pom_2", "pom_3")
+_Law = Callable[..., np.ndarray]  # of size=
 _FAR = float(stats.norm.ppf(QUANTILE))
 
 
@@ -59,7 +62,7 @@ def ratio_coverage(
 
 
 def mean_coverage(rng: np.random.Generator, trials: int, runs: int, law: str) -> Tally:
-    laws = {"normal": rng.normal, "exponential": rng.exponential}
+    laws: dict[str, _Law] = {"normal": rng.normal, "exponential": rng.exponential}
     truth, ideal = 0.0 if law == "normal" else 1.0, 2 * stats.norm.ppf(0.975)  # both laws have variance 1
     found = [mean_interval(values) for values in laws[law](size=(trials, runs))]
     width = float(np.mean([hi - lo for lo, hi in found])) / (ideal / np.sqrt(runs))
@@ -155,7 +158,7 @@ def verdict_power(rng: np.random.Generator, trials: int, draws: int, shift: floa
 
 def universal_error(rng: np.random.Generator, trials: int, law: str, rows: int, dimensions: int) -> Tally:
     """Clouds without a loop: trials with any loop below ALPHA after Bonferroni or Benjamini-Hochberg."""
-    laws = {"uniform": rng.random, "normal": rng.normal, "t3": lambda size: rng.standard_t(3, size)}
+    laws: dict[str, _Law] = {"uniform": rng.random, "normal": rng.normal, "t3": lambda size: rng.standard_t(3, size)}
     wrong = 0
     for _ in range(trials):
         wrong += max(universal_null(h1(euclidean(laws[law](size=(rows, dimensions))))).significant(ALPHA)) > 0
