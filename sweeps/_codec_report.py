@@ -127,12 +127,13 @@ def _ends(name: str) -> tuple[str, str, str]:
 
 
 def _mean_with_ends(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean over samples or recordings, and its 95% t interval; NaN for fewer than two."""
+    """Mean coherence over samples or recordings, and its 95% t interval (cut at 0 and 1); NaN for fewer than two."""
     values = values[np.isfinite(values)]
     if len(values) < 2:
         return _NOTHING
     found = units_mean(values)
-    return found.value, found.lo, found.hi
+    lo, hi = np.clip([found.lo, found.hi], 0.0, 1.0).tolist()
+    return found.value, lo, hi
 
 
 def _by_recording(sets: AudioSets) -> np.ndarray:
