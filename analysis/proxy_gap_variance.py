@@ -56,7 +56,7 @@ def layers(study: Study) -> Section:
         | {"first token %": _percent(row["sst_share_first"]), "first four %": _percent(row["sst_share_first4"])}
         | {"longest 1% of tokens %": _percent(row["sst_share_top1pct"]), "sinks %": _percent(row["sst_share_sinks"])}
         | {"sinks, % of tokens": number(100 * row["sink_share"], 2)}
-        | {f"top {m} eigenvectors %": _percent(row[f"sst_share_eig{m}"]) for m in DIRECTIONS}
+        | {f"top {_vectors(m)} %": _percent(row[f"sst_share_eig{m}"]) for m in DIRECTIONS}
         | {"R² of sinks + one constant": number(row["r2_constant"], 4) or "–"}
         | {"PR": number(row["pr"], 2), "PR without sinks": number(row["pr_no_sinks"], 2) or "–"}
         | {"SST/token": number(row["sst_token"], 1), "E‖a‖²/token": number(row["energy_token"], 1)}
@@ -87,7 +87,7 @@ def controls(study: Study) -> Section:
         "without first four": "r2_no_first4",
         f"without > {SINK_NORM:g} × median norm": "r2_no_huge",
         "without sinks": "r2_no_sinks",
-        **{f"without top {m} eigenvectors": f"r2_deflated{m}" for m in DIRECTIONS},
+        **{f"without top {_vectors(m)}": f"r2_deflated{m}" for m in DIRECTIONS},
         "whitened": "r2_whitened",
     }
     rows = [
@@ -106,13 +106,18 @@ def controls(study: Study) -> Section:
 
 
 def _ranking(study: Study, columns: Mapping[str, str]) -> list[str]:
-    """How each R² ranks the configurations as CE_rec does; nothing where fewer than MIN_CELLS have them all."""
-    known = study.means.dropna(subset=["ce_rec", *columns.values()])
-    if len(known) < MIN_CELLS:
-        return []
-    values = {label: known[column].corr(known["ce_rec"], method="spearman") for label, column in columns.items()}
-    listed = ", ".join(f"{label} {number(value, 2, sign=True)}" for label, value in values.items())
-    return [f"Spearman correlation with CE_rec over {len(known)} configurations, point estimates: {listed}."]
+    """How each R² ranks a budget's configurations as CE_rec does, for budgets where MIN_CELLS or more have them all."""
+    lines = []
+    for tokens, known in study.means.dropna(subset=["ce_rec", *columns.values()]).groupby("tokens"):
+        if len(known) < MIN_CELLS:
+            continue
+        values = {label: known[column].corr(known["ce_rec"], method="spearman") for label, column in columns.items()}
+        listed = ", ".join(f"{label} {number(value, 2, sign=True)}" for label, value in values.items())
+        lines.append(
+            f"Spearman correlation with CE_rec over the {len(known)} configurations of "
+            f"{tokens_label(float(str(tokens)))} tokens, point estimates: {listed}."
+        )
+    return lines
 
 
 def scale_parts(study: Study) -> Section:
@@ -172,6 +177,10 @@ def definition_check(study: Study) -> Section:
             "SST/token (226.7 and 4131.1) tells which quantity was published."
         )
     return Section("Check on definitions", rows, lines)
+
+
+def _vectors(m: int) -> str:
+    return "eigenvector" if m == 1 else f"{m} eigenvectors"
 
 
 def _percent(share: float) -> str:

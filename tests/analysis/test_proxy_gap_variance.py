@@ -50,7 +50,10 @@ def test_a_ledger_without_the_audit_is_read_and_said(make_grid):
     assert not [line for line in controls(part).lines if "Spearman" in line]  # two configurations have them
     (line,) = [line for line in controls(study_of(grid)).lines if "Spearman" in line]
     plain = study_of(grid).means[["r2", "ce_rec"]].corr(method="spearman").iloc[0, 1]
-    assert f"over 4 configurations, point estimates: R² {plain:+.2f}, without first token {plain:+.2f}" in line
+    assert (
+        f"over the 4 configurations of 10M tokens, point estimates: R² {plain:+.2f}, without first token {plain:+.2f}"
+        in line
+    )
     assert "published before" not in compose(study_of(grid), {}, preset="fast2", facts={})
 
 
