@@ -29,7 +29,7 @@ import pyarrow as pa
 from sweeps._index import Index, Record, rows_table, work_of
 from sweeps._names import checked
 from sweeps._published import DamagedCell, damaged, facts, file_of, in_order, parquet_bytes
-from sweeps._storage import MARKER, Facts, Store
+from sweeps._storage import MARKER, Facts, Store, facts_of
 from sweeps._sweep import Cell, PublishedCell, Row, UserError
 
 _FEW = 64  # cells looked at one by one; more are found by one listing
@@ -136,10 +136,8 @@ class Ledger:
         if not isinstance(attempt, str):
             raise damaged(key, self.store.uri, MARKER, f"names no attempt ({attempt!r})")
         home = f"{key}/{checked(attempt, key)}" if attempt else key
-        data = self.store.read(f"{home}/cell.json")
-        if last := facts({"files": marker.get("last", {})}).get("cell.json"):
-            self._raise_for(key, "cell.json", last.fault(data))
-        meta = _json_object(data)
+        text = _text_in(marker)
+        meta = _json_object(self.store.read(f"{home}/cell.json") if text is None else text.encode())
         if meta is None or not isinstance(meta.get("files", {}), dict) or not isinstance(meta.get("identity"), dict):
             raise damaged(key, self.store.uri, "cell.json", "is no JSON object with identity and files")
         for name in meta.get("files", ()):
@@ -204,9 +202,11 @@ class Ledger:
         def look(key: str) -> None:
             try:
                 home, meta = self._meta(key)
+                text = _text_in(self.store.marker(key))
                 for name in self._names(key, home, meta):
-                    if name != "cell.json":
-                        self._checked_file(key, home, meta, name)
+                    data = self._checked_file(key, home, meta, name)
+                    if name == "cell.json" and text is not None:
+                        self._raise_for(key, name, facts_of(text.encode()).fault(data))
             except FileNotFoundError:
                 self.damaged[key] = damaged(key, self.store.uri, "cell.json", "is missing")
             except DamagedCell as damage:
@@ -304,6 +304,13 @@ class Ledger:
         for key in gone:
             del self.damaged[key]
         self.compact((), gone)
+
+
+def _text_in(marker: Mapping[str, Any]) -> str | None:
+    """The text of cell.json that a marker carries; None in markers of older programs."""
+    last = marker.get("last")
+    text = last.get("cell.json") if isinstance(last, dict) else None
+    return text if isinstance(text, str) else None
 
 
 def _json_object(data: bytes) -> dict[str, Any] | None:

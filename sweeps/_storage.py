@@ -19,7 +19,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Concatenate, ParamSpec, TypeVar
 
@@ -336,7 +336,7 @@ class Store:
         return self.exists(f"{folder}/{MARKER}")
 
     def marker(self, folder: str) -> dict[str, Any]:
-        """What the marker of a published folder says: `attempt`, `last` (facts of the file written last).
+        """What the marker of a published folder says: `attempt`, and `last` with the text of the file written last.
 
         Empty for folders published before markers had a content; raises FileNotFoundError where there is none.
         """
@@ -371,7 +371,8 @@ class Store:
         """Publish files (bytes, or paths of local files to copy) as a folder, whole or not at all.
 
         `describe` gets the facts of all files and the attempt's name (empty on a local store, whose files lie directly
-        in the folder) and returns one more file, the last to be written. Returns False, and changes nothing, when the
+        in the folder) and returns one more file, a text, the last to be written and in the marker, too: whoever reads
+        the marker needs no second request for it. Returns False, and changes nothing, when the
         folder is already published: the first result stays, on every store.
         """
         if self.published(folder):
@@ -436,8 +437,7 @@ class Store:
 
 
 def _marker(attempt: str, last: Mapping[str, bytes]) -> bytes:
-    facts = {name: asdict(facts_of(data)) for name, data in last.items()}
-    return json.dumps({"attempt": attempt, "last": facts}).encode()
+    return json.dumps({"attempt": attempt, "last": {name: data.decode() for name, data in last.items()}}).encode()
 
 
 def _put(folder: str, name: str, data: bytes | Path) -> Facts:
