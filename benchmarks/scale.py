@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks._object_store import ModelStore
 from sweeps._claims import Claims
 from sweeps._ledger import Ledger, rows_to_parquet
-from sweeps._storage import MARKER
+from sweeps._storage import MARKER, facts_of, marker_bytes
 from sweeps._sweep import Cell, Row, digest
 
 SIZES = (1000, 3000, 10_000, 30_000, 100_000)
@@ -78,29 +78,32 @@ def contents_of(cell: Point, fingerprint: str) -> dict[str, bytes]:
         "packages": dict.fromkeys(("ray", "torch", "numpy", "mlflow", "transformers"), "1.2.3"),
         "hardware": "a processor, 64 cores, 512 GiB, 8 x an accelerator",
         "git_commit": "0" * 12,
-        "files": {"rows.parquet": 4000},
+        "files": {"rows.parquet": asdict(facts_of(table := rows_to_parquet(rows)))},
     }
-    return {"cell.json": json.dumps(meta).encode(), "rows.parquet": rows_to_parquet(rows), MARKER: b""}
+    return {"cell.json": json.dumps(meta).encode(), "rows.parquet": table}
 
 
 def fill(ledger: Ledger, cells: Sequence[Point]) -> None:
     """Publish the simulated cells past the ledger's own careful writing, which takes minutes of fsync."""
     fingerprints = fingerprints_of(cells)
     template = contents_of(cells[0], "")
+    attempt = "" if ledger.store.local else "0" * 32
     for cell in cells:
         files = template if cell.x % 100 else contents_of(cell, "")
-        meta = json.loads(template["cell.json"])
+        meta = json.loads(files["cell.json"]) | {"attempt": attempt}
         x = {"key": cell.key, "identity": cell.identity(), "fingerprint": fingerprints[cell.key]}
         pack = {"pack": f"pack{cell.x // 12}", "pack_started_unix": 1.7e9 + cell.x // 12}
-        data = {**files, "cell.json": json.dumps({**meta, **x, **pack}).encode()}
+        record = {"cell.json": json.dumps({**meta, **x, **pack}).encode()}
+        home = f"{cell.key}/{attempt}" if attempt else cell.key
+        data = {f"{home}/{name}": content for name, content in {**files, **record}.items()}
+        data[f"{cell.key}/{MARKER}"] = marker_bytes(attempt, record)
         if ledger.store.local:
-            folder = Path(ledger.store.root, cell.key)
-            folder.mkdir(parents=True)
+            Path(ledger.store.root, cell.key).mkdir(parents=True)
             for name, content in data.items():
-                (folder / name).write_bytes(content)
+                Path(ledger.store.root, name).write_bytes(content)
         else:
             for name, content in data.items():
-                ledger.store.fs.pipe_file(ledger.store.path(f"{cell.key}/{name}"), content)
+                ledger.store.fs.pipe_file(ledger.store.path(name), content)
 
 
 def plan(n: int, folder: Path) -> dict[str, Any]:

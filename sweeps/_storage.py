@@ -392,7 +392,10 @@ class Store:
         last = describe(facts, attempt) if describe else {}
         for name, data in last.items():
             self.replace(f"{home}/{name}", data)
-        if self.create(f"{folder}/{MARKER}", _marker(attempt, last)) or self.marker(folder).get("attempt") == attempt:
+        if (
+            self.create(f"{folder}/{MARKER}", marker_bytes(attempt, last))
+            or self.marker(folder).get("attempt") == attempt
+        ):
             return True  # the marker is ours also where a repeated request met its own first try
         self.remove(home)
         return False
@@ -407,7 +410,7 @@ class Store:
             last = describe(facts, "") if describe else {}
             for name, data in last.items():
                 _put(aside, name, data)
-            _put(aside, MARKER, _marker("", last))
+            _put(aside, MARKER, marker_bytes("", last))
             try:
                 os.rename(aside, target)
             except OSError:
@@ -436,7 +439,8 @@ class Store:
             self.remove_file(f"{folder}/{MARKER}")
 
 
-def _marker(attempt: str, last: Mapping[str, bytes]) -> bytes:
+def marker_bytes(attempt: str, last: Mapping[str, bytes]) -> bytes:
+    """A marker that names an attempt and carries the texts that were written last."""
     return json.dumps({"attempt": attempt, "last": {name: data.decode() for name, data in last.items()}}).encode()
 
 

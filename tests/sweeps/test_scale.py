@@ -22,7 +22,7 @@ from benchmarks._object_store import PAGE, ModelStore
 from sweeps._claims import Claims
 from sweeps._index import FOLDER, Index
 from sweeps._ledger import Ledger
-from sweeps._storage import MARKER, Store
+from sweeps._storage import Store
 from sweeps._sweep import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,7 +89,7 @@ def test_a_cell_taken_away_and_computed_again_is_read_anew(ledger: Ledger) -> No
     fresh.compact(done, set(keys) - done)
     time.sleep(0.01)
     files = scale.contents_of(scale.cells_of(1)[0], "another")
-    assert fresh.store.publish_folder(keys[0], {n: d for n, d in files.items() if n != MARKER})
+    assert fresh.store.publish_folder(keys[0], files)
     for reader in (other, again(ledger), fresh):
         done = reader.done(keys)
         assert done == set(keys)
