@@ -1,9 +1,14 @@
-"""Bootstrap confidence intervals by one matrix product.
+"""Bootstrap resamples by one matrix product, and percentile intervals from them.
 
 Shape suffixes: R resamples, S sampled units (sequences), C columns.
 
 Efron's percentile bootstrap (Efron & Tibshirani 1993, ch. 13). A resample of S units is a row of multinomial
 counts, so the means of C columns over R resamples are the product counts_RS @ columns_SC / S.
+
+Coverage. A percentile interval of a mean or a ratio takes a normal distribution's tails and the sample's own variance:
+simulated for CE_rec, 95% intervals cover .90 at 8 units, .92 at 16 and .93 to .95 from 32 on where the units are not
+skewed; with skewed ones .77 to .86 at 8 and .87 at 32. No report prints them: intervals are those of
+`analysis.crossed`. The resamples serve where only a variance over sequences is asked for (the leaderboard).
 """
 
 from __future__ import annotations
@@ -62,7 +67,7 @@ def bootstrap_ci(
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Percentile bootstrap interval of a function of means over sampled units.
+    """Percentile bootstrap interval of a function of means over sampled units; see the file's head for its coverage.
 
     Args:
         values: (S,) one number a unit, or (S, C) columns whose means the statistic combines.
@@ -101,6 +106,9 @@ def ce_rec_ci(
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Interval of CE_rec = 2 − Σ L_recon / Σ L_orig over sequences of equal length (losses in nats a token)."""
+    """Percentile interval of CE_rec = 2 − Σ L_recon / Σ L_orig over sequences of equal length (nats per token).
+
+    See the file's head for what it covers; the reports print `cells.ce_rec_interval`.
+    """
     columns_SC = np.stack([np.asarray(loss_orig_S, dtype=float), np.asarray(loss_recon_S, dtype=float)], axis=1)
     return bootstrap_ci(columns_SC, lambda m: 2.0 - m[:, 1] / m[:, 0], n_resamples=n_resamples, level=level, seed=seed)

@@ -211,26 +211,30 @@ def k_star_coverage(rng: np.random.Generator, trials: int, *, seeds: int, seed_n
     curve: Floats = _CE + 0.1 * np.arange(len(_KS), dtype=np.float64)
     truth = k_star(_KS, curve, target)
     counts = _Counts()
-    for _ in range(trials):
-        cells, tables = _curve(rng, seeds, seed_noise, curve)
-        means = configuration_means(cells, tables).table
-        found = k_star_interval(_KS, means["ce_rec"], means["ce_rec_lo"], means["ce_rec_hi"], target)
-        lo, hi = pd.Series([_place(found.lo)]), pd.Series([_place(found.hi)])
-        counts.add(lo, hi, _place(truth), math.nan)
+    for some in chunks(trials, 25):
+        means = configuration_means(*_curves(rng, some, seeds, seed_noise, curve)).table
+        found = [
+            k_star_interval(_KS, part["ce_rec"], part["ce_rec_lo"], part["ce_rec_hi"], target)
+            for _, part in means.groupby("model")
+        ]
+        limits = (pd.Series([_place(k) for k in side]) for side in ([f.lo for f in found], [f.hi for f in found]))
+        counts.add(*limits, _place(truth), math.nan)
     return counts.tally()
 
 
-def _curve(
-    rng: np.random.Generator, seeds: int, seed_noise: float, curve: Floats
+def _curves(
+    rng: np.random.Generator, trials: int, seeds: int, seed_noise: float, curve: Floats
 ) -> tuple[pd.DataFrame, SequenceTables]:
+    """A model per trial, with that curve over the grid of k."""
     rows, tables, sequences = [], [], 48
-    orig_U, sst_U = losses(rng, sequences), np.ones(sequences)
-    shared_U = rng.normal(0, _SEQUENCE_SD, sequences)
-    for k, level in zip(_KS, curve, strict=True):
-        for seed in range(seeds):
-            value_U = level + shared_U + rng.normal(0, seed_noise * _SEQUENCE_SD / math.sqrt(sequences))
-            tables.append(sequence_table(orig_U, orig_U * (2 - value_U), sst_U / 5, sst_U))
-            rows.append(("m", 8, k, seed))
+    for trial in range(trials):
+        orig_U, sst_U = losses(rng, sequences), np.ones(sequences)
+        shared_U = rng.normal(0, _SEQUENCE_SD, sequences)
+        for k, level in zip(_KS, curve, strict=True):
+            for seed in range(seeds):
+                value_U = level + shared_U + rng.normal(0, seed_noise * _SEQUENCE_SD / math.sqrt(sequences))
+                tables.append(sequence_table(orig_U, orig_U * (2 - value_U), sst_U / 5, sst_U))
+                rows.append((f"m{trial}", 8, k, seed))
     return _grid(rows, tables)
 
 
@@ -299,9 +303,12 @@ STATEMENTS: Sequence[Statement] = (
         printed=f"{_PRINTED}: directions, At a glance",
         kind="family-wise error",
         simulate=false_directions,
-        settings=grid(seeds=(2, 3, 5), comparisons=(6, 18), seed_noise=(0.1, 5.0), ratio=(1.0, 3.0)),
+        settings=[
+            *grid(seeds=(2, 3, 5), comparisons=(6,), seed_noise=(5.0,), ratio=(1.0, 3.0)),
+            *grid(seeds=(3,), comparisons=(18,), seed_noise=(0.1,), ratio=(1.0,)),
+        ],
         quick=({"seeds": 3, "comparisons": 6, "seed_noise": 5.0, "ratio": 1.0},),
-        trials=400,
+        trials=250,
         quick_trials=60,
         note="ΔR² is real and ΔCE_rec is 0 in all comparisons of the report.",
     ),
