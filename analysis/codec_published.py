@@ -41,17 +41,14 @@ def published_section(results: Results, chosen: pd.DataFrame, published: Publish
 
 def _music(results: Results, chosen: pd.DataFrame) -> list[str]:
     """The baselines of the earlier post, each with our model of the same architecture at its best learning rate."""
-    models = at(results.models, chosen).groupby("architecture").mean(numeric_only=True)
-    rows = [
-        [
-            name,
-            f"{nll:.3f} ({size})",
-            f"{models.loc[name, 'val_nll_ema']:.3f} / {models.loc[name, 'val_nll_raw']:.3f}",
-            f"{models.loc[name, 'n_parameters'] / 1e6:.0f}M",
-        ]
-        for name, (size, nll) in MUSIC.items()
-        if name in models.index
-    ]
+    columns = ["val_nll_ema", "val_nll_raw", "n_parameters"]
+    means = at(results.models, chosen).groupby("architecture")[columns].mean()
+    models = {str(name): values for name, *values in means.itertuples()}
+    rows = []
+    for name, (size, nll) in MUSIC.items():
+        if name in models:
+            ema, raw, parameters = models[name]
+            rows.append([name, f"{nll:.3f} ({size})", f"{ema:.3f} / {raw:.3f}", f"{parameters / 1e6:.0f}M"])
     if not rows:
         return []
     note = (

@@ -217,8 +217,8 @@ def k_star_coverage(rng: np.random.Generator, trials: int, *, seeds: int, seed_n
             k_star_interval(_KS, part["ce_rec"], part["ce_rec_lo"], part["ce_rec_hi"], target)
             for _, part in means.groupby("model")
         ]
-        limits = (pd.Series([_place(k) for k in side]) for side in ([f.lo for f in found], [f.hi for f in found]))
-        counts.add(*limits, _place(truth), math.nan)
+        lo, hi = (pd.Series([_place(k) for k in side]) for side in ([f.lo for f in found], [f.hi for f in found]))
+        counts.add(lo, hi, _place(truth), math.nan)
     return counts.tally()
 
 
