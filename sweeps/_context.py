@@ -46,7 +46,8 @@ class WorkStore:
         old = self._pointer(name, kind)
         file = f"{kind}-{step:012d}-{uuid.uuid4().hex[:12]}.pt"
         with self.store.aside(f"_work/{name}/{file}") as made:
-            torch.save(dict(state), made)
+            with open(made, "wb") as file_made:
+                torch.save(dict(state), file_made)
             known = facts_of(made)
             self.store.replace(f"_work/{name}/{file}", made)
         pointer = {"file": file, "step": step, "bytes": known.size, "sha256": known.sha256}

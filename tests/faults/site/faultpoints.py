@@ -139,6 +139,7 @@ class _Point:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "stop":
                 os.kill(os.getpid(), signal.SIGSTOP)
+                time.sleep(0.2)  # the process stops a moment later; this thread must not go on into the operation
             case "slow":
                 time.sleep(self.fault.seconds)
             case "error":
