@@ -154,7 +154,7 @@ class Store:
                 f"storage {self.uri} is not writable ({type(error).__name__}: {without_password(str(error))}); "
                 "choose another place with --storage"
             ) from error
-        if made != [True, False] or kept != b"1":
+        if made[1] or kept != b"1":  # the first may be False: a repeated request that met its own first try
             raise UserError(
                 f"storage {self.uri} ignores conditional creation (If-None-Match): two launches could both claim a "
                 "cell and overwrite its result. Choose a storage that honours it with --storage"

@@ -100,6 +100,12 @@ def test_a_store_without_conditional_creation_is_refused(monkeypatch: pytest.Mon
         store.check_writable()
 
 
+def test_the_probe_of_a_good_store_survives_a_lost_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, create = Store(f"memory://{uuid.uuid4().hex}"), Store.create
+    monkeypatch.setattr(Store, "create", lambda self, name, data: create(self, name, data) and False)
+    store.check_writable()
+
+
 def test_a_folder_that_lost_its_marker_does_not_block_the_cell(tmp_path: Path) -> None:
     ledger, cell = Ledger(str(tmp_path), "points", "1"), Point(x=1)
     stray = Path(ledger.store.path(cell.key), ".nfs0001")
