@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, BinaryIO, cast
 
 from sweeps._ledger import Ledger
 from sweeps._stop import PackStopped, StopFlag, terminated
@@ -46,8 +46,14 @@ class WorkStore:
         old = self._pointer(name, kind)
         file = f"{kind}-{step:012d}-{uuid.uuid4().hex[:12]}.pt"
         with self.store.aside(f"_work/{name}/{file}") as made:
-            with open(made, "wb") as file_made:
-                torch.save(dict(state), file_made)
+            with open(made, "wb") as out:
+                tape = _Tape(out)
+                try:
+                    torch.save(dict(state), cast("IO[bytes]", tape))
+                except Exception:
+                    if tape.error is not None:
+                        raise tape.error from None
+                    raise
             known = facts_of(made)
             self.store.replace(f"_work/{name}/{file}", made)
         pointer = {"file": file, "step": step, "bytes": known.size, "sha256": known.sha256}
@@ -100,6 +106,24 @@ class WorkStore:
     def drop(self, name: str) -> None:
         """Forget the checkpoints of finished work."""
         self.store.remove(f"_work/{name}")
+
+
+class _Tape:
+    """A file for torch that keeps the OSError of a write (a full disk), which torch turns into a RuntimeError."""
+
+    def __init__(self, out: BinaryIO) -> None:
+        self._out = out
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._out.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._out.flush()
 
 
 def _as_saved(file: Path, pointer: Mapping[str, Any]) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -73,3 +75,18 @@ def test_a_writer_that_was_given_up_never_takes_the_file_of_the_other(
     assert ours.load("cell") == {"step": 3}
     ours.save("cell", 3, {"best": 3}, "best")
     assert len(files(store)) == 2
+
+
+def test_a_full_disk_is_an_error_with_its_number_and_the_old_checkpoint_stays(tmp_path: Path) -> None:
+    work = WorkStore(Store(str(tmp_path)))
+    work.save("cell", 1, {"step": 1})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            work.save("cell", 2, {"weights": torch.zeros(1_000_000)})
+    finally:
+        signal.signal(signal.SIGXFSZ, before)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert work.load("cell") == {"step": 1}
+    assert [p.name for p in tmp_path.rglob("*.tmp")] == []

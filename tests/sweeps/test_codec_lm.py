@@ -188,6 +188,7 @@ def test_real_layout_and_codec_with_random_weights(tmp_path: Path, monkeypatch: 
     prints = {SWEEP.fingerprint(cells[0], s, RunSettings()) for s in (study, other, replace(other, corpus_clips=9))}
     assert len(prints) == 3
     context = context_on(f"memory://{uuid.uuid4().hex}")
+    context._fingerprint = lambda cell: SWEEP.fingerprint(cell, study, RunSettings())
     run_pack(cells, study, context)
     lines = write(context.ledger.read_many([cells[0].key]), "speech", study, tmp_path / "report")
     assert any("RANDOM weights" in line for line in lines)
