@@ -15,14 +15,12 @@ import tempfile
 import threading
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch.distributed as dist
-from ray import cloudpickle
 from ray.experimental import internal_kv
 from ray.train.torch import TorchConfig
 from ray.train.v2._internal.execution.controller import TrainController
@@ -43,7 +41,7 @@ from sweeps._crash import death, refusal
 from sweeps._execute import HEADROOM, PERMANENT, SYSTEM_ERROR, one_line
 from sweeps._secrets import VARIABLE as LOGINS
 from sweeps._stop import PackStopped, listen, lower_flag, raise_flag, terminated, working
-from sweeps._sweep import Cell, Pack, UserError
+from sweeps._sweep import Pack, UserError
 from sweeps._world import World
 
 _RELAY_SECONDS = 1.0
@@ -185,8 +183,11 @@ def _trainer(
     return _Trainer(
         _work,
         train_loop_config={
+            "logins": _Logins(os.environ.get(LOGINS, "")),  # first: the context opens the ledger as it arrives
             "job": job,
-            "work": _Sealed.of(cells, preset, context),
+            "cells": cells,
+            "preset": preset,
+            "context": context,
             "threads": max(1, int(pack.cpus / workers)),
             "board": board.name,
         },
@@ -205,24 +206,26 @@ def _trainer(
     )
 
 
-@dataclass(frozen=True, repr=False)
-class _Sealed:
-    """Cells, preset and context on their way to a worker, with the storage's logins, which must be known there first.
+class _Logins:
+    """The storage's logins on their way to a worker, which knows them as soon as they are unpickled there.
 
     Without a representation: Ray Train shows the settings of a run to whoever asks.
     """
 
-    data: bytes
-    logins: str
+    def __init__(self, known: str) -> None:
+        self._known = known
 
-    @staticmethod
-    def of(cells: Sequence[Cell], preset: Any, context: PackContext) -> _Sealed:
-        return _Sealed(cloudpickle.dumps((tuple(cells), preset, context)), os.environ.get(LOGINS, ""))
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _know, (self._known,)
 
-    def open(self) -> tuple[tuple[Cell, ...], Any, PackContext]:
-        if self.logins:
-            os.environ[LOGINS] = self.logins
-        return cloudpickle.loads(self.data)
+    def __repr__(self) -> str:
+        return "logins"
+
+
+def _know(known: str) -> _Logins:
+    if known:
+        os.environ[LOGINS] = known
+    return _Logins(known)
 
 
 def _work(config: dict[str, Any]) -> str:
@@ -235,10 +238,10 @@ def _work(config: dict[str, Any]) -> str:
         board.fail(line)
         return "failed"
     world = World.join()
-    planned, preset, given = config["work"].open()
+    planned, preset = config["cells"], config["preset"]
     if world.first:
-        _Reserved(given.stop_name).note()
-    with closing(given.for_worker(world, config["threads"], board.put)) as context:
+        _Reserved(config["context"].stop_name).note()
+    with closing(config["context"].for_worker(world, config["threads"], board.put)) as context:
         published = context.ledger.done([c.key for c in planned])
         failed = context.ledger.failures([c.key for c in planned])
         over = world.share(published | failed.keys())  # before this group was started again

@@ -35,7 +35,19 @@ COLUMNS = [
     *("ce_rec_hi", "ce_loss_score", "mse", "cosine", "relative_error", "alive", "swd", "abs_gdelta", "nmse"),
     *("rate_bits", "pr", "pr_deflated", "loss_orig", "loss_recon", "loss_zero", "cell_key"),
 ]
-EXTRA_COLUMNS = {"rate_bits_entropy", "d_model", "d_sae"}
+EXTRA_COLUMNS = {
+    *("rate_bits_entropy", "d_model", "d_sae"),
+    *(
+        "r2_no_sinks",
+        "pr_no_sinks",
+        "sst_share_first",
+        "sst_share_top1pct",
+        "r2_no_first",
+        "r2_no_first4",
+        "r2_no_huge",
+    ),
+    *("r2_deflated1", "r2_deflated2", "r2_deflated4", "r2_deflated8", "r2_whitened"),
+}
 
 
 @pytest.fixture(scope="module")
