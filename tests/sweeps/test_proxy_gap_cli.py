@@ -102,6 +102,7 @@ def test_command_line_is_frozen() -> None:
         "--retry-failed": (False, 0, None),
         "--storage": ("runs/ledger", None, "URI"),
         "--tracking-uri": (None, None, "URI"),
+        "--report-dir": ("runs/reports", None, "DIR"),
         "--address": (None, None, "ADDR"),
         "--set": ([], None, "FIELD=VALUE"),
     }
