@@ -82,6 +82,9 @@ def run_packs(job: Job, queue: Queue, board: Board, published: Callable[[list[st
         work = pack, {c.key: job.fingerprints[c.key] for c in pack.cells}
         buckets[_bucket(pack.name, len(buckets))][pack.name] = work
     bundles = {pack.name: _bundle(pack) for pack in packs}
+    at_once = _at_once(packs, ray.cluster_resources())
+    # with a searcher Tune lets one trial wait at a time, so that workers would start one after the other
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(at_once or _room(list(bundles.values()), ray.cluster_resources()))
 
     def trial(config: dict[str, Any], parts: list[Any], known: str) -> None:
         if known:
@@ -114,7 +117,7 @@ def run_packs(job: Job, queue: Queue, board: Board, published: Callable[[list[st
                 search_alg=_taking(queue),
                 num_samples=len(packs),
                 reuse_actors=True,  # a worker imports torch once, not once a pack
-                max_concurrent_trials=_at_once(packs, ray.cluster_resources()),
+                max_concurrent_trials=at_once,
                 trial_name_creator=lambda t: t.config["pack"],
                 trial_dirname_creator=lambda t: t.trial_id,
             ),
@@ -166,9 +169,12 @@ def _bucket(name: str, buckets: int) -> int:
 def _at_once(packs: Sequence[Pack], machine: Mapping[str, float]) -> int | None:
     """How many packs may run together when their trials ask for nothing, as their workers do the asking."""
     shares = [{"CPU": p.cpus, "GPU": p.gpus} for p in packs if p.workers]
-    if not shares:
-        return None
-    largest = {name: max(share[name] for share in shares) for name in ("CPU", "GPU")}
+    return _room(shares, machine) if shares else None
+
+
+def _room(shares: Sequence[Mapping[str, float]], machine: Mapping[str, float]) -> int:
+    """How many of the largest of these shares the machine holds, 1 at least."""
+    largest = {name: max(share.get(name, 0.0) for share in shares) for name in ("CPU", "GPU")}
     return max(1, min(int(machine.get(name, 0) / need) for name, need in largest.items() if need))
 
 
