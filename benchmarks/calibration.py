@@ -56,22 +56,21 @@ def of(job: Job, quick: bool) -> tuple[Statement, Setting, int]:
     """The statement and setting of a job, and its number of trials."""
     study, i, j = job
     statement = STUDIES[study][i]
-    return (
-        (statement, statement.quick[j], statement.quick_trials)
-        if quick
-        else (statement, statement.settings[j], statement.trials)
-    )
+    if quick:
+        return statement, statement.quick[j], statement.quick_trials
+    return statement, statement.settings[j], statement.trials
 
 
-def run(job: Job, quick: bool) -> Tally:
-    return measure(*of(job, quick))
+def run(job: Job, quick: bool, share: float) -> Tally:
+    statement, setting, trials = of(job, quick)
+    return measure(statement, setting, max(1, round(share * trials)))
 
 
-def run_all(todo: Sequence[Job], quick: bool, processes: int) -> dict[Job, Tally]:
+def run_all(todo: Sequence[Job], quick: bool, processes: int, share: float) -> dict[Job, Tally]:
     """All jobs on some processes, with a line of progress at least every 5 seconds of work done."""
     found: dict[Job, Tally] = {}
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        waiting = {pool.submit(run, job, quick): job for job in todo}
+        waiting = {pool.submit(run, job, quick, share): job for job in todo}
         for done in _progress(waiting):
             found[waiting[done]] = done.result()
     return found
@@ -152,10 +151,11 @@ def _measured(tally: Tally) -> str:
     return f"{tally.rate:.4f} [{low:.4f}, {high:.4f}]"
 
 
-def page(found: Mapping[Job, Tally], minutes: float) -> str:
+def page(found: Mapping[Job, Tally], minutes: float, share: float) -> str:
     tables = [line for study, text in summary(found, False).items() for line in (f"## {study}", "", text, "")]
-    return "\n".join([*_HEAD, f"Made by `python benchmarks/calibration.py` in {minutes:.0f} minutes.", "", *tables,
-                      "## Every setting", "", details(found, False)])  # fmt: skip
+    command = "python benchmarks/calibration.py" + (f" --share {share:g}" if share < 1 else "")
+    made = f"Made by `{command}` in {minutes:.0f} minutes on {os.cpu_count()} cores."
+    return "\n".join([*_HEAD, made, "", *tables, "## Every setting", "", details(found, False)])
 
 
 _HEAD = [
@@ -177,16 +177,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="the hardest settings alone, few trials")
     parser.add_argument("--only", default="", help="statements whose study, name or place contains this text")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--share", type=float, default=1.0, help="of the trials of each setting, 0.2 for a first look")
     asked = parser.parse_args(argv)
+    if not 0 < asked.share <= 1:
+        parser.error(f"--share {asked.share} is not above 0 and at most 1")
     todo = jobs(asked.only, asked.quick)
     if not todo:
         parser.error(f"--only {asked.only!r} matches no statement")
     start = time.monotonic()
-    found = run_all(todo, asked.quick, asked.processes)
+    found = run_all(todo, asked.quick, asked.processes, asked.share)
     for study, text in summary(found, asked.quick).items():
         print(f"\n{study}\n\n{text}")
     if not asked.quick and not asked.only:
-        PAGE.write_text(page(found, (time.monotonic() - start) / 60), encoding="utf-8")
+        PAGE.write_text(page(found, (time.monotonic() - start) / 60, asked.share), encoding="utf-8")
         print(f"\nwritten: {PAGE.relative_to(ROOT)}")
     missed = [job for job, tally in found.items() if not of(job, asked.quick)[0].holds(tally)]
     for job in missed:

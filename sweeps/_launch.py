@@ -328,8 +328,9 @@ class _Launch:
                     self._say_other_threads(board)
                 queue = Queue(self.sweep.pack(free, self.preset, machine, self.run), claims, fingerprints)
                 self._run_round(queue, fingerprints, claims, tracker, board)
-                continue
-            if not waiting_said:
+                if queue.taken:
+                    continue
+            if others and not waiting_said:
                 board.say(f"{len(others)} cells are being computed by launch {next(iter(others.values()))}; waiting")
                 waiting_said = True
             time.sleep(max(_WAIT_SECONDS, _WAIT_SHARE * looked))

@@ -394,7 +394,12 @@ def test_printing_never_fails(encoding: str, main: Main, monkeypatch: pytest.Mon
     monkeypatch.setattr(_launch.Tracker, "start", lambda *a: None)
     monkeypatch.setattr(_launch.Tracker, "finish", lambda *a: False)
     monkeypatch.setattr(_launch, "connect", lambda *a: Machine.here())
-    monkeypatch.setattr(_launch, "run_packs", lambda *a: {"pack0": "Überlauf → ∞"})
+
+    def given_up(job: object, queue: Queue, *rest: object) -> dict[str, str]:
+        assert queue.next() is not None
+        return {"pack0": "Überlauf → ∞"}
+
+    monkeypatch.setattr(_launch, "run_packs", given_up)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", screen)
         patch.setattr(sys, "stderr", screen)
