@@ -16,6 +16,7 @@ from filelock import FileLock
 
 from data._content import file_sha256
 from data.split import identity_hash, side_of
+from sweeps._codec_own import codec_file
 from sweeps._sweep import UserError, digest
 from sweeps._where import user_cache
 
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
     from data.audio_io import AudioSet
     from data.codec import Codec, CodecSpec
     from data.codec_shards import Tokens
-    from data.melvq import MelVQSpec
+    from data.melvq import MelVQ, MelVQSpec
     from data.pack import TokenClips
     from data.synthetic_speech import SpeechSpec
+    from sweeps._storage import Store
     from sweeps.codec_lm import LMCell, Study
 
 SYNTHETIC = "synthetic_speech"
@@ -192,10 +194,17 @@ def tokens_folder(study: Study) -> Path:
 
 
 def open_source(
-    study: Study, device: str, say: Callable[[str], None], *, actors: int = 0, gpus_per_actor: float = 0
+    study: Study,
+    device: str,
+    say: Callable[[str], None],
+    ledger: Store | None = None,
+    *,
+    actors: int = 0,
+    gpus_per_actor: float = 0,
 ) -> TokenSource:
     """The tokens of a study, made on first use in the user's cache; other processes of the machine wait for them.
 
+    ledger: where the stand-in codec, if it is trained here, is kept for all nodes; None: on this machine alone.
     actors: Ray Data actors that code shards at the same time, in the Ray that is initialised; 0: this process does.
     device: of the codec in those actors, or in this process where there are none.
     Raises UserError for audio or codec weights that are out of reach.
@@ -210,18 +219,22 @@ def open_source(
         if study.corpus == RECALL:
             return _recall(study, folder)
         if study.corpus == SYNTHETIC:
-            audio, spec = _synthetic(study, folder, say)
+            audio, train = _synthetic(study, folder, say)
         else:
             audio = _told(study.corpus, _audio_path(study))
-            spec = _codec_spec(study.codec, study.codec_weights, device)
-            if _trains_own(study):
-                spec = _own_codec(study, audio, folder, say)
+            train = functools.partial(_train_codec, study, audio, say)
+        spec, tokens_name = _codec_spec(study.codec, study.codec_weights, device), "tokens"
+        if _trains_own(study):
+            own = folder / "melvq.npz"
+            file = codec_file(ledger, folder.name, own, train)
+            spec = _codec_spec("melvq", str(file), "cpu")
+            tokens_name = "tokens" if file == own else f"tokens-{file.stem}"
         say(f"coding {len(audio.recordings)} recordings with {study.codec}")
         try:
             tokens = tokenise(
                 audio,
                 spec,
-                str(folder / "tokens"),
+                str(folder / tokens_name),
                 chunk_s=study.chunk_s,
                 min_s=study.min_s,
                 use_ray=actors > 0,
@@ -234,39 +247,32 @@ def open_source(
             raise UserError(str(error)) from error
 
 
-def _own_codec(study: Study, audio: AudioSet, folder: Path, say: Callable[[str], None]) -> CodecSpec:
-    """A melvq trained once on the training side of the user's own audio, on an hour of it where there is more."""
+def _train_codec(study: Study, audio: AudioSet, say: Callable[[str], None]) -> MelVQ:
+    """A melvq trained on the training side of the user's own audio, on an hour of it where there is more."""
     from data.audio_io import Oddity, first_of_each, read_clips
-    from data.codec import CodecSpec
     from data.melvq import train
 
-    weights = folder / "melvq.npz"
-    if not weights.is_file():
-        say("training the stand-in codec on the training side")
-        spec, skipped = melvq_spec(study, audio), list[Oddity]()
-        side = [r for r in audio.recordings if side_of(r.unit, holdout=study.holdout) == "train"]
+    say("training the stand-in codec on the training side")
+    spec, skipped = melvq_spec(study, audio), list[Oddity]()
+    side = [r for r in audio.recordings if side_of(r.unit, holdout=study.holdout) == "train"]
 
-        def waves() -> Iterator[npt.NDArray[np.float32]]:
-            left = _CODEC_SECONDS
-            for recording in sorted(side, key=lambda r: identity_hash(r.recording_id, salt="melvq")):
-                clips, odd = read_clips(
-                    audio, recording, sample_rate=spec.sample_rate, chunk_s=study.chunk_s, min_s=study.min_s
-                )
-                skipped.extend(o for o in odd if o.skipped)
-                yield from (clip.wave_N for clip in clips)
-                left -= sum(clip.duration_s for clip in clips)
-                if left <= 0:
-                    return
+    def waves() -> Iterator[npt.NDArray[np.float32]]:
+        left = _CODEC_SECONDS
+        for recording in sorted(side, key=lambda r: identity_hash(r.recording_id, salt="melvq")):
+            clips, odd = read_clips(
+                audio, recording, sample_rate=spec.sample_rate, chunk_s=study.chunk_s, min_s=study.min_s
+            )
+            skipped.extend(o for o in odd if o.skipped)
+            yield from (clip.wave_N for clip in clips)
+            left -= sum(clip.duration_s for clip in clips)
+            if left <= 0:
+                return
 
-        try:
-            codec, _ = train(waves(), spec, epochs=2)
-        except ValueError as error:
-            why = f"; of the recordings: {first_of_each(skipped)}" if skipped else ""
-            raise UserError(
-                f"{_LAYOUTS[study.corpus]} at {_audio_path(study)} cannot train melvq: {error}{why}"
-            ) from error
-        codec.save(weights)
-    return CodecSpec(name="melvq", weights=str(weights))
+    try:
+        return train(waves(), spec, epochs=2)[0]
+    except ValueError as error:
+        why = f"; of the recordings: {first_of_each(skipped)}" if skipped else ""
+        raise UserError(f"{_LAYOUTS[study.corpus]} at {_audio_path(study)} cannot train melvq: {error}{why}") from error
 
 
 def _recall(study: Study, folder: Path) -> TokenSource:
@@ -287,9 +293,8 @@ def _speech(study: Study) -> SpeechSpec:
     return SpeechSpec(min_s=study.min_s, max_s=study.chunk_s)
 
 
-def _synthetic(study: Study, folder: Path, say: Callable[[str], None]) -> tuple[AudioSet, CodecSpec]:
-    """The invented corpus in LJ Speech's layout and a melvq trained on its training side."""
-    from data.codec import CodecSpec
+def _synthetic(study: Study, folder: Path, say: Callable[[str], None]) -> tuple[AudioSet, Callable[[], MelVQ]]:
+    """The invented corpus in LJ Speech's layout, and what trains a melvq on its training side."""
     from data.ljspeech import open_ljspeech
     from data.melvq import train
     from data.synthetic_speech import utterance, write_ljspeech
@@ -298,17 +303,17 @@ def _synthetic(study: Study, folder: Path, say: Callable[[str], None]) -> tuple[
     say(f"synthesising {study.corpus_clips} clips")
     root = write_ljspeech(speech, study.corpus_clips, folder / "audio")
     audio = open_ljspeech(root, nominal_rate=speech.sample_rate, name=SYNTHETIC)
-    weights = folder / "melvq.npz"
-    if not weights.is_file():
+
+    def codec() -> MelVQ:
         say("training the stand-in codec")
         sides = [side_of(r.recording_id, holdout=study.holdout) for r in audio.recordings]
         waves = (utterance(speech, i)[0] for i, side in enumerate(sides) if side == "train")
         try:
-            codec, _ = train(waves, study.melvq(), epochs=2)
+            return train(waves, study.melvq(), epochs=2)[0]
         except ValueError as error:
             raise UserError(f"corpus_clips={study.corpus_clips} cannot train melvq: {error}") from error
-        codec.save(weights)
-    return audio, CodecSpec(name="melvq", weights=str(weights))
+
+    return audio, codec
 
 
 def _audio(study: Study) -> AudioSet:

@@ -170,7 +170,7 @@ def _distances(reference: Embeddings | None, generated: Embeddings | None) -> di
 def tokens_of_one_codec(cells: Sequence[PublishedCell]) -> list[dict[str, Any]]:
     """What each cell says of its tokens. Raises UserError where they are of several codecs.
 
-    The stand-in codec is trained on each machine; processors that round differently give it other weights.
+    The stand-in codec is one per ledger; cells of ledgers made before that may hold those of several machines.
     """
     tokens = [json.loads(data) for data in files_of(cells, "tokens.json")]
     hashes = sorted({str(t["codec"]["weights_hash"]) for t in tokens})

@@ -108,7 +108,8 @@ def run_pack(cells: Sequence[LMCell], study: Study, context: PackContext) -> Non
         )
     torch.set_num_threads(context.threads)
     check_same_audio(cells[0], study, context.fingerprint(cells[0]))
-    source = open_source(study, context.device, lambda line: context.progress(force=True, phase=line))
+    ledger = context.ledger.store
+    source = open_source(study, context.device, lambda line: context.progress(force=True, phase=line), ledger)
     if source.tokens.computed and source.tokens.oddities and context.world.first:
         context.note(f"odd recordings: {first_of_each(source.tokens.oddities, _NAMED)}")
     try:

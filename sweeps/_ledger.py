@@ -4,7 +4,8 @@
 `rows.parquet` (tidy rows) and the sweep's own files; on object stores they lie in the folder of the attempt that the
 marker names. A cell is done if and only if its folder is published. `_failed/` holds the last error of cells that
 failed, `_work/` the checkpoints of unfinished ones, `_claims/` the leases, `_index/` what saves reading one file per
-cell (see `_index`), `_id.json` the ledger's name, by which it is known wherever it is moved.
+cell (see `_index`), `_codecs/` the stand-in codecs that its cells were coded with, `_id.json` the ledger's name, by
+which it is known wherever it is moved.
 
 A cell whose files are not what cell.json and the marker say is damaged: readers name it and its file, a launch counts
 it as failed, and `--retry-failed` sets it aside and computes it again.
