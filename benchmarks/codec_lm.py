@@ -175,7 +175,7 @@ def published_sampler(model: CodecLM, columns: int) -> Arm:
 
 
 def sampling(repeats: int, frames: int) -> str:
-    """Tables of CPU-seconds a sequence, in float32 and as the study computes, in bfloat16."""
+    """Tables of CPU-seconds per sequence, in float32 and as the study computes, in bfloat16."""
     parts = []
     for precision in ("float32", "bfloat16"):
         with autocast(torch.device("cpu"), precision):
@@ -204,7 +204,7 @@ def _sampling(repeats: int, frames: int, precision: str) -> str:
 
     with torch.inference_mode():
         backend = generate(model, 2).backend
-    case = f"sampling {frames} frames, {precision}, CPU-seconds a sequence"
+    case = f"sampling {frames} frames, {precision}, CPU-seconds per sequence"
     one, eight = f"ours ({backend}), B = 1", f"ours ({backend}), B = 8"
     arms: dict[str, Arm] = {
         "prefix read again, B = 1": theirs,

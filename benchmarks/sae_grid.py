@@ -174,7 +174,7 @@ class PeerGrid:
         return seconds
 
     def run_cell(self) -> float:
-        """CPU-seconds a step of the CHECK cell in SAELens' own runner: a longer run less a shorter one."""
+        """CPU-seconds per step of the CHECK cell in SAELens' own runner: a longer run less a shorter one."""
         taken = []
         for steps in (2, 5):
             runner = self.runner(*CHECK, steps * BATCH)
@@ -247,7 +247,7 @@ def compose(parts: Mapping[str, float]) -> dict[str, float]:
 
 
 def measure(folder: Path, sizes: argparse.Namespace) -> tuple[dict[str, list[dict[str, float]]], list[float], dict]:
-    """Rounds of SAELens' parts by allocator, our CPU-seconds a step by round, and facts to print."""
+    """Rounds of SAELens' parts by allocator, our CPU-seconds per step by round, and facts to print."""
     parts: dict[str, list[dict[str, float]]] = {which: [] for which in ALLOCATORS}
     argv = [__file__, "--workspace", str(folder)]
     argv += ["--d-sae", str(sizes.d_sae), "--threads", str(sizes.threads)]
@@ -297,11 +297,11 @@ def report(sizes: argparse.Namespace, *, full_size: bool) -> tuple[str, bool]:
         "",
         "Re-run: `python benchmarks/sae_grid.py --out docs/benchmarks/sae_grid.md`.",
         "",
-        "**How to read it.** Ours is measured whole. SAELens' cost is composed, round by round, from the measured "
+        "**How to read it.** Our cost is measured whole. SAELens' cost is composed, round by round, from the measured "
         "parts of the last table: one after another = 2 x [6 x (fetch layer 1 + fetch layer 3) + 2 x sum of step(k)]; "
         "MultiSAETrainingRunner = fetch both + 4 x sum of step(k); budgets: 160 steps of the first against 100 of ours "
         "(constant learning rate). CPU-seconds are those of one training step of all 24 SAEs; for the budgets, of all "
-        "steps. Evaluation and saving are in neither.",
+        "steps. Neither includes evaluation and saving.",
     ]
     composed = {which: [compose(parts) for parts in taken] for which, taken in rounds.items()}
     met = True
@@ -327,7 +327,7 @@ def report(sizes: argparse.Namespace, *, full_size: bool) -> tuple[str, bool]:
     lines += [
         "",
         f"- Check of the composition: `LanguageModelSAETrainingRunner.run` itself, layer {layer}, k = {k}, allocator "
-        f"tuned: {facts['check']:.2f} CPU-seconds a step (5-step run less 2-step run); from the parts {expected:.2f}.",
+        f"tuned: {facts['check']:.2f} CPU-seconds per step (5-step run less 2-step run); from the parts {expected:.2f}.",
         f"- Both language models give the same activations: relative difference {facts['difference']:.1e}.",
         f"- Ours: backend {facts['backend']}, {facts['bytes'] / 2**30:.1f} GiB for the 24 SAEs with their Adam state "
         "and the shared scratch (`bank_bytes`).",

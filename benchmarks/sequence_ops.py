@@ -236,7 +236,7 @@ def memory_rows(benchmark: Benchmark) -> Iterator[str]:
 MEMORY_HEAD = """## Memory of one forward and backward pass
 
 Peak: what the pass adds to a fresh process. Working memory: the peak without output, loss weights and gradients, which
-every arm has to hold; ratios to 1 MiB where ours has less. Both ratios are held against the target.
+every arm has to hold; where ours has less than 1 MiB, ratios are to 1 MiB. Both ratios are compared with the target.
 
 | case | arm | peak MiB | ratio to ours | working MiB | ratio to ours | target | peak met | working met |
 |---|---|---|---|---|---|---|---|---|"""

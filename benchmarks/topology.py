@@ -260,8 +260,8 @@ def bench_processes(data: Mapping[str, NDArray], n: int, repeats: int) -> str:
         return f"{name} ×{ratio:.2f} [{min(ratios):.2f}, {max(ratios):.2f}], target ≥ 1.8, met: {met}"
 
     return (
-        f"Two processes against one on the same null draws with H1 (n = {n}): {told('by CPU time', cpu)}; "
-        f"{told('by wall-clock', wall)} (other programs take time slices from this one)."
+        f"Two processes compared with one, on the same null draws with H1 (n = {n}): {told('by CPU time', cpu)}; "
+        f"{told('by wall-clock', wall)} (other programs took time slices)."
     )
 
 
