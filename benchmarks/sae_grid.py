@@ -327,7 +327,8 @@ def report(sizes: argparse.Namespace, *, full_size: bool) -> tuple[str, bool]:
     lines += [
         "",
         f"- Check of the composition: `LanguageModelSAETrainingRunner.run` itself, layer {layer}, k = {k}, allocator "
-        f"tuned: {facts['check']:.2f} CPU-seconds per step (5-step run less 2-step run); from the parts {expected:.2f}.",
+        f"tuned: {facts['check']:.2f} CPU-seconds per step (5-step run less 2-step run); from the parts "
+        f"{expected:.2f}.",
         f"- Both language models give the same activations: relative difference {facts['difference']:.1e}.",
         f"- Ours: backend {facts['backend']}, {facts['bytes'] / 2**30:.1f} GiB for the 24 SAEs with their Adam state "
         "and the shared scratch (`bank_bytes`).",
