@@ -10,9 +10,9 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from sweeps._sweep import UserError
@@ -60,18 +60,38 @@ def check(asked: str | None) -> Address:
     if address.text == "local":
         return address
     try:
-        _knock(address.text)
+        versions = _knock(address.text)
     except Exception as error:  # Ray has its own for an answer that is none of Ray's
         raise address.trouble(error or type(error).__name__) from error
+    check_versions(address.text, versions)
     return address
 
 
-def _knock(text: str) -> None:
-    """Open a connection, and ask Ray's head for its name; raises whatever either raises."""
+def check_versions(where: str, theirs: Mapping[str, Any]) -> None:
+    """Raise UserError for a cluster of another Ray or Python than Ray itself would join."""
+    from ray._private.utils import check_version_info, compute_version_info
+
+    if not {"ray_version", "python_version"} <= theirs.keys():
+        return
+    try:
+        check_version_info(dict(theirs), "")
+    except RuntimeError as error:
+        ray, python = compute_version_info()
+        raise UserError(
+            f"the Ray cluster at {where} has Ray {theirs['ray_version']} and Python {theirs['python_version']}, here "
+            f"are Ray {ray} and Python {python}; install here what the cluster has, or restart it with what is here"
+        ) from error
+
+
+def _knock(text: str) -> dict[str, Any]:
+    """Open a connection, and ask Ray's head what it is; raises whatever either raises.
+
+    Returns what it tells of itself, versions among it; nothing for an address of Ray Client.
+    """
     if "://" in text:
         parts = urlsplit(text)
         _within(_CONNECT_SECONDS, lambda: _open(parts.hostname or "", parts.port or 10001))
-        return
+        return {}
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
     from ray._private.services import canonicalize_bootstrap_address_or_die
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
@@ -81,7 +101,17 @@ def _knock(text: str) -> None:
     _within(_CONNECT_SECONDS, lambda: _open(host.strip("[]"), int(port)))
     logging.getLogger("ray").setLevel(logging.ERROR)  # as `ray.init` is told, which sets it too late for the next line
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as `ray.init` does before it asks
-    _within(_ANSWER_SECONDS, lambda: GcsClient(address=place))
+    return _within(_ANSWER_SECONDS, lambda: _told(GcsClient(address=place)))
+
+
+def _told(head: Any) -> dict[str, Any]:
+    """What a head tells of its cluster; nothing from one that has only just started."""
+    from ray._common.usage.usage_lib import get_cluster_metadata
+
+    try:
+        return get_cluster_metadata(head)
+    except AttributeError:  # Ray decodes an answer that is not there yet
+        return {}
 
 
 def _open(host: str, port: int) -> None:

@@ -128,11 +128,15 @@ class Store:
         address = with_login(uri)
         self.fs, root = _open(uri, address)
         self.local = isinstance(self.fs, LocalFileSystem)
-        self.root = str(Path(root).resolve()) if self.local else root.rstrip("/")
+        self.root = absolute(root) if self.local else root.rstrip("/")
         self.uri = self.root if self.local else uri if address != uri else self.fs.unstrip_protocol(self.root)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Store, (self.uri,)
+
+    def former_uris(self) -> list[str]:
+        """The addresses by which this and older programs, which followed links, name the storage."""
+        return list(dict.fromkeys([self.uri, os.path.realpath(self.root)] if self.local else [self.uri]))
 
     def path(self, name: str) -> str:
         """Full path of a file named relative to the root; raises UserError for a name that could leave it."""
@@ -437,6 +441,15 @@ class Store:
                 os.rename(target, where)
         else:
             self.remove_file(f"{folder}/{MARKER}")
+
+
+def absolute(path: str) -> str:
+    """An absolute path for this one, whose links are left for each machine to follow.
+
+    Only where `..` stands behind a link are links resolved, since the text alone would lead elsewhere.
+    """
+    whole = str(Path(path).expanduser().absolute())
+    return os.path.realpath(whole) if ".." in whole.split("/") else os.path.normpath(whole)
 
 
 def marker_bytes(attempt: str, last: Mapping[str, bytes]) -> bytes:

@@ -322,7 +322,8 @@ class Tracker:
         """Note the runs that exist for these cells, or all of this ledger's: those that are finished, and others."""
         self._look_up_by("plumbline.cell", self._tag(""), keys)
         if self.ledger.had_no_name:  # copied before ledgers had a name of their own: by address
-            self._look_up_by("plumbline.cell_uri", f"{self.ledger.store.uri}/", keys)
+            for uri in self.ledger.store.former_uris():
+                self._look_up_by("plumbline.cell_uri", f"{uri}/", keys)
 
     def _look_up_by(self, tag: str, here: str, keys: Sequence[str] | None) -> None:
         """Runs whose tag is `here` followed by a key."""

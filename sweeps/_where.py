@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import io
 import math
@@ -11,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from sweeps import _limits
 from sweeps._address import check as check_address
 from sweeps._code import ROOT, VARIABLE, own_code, worker_job, worker_setup
 from sweeps._cost import asked_types
-from sweeps._storage import Store
+from sweeps._storage import Store, absolute
 from sweeps._sweep import UserError
 
 _SHARED = re.compile(r"^file\+shared://")  # a local path that the user says every node mounts
@@ -37,6 +39,7 @@ _PACKAGES = (
 
 
 _CACHE_REMEDY = "name a folder that can be written: export PLUMBLINE_CACHE=DIR"
+_MANY_NODES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # Ray's own, read on every system
 _OPTIONS = {"logging_level": "ERROR", "log_to_driver": True}
 
 
@@ -209,7 +212,11 @@ def connect(address: str | None, storage: str) -> Machine:
     import ray
 
     try:
-        ray.init(address=where.text, **(_local_options() if where.text == "local" else _cluster_options()))
+        if where.text == "local":
+            with _on_loopback():
+                ray.init(address="local", **_local_options())
+        else:
+            ray.init(address=where.text, **_cluster_options())
     except (ConnectionError, ValueError) as error:  # ValueError: no address at all
         raise where.trouble(error) from error
     except RuntimeError as error:
@@ -228,6 +235,25 @@ def connect(address: str | None, storage: str) -> Machine:
             "export RAY_TMPDIR=/tmp"
         ) from error
     return _machine(storage)
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Have a Ray that starts meanwhile listen on 127.0.0.1 alone, as it does by itself on macOS and Windows.
+
+    Its argument `_node_ip_address` does not: Ray replaces 127.0.0.1 there by an address that others reach.
+    """
+    from ray._private import ray_constants
+
+    before, known = ray_constants.ENABLE_RAY_CLUSTER, os.environ.get(_MANY_NODES)
+    os.environ[_MANY_NODES] = known or "0"  # for the processes that it starts
+    ray_constants.ENABLE_RAY_CLUSTER = before if known else False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        if known is None:
+            del os.environ[_MANY_NODES]
 
 
 def _environment() -> dict[str, str]:
@@ -316,4 +342,4 @@ def normal_storage(storage: str) -> str:
         raise UserError(
             f"storage {text} has one slash behind its scheme; write {mistyped[0]}/…, or ./{text} for a local folder"
         )
-    return str(Path(text).expanduser().resolve())
+    return absolute(text)  # no link is followed here: those of the workers may lead elsewhere

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -307,6 +308,62 @@ def test_a_cluster_of_another_ray_is_one_line(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(_where, "check_address", lambda asked: _address.Address("far:1", "--address"))
     with pytest.raises(UserError, match=r"the Ray cluster at far:1 does not fit \(Version mismatch: .* Python: 3.10\)"):
         _where.connect("far:1", "s3://bucket/x")
+
+
+def test_versions_of_a_cluster_are_compared_before_anything_is_begun(
+    tmp_path: Path,
+    main: Main,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_address, "_knock", lambda text: {"ray_version": "2.50.1", "python_version": "3.10.4"})
+    monkeypatch.setattr(_launch.Tracker, "start", lambda *a: pytest.fail("MLflow was asked"))
+    run = main("--address", "far:1")
+    assert run.code == 2
+    (line,) = run.err.strip().splitlines()
+    assert "the Ray cluster at far:1 has Ray 2.50.1 and Python 3.10.4, here are Ray " in line
+    assert "install here what the cluster has, or restart it" in line
+    assert Ledger(str(tmp_path / "runs/ledger"), "toy", "1").store.names("_claims") == []
+    _address.check_versions("far:1", {})  # a head that has only just started
+
+
+def test_a_ray_of_this_machine_alone_listens_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private import ray_constants, services, worker
+
+    at: dict[object, tuple[str, str | None]] = {}
+
+    def init(address: str, **options: object) -> None:  # its own address is what Ray's servers listen on
+        at[address] = services.get_node_ip_address(), os.environ.get(_where._MANY_NODES)
+
+    monkeypatch.setenv(_where._MANY_NODES, "")
+    monkeypatch.delenv(_where._MANY_NODES)
+    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", True)
+    monkeypatch.setattr(worker, "_global_node", None)
+    monkeypatch.setattr(services, "node_ip_address_from_perspective", lambda address=None: "10.0.0.11")
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr(_where, "_machine", lambda storage: None)
+    monkeypatch.setattr(_where, "check_address", lambda asked: _address.Address(asked or "local", ""))
+    _where.connect(None, "runs")
+    _where.connect("far:1", "runs")
+    assert at == {"local": ("127.0.0.1", "0"), "far:1": ("10.0.0.11", None)}
+
+
+def test_links_are_left_for_each_machine_to_follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("desk", "worker", "elsewhere"):
+        (tmp_path / name / "sub").mkdir(parents=True)
+    (tmp_path / "mount").symlink_to("desk")
+    storage = _where.normal_storage("file+shared://mount/ledger")
+    assert storage == f"{tmp_path}/mount/ledger"
+    sent = pickle.dumps(Ledger(storage, "toy", "1"))
+    (tmp_path / "mount").unlink()
+    (tmp_path / "mount").symlink_to("worker")  # as the same path leads on another machine
+    pickle.loads(sent).store.replace("x", b"1")
+    assert (tmp_path / "worker/ledger/toy/1/x").read_bytes() == b"1"
+    assert _where.normal_storage("mount/../x") == f"{tmp_path}/x"
+    (tmp_path / "mount").unlink()
+    (tmp_path / "mount").symlink_to("elsewhere/sub")
+    assert _where.normal_storage("mount/../x") == f"{tmp_path}/elsewhere/x"  # as every other program sees it
+    assert _where.normal_storage("./a//b/") == f"{tmp_path}/a/b"
 
 
 @pytest.mark.parametrize(
