@@ -30,11 +30,18 @@ class WorkStore:
     Loading is weights-only: no pickled code is ever run. State passes through one file, never a second copy in memory.
 
     `origin` is that fingerprint where a name does not follow from it already. A checkpoint of another origin is not
-    continued, one that was made with another number of `threads` is, and `say` hears of both.
+    continued, one that was made with another number of `threads` is, and `say` hears of both. `reached` hears of each
+    step that is further than the checkpoint before it.
     """
 
-    def __init__(self, store: Store, say: Callable[[str], None] = lambda line: None, threads: int = 0) -> None:
-        self.store, self._say, self._threads = store, say, threads
+    def __init__(
+        self,
+        store: Store,
+        say: Callable[[str], None] = lambda line: None,
+        threads: int = 0,
+        reached: Callable[[str], None] = lambda place: None,
+    ) -> None:
+        self.store, self._say, self._threads, self._reached = store, say, threads, reached
 
     def save(self, name: str, step: int, state: Mapping[str, Any], kind: str = "latest", origin: str = "") -> None:
         """Keep `state` (tensors, numbers, texts, nested dicts and lists) as the one checkpoint of its kind of `name`.
@@ -61,6 +68,8 @@ class WorkStore:
         self.store.replace(f"_work/{name}/{kind}.json", json.dumps(pointer).encode())
         if old and old["file"] not in self._named(name):
             self.store.remove_file(f"_work/{name}/{old['file']}")
+        if kind == "latest" and step > (old["step"] if old else 0):
+            self._reached(f"{name} {step}")
 
     def _pointer(self, name: str, kind: str) -> dict[str, Any] | None:
         return self.store.read_json(f"_work/{name}/{kind}.json")
@@ -156,7 +165,7 @@ class PackContext:
     ) -> None:
         self.ledger, self.run = ledger, run
         self.threads, self.device = threads, device
-        self.work = WorkStore(ledger.store, self.note, threads)
+        self.work = WorkStore(ledger.store, self.note, threads, self._reach)
         self.world = World()
         self._fingerprint = fingerprint
         self._report = report
@@ -182,7 +191,8 @@ class PackContext:
             launch_id=self._launch_id,
         )
         pack = {name: self._meta[name] for name in ("pack", "pack_share", "pack_started_unix")}
-        there.world, there._state, there._started = world, dict(self._state), self._started
+        there.world, there._started = world, self._started
+        there._state = {name: value for name, value in self._state.items() if name != "reached"}
         there._meta |= {**pack, "processes": world.size}
         there._flag = StopFlag(self.ledger.store, [self._launch_id, self.stop_name])
         return there
@@ -232,8 +242,12 @@ class PackContext:
         }
         fresh = self.ledger.publish(cell, rows, files or {}, meta)
         self._state["published"] += 1
-        self.progress(force=True, keys=[*self._state.get("keys", []), cell.key])
+        self.progress(force=True, keys=[*self._state.get("keys", []), cell.key], reached=cell.key)
         return fresh
+
+    def _reach(self, place: str) -> None:
+        """Tell how far the work is for good: an end of this process from now on is none without progress."""
+        self.progress(force=True, reached=place)
 
     def fail(self, cell: Cell, error: str) -> None:
         """Give up one cell for a reason that a retry cannot change; the pack goes on with the others."""
@@ -244,7 +258,7 @@ class PackContext:
     def progress(self, *, force: bool = False, **state: Any) -> None:
         """Update the progress line: done, total (tokens), rate (tokens/s), best (headline number), phase (text).
 
-        `keys` are cells published since the last report.
+        `keys` are cells published since the last report, `reached` names the last of them or the last checkpoint.
         """
         self._state |= state
         now = time.monotonic()

@@ -54,7 +54,8 @@ class Job:
 
 
 def run_packs(job: Job, queue: Queue, board: Board, published: Callable[[list[str]], None]) -> dict[str, str]:
-    """Run packs as Tune trials; returns {pack name: error line} of those that crashed more than `max_retries` times.
+    """Run packs as Tune trials; returns {pack name: error line} of those that crashed more than `max_retries` times
+    without a cell or a checkpoint in between.
 
     A pack is taken from the queue when there is room for it. `published` is told the keys of cells as packs report
     them.
@@ -126,7 +127,7 @@ def run_packs(job: Job, queue: Queue, board: Board, published: Callable[[list[st
                 storage_path=folder,
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=job.run.max_retries),
-                callbacks=[_board_callback(board, by_name, published, errors)],
+                callbacks=[_board_callback(board, by_name, published, errors, job.run.max_retries)],
             ),
         )
         tuner.fit()
@@ -186,10 +187,19 @@ def _bundle(pack: Pack) -> dict[str, float]:
 
 
 def _board_callback(
-    board: Board, packs: Mapping[str, Pack], published: Callable[[list[str]], None], errors: dict[str, str]
+    board: Board,
+    packs: Mapping[str, Pack],
+    published: Callable[[list[str]], None],
+    errors: dict[str, str],
+    max_retries: int,
 ) -> Any:
-    """Tune's events on the screen; `errors` gets the line of each pack that is given up."""
+    """Tune's events on the screen; `errors` gets the line of each pack that is given up.
+
+    Tune counts the failures of a trial's whole life: `max_retries` more are allowed from each progress on.
+    """
     from ray import tune
+
+    reached: dict[str, str] = {}  # by each pack: the last progress that was heard of
 
     def say_why(trial: Any) -> str:
         """Print why an attempt ended and return that line; an error of the code's own comes with its traceback."""
@@ -216,6 +226,10 @@ def _board_callback(
                 board.say(f"{trial.config['pack']}: {line}")
             if keys := state.pop("keys", None):
                 published(keys)
+            place = state.pop("reached", "")
+            if place and place != reached.get(trial.config["pack"]):
+                reached[trial.config["pack"]] = place
+                trial.max_failures = trial.num_failures + max_retries
             if line := state.pop("refused", None):
                 errors[trial.config["pack"]] = line
             board.update(trial.config["pack"], state)

@@ -24,6 +24,8 @@ import torch.distributed as dist
 from ray.experimental import internal_kv
 from ray.train.torch import TorchConfig
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
+from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -84,7 +86,7 @@ def fit(job: str, pack: Pack, preset: Any, context: PackContext) -> None:
                 begun = [cell for cell in cells if cell.key == current]
                 if not begun:
                     raise WorkersFailed(line) from error
-                context.fail(begun[0], f"its workers ended {context.run.max_retries + 1} times, the last time: {line}")
+                context.fail(begun[0], f"its workers ended {context.run.max_retries + 1} times in a row: {line}")
                 missing = {c.key for c in cells} - context.ledger.done(c.key for c in cells)
                 cells = [c for c in cells if c.key in missing - {current}]
                 continue
@@ -135,7 +137,12 @@ class _Reserved:
 
 
 class _Trainer(TorchTrainer):
-    """Ray Train without the actors that these trials have no use for: each imports torch and pandas before it waits."""
+    """Ray Train without the actors that these trials have no use for: each imports torch and pandas before it waits.
+
+    reached: names the last progress of the workers.
+    """
+
+    reached: Callable[[], str]
 
     def _create_default_callbacks(self) -> list[Any]:
         # the cleaner asks the dashboard, which a local Ray lacks (see _Reserved); no worker asks for a data set
@@ -147,9 +154,25 @@ class _Trainer(TorchTrainer):
         policy = parts["scaling_policy"]
         if len(ray.nodes()) == 1 and isinstance(policy, FixedScalingPolicy):
             parts["scaling_policy"] = _OnOneNode(policy.scaling_config)
+        parts["failure_policy"] = _SinceProgress(parts["failure_policy"].failure_config, self.reached)
         controller = TrainController(**parts)
         asyncio.run(controller.run())
         return controller.get_result()
+
+
+class _SinceProgress(DefaultFailurePolicy):
+    """Counts the ends of worker groups since the last progress, where Ray Train counts those of the whole run."""
+
+    def __init__(self, config: FailureConfig, reached: Callable[[], str]) -> None:
+        super().__init__(config)
+        self._reached, self._seen = reached, ""
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        place = self._reached()
+        if place and place != self._seen:
+            self._seen = place
+            self._worker_group_failures = self._controller_failures = self._preemption_failures = 0
+        return super().make_decision(training_failed_error)
 
 
 class _OnOneNode(FixedScalingPolicy):
@@ -167,7 +190,8 @@ class _Config(TorchConfig):
     def backend_cls(self) -> Any:
         class Backend(super().backend_cls):  # type: ignore[misc]
             def on_start(self, worker_group: Any, backend_config: Any) -> None:
-                super().on_start(worker_group, backend_config)
+                if len(worker_group) > 1:  # one alone needs no process group, whose store listens on every interface
+                    super().on_start(worker_group, backend_config)
                 worker_group.execute(listen)  # in each worker's main thread; the work runs in another
 
         return Backend
@@ -180,7 +204,7 @@ def _trainer(
     resources = {"CPU": max(0.01, pack.cpus * HEADROOM / workers)}
     if pack.gpus:
         resources["GPU"] = pack.gpus / workers
-    return _Trainer(
+    trainer = _Trainer(
         _work,
         train_loop_config={
             "logins": _Logins(os.environ.get(LOGINS, "")),  # first: the context opens the ledger as it arrives
@@ -204,6 +228,8 @@ def _trainer(
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
+    trainer.reached = lambda: str(board.state().get("reached", ""))
+    return trainer
 
 
 class _Logins:

@@ -6,12 +6,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from sweeps import _execute
+from sweeps._context import PackContext
 from sweeps._crash import death, last_failure
 from sweeps._ledger import Ledger
 from sweeps._sweep import Cell, Pack, Row, digest
+from sweeps._where import RunSettings
 
 TOY = Path(__file__).with_name("toy_sweep.py")
 MEMORY = """ray.exceptions.OutOfMemoryError: 1 worker(s) were killed due to the node running low on memory. \
@@ -87,6 +92,56 @@ def test_the_newest_failure_of_a_file() -> None:
     assert last_failure(text) == new
     assert last_failure(text.split("Failure # 2")[0]) == old
     assert last_failure("") == ""
+
+
+def test_losses_of_a_worker_count_since_the_last_progress() -> None:
+    from ray.tune.experiment import Trial
+
+    board = SimpleNamespace(say=lambda line: None, update=lambda name, state: None)
+    callback = _execute._board_callback(cast("Any", board), {}, lambda keys: None, {}, max_retries=2)
+    life = SimpleNamespace(num_failures=0)
+    trial = cast("Any", SimpleNamespace(config={"pack": "p"}, max_failures=2, num_failures=0, run_metadata=life))
+
+    def lost(place: str) -> bool:
+        callback.on_trial_result(1, [], trial, {"progress": {"published": 0, **({"reached": place} if place else {})}})
+        life.num_failures = trial.num_failures = trial.num_failures + 1
+        return Trial.should_recover(trial)
+
+    assert [lost(f"cell {step}") for step in (10, 20, 30, 40)] == [True] * 4
+    assert [lost(place) for place in ("cell 40", "", "")] == [True, False, False]  # with that at 40, three without
+
+
+def test_ends_of_workers_count_since_the_last_progress() -> None:
+    from ray.train.v2.api.config import FailureConfig
+    from ray.train.v2.api.exceptions import WorkerGroupError
+
+    from sweeps._train_ray import _SinceProgress
+
+    places = iter(["", "a 10", "a 20", "a 30", "a 40", "", "a 40"])
+    policy = _SinceProgress(FailureConfig(max_failures=2), lambda: next(places))
+    decisions = [policy.make_decision(WorkerGroupError("died", {0: RuntimeError()})).name for _ in range(7)]
+    assert decisions == ["RETRY"] * 6 + ["RAISE"]
+
+
+def test_a_checkpoint_that_is_further_is_progress(tmp_path: Path) -> None:
+    told: list[dict[str, Any]] = []
+    ledger = Ledger(str(tmp_path), "toy", "1")
+
+    def attempt() -> PackContext:
+        return PackContext(
+            ledger, RunSettings(), threads=1, device="cpu", fingerprint=lambda _: "f", report=told.append, pack="p"
+        )
+
+    for step in (10, 10, 5, 20):
+        context = attempt()
+        context.work.save("cell", step, {"step": step})
+        context.work.save("cell", step, {"step": step}, "best")
+        context.progress(force=True)
+    reached = [state["reached"] for state in told if "reached" in state]
+    assert list(dict.fromkeys(reached)) == ["cell 10", "cell 20"]
+    context = attempt()
+    context.publish(Cell(), [Row("x", 1.0)])
+    assert told[-1]["reached"] == Cell().key
 
 
 def test_ray_kills_a_trial_for_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
