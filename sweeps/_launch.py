@@ -56,7 +56,7 @@ def parser(sweep: Sweep) -> argparse.ArgumentParser:
     p.add_argument("--report", action="store_true", help="write the report from what is published; run nothing")
     p.add_argument("--retry-failed", action="store_true", help="run cells again that failed for good")
     storage = os.environ.get("PLUMBLINE_STORAGE") or "runs/ledger"
-    p.add_argument("--storage", default=storage, metavar="URI", help="ledger: a path, s3:// or what else fsspec knows")
+    p.add_argument("--storage", default=storage, metavar="URI", help="ledger: a path, s3:// or another object store")
     p.add_argument("--tracking-uri", default=None, metavar="URI", help="MLflow; default: SQLite under runs/")
     p.add_argument("--report-dir", default="runs/reports", metavar="DIR", help="reports; default: runs/reports")
     p.add_argument("--address", default=None, metavar="ADDR", help="Ray cluster to join (auto, HOST:PORT)")

@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, Concatenate, ParamSpec, TypeVar
 
 import fsspec
 import tenacity
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from data._atomic import move_whole, write_whole
@@ -145,8 +146,15 @@ class Store:
     def check_writable(self) -> None:
         """Write, create and remove a probe file; raises UserError if that does not work.
 
-        A storage on which two callers can create the same file cannot order claims or keep a first result.
+        A storage on which two callers can create the same file cannot order claims or keep a first result. fsspec's
+        own way to create a file (sftp, smb, hdfs, ftp) is a look and then a write, which no probe of one caller finds.
         """
+        if not self.local and getattr(self.fs.pipe_file, "__func__", None) is AbstractFileSystem.pipe_file:
+            raise UserError(
+                f"storage {self.uri} cannot be a ledger: fsspec's driver of it looks and then writes, so that two "
+                "launches could both claim a cell. Mount it and give the folder (on a cluster with file+shared:// "
+                "before it), or choose an object store with --storage"
+            )
         name = f".probe-{uuid.uuid4().hex}"
         try:
             made = [self.create(name, b"1"), self.create(name, b"2")]
@@ -226,15 +234,20 @@ class Store:
             place.unlink(missing_ok=True)
 
     def read_json(self, name: str) -> Any | None:
-        """Parsed JSON of a file, or None where there is none, or nothing in it yet.
+        """Parsed JSON of a file, or None where there is none, or nothing in it (a machine that lost its power).
 
-        Some stores (sftp) show a created file before it is filled; others see its bytes at once.
+        Raises UserError for one that holds something else.
         """
         try:
             data = self.read(name)
         except FileNotFoundError:
             return None
-        return json.loads(data) if data else None
+        try:
+            return json.loads(data) if data else None
+        except ValueError as error:
+            raise UserError(
+                f"{self.uri}/{name} is damaged ({error}); remove that file and run the same command again"
+            ) from error
 
     @_request
     def exists(self, name: str) -> bool:
@@ -497,5 +510,5 @@ def _open(uri: str, address: str) -> tuple[Any, str]:
     except ValueError as error:
         raise UserError(
             f"storage {uri} cannot be opened ({without_password(str(error))}); choose a folder, s3://BUCKET/PREFIX or "
-            "another address that fsspec knows"
+            "another object store that fsspec knows"
         ) from error

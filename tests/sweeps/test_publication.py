@@ -9,8 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import fsspec
 import pytest
+from fsspec import AbstractFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
+from sweeps._claims import Claims
 from sweeps._ledger import Ledger
 from sweeps._published import DamagedCell, file_of, file_sizes
 from sweeps._storage import MARKER, Facts, Store
@@ -98,6 +102,43 @@ def test_a_store_without_conditional_creation_is_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr(store, "create", careless)
     with pytest.raises(UserError, match=r"ignores conditional creation.*Choose a storage"):
         store.check_writable()
+
+
+class Plain(MemoryFileSystem):
+    """Creates files as fsspec does for sftp, smb and hdfs: a look, then a write."""
+
+    protocol = "plain"
+    store: ClassVar[dict[str, Any]] = {}
+    pipe_file = AbstractFileSystem.pipe_file
+
+
+def test_a_store_that_looks_and_then_writes_is_refused_although_its_probe_would_pass(
+    monkeypatch: pytest.MonkeyPatch, s3_bucket: str
+) -> None:
+    fsspec.register_implementation("plain", Plain, clobber=True)
+    store = Store("plain://ledger")
+    assert [store.create("x", b"1"), store.create("x", b"2")] == [True, False]
+    with pytest.raises(UserError, match=r"looks and then writes.* Mount it .*--storage") as caught:
+        store.check_writable()
+    assert "\n" not in str(caught.value)
+    Store(f"{s3_bucket}/probe").check_writable()
+
+
+@pytest.mark.parametrize("data", [b"", b"\0\0\0", b'{"launch": "a"'])
+def test_a_claim_that_lost_its_content_is_skipped_or_named(tmp_path: Path, data: bytes) -> None:
+    store = Store(str(tmp_path))
+    store.replace("_claims/cells/000000000.json", data)
+    claims = Claims(store)
+    try:
+        if data:
+            with pytest.raises(
+                UserError, match=r"_claims/cells/000000000\.json is damaged .*; remove that file and run"
+            ):
+                claims.claim(["a"])
+        else:
+            assert claims.claim(["a"]) == (["a"], {})
+    finally:
+        claims.release()
 
 
 def test_the_probe_of_a_good_store_survives_a_lost_answer(monkeypatch: pytest.MonkeyPatch) -> None:
