@@ -187,10 +187,10 @@ class _Scope:
 
     def spread(self, relation: str, statistic: str) -> _Spread:
         nothing = np.full((len(self.proxies),) * 2, np.nan)
-        cluster_C = self.cells.groupby(_CLUSTERS[relation], sort=False).ngroup().to_numpy()
-        n_clusters = int(cluster_C.max()) + 1
         if statistic == "pearson":
             return _Spread(nothing, NEEDS_RANKS)
+        cluster_C = self.cells.groupby(_CLUSTERS[relation], sort=False).ngroup().to_numpy()
+        n_clusters = int(cluster_C.max()) + 1
         if n_clusters < MIN_CLUSTERS:
             return _Spread(nothing, f"needs ≥ {MIN_CLUSTERS} {_CLUSTER_NAMES[relation]}")
         if self.sequences is not None and needs_sequences(TARGET, self.sequences):

@@ -81,7 +81,7 @@ STATEMENTS: Sequence[Statement] = (
             {**_SMALL, "pooled": "row"},
         ],
         quick=[_HARDEST],
-        trials=240,
+        trials=200,
         quick_trials=40,
         note="Null blocks: noise per molecule pooled over patches (mean, std, max), noise per row. The p of before, by "
         "permuting runs of similar rows, rejected in 28% to 73% of trials on pooled noise.",
@@ -103,7 +103,7 @@ STATEMENTS: Sequence[Statement] = (
         simulate=held_by_band,
         settings=grid(n=(160,), k=(8,), dimensions=(2,), pooled=("mean", "max")),
         quick=[_HARDEST],
-        trials=240,
+        trials=200,
         quick_trials=20,
     ),
     Statement(

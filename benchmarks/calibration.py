@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -151,10 +152,10 @@ def _measured(tally: Tally) -> str:
     return f"{tally.rate:.4f} [{low:.4f}, {high:.4f}]"
 
 
-def page(found: Mapping[Job, Tally], minutes: float, share: float) -> str:
+def page(found: Mapping[Job, Tally], cpu_minutes: float, share: float) -> str:
     tables = [line for study, text in summary(found, False).items() for line in (f"## {study}", "", text, "")]
     command = "python benchmarks/calibration.py" + (f" --share {share:g}" if share < 1 else "")
-    made = f"Made by `{command}` in {minutes:.0f} minutes on {os.cpu_count()} cores."
+    made = f"Made by `{command}` in {cpu_minutes:.0f} CPU-minutes."
     return "\n".join([*_HEAD, made, "", *tables, "## Every setting", "", details(found, False)])
 
 
@@ -184,12 +185,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     todo = jobs(asked.only, asked.quick)
     if not todo:
         parser.error(f"--only {asked.only!r} matches no statement")
-    start = time.monotonic()
     found = run_all(todo, asked.quick, asked.processes, asked.share)
     for study, text in summary(found, asked.quick).items():
         print(f"\n{study}\n\n{text}")
     if not asked.quick and not asked.only:
-        PAGE.write_text(page(found, (time.monotonic() - start) / 60, asked.share), encoding="utf-8")
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        PAGE.write_text(page(found, (used.ru_utime + used.ru_stime) / 60, asked.share), encoding="utf-8")
         print(f"\nwritten: {PAGE.relative_to(ROOT)}")
     missed = [job for job, tally in found.items() if not of(job, asked.quick)[0].holds(tally)]
     for job in missed:
