@@ -43,46 +43,78 @@ def write_report(
     arms, raw = (arm_resamples(at(results.clips[results.clips["weights"] == w], chosen)) for w in ("ema", "raw"))
     main = _main_frame(results, chosen, arms, raw)
     order = [str(name) for name in main["architecture"]]
-    pairs = arms.differences()
-    for name, frame in {"cells": results.models, "architectures": main, "differences": pairs}.items():
+    for name, frame in {"cells": results.models, "architectures": main, "differences": arms.differences()}.items():
         frame.to_parquet(out / f"{name}.parquet", index=False)
         frame.to_csv(out / f"{name}.csv", index=False)
-    curves = at(results.curves, chosen)
-    reference = str(REFERENCE if REFERENCE in order else order[0])
-    codec_plots.curve_figure(curves, order, out / "curves.png")
     codec_plots.lr_figure(results.models, chosen, order, out / "learning_rates.png")
-    codec_plots.codebook_figure(at(results.codebooks, chosen), order, out / "codebooks.png")
     text = [f"# Audio-token language models: {preset}", "", *[f"- {fact}" for fact in facts], ""]
     text += ["## Held-out likelihood at matched size", "", _TABLE_NOTE, "", _main_table(main), ""]
-    text += [*texts, *_lr_section(chosen)]
-    if len(order) > 1:
-        codec_plots.difference_figure(pairs, reference, out / "differences.png")
-        text += ["## Differences", "", _difference_note(arms), "", *_seed_note(arms)]
-        text += [_pair_table(pairs, order), ""]
-        text += [f"![differences to {reference}](differences.png)", ""]
+    text += [*texts, *_lr_section(chosen), *_difference_section(arms, order, out)]
     text += published_section(results, chosen, published) if published else []
     text += ["## Cost", "", _COST_NOTE, "", _cost_table(main), ""]
-    text += ["## Curves", "", _CURVE_NOTE, "", "![curves](curves.png)", ""]
-    text += ["## By codebook", "", "EMA weights; codebook 1 is the coarsest.", ""]
-    text += [_codebook_table(at(results.codebooks, chosen), order), "", "![codebooks](codebooks.png)", ""]
-    if len(results.audio):
-        by_embedder = dict(list(results.audio.groupby("embedder", sort=False)))
-        codec_plots.audio_figure(next(iter(by_embedder.values())), order, out / "audio.png")
-        text += ["## Generated audio", "", *[f"- {fact}" for fact in audio_facts], ""]
-        for embedder, some in by_embedder.items():
-            text += [f"Embedder: {embedder!s}.", "", _audio_table(some, order), ""]
-        text += ["![audio](audio.png)", ""]
-    if codec_plots.gradient_figure(curves, order, out / "gradients.png"):
-        text += ["## Gradients", "", _GRADIENT_NOTE, "", _spike_table(at(results.spikes, chosen), order), ""]
-        text += ["![gradient norms by parameter group](gradients.png)", ""]
+    text += _curve_section(at(results.curves, chosen), order, out)
+    text += _codebook_section(at(results.codebooks, chosen), order, out)
+    text += _audio_section(results, order, audio_facts, out)
+    text += _gradient_section(results, chosen, order, out)
     if len(results.gates):
         text += ["## Memory caches", "", _GATE_NOTE, "", _gate_table(at(results.gates, chosen)), ""]
-    if results.samples:
-        given = ", models with text given one of a held-out clip (in the .txt files)" if len(results.texts) else ""
-        text += ["## Samples", "", f"From nothing{given}, EMA weights; the WAV files lie beside this page.", ""]
-        text += [line for name, file in results.samples for line in (f"![{name}]({file})", "")]
+    text += _sample_section(results)
     (out / "report.md").write_text("\n".join(text), encoding="utf-8")
     return main
+
+
+def _difference_section(arms: Arms, order: Sequence[str], out: Path) -> list[str]:
+    """All pairs with their tests; nothing for one architecture alone."""
+    if len(order) < 2:
+        return []
+    pairs = arms.differences()
+    reference = str(REFERENCE if REFERENCE in order else order[0])
+    codec_plots.difference_figure(pairs, reference, out / "differences.png")
+    text = ["## Differences", "", _difference_note(arms), "", *_seed_note(arms), _pair_table(pairs, order), ""]
+    return [*text, f"![differences to {reference}](differences.png)", ""]
+
+
+def _curve_section(curves: pd.DataFrame, order: Sequence[str], out: Path) -> list[str]:
+    codec_plots.curve_figure(curves, order, out / "curves.png")
+    return ["## Curves", "", _CURVE_NOTE, "", "![curves](curves.png)", ""]
+
+
+def _codebook_section(codebooks: pd.DataFrame, order: Sequence[str], out: Path) -> list[str]:
+    codec_plots.codebook_figure(codebooks, order, out / "codebooks.png")
+    text = ["## By codebook", "", "EMA weights; codebook 1 is the coarsest.", ""]
+    return [*text, _codebook_table(codebooks, order), "", "![codebooks](codebooks.png)", ""]
+
+
+def _audio_section(results: Results, order: Sequence[str], facts: Sequence[str], out: Path) -> list[str]:
+    """Distances and coherence of generated audio, a table per embedder."""
+    if not len(results.audio):
+        return []
+    by_embedder = dict(list(results.audio.groupby("embedder", sort=False)))
+    codec_plots.audio_figure(next(iter(by_embedder.values())), order, out / "audio.png")
+    text = ["## Generated audio", "", *[f"- {fact}" for fact in facts], ""]
+    for embedder, some in by_embedder.items():
+        text += [f"Embedder: {embedder!s}.", "", _audio_table(some, order), ""]
+    return [*text, "![audio](audio.png)", ""]
+
+
+def _gradient_section(results: Results, chosen: pd.DataFrame, order: Sequence[str], out: Path) -> list[str]:
+    if not codec_plots.gradient_figure(at(results.curves, chosen), order, out / "gradients.png"):
+        return []
+    text = ["## Gradients", "", _GRADIENT_NOTE, "", _spike_table(at(results.spikes, chosen), order), ""]
+    return [*text, "![gradient norms by parameter group](gradients.png)", ""]
+
+
+def _sample_section(results: Results) -> list[str]:
+    if not results.samples:
+        return []
+    given = ", models with text given one of a held-out clip (in the .txt files)" if len(results.texts) else ""
+    text = [
+        "## Samples",
+        "",
+        f"From nothing{given}, EMA weights; the WAV files lie in the same folder as this page.",
+        "",
+    ]
+    return [*text, *(line for name, file in results.samples for line in (f"![{name}]({file})", ""))]
 
 
 _TABLE_NOTE = (

@@ -28,38 +28,18 @@ N_RESAMPLES = 400
 GEOMETRY_COLUMNS = ("model", "layer", "d_model", "pr", "pr_deflated")
 
 
-def write_report(
-    cells: pd.DataFrame,
-    sequences: Mapping[str, pd.DataFrame] | pd.DataFrame | None,
-    geometry: pd.DataFrame | None,
-    out: Path,
-    *,
-    preset: str,
-    facts: Mapping[str, str],
-    notes: Sequence[str] = (),
-    published: bool = False,
-    n_resamples: int = N_RESAMPLES,
-) -> Path:
-    """Write report.md, its figures, cells.parquet, cells.csv, leaderboard.csv and the tables behind them.
+def write_report(study: Study, out: Path, *, preset: str, facts: Mapping[str, str], notes: Sequence[str] = ()) -> Path:
+    """Write report.md, its figures, cells.parquet, cells.csv, leaderboard.csv and the tables they show.
 
     Args:
-        cells: one row a cell, columns `cells.CELL_COLUMNS` (more are kept).
-        sequences: the evaluated sequences by cell_key (or one frame with that column), columns
-            `fidelity.SEQUENCE_COLUMNS`; None leaves intervals to seeds alone, and the report says so.
-        geometry: one row a layer, columns GEOMETRY_COLUMNS and, unless an older ledger lacks them,
-            variance.LAYER_COLUMNS; None leaves the sections out.
+        study: what `measure` found.
         out: folder, made when absent; files of an earlier report are overwritten.
         preset: its name, for the title.
         facts: what it ran on, in plain words (models, real or stand-in; text; budget; hardware), in order.
         notes: caveats to print, a line each.
-        published: whether the preset is one of the study's, so that its numbers are printed beside ours.
-        n_resamples: of the sequences, for the leaderboard.
     Returns:
         The path of report.md.
-    Raises:
-        ValueError: a table lacks columns, repeats a cell, or is empty.
     """
-    study = measure(cells, sequences, geometry, published=published, n_resamples=n_resamples)
     out.mkdir(parents=True, exist_ok=True)
     study.cells.to_parquet(out / "cells.parquet", index=False)
     for name, table in {
@@ -85,7 +65,19 @@ def measure(
     published: bool = False,
     n_resamples: int = N_RESAMPLES,
 ) -> Study:
-    """Everything that the report prints or draws, computed; arguments as in `write_report`."""
+    """Everything that the report prints or draws, computed.
+
+    Args:
+        cells: one row per cell, columns `cells.CELL_COLUMNS` (more are kept).
+        sequences: the evaluated sequences by cell_key (or one frame with that column), columns
+            `fidelity.SEQUENCE_COLUMNS`; None leaves intervals to seeds alone, and the report says so.
+        geometry: one row per layer, columns GEOMETRY_COLUMNS and, unless an older ledger lacks them,
+            variance.LAYER_COLUMNS; None leaves the sections out.
+        published: whether the preset is one of the study's, so that its numbers are printed with ours.
+        n_resamples: of the sequences, for the leaderboard.
+    Raises:
+        ValueError: a table lacks columns, repeats a cell, or is empty.
+    """
     ordered = prepare_cells(cells)
     evaluated = SequenceTables(ordered, sequences)
     ordered, earlier = _renewed(ordered, evaluated)

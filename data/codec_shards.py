@@ -74,6 +74,15 @@ class Folder:
 
 
 @dataclass(frozen=True)
+class Actors:
+    """Ray Data actors that code shards, and what each of them takes."""
+
+    count: int = 1
+    cpus: float = 1
+    gpus: float = 0
+
+
+@dataclass(frozen=True)
 class ShardPlan:
     """One shard to be made: its file name and its recordings."""
 
@@ -198,9 +207,7 @@ def _make_with_ray(
     facts: dict[str, Any],
     folder: str,
     plans: list[ShardPlan],
-    actors: int,
-    cpus: float,
-    gpus: float,
+    actors: Actors,
 ) -> None:
     import ray.data
 
@@ -208,9 +215,9 @@ def _make_with_ray(
     done = rows.map(
         _ShardMaker,  # type: ignore[arg-type]
         fn_constructor_args=(replace(audio, recordings=(), oddities=()), codec, facts, folder),
-        compute=ray.data.ActorPoolStrategy(size=min(actors, len(plans))),
-        num_cpus=cpus,
-        num_gpus=gpus,
+        compute=ray.data.ActorPoolStrategy(size=min(actors.count, len(plans))),
+        num_cpus=actors.cpus,
+        num_gpus=actors.gpus,
     )
     for _row in done.iter_rows():
         pass
@@ -236,10 +243,7 @@ def tokenise(
     chunk_s: float,
     min_s: float = 1.0,
     recordings_per_shard: int = 64,
-    use_ray: bool = True,
-    actors: int = 1,
-    cpus_per_actor: float = 1,
-    gpus_per_actor: float = 0,
+    actors: Actors | None,
 ) -> Tokens:
     """Code every clip of an audio set; call it again with the same arguments to continue after a crash.
 
@@ -249,7 +253,7 @@ def tokenise(
         out: folder, local or fsspec URI; shared by all nodes of a cluster.
         chunk_s, min_s: clips are cut at ``chunk_s`` seconds, and rests shorter than ``min_s`` seconds dropped.
         recordings_per_shard: unit of work that a crash can cost.
-        use_ray: Ray Data actors in the Ray that is initialised, or this process; the shards are the same bytes.
+        actors: Ray Data actors in the Ray that is initialised; None codes in this process. The shards are the same bytes.
     Returns:
         Tokens with the manifest: dataset, codec (with weights hash and caveat), totals, shards, odd files.
     Raises:
@@ -261,7 +265,7 @@ def tokenise(
     if not all(r.content for r in audio.recordings):
         audio = with_contents(audio)
     folder = Folder(out)
-    loaded = codec.on_driver(use_ray).load()
+    loaded = codec.on_driver(actors is not None).load()
     if min_s * loaded.sample_rate < loaded.hop:
         raise ValueError(f"min_s={min_s} is shorter than one frame of {loaded.name}; use >= {loaded.hop} samples")
     facts = identity(audio, loaded, chunk_s, min_s)
@@ -275,8 +279,8 @@ def tokenise(
             )
     plans = plan_shards(audio, facts, recordings_per_shard)
     missing = [p for p in plans if not folder.exists(p.file)]
-    if missing and use_ray:
-        _make_with_ray(audio, codec, facts, out, missing, actors, cpus_per_actor, gpus_per_actor)
+    if missing and actors is not None:
+        _make_with_ray(audio, codec, facts, out, missing, actors)
     else:
         for plan in missing:
             folder.publish(plan.file, make_shard(audio, plan, loaded, facts))

@@ -231,10 +231,26 @@ def utterance(spec: SpeechSpec, index: int) -> tuple[npt.NDArray[np.float32], st
         raise ValueError(f"index={index} must be >= 0")
     language = _language(spec.seed, spec.n_words, spec.successors, spec.n_speakers)
     rng = np.random.default_rng([spec.seed, 1, index])
-    rate = spec.sample_rate
-    pitch, scale, breath = language.speakers[rng.integers(spec.n_speakers)]
+    speaker = language.speakers[rng.integers(spec.n_speakers)]
     goal_s = rng.uniform(spec.min_s, spec.max_s)
+    sounds, spoken = _sentence(spec, language, goal_s, rng)
+    lengths = np.array([p.length_s for p in sounds]) * rng.uniform(0.85, 1.15, len(sounds))
+    lengths *= goal_s / lengths.sum()
+    frames = np.maximum(1, np.round(lengths / _CONTROL_S).astype(int))
+    targets = np.array(
+        [(*p.formants, p.voicing, p.aspiration, p.frication, p.noise_hz, p.noise_width_hz) for p in sounds]
+    )
+    wave_N = _spoken(np.repeat(targets, frames, axis=0), speaker, spec.sample_rate, rng)
+    wave_N *= 0.07 / math.sqrt(float(np.mean(wave_N**2)))
+    wave_N += 2e-4 * rng.standard_normal(len(wave_N))  # the room: no recording is digitally silent
+    wave_N *= min(1.0, 0.95 / float(np.abs(wave_N).max()))
+    return wave_N.astype(np.float32), " ".join(spoken)
 
+
+def _sentence(
+    spec: SpeechSpec, language: _Language, goal_s: float, rng: np.random.Generator
+) -> tuple[list[Phoneme], list[str]]:
+    """Words drawn until about `goal_s` seconds are full: their sounds with pauses, and the words."""
     sounds: list[Phoneme] = [_PAUSE]
     spoken: list[str] = []
     word = int(rng.integers(spec.n_words))
@@ -245,39 +261,32 @@ def utterance(spec: SpeechSpec, index: int) -> tuple[npt.NDArray[np.float32], st
             added.append(_PAUSE)
         length_s = sum(p.length_s for p in added)
         if spoken and total_s + length_s > goal_s - _PAUSE.length_s:
-            break
+            return [*sounds, _PAUSE], spoken
         sounds += added
         spoken.append("".join(language.words[word]))
         total_s += length_s
         word = int(language.next_words[word, rng.integers(spec.successors)])
-    sounds.append(_PAUSE)
 
-    lengths = np.array([p.length_s for p in sounds]) * rng.uniform(0.85, 1.15, len(sounds))
-    lengths *= goal_s / lengths.sum()
-    frames = np.maximum(1, np.round(lengths / _CONTROL_S).astype(int))
-    targets = np.array(
-        [(*p.formants, p.voicing, p.aspiration, p.frication, p.noise_hz, p.noise_width_hz) for p in sounds]
-    )
-    tracks = np.repeat(targets, frames, axis=0)
-    n_frames = len(tracks)
+
+def _spoken(tracks_FC: Floats, speaker: Floats, rate: int, rng: np.random.Generator) -> Floats:
+    """The wave of target tracks in one speaker's voice: formants and voicing glide, the pitch falls and drifts."""
+    pitch, scale, breath = speaker
+    n_frames = len(tracks_FC)
     formants_FR = np.stack(
-        [_smooth(tracks[:, r], _SMOOTHING_S) * scale for r in range(3)]
+        [_smooth(tracks_FC[:, r], _SMOOTHING_S) * scale for r in range(3)]
         + [np.full(n_frames, f * scale) for f in _UPPER_FORMANTS_HZ],
         axis=1,
     )
     kept = formants_FR.max(axis=0) < 0.47 * rate
-    formants_FR = formants_FR[:, kept]
-    bandwidths = np.array(_BANDWIDTHS_HZ)[kept]
-    voicing_F, aspiration_F, frication_F = (_smooth(tracks[:, c], 0.012) for c in (3, 4, 5))
+    voicing_F, aspiration_F, frication_F = (_smooth(tracks_FC[:, c], 0.012) for c in (3, 4, 5))
     time = np.arange(n_frames) / n_frames
     drift = np.cumsum(rng.standard_normal(n_frames)) * 0.002
     pitch_F = pitch * (1.08 - 0.2 * time) * np.exp(_smooth(drift - drift.mean(), 0.1) * 0.5)
-
     hop = round(_CONTROL_S * rate)
-    noise_hz = np.minimum(tracks[:, 6], 0.42 * rate)
-    wave_N = _render(
-        _resonator(formants_FR, bandwidths, rate),
-        _band(noise_hz, np.minimum(tracks[:, 7], 0.2 * rate), rate),
+    noise_hz = np.minimum(tracks_FC[:, 6], 0.42 * rate)
+    return _render(
+        _resonator(formants_FR[:, kept], np.array(_BANDWIDTHS_HZ)[kept], rate),
+        _band(noise_hz, np.minimum(tracks_FC[:, 7], 0.2 * rate), rate),
         voicing_F,
         aspiration_F + breath * voicing_F,
         frication_F,
@@ -285,10 +294,6 @@ def utterance(spec: SpeechSpec, index: int) -> tuple[npt.NDArray[np.float32], st
         rng.standard_normal(n_frames * hop),
         hop,
     )
-    wave_N *= 0.07 / math.sqrt(float(np.mean(wave_N**2)))
-    wave_N += 2e-4 * rng.standard_normal(len(wave_N))  # the room: no recording is digitally silent
-    wave_N *= min(1.0, 0.95 / float(np.abs(wave_N).max()))
-    return wave_N.astype(np.float32), " ".join(spoken)
 
 
 def write_ljspeech(spec: SpeechSpec, n_clips: int, out: str | Path) -> Path:

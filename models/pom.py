@@ -25,6 +25,9 @@ from models._threads import torch_threads
 from models.mol_graph import GraphBatch, Graphs, neighbour_sum
 
 EMBEDDING = 256
+# of AdamW; fixed, because a member is known by its table, number and epochs alone
+_LEARNING_RATE = 3e-3
+_WEIGHT_DECAY = 2e-2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,64 +143,71 @@ def train_member(
     seed: int,
     *,
     parts: Split | None = None,
-    graphs: Graphs | None = None,
     epochs: int = 40,
     batch_size: int | None = None,
-    learning_rate: float = 3e-3,
-    weight_decay: float = 2e-2,
     threads: int = 1,
     progress: Callable[[int, float], None] | None = None,
 ) -> Member:
     """Trains one member; the same seed and thread count give the same bits.
 
     `seed` sets weights, dropout and batch order; `parts` defaults to `split(labels_NL)`, the same for every seed.
-    The weights scored are an exponential moving average of the last two epochs or so. The validation split alone
+    The weights scored are an exponential moving average of about the last two epochs. The validation split alone
     chooses the epoch; the test split is scored once, at the end. `batch_size` defaults to 16 … 128 molecules, so
-    that an epoch has 30 steps or more where the table allows it. `graphs` may be shared by the members of an
-    ensemble. `progress` is called with (epoch, auroc_val).
+    that an epoch has 30 steps or more where the table allows it. `progress` is called with (epoch, auroc_val).
 
     Raises:
         ValueError: labels that are not 0/1 [N, L], a label of one class, fewer epochs than one, or bad SMILES.
     """
     labels_NL = _checked(smiles, labels_NL, epochs)
     parts = parts or split(labels_NL)
-    graphs = graphs or Graphs(smiles)
+    graphs = Graphs(smiles)
     size = batch_size or default_batch_size(len(smiles))
     target_NL = torch.from_numpy(labels_NL.astype(np.float32))
     with torch_threads(threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         rng = np.random.default_rng(seed)
         net = OdorNet(graphs.atoms.shape[1], graphs.bond_features.shape[1], labels_NL.shape[1])
-        steps = epochs * max(1, len(parts.train) // size)
-        optimiser = torch.optim.AdamW(net.parameters(), learning_rate, weight_decay=weight_decay)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=steps)
-        average = _Average(net, decay=1 - epochs / (2 * steps))
-        best = (-1.0, 0, average.state())
+        training = _Training(net, epochs, steps=epochs * max(1, len(parts.train) // size))
+        best = (-1.0, 0, training.average.state())
         for epoch in range(1, epochs + 1):
             for rows in _batches(parts.train, size, rng):
-                loss = nn.functional.binary_cross_entropy_with_logits(net(graphs.batch(rows)), target_NL[rows])
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-                schedule.step()
-                average.update(net)
+                training.step(graphs.batch(rows), target_NL[rows])
             if 2 * epoch > epochs or epoch == epochs:
-                score = macro_auroc(labels_NL[parts.val], _predict(average.net, graphs, parts.val))[0]
+                score = macro_auroc(labels_NL[parts.val], _predict(training.average.net, graphs, parts.val))[0]
                 if progress:
                     progress(epoch, score)
                 if score > best[0]:
-                    best = (score, epoch, average.state())
-        average.net.load_state_dict(best[2])
-        test, scored = macro_auroc(labels_NL[parts.test], _predict(average.net, graphs, parts.test))
+                    best = (score, epoch, training.average.state())
+        chosen = training.average.net
+        chosen.load_state_dict(best[2])
+        test, scored = macro_auroc(labels_NL[parts.test], _predict(chosen, graphs, parts.test))
         return Member(
-            net=average.net,
-            embedding_NE=_predict(average.net, graphs, np.arange(len(graphs)), embed=True),
+            net=chosen,
+            embedding_NE=_predict(chosen, graphs, np.arange(len(graphs)), embed=True),
             auroc_test=test,
             auroc_val=best[0],
             labels_scored=scored,
             epoch=best[1],
             epochs=epochs,
         )
+
+
+class _Training:
+    """AdamW with a one-cycle rate, and the moving average of the weights."""
+
+    def __init__(self, net: OdorNet, epochs: int, steps: int) -> None:
+        self.net = net
+        self.optimiser = torch.optim.AdamW(net.parameters(), _LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimiser, _LEARNING_RATE, total_steps=steps)
+        self.average = _Average(net, decay=1 - epochs / (2 * steps))
+
+    def step(self, graph: GraphBatch, target_BL: Tensor) -> None:
+        loss = nn.functional.binary_cross_entropy_with_logits(self.net(graph), target_BL)
+        self.optimiser.zero_grad()
+        loss.backward()
+        self.optimiser.step()
+        self.schedule.step()
+        self.average.update(self.net)
 
 
 def embed(net: OdorNet, smiles: Sequence[str], threads: int = 1) -> np.ndarray:

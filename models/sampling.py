@@ -130,11 +130,25 @@ def generate(
             codebook, a wrong number of codebooks or texts, counts below 1, texts for a model without a text encoder,
             or a backend that cannot serve this model.
     """
-    config, device = model.config, model.heads.device
-    sampling = sampling or Sampling()
     for name, value in (("n_frames", n_frames), ("batch", batch), ("best_of", best_of)):
         if value < 1:
             raise ValueError(f"{name}={value}; choose {name} >= 1")
+    prompt = _checked_prompt(model.config, prompt, batch, n_frames)
+    device = model.heads.device
+    prompt = prompt.to(device).long().repeat_interleave(best_of, 0)
+    texts = None if texts is None else texts.to(device).repeated(best_of)
+    decoder = _Decoder(model.config, prompt, n_frames, sampling or Sampling(), seed)
+    taken_by = decoding_backend(model, backend)
+    reading = decoding(model, decoder.known(), decoder.columns, taken_by, texts)
+    with torch.inference_mode(), reading as (logits, step):
+        codes, score = decoder.run(logits, step)
+    if best_of > 1:
+        codes, score = _best(codes, score, best_of)
+    return Generation(codes, score, taken_by)
+
+
+def _checked_prompt(config: CodecLMConfig, prompt: Tensor | None, batch: int, n_frames: int) -> Tensor:
+    """The prompt, or an empty one for each sample: [B, K, T0]."""
     K = config.n_codebooks
     if prompt is None:
         prompt = torch.zeros(batch, K, 0, dtype=torch.long)
@@ -147,19 +161,14 @@ def generate(
             f"prompt of {given} frames plus {n_frames} new ones exceed the context of {config.context} steps, which "
             f"holds {config.max_frames} frames; choose a prompt and n_frames of at most {config.max_frames} together"
         )
-    prompt = prompt.to(device).long().repeat_interleave(best_of, 0)
-    texts = None if texts is None else texts.to(device).repeated(best_of)
-    decoder = _Decoder(config, prompt, n_frames, sampling, seed)
-    taken_by = decoding_backend(model, backend)
-    reading = decoding(model, decoder.known(), decoder.columns, taken_by, texts)
-    with torch.inference_mode(), reading as (logits, step):
-        codes, score = decoder.run(logits, step)
-    if best_of > 1:
-        score = score.unflatten(0, (-1, best_of))
-        best = score.argmax(1)
-        rows = torch.arange(len(best), device=device) * best_of + best
-        codes, score = codes[rows], score.flatten()[rows]
-    return Generation(codes, score, taken_by)
+    return prompt
+
+
+def _best(codes: Tensor, score: Tensor, best_of: int) -> tuple[Tensor, Tensor]:
+    """The likeliest of each `best_of` samples in a row, and its score."""
+    best = score.unflatten(0, (-1, best_of)).argmax(1)
+    rows = torch.arange(len(best), device=score.device) * best_of + best
+    return codes[rows], score[rows]
 
 
 class _Decoder:

@@ -210,7 +210,7 @@ def open_source(
     Raises UserError for audio or codec weights that are out of reach.
     """
     from data.audio_io import sample_rates
-    from data.codec_shards import tokenise
+    from data.codec_shards import Actors, tokenise
 
     folder = tokens_folder(study)
     folder.mkdir(parents=True, exist_ok=True)
@@ -237,9 +237,7 @@ def open_source(
                 str(folder / tokens_name),
                 chunk_s=study.chunk_s,
                 min_s=study.min_s,
-                use_ray=actors > 0,
-                actors=max(1, actors),
-                gpus_per_actor=gpus_per_actor,
+                actors=Actors(actors, gpus=gpus_per_actor) if actors else None,
             )
             content = _content(audio) if is_recorded(study.corpus) else ""
             return TokenSource(tokens, spec.on_driver(actors > 0).load(), sample_rates(audio), content)

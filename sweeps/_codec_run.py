@@ -32,7 +32,7 @@ from sweeps._context import PackContext
 from sweeps._memory_health import EVAL_BATCH, LAYER, clip_table, gate_numbers, gate_table
 from sweeps._stop import PackStopped
 from sweeps._sweep import Row, UserError
-from sweeps._train import AnomalyError, Batch, StepStats, TrainConfig, Trainer, autocast, train
+from sweeps._train import AnomalyError, Batch, Owner, Pace, StepStats, TrainConfig, Trainer, autocast, train
 from sweeps._world import World
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def _give_up(cell: LMCell, error: AnomalyError, context: PackContext) -> None:
     context.work.drop(cell.key)
 
 
-class _CellRun:
+class _CellRun(Owner):
     def __init__(
         self,
         cell: LMCell,
@@ -218,19 +218,18 @@ class _CellRun:
                     f"{cell.architecture}: step {state['step']} was reached with {state['processes']} processes, now "
                     f"there are {context.world.size}; the trajectory changes by rounding"
                 )
-        return train(
-            self.trainer,
-            self.stream,
-            eval_every=cell.eval_every,
-            evaluate=self._numbers,
-            save=lambda t: self._keep("latest", t.step_count, t.state()),
-            save_seconds=context.run.checkpoint_seconds,
-            save_steps=context.run.checkpoint_steps,
-            keep_best=lambda t: self._keep("best", t.step_count, {"step": t.step_count, "ema": t.ema.state_dict()}),
-            tell=self._tell,
-            stopping=context.stopping,
-            until=step,
-        )
+        run = context.run
+        pace = Pace(eval_every=cell.eval_every, save_seconds=run.checkpoint_seconds, save_steps=run.checkpoint_steps)
+        return train(self.trainer, self.stream, self, pace, until=step)
+
+    def save(self, trainer: Trainer) -> None:
+        self._keep("latest", trainer.step_count, trainer.state())
+
+    def keep_best(self, trainer: Trainer) -> None:
+        self._keep("best", trainer.step_count, {"step": trainer.step_count, "ema": trainer.ema.state_dict()})
+
+    def stopping(self) -> bool:
+        return self.context.stopping()
 
     def _keep(self, kind: str, step: int, state: dict[str, Any]) -> None:
         """Save a checkpoint; where that fails the one before it stays and training goes on."""
@@ -308,7 +307,7 @@ class _CellRun:
             for kind, t in wrong.items()
         }
 
-    def _numbers(self, model: CodecLM) -> dict[str, float]:
+    def evaluate(self, model: CodecLM) -> dict[str, float]:
         scores = self._scores(model, self.cell.curve_clips)
         value = scores.val_nll()
         self.context.progress(best=self.baseline - value)
@@ -318,7 +317,7 @@ class _CellRun:
             numbers |= {"val_nll_lo": interval.lo, "val_nll_hi": interval.hi}
         return numbers | gate_numbers(model, self.held_out, self.cell.curve_clips, self.cell.precision)
 
-    def _tell(self, trainer: Trainer, stats: StepStats, rate: float) -> None:
+    def report(self, trainer: Trainer, stats: StepStats, rate: float) -> None:
         left = (self.cell.steps - stats.step) / max(stats.step, 1) * trainer.real_tokens
         self.context.progress(
             done=trainer.real_tokens,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from analysis import published
-from analysis.proxy_gap_report import write_report
+from analysis.proxy_gap_report import measure, write_report
 from analysis.variance import LAYER_COLUMNS
 from models.registry import HOST_LMS
 from sweeps._published import recorded, tables_of
@@ -74,16 +74,8 @@ def write(cells: Sequence[PublishedCell], preset_name: str, grid: Grid, original
         "hardware": recorded(cells, "hardware"),
         "commit": recorded(cells, "git_commit"),
     }
-    write_report(
-        frame,
-        sequences,
-        geometry,
-        out,
-        preset=preset_name,
-        facts=facts,
-        notes=notes,
-        published=is_the_studys(preset_name, grid, original),
-    )
+    study = measure(frame, sequences, geometry, published=is_the_studys(preset_name, grid, original))
+    write_report(study, out, preset=preset_name, facts=facts, notes=notes)
     best = frame.sort_values("ce_rec").to_dict("records")[-1]
     return [
         f"best CE_rec  {best['ce_rec']:.3f} at R² {best['r2']:.3f} "

@@ -340,83 +340,105 @@ def _difference(theirs: str, mine: str) -> str:
     return ", ".join(f"{name}={a.get(name)} (here {b.get(name)})" for name in names[:3])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How often a loop measures and saves.
+
+    eval_every: steps between measurements; the last step of a call is always measured.
+    save_seconds: seconds between saves; longer where a save takes more than a twentieth of that.
+    save_steps: steps between saves (0: never for that reason).
+    """
+
+    eval_every: int
+    save_seconds: float = math.inf
+    save_steps: int = 0
+
+
+class Owner:
+    """What a training loop asks of the one whose model it trains; the defaults measure and keep nothing."""
+
+    def evaluate(self, model: CodecLM) -> dict[str, float]:
+        """A model's numbers by metric name; called on the raw and on the averaged weights, in all processes."""
+        return {}
+
+    def save(self, trainer: Trainer) -> None:
+        """Keeps the trainer's state; called in the first process alone."""
+
+    def keep_best(self, trainer: Trainer) -> None:
+        """Called in the first process when the averaged weights' `val_nll` is the lowest so far."""
+
+    def report(self, trainer: Trainer, stats: StepStats, rate: float) -> None:
+        """Progress after each step; `rate` is in real tokens per second."""
+
+    def stopping(self) -> bool:
+        """Whether this process was asked to stop."""
+        return False
+
+
 def train(
-    trainer: Trainer,
-    batch_at: Callable[[int], Batch],
-    *,
-    eval_every: int,
-    evaluate: Callable[[CodecLM], dict[str, float]],
-    save: Callable[[Trainer], None],
-    save_seconds: float,
-    tell: Callable[[Trainer, StepStats, float], None],
-    save_steps: int = 0,
-    keep_best: Callable[[Trainer], None] | None = None,
-    stopping: Callable[[], bool] = lambda: False,
-    until: int | None = None,
+    trainer: Trainer, batch_at: Callable[[int], Batch], owner: Owner, pace: Pace, until: int | None = None
 ) -> float:
     """Train to step `until` (the last by default).
 
-    Returns real (unpadded) tokens a second of training, evaluations and saves left out; NaN without a step.
+    Returns real (unpadded) tokens per second of training, evaluations and saves left out; NaN without a step.
+
+    State is saved when it is due, at an `until` before the last step, and where work stops; not at the last step.
 
     Args:
         trainer: at step 0, or restored.
         batch_at: the batch of step s (from 0), on the model's device.
-        eval_every: steps between measurements; step `until` is always measured.
-        evaluate: a model's numbers by metric name; called on the raw and on the averaged weights, in all processes.
-        save: keeps the trainer's state; called in the first process alone: every `save_seconds` (or longer, where a
-            save takes more than a twentieth of that), every `save_steps` steps (0: never for that reason), at an
-            `until` before the last step, and where work stops. Never for the last step otherwise.
-        tell: progress after each step, with the rate so far.
-        keep_best: called in the first process when the averaged weights' `val_nll` is the lowest so far.
-        stopping: whether this process was asked to stop.
     Raises:
         AnomalyError: from `Trainer.step`.
         PackStopped: in all processes, after the state was saved, when one of them was asked to stop.
     """
-    busy, tokens, saved, took = 0.0, 0, time.monotonic(), 0.0
+    busy, tokens = 0.0, 0
     last = trainer.config.steps
     end = last if until is None else until
-
-    def keep() -> None:
-        nonlocal saved, took
-        began = time.monotonic()
-        if trainer.world.first:
-            save(trainer)
-        saved = time.monotonic()
-        took = saved - began
-
+    saves = _Saves(trainer, owner, pace)
     while trainer.step_count < end:
         batch = batch_at(trainer.step_count)
         began = time.monotonic()
-        stats = trainer.step(batch, stop=stopping())
+        stats = trainer.step(batch, stop=owner.stopping())
         busy += time.monotonic() - began
         tokens += batch.real_tokens
-        if trainer.step_count % eval_every == 0 or trainer.step_count == end:
-            _measure(trainer, stats, evaluate, keep_best)
-        tell(trainer, stats, tokens / max(busy, 1e-9))
+        if trainer.step_count % pace.eval_every == 0 or trainer.step_count == end:
+            _measure(trainer, stats, owner)
+        owner.report(trainer, stats, tokens / max(busy, 1e-9))
         if stats.stop:
-            keep()
+            saves.save()
             raise PackStopped(f"stopped at step {trainer.step_count}; its checkpoint is kept")
-        due = time.monotonic() - saved > max(save_seconds, _SAVE_PAUSE * took)
-        due = due or (save_steps > 0 and trainer.step_count % save_steps == 0)
-        if trainer.step_count < last and (due or trainer.step_count == end):
-            keep()
+        if trainer.step_count < last and (saves.due() or trainer.step_count == end):
+            saves.save()
     return tokens / busy if busy else math.nan
 
 
-def _measure(
-    trainer: Trainer,
-    stats: StepStats,
-    evaluate: Callable[[CodecLM], dict[str, float]],
-    keep_best: Callable[[Trainer], None] | None,
-) -> None:
+class _Saves:
+    """When the state was last saved, and how long that took."""
+
+    def __init__(self, trainer: Trainer, owner: Owner, pace: Pace) -> None:
+        self.trainer, self.owner, self.pace = trainer, owner, pace
+        self.last, self.took = time.monotonic(), 0.0
+
+    def due(self) -> bool:
+        by_step = self.pace.save_steps > 0 and self.trainer.step_count % self.pace.save_steps == 0
+        return by_step or time.monotonic() - self.last > max(self.pace.save_seconds, _SAVE_PAUSE * self.took)
+
+    def save(self) -> None:
+        began = time.monotonic()
+        if self.trainer.world.first:
+            self.owner.save(self.trainer)
+        self.last = time.monotonic()
+        self.took = self.last - began
+
+
+def _measure(trainer: Trainer, stats: StepStats, owner: Owner) -> None:
     points = {"train_loss": stats.loss, "grad_norm": stats.grad_norm}
     points |= {f"grad_norm/{group}": norm for group, norm in stats.group_norms.items()}
     for weights, model in (("raw", trainer.model), ("ema", trainer.ema)):
-        points |= {f"{metric}/{weights}": value for metric, value in evaluate(model).items()}
+        points |= {f"{metric}/{weights}": value for metric, value in owner.evaluate(model).items()}
     trainer.curve += [(metric, stats.step, value) for metric, value in points.items()]
     value = points.get("val_nll/ema", math.nan)
     if value < (trainer.best[1] if trainer.best else math.inf):
         trainer.best = (stats.step, value)
-        if keep_best is not None and trainer.world.first:
-            keep_best(trainer)
+        if trainer.world.first:
+            owner.keep_best(trainer)

@@ -16,11 +16,9 @@ FACTS = {"language models": "synthetic grid | no model was run"}
 SMALL = {"n_resamples": 60}
 
 
-def _write(grid, out, *, preset="fast2", paper=True, **kwargs):
-    report = write_report(
-        grid.cells, grid.sequences, grid.geometry, out, preset=preset, facts=FACTS, published=paper, **SMALL | kwargs
-    )
-    return report.read_text(encoding="utf-8")
+def _write(grid, out, *, preset="fast2", paper=True, notes=()):
+    study = measure(grid.cells, grid.sequences, grid.geometry, published=paper, **SMALL)
+    return write_report(study, out, preset=preset, facts=FACTS, notes=notes).read_text(encoding="utf-8")
 
 
 def _table(text: str, title: str) -> pd.DataFrame:

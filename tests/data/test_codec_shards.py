@@ -14,7 +14,7 @@ import torch
 from data import codec_shards
 from data.audio_io import AudioSet
 from data.codec import CodecSpec
-from data.codec_shards import open_tokens, tokenise
+from data.codec_shards import Actors, open_tokens, tokenise
 from data.ljspeech import open_ljspeech
 from data.melvq import MelVQ, MelVQSpec
 from data.synthetic_speech import SpeechSpec, write_ljspeech
@@ -46,7 +46,7 @@ def test_tokens_are_what_the_codec_gives_and_odd_files_are_listed(
     audio: AudioSet, codec: CodecSpec, tmp_path: Path
 ) -> None:
     out = tmp_path / "tokens"
-    tokens = tokenise(audio, codec, str(out), use_ray=False, **HOW)
+    tokens = tokenise(audio, codec, str(out), actors=None, **HOW)
     assert tokens.computed == 3
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest == json.loads(json.dumps(tokens.manifest)) == open_tokens(str(out)).manifest
@@ -73,7 +73,7 @@ def test_a_killed_run_continues_and_computes_only_what_is_missing(
     audio: AudioSet, codec: CodecSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = tmp_path / "whole"
-    tokenise(audio, codec, str(whole), use_ray=False, **HOW)
+    tokenise(audio, codec, str(whole), actors=None, **HOW)
 
     out = tmp_path / "out"
     real = codec_shards.make_shard
@@ -87,15 +87,15 @@ def test_a_killed_run_continues_and_computes_only_what_is_missing(
 
     monkeypatch.setattr(codec_shards, "make_shard", dies_at_the_second)
     with pytest.raises(KeyboardInterrupt):
-        tokenise(audio, codec, str(out), use_ray=False, **HOW)
+        tokenise(audio, codec, str(out), actors=None, **HOW)
     with pytest.raises(FileNotFoundError, match="to its end"):
         open_tokens(str(out))
     first = (out / made[0]).stat().st_mtime_ns
     monkeypatch.setattr(codec_shards, "make_shard", real)
-    assert tokenise(audio, codec, str(out), use_ray=False, **HOW).computed == 2
+    assert tokenise(audio, codec, str(out), actors=None, **HOW).computed == 2
     assert (out / made[0]).stat().st_mtime_ns == first
     assert shard_bytes(out) == shard_bytes(whole)
-    assert tokenise(audio, codec, str(out), use_ray=False, **HOW).computed == 0
+    assert tokenise(audio, codec, str(out), actors=None, **HOW).computed == 0
 
 
 def test_a_full_disk_leaves_no_partial_shard(
@@ -106,42 +106,42 @@ def test_a_full_disk_leaves_no_partial_shard(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        tokenise(audio, codec, str(tmp_path / "out"), use_ray=False, **HOW)
+        tokenise(audio, codec, str(tmp_path / "out"), actors=None, **HOW)
     assert [p.name for p in (tmp_path / "out").rglob("*") if p.is_file()] == []
 
 
 def test_new_recordings_add_a_shard_and_keep_the_others(audio: AudioSet, codec: CodecSpec, tmp_path: Path) -> None:
     fewer = replace(audio, recordings=audio.recordings[:6])
-    tokenise(fewer, codec, str(tmp_path / "t"), use_ray=False, **HOW)
-    assert tokenise(audio, codec, str(tmp_path / "t"), use_ray=False, **HOW).computed == 1
+    tokenise(fewer, codec, str(tmp_path / "t"), actors=None, **HOW)
+    assert tokenise(audio, codec, str(tmp_path / "t"), actors=None, **HOW).computed == 1
 
 
 def test_another_codec_or_chunking_needs_another_folder(audio: AudioSet, codec: CodecSpec, tmp_path: Path) -> None:
     out = str(tmp_path / "t")
-    tokenise(audio, codec, out, use_ray=False, **HOW)
+    tokenise(audio, codec, out, actors=None, **HOW)
     with pytest.raises(ValueError, match=r"another chunk_s \(chunk_s: 1\.0 not 0\.8\); choose another folder"):
-        tokenise(audio, codec, out, use_ray=False, **{**HOW, "chunk_s": 0.8})
+        tokenise(audio, codec, out, actors=None, **{**HOW, "chunk_s": 0.8})
     model = MelVQ.load(str(codec.weights))
     other = MelVQ(model.spec, model.mean_M + 1, model.centroids_KVM).save(tmp_path / "other.npz")
     with pytest.raises(ValueError, match="another codec"):
-        tokenise(audio, CodecSpec(name="melvq", weights=str(other)), out, use_ray=False, **HOW)
+        tokenise(audio, CodecSpec(name="melvq", weights=str(other)), out, actors=None, **HOW)
 
 
 def test_damage_and_emptiness_are_named(audio: AudioSet, codec: CodecSpec, tmp_path: Path) -> None:
     out = tmp_path / "t"
-    tokens = tokenise(audio, codec, str(out), use_ray=False, **HOW)
+    tokens = tokenise(audio, codec, str(out), actors=None, **HOW)
     (out / tokens.manifest["shards"][1]["file"]).write_bytes(b"PAR1 nonsense")
     with pytest.raises(ValueError, match=r"00001-.*is damaged.*delete it"):
-        tokenise(audio, codec, str(out), use_ray=False, **HOW)
+        tokenise(audio, codec, str(out), actors=None, **HOW)
     with pytest.raises(ValueError, match="lists no recordings"):
-        tokenise(replace(audio, recordings=()), codec, str(tmp_path / "u"), use_ray=False, **HOW)
+        tokenise(replace(audio, recordings=()), codec, str(tmp_path / "u"), actors=None, **HOW)
     with pytest.raises(ValueError, match="shorter than one frame"):
-        tokenise(audio, codec, str(tmp_path / "u"), use_ray=False, chunk_s=1.0, min_s=0.001)
+        tokenise(audio, codec, str(tmp_path / "u"), actors=None, chunk_s=1.0, min_s=0.001)
 
 
 def test_an_object_store_holds_the_same_shards(audio: AudioSet, codec: CodecSpec, tmp_path: Path) -> None:
-    tokens = tokenise(audio, codec, "memory://tokens", use_ray=False, **HOW)
-    local = tokenise(audio, codec, str(tmp_path / "t"), use_ray=False, **HOW)
+    tokens = tokenise(audio, codec, "memory://tokens", actors=None, **HOW)
+    local = tokenise(audio, codec, str(tmp_path / "t"), actors=None, **HOW)
     assert tokens.manifest == local.manifest
     file = local.manifest["shards"][0]["file"]
     assert codec_shards.Folder("memory://tokens").read(file) == (tmp_path / "t" / file).read_bytes()
@@ -151,10 +151,10 @@ def test_an_object_store_holds_the_same_shards(audio: AudioSet, codec: CodecSpec
 def test_ray_actors_make_the_same_bytes(audio: AudioSet, codec: CodecSpec, tmp_path: Path) -> None:
     import ray
 
-    plain = tokenise(audio, codec, str(tmp_path / "plain"), use_ray=False, **HOW)
+    plain = tokenise(audio, codec, str(tmp_path / "plain"), actors=None, **HOW)
     ray.init(address="local", num_cpus=2, object_store_memory=200_000_000, include_dashboard=False, log_to_driver=False)
     try:
-        tokens = tokenise(audio, codec, str(tmp_path / "ray"), use_ray=True, actors=2, **HOW)
+        tokens = tokenise(audio, codec, str(tmp_path / "ray"), actors=Actors(2), **HOW)
     finally:
         ray.shutdown()
     assert tokens.computed == 3

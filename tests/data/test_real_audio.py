@@ -49,7 +49,7 @@ def test_real_audio_becomes_tokens_and_audio_again(
     codec, _ = train([clip.wave_N for clip in clips.values()][1::2], spec)
 
     weights = codec.save(tmp_path / "melvq.npz")
-    tokens = tokenise(audio, CodecSpec(name="melvq", weights=str(weights)), str(tmp_path / "t"), use_ray=False, **how)
+    tokens = tokenise(audio, CodecSpec(name="melvq", weights=str(weights)), str(tmp_path / "t"), actors=None, **how)
     coded = TokenClips(tokens, None)
     assert sorted(coded.clip_ids) == sorted(clips)
     for name, other in zip(list(clips)[:8:2], list(clips)[2:10:2], strict=True):  # the codec was trained on neither

@@ -90,8 +90,7 @@ def test_split_is_a_stratified_partition() -> None:
 def test_training_learns_repeats_bitwise_and_never_sees_the_test_labels() -> None:
     smiles, labels_NL = _toy()
     parts = pom.split(labels_NL, val=0.2, test=0.2)
-    graphs = Graphs(smiles)
-    settings = {"parts": parts, "graphs": graphs, "epochs": 12, "batch_size": 16}
+    settings = {"parts": parts, "epochs": 12, "batch_size": 16}
     first = pom.train_member(smiles, labels_NL, 3, **settings)
     assert first.auroc_test > 0.95
     assert first.labels_scored == 4

@@ -27,7 +27,7 @@ from sweeps._context import PackContext
 from sweeps._ledger import Ledger
 from sweeps._stop import PackStopped
 from sweeps._sweep import UserError
-from sweeps._train import AnomalyError, Batch, TrainConfig, Trainer, train
+from sweeps._train import AnomalyError, Batch, Owner, Pace, StepStats, TrainConfig, Trainer, train
 from sweeps._where import Machine, RunSettings
 from sweeps.codec_lm import PRESETS, SWEEP, LMCell, Study
 
@@ -245,18 +245,14 @@ def test_training_learns_one_batch_and_reports_it() -> None:
     t = trainer(label_smoothing=0.0, weight_decay=0.0, steps=120)
     batch, seen = random_batch(0), []
 
-    def true_nll(model: CodecLM) -> dict[str, float]:
-        return {"val_nll": model.loss(batch.inputs_BKT, batch.targets_BKT, label_smoothing=0.0).loss.item()}
+    class Watching(Owner):
+        def evaluate(self, model: CodecLM) -> dict[str, float]:
+            return {"val_nll": model.loss(batch.inputs_BKT, batch.targets_BKT, label_smoothing=0.0).loss.item()}
 
-    train(
-        t,
-        lambda step: batch,
-        eval_every=60,
-        evaluate=true_nll,
-        save=lambda t: None,
-        save_seconds=1e9,
-        tell=lambda t, stats, rate: seen.append(stats.loss),
-    )
+        def report(self, trainer: Trainer, stats: StepStats, rate: float) -> None:
+            seen.append(stats.loss)
+
+    train(t, lambda step: batch, Watching(), Pace(eval_every=60))
     assert seen[0] > 2.4
     assert seen[-1] < 0.3
     assert [s for m, s, _ in t.curve if m == "val_nll/raw"] == [60, 120]
@@ -404,16 +400,13 @@ def test_checkpoints_by_time_by_steps_and_never_of_the_last() -> None:
 
     def saves(save_seconds: float, save_steps: int) -> list[int]:
         found: list[int] = []
-        train(
-            trainer(steps=6),
-            lambda step: batch,
-            eval_every=6,
-            evaluate=lambda model: {},
-            save=lambda t: found.append(t.step_count),
-            save_seconds=save_seconds,
-            save_steps=save_steps,
-            tell=lambda t, stats, rate: None,
-        )
+
+        class Keeping(Owner):
+            def save(self, trainer: Trainer) -> None:
+                found.append(trainer.step_count)
+
+        pace = Pace(eval_every=6, save_seconds=save_seconds, save_steps=save_steps)
+        train(trainer(steps=6), lambda step: batch, Keeping(), pace)
         return found
 
     assert saves(1e9, 0) == []

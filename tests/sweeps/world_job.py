@@ -19,7 +19,7 @@ from models.lm_presets import LOCAL
 from models.memory_cache import MemoryCacheConfig
 from models.text import TextConfig, encode_texts
 from sweeps._stop import PackStopped
-from sweeps._train import AnomalyError, Batch, TrainConfig, Trainer, train
+from sweeps._train import AnomalyError, Batch, Owner, Pace, StepStats, TrainConfig, Trainer, train
 from sweeps._world import World
 
 STEPS = 20
@@ -58,17 +58,18 @@ def trainer(world: World, **changes: Any) -> Trainer:
 def run(t: Trainer, steps: int = STEPS, stop_after: int = STEPS) -> list[float]:
     """Losses of the steps up to `steps`; process 1 asks to stop after `stop_after`."""
     losses: list[float] = []
-    train(
-        t,
-        batch_at,
-        eval_every=STEPS,
-        evaluate=lambda model: {},
-        save=lambda t: t.spikes.update(saved=t.step_count),
-        save_seconds=1e9,
-        tell=lambda t, stats, rate: losses.append(stats.loss),
-        stopping=lambda: t.world.rank == 1 and t.step_count == stop_after,
-        until=steps,
-    )
+
+    class Observed(Owner):
+        def save(self, trainer: Trainer) -> None:
+            trainer.spikes.update(saved=trainer.step_count)
+
+        def report(self, trainer: Trainer, stats: StepStats, rate: float) -> None:
+            losses.append(stats.loss)
+
+        def stopping(self) -> bool:
+            return t.world.rank == 1 and t.step_count == stop_after
+
+    train(t, batch_at, Observed(), Pace(eval_every=STEPS), until=steps)
     return losses
 
 
