@@ -253,7 +253,7 @@ def tokenise(
         out: folder, local or fsspec URI; shared by all nodes of a cluster.
         chunk_s, min_s: clips are cut at ``chunk_s`` seconds, and rests shorter than ``min_s`` seconds dropped.
         recordings_per_shard: unit of work that a crash can cost.
-        actors: Ray Data actors in the Ray that is initialised; None codes in this process. The shards are the same bytes.
+        actors: Ray Data actors in the Ray that is initialised; None: this process codes. The bytes are the same.
     Returns:
         Tokens with the manifest: dataset, codec (with weights hash and caveat), totals, shards, odd files.
     Raises:

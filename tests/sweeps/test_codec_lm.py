@@ -338,7 +338,7 @@ def test_the_best_measurement_is_kept_published_and_sampled(
     _, cells = finished
     context = context_on(f"memory://{uuid.uuid4().hex}")
     values = iter((3.0, 3.0, 4.0, 4.0))  # raw and averaged weights at steps 3 and 6
-    monkeypatch.setattr(_CellRun, "_numbers", lambda self, model: {"val_nll": next(values)})
+    monkeypatch.setattr(_CellRun, "evaluate", lambda self, model: {"val_nll": next(values)})
     kept: dict[str, torch.Tensor] = {}
     save = context.work.save
 
