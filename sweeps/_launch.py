@@ -14,7 +14,9 @@ import gc
 import importlib
 import os
 import re
+import shlex
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,6 +31,7 @@ from sweeps._cost import cost_lines
 from sweeps._execute import SYSTEM_ERROR, Job, one_line, run_packs
 from sweeps._ledger import Ledger
 from sweeps._pack_queue import Queue
+from sweeps._report_folder import put_in_place, say_partial, say_settings
 from sweeps._secrets import clean_arguments, given, hide_arguments
 from sweeps._stop import Stopper
 from sweeps._sweep import Cell, Pack, Sweep, UserError, apply_settings, nearest
@@ -132,7 +135,9 @@ class _Launch:
             if not self.done:
                 raise UserError(f"none of the {len(self.cells)} cells is published in {self.ledger.store.uri}")
             self._check_report_folder()
-            for line in self._report():
+            with tempfile.TemporaryDirectory(prefix="plumbline-report-") as made:
+                lines, _ = self._report(Path(made))
+            for line in lines:
                 print(line)
             return 0 if len(self.done) == len(self.cells) else 1
         return self._execute()
@@ -298,9 +303,9 @@ class _Launch:
         tracker.want(sorted(self.done))
         with contextlib.suppress(OSError):  # the index only saves reading
             self.ledger.compact(self.done)
-        lines = self._report() if self.done else []
-        files = sorted(p for p in self.out.glob("*") if p.is_file()) if lines else []
-        synced = tracker.finish(status, metrics, files)
+        with tempfile.TemporaryDirectory(prefix="plumbline-report-") as made:
+            lines, files = self._report(Path(made)) if self.done else ([], [])
+            synced = tracker.finish(status, metrics, files)
         self._close(lines, tracker, synced, started)
         if interrupted:
             raise KeyboardInterrupt
@@ -410,14 +415,17 @@ class _Launch:
         if trouble:
             raise OSError(trouble.removeprefix("OSError: "))
 
-    def _report(self) -> list[str]:
-        self.out.mkdir(parents=True, exist_ok=True)
+    def _report(self, made: Path) -> tuple[list[str], list[Path]]:
+        """Write the report into an empty folder and put it in place; returns (lines for the screen, its files)."""
         keys = [key for key in self.by_key if key in self.done]
-        lines = self.sweep.report(self.ledger.read_many(keys), self.arguments.preset, self.preset, self.out)
+        lines = self.sweep.report(self.ledger.read_many(keys), self.arguments.preset, self.preset, made)
         if len(keys) < len(self.whole):
-            say_partial(self.out / "report.md", len(keys), len(self.whole))
+            say_partial(made / "report.md", len(keys), len(self.whole))
             lines = [*lines, f"partial      {len(keys)} of {len(self.whole)} planned cells"]
-        return [*lines, f"report       {self.out / 'report.md'}"]
+        settings = [part for setting in self.arguments.set for part in ("--set", setting)]
+        only = ["--only", *self.arguments.only] if self.arguments.only else []
+        say_settings(made / "report.md", shlex.join(["--preset", self.arguments.preset, *settings, *only]))
+        return [*lines, f"report       {self.out / 'report.md'}"], put_in_place(made, self.out)
 
     def _close(self, lines: list[str], tracker: Tracker, synced: bool, started: float) -> None:
         uri = self.tracking_uri
@@ -463,16 +471,6 @@ class _Watch:
     def stop(self) -> None:
         self._stop.set()
         self._thread.join()
-
-
-def say_partial(report: Path, cells: int, planned: int) -> None:
-    """Say below the heading of a Markdown report (at the head of one without) that it is of a part of the plan."""
-    heading, rest = "", report.read_text(encoding="utf-8")
-    if rest.startswith("# "):
-        heading, _, rest = rest.partition("\n")
-        heading += "\n\n"
-    note = f"**{cells} of {planned} planned cells** are published; this report is of those alone."
-    report.write_text(f"{heading}{note}\n\n{rest.lstrip()}", encoding="utf-8")
 
 
 def shutdown_ray() -> None:

@@ -19,6 +19,7 @@ from sweeps import _launch, _where
 from sweeps._address import Address
 from sweeps._ledger import Ledger
 from sweeps._pack_queue import Queue
+from sweeps._report_folder import say_partial
 from sweeps._sweep import Row, UserError
 from sweeps._where import Machine, connect
 from tests.sweeps.mlflow_runs import runs_of_cells
@@ -109,6 +110,8 @@ def test_run_fail_repair_extend_continue_report(tmp_path: Path, main: Main) -> N
         "2 4.0",
         "3 9.0",
         "4 16.0",
+        "",
+        "Settings of this launch: `--preset small --set n=1,2,3,4`.",
     ]
 
     cell = next((tmp_path / "runs/ledger/toy/1").glob("*/cell.json"))
@@ -335,13 +338,15 @@ def test_report_of_a_part_of_the_plan_says_so(tmp_path: Path, main: Main) -> Non
         "**1 of 3 planned cells** are published; this report is of those alone.",
         "",
         "2 4.0",
+        "",
+        f"Settings of this launch: `--preset small --set n=1,2,3 --only {Square(n=2).key}`.",
     ]
 
 
 def test_the_part_is_named_below_the_heading(tmp_path: Path) -> None:
     report = tmp_path / "report.md"
     report.write_text("# Audit: x\n\n- a fact\n")
-    _launch.say_partial(report, 3, 36)
+    say_partial(report, 3, 36)
     assert report.read_text() == (
         "# Audit: x\n\n**3 of 36 planned cells** are published; this report is of those alone.\n\n- a fact\n"
     )

@@ -400,7 +400,7 @@ def test_reports_go_where_they_are_asked_to(tmp_path: Path, main: Main, monkeypa
     assert "choose another with --report-dir DIR" in main(*arguments).err
     run = main(*arguments, "--report-dir", str(tmp_path / "R"))
     assert run.code == 0, run.err
-    assert (tmp_path / "R/toy/small/report.md").read_text() == "2 4.0"
+    assert (tmp_path / "R/toy/small/report.md").read_text().splitlines()[0] == "2 4.0"
 
 
 @pytest.fixture
