@@ -5,11 +5,12 @@ Shapes: B clips, K codebooks, T steps.
 
 from __future__ import annotations
 
-import io
 import json
 import math
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -208,16 +209,7 @@ class _CellRun(Owner):
     def train_to(self, step: int) -> float:
         """Continue from the checkpoint, if there is one, to a step; returns real tokens a second."""
         cell, context = self.cell, self.context
-        state = context.work.load(cell.key, origin=context.fingerprint(cell))
-        if len({int(s["step"]) if s else 0 for s in context.world.gather(state and {"step": state["step"]})}) > 1:
-            raise RuntimeError("the processes read checkpoints of different steps; an older group still wrote")
-        if state is not None:
-            self.trainer.restore(state)
-            if state["processes"] != context.world.size:
-                context.note(
-                    f"{cell.architecture}: step {state['step']} was reached with {state['processes']} processes, now "
-                    f"there are {context.world.size}; the trajectory changes by rounding"
-                )
+        self._resume()
         run = context.run
         pace = Pace(eval_every=cell.eval_every, save_seconds=run.checkpoint_seconds, save_steps=run.checkpoint_steps)
         return train(self.trainer, self.stream, self, pace, until=step)
@@ -230,6 +222,20 @@ class _CellRun(Owner):
 
     def stopping(self) -> bool:
         return self.context.stopping()
+
+    def _resume(self) -> None:
+        """Take the checkpoint in, if there is one; here, so that training does not hold it as well."""
+        cell, context = self.cell, self.context
+        state = context.work.load(cell.key, origin=context.fingerprint(cell))
+        if len({int(s["step"]) if s else 0 for s in context.world.gather(state and {"step": state["step"]})}) > 1:
+            raise RuntimeError("the processes read checkpoints of different steps; an older group still wrote")
+        if state is not None:
+            self.trainer.restore(state)
+            if state["processes"] != context.world.size:
+                context.note(
+                    f"{cell.architecture}: step {state['step']} was reached with {state['processes']} processes, now "
+                    f"there are {context.world.size}; the trajectory changes by rounding"
+                )
 
     def _keep(self, kind: str, step: int, state: dict[str, Any]) -> None:
         """Save a checkpoint; where that fails the one before it stays and training goes on."""
@@ -265,7 +271,7 @@ class _CellRun(Owner):
             rows.append(Row("tokens_per_second", rate, "tokens/s"))
         if self.trainer.step_count < cell.steps:
             rows.append(Row("stopped_at", self.trainer.step_count, "steps"))
-        files: dict[str, bytes] = {"model.pt": self._checkpoint(best)}
+        files: dict[str, bytes | Path] = {}
         files["clips.parquet"] = clip_table(scores, self.held_out, cell.eval_clips, other_texts)
         if self.config.memory_cache is not None:
             models["start"] = build_codec_lm(self.config, device=context.device, seed=cell.seed)
@@ -273,7 +279,9 @@ class _CellRun(Owner):
         if self.study.sample_s > 0:
             files |= cell_audio(self.trainer.ema, cell, self.study, self.source, self.held_out, self.stream.clips)
         files["tokens.json"] = json.dumps(self._tokens(), indent=1).encode()
-        context.publish(cell, rows, files)
+        with tempfile.TemporaryDirectory() as folder:  # the weights of large models are not held a second time
+            files["model.pt"] = self._checkpoint(best, Path(folder, "model.pt"))
+            context.publish(cell, rows, files)
         context.work.drop(cell.key)
 
     def _best(self) -> CodecLM | None:
@@ -367,18 +375,18 @@ class _CellRun(Owner):
             rows += [Row(f"codebook_{name}", record[name], "", place) for name in ("nll", "top1", "top5")]
         return rows
 
-    def _checkpoint(self, best: CodecLM | None) -> bytes:
-        """The published weights: raw and averaged ones of the last step, and averaged ones of the best measurement.
+    def _checkpoint(self, best: CodecLM | None, file: Path) -> Path:
+        """Write the published weights: raw and averaged ones of the last step, averaged ones of the best measurement.
 
         The latter are left out where the last measurement was the best.
         """
-        sink = io.BytesIO()
         state: dict[str, Any] = {"raw": self.trainer.model.state_dict(), "ema": self.trainer.ema.state_dict()}
         if best is not None and self.trainer.best is not None:
             state |= {"best": best.state_dict(), "best_step": self.trainer.best[0]}
         facts = checkpoint_facts(self.cell, self.source.codec)
-        torch.save({"config": json.dumps(config_facts(self.config)), **facts, **state}, sink)
-        return sink.getvalue()
+        with open(file, "wb") as sink:
+            torch.save({"config": json.dumps(config_facts(self.config)), **facts, **state}, sink)
+        return file
 
     def _tokens(self) -> dict[str, object]:
         manifest = self.source.tokens.manifest

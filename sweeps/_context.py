@@ -27,7 +27,8 @@ class WorkStore:
     A checkpoint is a torch file with a name of its own; the pointer of its kind (a small JSON, replaced last) names the
     file, its size and SHA-256, and the fingerprint of the code and data that it was made with. A crash or a full disk
     at any moment leaves the old pointer and the old file, and so does another process that writes the same name.
-    Loading is weights-only: no pickled code is ever run. State passes through one file, never a second copy in memory.
+    Loading is weights-only: no pickled code is ever run. State passes through one file, never a second copy in memory:
+    what `load` gives is mapped from the file, and takes memory as it is copied to where it is used.
 
     `origin` is that fingerprint where a name does not follow from it already. A checkpoint of another origin is not
     continued, one that was made with another number of `threads` is, and `say` hears of both. `reached` hears of each
@@ -107,7 +108,7 @@ class WorkStore:
                 if not _as_saved(file, pointer):
                     self._say(f"checkpoint of {name} at step {pointer['step']} is damaged: starting anew")
                     return None
-                return torch.load(file, weights_only=True)
+                return torch.load(file, weights_only=True, mmap=True)
         except FileNotFoundError:
             self._say(f"checkpoint of {name} at step {pointer['step']} is missing: starting anew")
             return None

@@ -153,5 +153,7 @@ def work(cells: Sequence[Cell], study: TokenStudy) -> Work:
         flops += 3 * seen * cost.flops_per_token
         steps += cell.mean_steps
         activations = 40 * (study.micro_batch or cell.batch_size) * length * config.d_model * config.n_layers * 4
-        memory = max(memory, 20 * cost.parameters + activations)
+        # bytes a parameter: weights, gradient, two moments and average while it trains; then without activations, the
+        # best and the first weights besides. A checkpoint adds none: it is written from these, and read as it is used.
+        memory = max(memory, 20 * cost.parameters + activations, 28 * cost.parameters)
     return Work(tokens, flops, steps, memory)

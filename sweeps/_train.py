@@ -323,6 +323,8 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for kept in self.optimizer.state.values():  # which keeps the tensors that it is given, here a mapped file's
+            kept.update({name: value.clone() for name, value in kept.items() if isinstance(value, Tensor)})
         torch.set_rng_state(state["rng"].cpu())
         if state["rng_cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["rng_cuda"].cpu(), self.device)

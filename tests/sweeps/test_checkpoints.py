@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import signal
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
+from models.codec_lm import build_codec_lm
 from sweeps._context import WorkStore
 from sweeps._storage import Store
+from sweeps._train import Batch, TrainConfig, Trainer
+from tests.sweeps.test_codec_lm import CONFIG
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -42,6 +47,60 @@ def test_a_flipped_bit_is_not_loaded(store: Store) -> None:
     store.replace(place, bytes(data))
     assert work.load("cell") is None
     assert said == ["checkpoint of cell at step 3 is damaged: starting anew"]
+
+
+def anonymous_mib() -> float:
+    """This process's memory that no file backs, in MiB."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+
+def test_a_checkpoint_takes_no_memory_besides_the_state_it_is_of(tmp_path: Path) -> None:
+    size = 64  # MiB of state
+    weights, other = torch.ones(size * 2**18), torch.zeros(size * 2**18)
+    work, peak, over = WorkStore(Store(str(tmp_path))), [anonymous_mib()], threading.Event()
+    before = peak[0]
+
+    def watch() -> None:
+        while not over.wait(0.001):
+            peak.append(anonymous_mib())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    work.save("cell", 1, {"weights": weights})
+    state = work.load("cell")
+    assert state is not None
+    other.copy_(state["weights"])
+    over.set()
+    watcher.join()
+    assert max(peak) - before < size / 4
+    assert torch.equal(other, weights)
+
+
+def test_a_trainer_that_goes_on_holds_nothing_of_the_file(tmp_path: Path) -> None:
+    config = TrainConfig(steps=4, lr=0.01, lr_end=0.001, warmup_steps=1)
+
+    def trainer() -> Trainer:
+        return Trainer(build_codec_lm(CONFIG, seed=1), config)
+
+    store = Store(str(tmp_path))
+    whole, work = trainer(), WorkStore(store)
+    inputs, targets = torch.zeros(2, 2, 6, dtype=torch.long), torch.ones(2, 2, 6, dtype=torch.long)
+    batch = Batch(inputs, targets, real_tokens=24)
+    whole.step(batch)
+    work.save("cell", 1, whole.state())
+    resumed, state = trainer(), work.load("cell")
+    assert state is not None
+    resumed.restore(state)
+    assert files(store)[0] in Path("/proc/self/maps").read_text(encoding="utf-8")
+    del state
+    gc.collect()
+    assert files(store)[0] not in Path("/proc/self/maps").read_text(encoding="utf-8")
+    work.drop("cell")
+    for one in (whole, resumed):
+        one.step(batch)
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_another_number_of_threads_is_said(store: Store) -> None:
