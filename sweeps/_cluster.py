@@ -36,25 +36,40 @@ _POLL_SECONDS = 2.0
 _SAY_SECONDS = 15.0  # between progress lines while nothing changes
 _MLFLOW_SECONDS = 120.0
 _NAME = re.compile(r"[A-Za-z0-9][\w.:-]*")  # of a host, an address or a user; nothing that ssh or a shell would obey
-_SECRET = re.compile(r"\b((?:\w*_)?(?:SECRET|TOKEN|PASSWORD|PASSWD|KEY)(?:_\w*)?)=(?!\s|$|[\"']{2})", re.IGNORECASE)
+_SECRET = re.compile(
+    r"\b((?:\w*_)?(?:SECRET|TOKEN|PASSWORD|PASSWD|PASSPHRASE|PASS|KEY)(?:_\w*)?|\w+_PWD)=(?!\s|$|[\"']{2})",
+    re.IGNORECASE,
+)
+_CONFIGURED = re.compile(r"\bconfigure\s+set\s+(\S*(?:secret|token|key)\S*)\s", re.IGNORECASE)  # of the AWS CLI
+_LOGIN = re.compile(r"\b(\w[\w+.-]*)://[^/\s@]*:(?!\d+/)[^\s@]*@")  # HOST:PORT/a@b has none
 _MONITOR_LOG = "/tmp/ray/session_latest/logs/monitor.log"
 
 
-def _refuse_secrets(config: Mapping[str, Any], path: Path) -> None:
-    """Raises UserError for a command of the file that carries a password or a key.
+def _refuse_secrets(config: object, path: Path, place: str = "") -> None:
+    """Raises UserError for a text of the file, a command above all, that carries a password or a key.
 
     Ray writes the whole configuration to files in /tmp that everyone may read, on this machine and on the head, and
     gives commands to ssh as arguments, which process lists show.
     """
-    for name, commands in config.items():
-        if name.endswith("commands") and isinstance(commands, list):
-            for number, command in enumerate(commands, start=1):
-                if found := _SECRET.search(str(command)):
-                    raise UserError(
-                        f"{name} {number} in {path} sets {found[1]}, which Ray would write to files in /tmp that "
-                        "everyone may read, and show in process lists; put keys into ~/.aws and mount that by "
-                        "file_mounts, or give the pods a role"
-                    )
+    if isinstance(config, Mapping):
+        for name, value in config.items():
+            _refuse_secrets(value, path, f"{place}.{name}".lstrip("."))
+    elif isinstance(config, list):
+        for number, value in enumerate(config, start=1):
+            _refuse_secrets(value, path, f"{place} {number}")
+    elif isinstance(config, str) and (what := _secret_in(config)):
+        raise UserError(
+            f"{place} in {path} {what}, which Ray would write to files in /tmp that everyone may read, and show in "
+            "process lists; put keys into ~/.aws and mount that by file_mounts, or give the pods a role"
+        )
+
+
+def _secret_in(text: str) -> str:
+    """What a text does that gives a secret away, without the secret; nothing where it does not."""
+    if found := _SECRET.search(text) or _CONFIGURED.search(text):
+        return f"sets {found[1]}"
+    found = _LOGIN.search(text)
+    return f"has a login in an address of {found[1]}" if found else ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,10 +19,13 @@ from sweeps._sweep import UserError
 VARIABLE = "PLUMBLINE_LOGINS"  # JSON {scheme://host: user:password}
 _LOGIN = re.compile(r"(?<=://)[^/\s]*@")  # up to the last @ before the path
 _IN_QUERY = re.compile(
-    r"[?&]([^=&#]*(?:pass|pwd|secret|token|sig|credential|api[_-]?key|access[_-]?key)[^=&#]*)=", re.IGNORECASE
+    r"[?&;#](key|sas|auth|[^=&;#]*(?:pass|pwd|secret|token|sig|credential|api[_-]?key|access[_-]?key)[^=&;#]*)=",
+    re.IGNORECASE,
 )
 _CUT_LOGIN = re.compile(r"://[^/?#@\s]*:[^/?#@\s]*[/?#][^\s]*@")  # user:pa/ss@host: the address ends before the @
-_CHAINED = re.compile(r"^[a-z0-9+.-]+::", re.IGNORECASE)
+_BLANK = re.compile(r"://[^/?#@]*\s[^/?#]*@")
+_NO_SCHEME = re.compile(r"(?://)?[^/@]*:[^/@]*@")
+_CHAINED = re.compile(r"[^/]*::")
 
 
 def without_password(text: str) -> str:
@@ -53,8 +56,14 @@ def given(uri: str, option: str) -> str:
     """The address of an option without its login, which this process keeps.
 
     Raises UserError, which never shows the password: for one in the query, where every library would show and store it
-    with the address, for one with a raw /, ? or #, which ends the address early, and for a login in a chained address.
+    with the address, for one with a raw /, ? or #, which ends the address early, for one with a blank, for a login in a
+    chained address, and for one without a scheme, which would be the name of a folder.
     """
+    if _BLANK.search(uri) or _NO_SCHEME.match(uri):
+        raise UserError(
+            f"{option} has a login with a blank in it, or one without a scheme before it (not shown, since it may be a "
+            "password); write SCHEME://USER:PASSWORD@HOST/…, and a blank as %20"
+        )
     if _CUT_LOGIN.search(uri):
         raise UserError(
             f"{option} has an @ after a /, ? or # that ends its host (not shown, since it may be a password); write "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shlex
 import subprocess
 import sys
@@ -60,12 +61,38 @@ def test_keys_and_passwords_in_commands_are_refused_and_not_repeated(
     assert not any(value in str(refused.value) for value in ("abc123", "AKIA", "hf_x"))
 
 
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("export PLUMBLINE_STORAGE=sftp://me:abc123@host/x", "has a login in an address of sftp"),
+        ("export MLFLOW_TRACKING_URI='http://me:ab/c123@host'", "has a login in an address of http"),
+        ("aws configure set aws_secret_access_key abc123", "sets aws_secret_access_key"),
+        ("export MYSQL_PWD=abc123", "sets MYSQL_PWD"),
+        ("export KEY_PASSPHRASE=abc123", "sets KEY_PASSPHRASE"),
+    ],
+)
+def test_other_ways_to_give_a_secret_away_are_refused(
+    tmp_path: Path, config: dict[str, Any], line: str, what: str
+) -> None:
+    for where in ("setup_commands", "docker"):
+        changed = copy.deepcopy(config)
+        if where == "docker":
+            changed["docker"] = {"run_options": [f"-e {line}"]}
+        else:
+            changed[where] = [*changed[where], line]
+        with pytest.raises(UserError, match=rf"{where}.* in .* {what}, which Ray would write") as refused:
+            read(tmp_path, changed)
+        assert "c123" not in str(refused.value)
+
+
 def test_names_alone_are_no_secrets(tmp_path: Path, config: dict[str, Any]) -> None:
     config["setup_commands"] += [
         "export TOKENIZERS=1",
         "export HF_TOKEN=",
         'export A_KEY=""',
         "python -m keyring get x",
+        "cd $OLDPWD; PWD=/tmp make; curl http://host:80/a@b; scp user@host:x .",
+        "export PLUMBLINE_STORAGE=s3://bucket/ledger GOOGLE_APPLICATION_CREDENTIALS=/mounted.json",
     ]
     read(tmp_path, config)
 

@@ -264,7 +264,10 @@ def test_a_login_in_the_environment_is_kept_as_one_on_the_command_line_is(
 
 @pytest.mark.parametrize(
     "name",
-    ["password", "PWD", "access_token", "sslpassword", "pass", "aws_secret_access_key", "X-Amz-Signature", "api_key"],
+    [
+        *("password", "PWD", "access_token", "sslpassword", "pass", "aws_secret_access_key", "X-Amz-Signature"),
+        *("api_key", "key", "SAS", "auth"),
+    ],
 )
 def test_passwords_in_a_query_are_refused_and_not_repeated(name: str) -> None:
     with pytest.raises(UserError, match=rf"^--tracking-uri postgresql://h/db\?user=u has {name}=… behind") as refused:
@@ -283,10 +286,36 @@ def test_a_password_that_ends_its_address_early_is_refused_and_not_repeated(sign
         assert _secrets.given(plain, "--storage") == plain
 
 
+@pytest.mark.parametrize("uri", [f"http://bob:{WORD} x@host", f"bob:{WORD}@host/x", f"//bob:{WORD}@host/x"])
+def test_a_login_with_a_blank_or_without_a_scheme_is_refused_and_not_repeated(uri: str) -> None:
+    with pytest.raises(UserError, match=r"^--storage has a login with a blank .*%20") as refused:
+        _secrets.given(uri, "--storage")
+    assert WORD not in str(refused.value)
+
+
+@pytest.mark.parametrize("mark", [";", "#"])
+def test_a_password_behind_other_marks_is_refused_and_not_repeated(mark: str) -> None:
+    with pytest.raises(UserError, match="has token=…") as refused:
+        _secrets.given(f"s3://bucket/x{mark}token={WORD}", "--storage")
+    assert WORD not in str(refused.value)
+    for plain in (
+        "runs/ledger",
+        "./a:b@c",
+        "/mnt/x@y:z",
+        "C/x y",
+        "s3://bucket/x y@z",
+        "file:///a b/c@d",
+        "gs://b/k=1",
+    ):
+        assert _secrets.given(plain, "--storage") == plain
+
+
 def test_a_login_in_a_chained_address_is_refused_and_not_repeated() -> None:
     with pytest.raises(UserError, match="chained address with a login") as refused:
         _secrets.given(f"simplecache::http://bob:{WORD}@host/x", "--storage")
     assert WORD not in str(refused.value)
+    with pytest.raises(UserError, match="chained address with a login"):
+        _secrets.given(f"::http://bob:{WORD}@host/x", "--storage")
     assert _secrets.given("simplecache::s3://bucket/x", "--storage") == "simplecache::s3://bucket/x"
 
 
