@@ -42,6 +42,7 @@ _WAIT_SECONDS = 2.0  # before the ledger is looked at again for the cells of oth
 _WAIT_SHARE = 20  # ... and at least so many times what the last look took
 _INDEX_SECONDS = 30.0
 _LEAVE_SECONDS = 5.0  # that a launch which got SIGTERM gives MLflow
+_LEFT_OUT = "report       left out, as are the copies in MLflow: the same command makes both, --report the report alone"
 _CLOSE_SECONDS = 60.0  # ... and one that an error ended: a new database takes some seconds to make
 
 
@@ -298,7 +299,7 @@ class _Launch:
         if interrupted and self.stopper.terminated:  # SIGKILL follows soon: others may go on at once
             claims.release()
             tracker.leave(status, metrics, _LEAVE_SECONDS)
-            self._close(["report       left out: --report makes it"], tracker, False, started)
+            self._close([_LEFT_OUT], tracker, False, started)
             raise KeyboardInterrupt
         tracker.want(sorted(self.done))
         with contextlib.suppress(OSError):  # the index only saves reading

@@ -253,7 +253,7 @@ def test_sigterm_frees_the_claims_and_leaves_the_report_out(
     monkeypatch.setattr(_launch, "_LEAVE_SECONDS", 0.1)
     run = main("--tracking-uri", "http://127.0.0.1:9")
     assert run.code == 1
-    assert "report       left out: --report makes it" in run.out
+    assert "report       left out, as are the copies in MLflow: the same command makes both" in run.out
     assert "1/3 published" in run.out
     assert "run the same command to continue" in run.err
     assert not (tmp_path / "runs/reports").exists()
