@@ -7,6 +7,7 @@ tokens are not comparable. The first codec that a launch publishes under `_codec
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -58,13 +59,10 @@ def _known(ledger: Store, name: str) -> Facts | None:
     found = ledger.read_json(_pointer(name))
     if found is None:
         return None
-    if (
-        not isinstance(found, dict)
-        or not isinstance(found.get("sha256"), str)
-        or not isinstance(found.get("size"), int)
-    ):
+    sha256, size = (found.get("sha256"), found.get("size")) if isinstance(found, dict) else (None, None)
+    if not isinstance(size, int) or not isinstance(sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", sha256):
         raise _damaged(ledger, _pointer(name), "is not what a launch writes")
-    return Facts(found["size"], found["sha256"])
+    return Facts(size, sha256)
 
 
 def _publish(ledger: Store, name: str, own: Path) -> None:

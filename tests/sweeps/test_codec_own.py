@@ -104,6 +104,7 @@ def test_a_damaged_codec_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ledger.remove_file(f"_codecs/{file}")
     with pytest.raises(UserError, match="is missing"):
         open_source(study, "cpu", quiet, ledger)
-    ledger.replace(f"_codecs/{name}.json", b"[]")
-    with pytest.raises(UserError, match="is not what a launch writes"):
-        open_source(study, "cpu", quiet, ledger)
+    for pointer in (b"[]", b"{}", b'{"size": 1, "sha256": "../../../etc/x"}', b'{"size": "1", "sha256": "ab"}'):
+        ledger.replace(f"_codecs/{name}.json", pointer)
+        with pytest.raises(UserError, match="is not what a launch writes"):
+            open_source(study, "cpu", quiet, ledger)
