@@ -105,8 +105,19 @@ def controls(study: Study) -> Section:
     return Section(title, rows, [text, *_ranking(study, {"R²": "r2", **columns}), *lines])
 
 
+def answer(study: Study) -> str:
+    """The sweep's question in one line: how R² orders the largest budget's configurations, compared with CE_rec."""
+    columns = {"R²": "r2", "R² without attention sinks": "r2_no_sinks"}
+    known = {label: column for label, column in columns.items() if study.means[column].notna().any()}
+    lines = _ranking(study, known)
+    return lines[-1] if lines else f"– (a rank correlation needs ≥ {MIN_CELLS} configurations of one budget)"
+
+
 def _ranking(study: Study, columns: Mapping[str, str]) -> list[str]:
-    """How each R² ranks a budget's configurations as CE_rec does, for budgets where MIN_CELLS or more have them all."""
+    """How each R² ranks a budget's configurations as CE_rec does, for budgets where MIN_CELLS or more have them all.
+
+    One sentence per budget, the largest last.
+    """
     lines = []
     for tokens, known in study.means.dropna(subset=["ce_rec", *columns.values()]).groupby("tokens"):
         if len(known) < MIN_CELLS:

@@ -11,6 +11,7 @@ import pandas as pd
 
 from analysis import published
 from analysis.proxy_gap_report import measure, write_report
+from analysis.proxy_gap_variance import answer
 from analysis.variance import LAYER_COLUMNS
 from models.registry import HOST_LMS
 from sweeps._published import recorded, tables_of
@@ -78,6 +79,7 @@ def write(cells: Sequence[PublishedCell], preset_name: str, grid: Grid, original
     write_report(study, out, preset=preset_name, facts=facts, notes=notes)
     best = frame.sort_values("ce_rec").to_dict("records")[-1]
     return [
+        f"answer       {answer(study)}",
         f"best CE_rec  {best['ce_rec']:.3f} at R² {best['r2']:.3f} "
         f"({best['model']}, {best['depth']}, k={best['k']}, {best['tokens']} tokens)",
     ]

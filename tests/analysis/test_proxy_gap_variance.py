@@ -10,7 +10,7 @@ import pytest
 
 from analysis.cells import AUDIT_COLUMNS
 from analysis.proxy_gap_report import compose, glance, measure
-from analysis.proxy_gap_variance import controls, definition_check, flags, layers, scale_parts
+from analysis.proxy_gap_variance import answer, controls, definition_check, flags, layers, scale_parts
 from analysis.variance import LAYER_COLUMNS
 
 SMALL = {"n_resamples": 50}
@@ -55,6 +55,19 @@ def test_a_ledger_without_the_audit_is_read_and_said(make_grid):
         in line
     )
     assert "published before" not in compose(study_of(grid), {}, preset="fast2", facts={})
+
+
+def test_a_launch_ends_in_an_answer_for_the_largest_budget(make_grid):
+    grid = make_grid(depths=("mid",), ks=(8, 16), tokens=(10_000_000, 20_000_000), n_sequences=8)
+    largest = grid.cells["tokens"] == 20_000_000
+    ranks = grid.cells.groupby("tokens")["ce_rec"].rank()  # 1 to 4 in each budget
+    study = study_of(grid, r2=ranks.where(largest, -ranks) / 10, r2_no_sinks=-ranks.where(largest, -ranks) / 10)
+    assert answer(study).startswith("Spearman correlation with CE_rec over the 4 configurations of 20M tokens")
+    assert answer(study).endswith("point estimates: R² +1.00, R² without attention sinks -1.00.")
+    old = type(grid)(grid.cells.drop(columns=list(AUDIT_COLUMNS)), grid.sequences, grid.geometry)
+    assert "R² without" not in answer(study_of(old))
+    few = make_grid(models=("pythia-70m",), depths=("mid",), ks=(8, 16), n_sequences=8)
+    assert answer(study_of(few)) == "– (a rank correlation needs ≥ 3 configurations of one budget)"
 
 
 def layers_and_controls(study) -> str:
