@@ -26,7 +26,7 @@ import psutil
 from sweeps._storage import Store
 
 LEASE_SECONDS = 30.0
-_FRESH_SECONDS = 1.0
+_FRESH_SHARE = 0.5  # of a lease, after which the own one is written again before another's age is taken from it
 _MARK = 16  # hexadecimal digits of a fingerprint that a claim carries
 
 
@@ -130,6 +130,7 @@ class Claims:
         self._stop = threading.Event()
         self._renewed, self._lapses = _now(), 0
         self._stored: float | None = None  # when the lease was last written, by the storage's clock
+        self._moment = self._renewed, 0.0  # a moment by the own clock, and no later than it by the storage's
         self._renew()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
         self._thread.start()
@@ -149,6 +150,7 @@ class Claims:
             if before is not None and stored - before > self.lease_seconds:  # a paused machine's own clock stood still
                 self._lapses, self._renewed = self._lapses + 1, _now()
         self._lapses, self._renewed = self.lapses(), _now()
+        self._moment = self._renewed, self._stored or 0.0
 
     def lapses(self) -> int:
         """How often the lease may have ended although this launch lives: it was paused, or the storage was away."""
@@ -170,10 +172,11 @@ class Claims:
             return False
         if (runs := _process_runs(lease)) is not None:
             return runs
-        if _now() - self._renewed > _FRESH_SECONDS:
-            self._renew()  # its stamp is what time it is
+        if _now() - self._renewed > _FRESH_SHARE * self.lease_seconds:
+            self._renew()
+        renewed, stored = self._moment
         try:
-            age = self.store.modified(_lease(self.launch_id)) - self.store.modified(_lease(launch_id))
+            age = stored + (_now() - renewed) - self.store.modified(_lease(launch_id))
         except FileNotFoundError:  # released in the meantime
             return False
         except NotImplementedError:  # the storage gives no times: the machines' clocks must do

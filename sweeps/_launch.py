@@ -38,7 +38,7 @@ from sweeps._sweep import Cell, Pack, Sweep, UserError, apply_settings, nearest
 from sweeps._track import Tracker, default_uri, normal_uri, sqlite_file
 from sweeps._where import Machine, RunSettings, check_folder, connect, git_commit, normal_storage, prepare_process
 
-_WAIT_SECONDS = 2.0  # before the ledger is looked at again for the cells of other launches
+_WAIT_SECONDS = 3.0  # before the ledger is looked at again for the cells of other launches
 _WAIT_SHARE = 20  # ... and at least so many times what the last look took
 _INDEX_SECONDS = 30.0
 _LEAVE_SECONDS = 5.0  # that a launch which got SIGTERM gives MLflow
@@ -301,9 +301,10 @@ class _Launch:
             tracker.leave(status, metrics, _LEAVE_SECONDS)
             self._close([_LEFT_OUT], tracker, False, started)
             raise KeyboardInterrupt
-        tracker.want(sorted(self.done))
         with contextlib.suppress(OSError):  # the index only saves reading
             self.ledger.compact(self.done)
+        self._verify(self.done, fingerprints)  # another launch may have published until this one was stopped
+        tracker.want(sorted(self.done))
         with tempfile.TemporaryDirectory(prefix="plumbline-report-") as made:
             lines, files = self._report(Path(made)) if self.done else ([], [])
             synced = tracker.finish(status, metrics, files)
@@ -328,6 +329,7 @@ class _Launch:
             looked = time.monotonic() - looked
             board.already(len(self.done))
             if free := [self.by_key[key] for key in missing if key not in others]:
+                self.ledger.compact((), missing)
                 if machine is None:
                     machine = connect(self.arguments.address, self.arguments.storage)
                     self._settle_threads(machine)
@@ -342,16 +344,18 @@ class _Launch:
             time.sleep(max(_WAIT_SECONDS, _WAIT_SHARE * looked))
 
     def _missing(self, fingerprints: dict[str, str], tracker: Tracker) -> list[str]:
-        """Keys that are neither done nor failed; what others have done meanwhile is checked and copied, too."""
-        self.done = self.ledger.done(self.by_key)
-        self.ledger.compact(self.done)
-        self.done = self.ledger.done(self.by_key)  # without what was found damaged
-        self._verify(self.done, fingerprints)
-        tracker.want(sorted(self.done))
-        self.failures = self.ledger.failures(set(self.by_key) - self.done)
-        missing = [k for k in self.by_key if k not in self.done and k not in self.failures]
-        self.ledger.compact((), missing)
-        return missing
+        """Keys that are neither done nor failed; what others have done meanwhile is checked and copied, too.
+
+        Asked again and again while others work, so it takes few requests, however many cells are missing.
+        """
+        if fresh := self.ledger.news(k for k in self.by_key if k not in self.done):
+            self.ledger.compact(fresh)
+            fresh -= self.ledger.damaged.keys()
+            self._verify(fresh, fingerprints)
+            tracker.want(sorted(fresh))
+            self.done |= fresh
+        self.failures = self.ledger.failures(self.by_key.keys() - self.done)
+        return [k for k in self.by_key if k not in self.done and k not in self.failures]
 
     def _refuse_foreign(self, foreign: Mapping[str, str]) -> None:
         """Raises UserError when another launch computes planned cells from other code or data."""

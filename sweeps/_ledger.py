@@ -73,6 +73,17 @@ class Ledger:
             found = set(self._stamps) if wanted is None else {k for k in wanted if k in self._stamps}
             return found - self.damaged.keys()
 
+    def news(self, missing: Iterable[str]) -> set[str]:
+        """Keys among `missing` that are published now: one listing of the folders, and the markers of those there."""
+        wanted = list(missing)
+        with self._lock:
+            there = set(self.store.names())
+            appeared = [key for key in wanted if key in there]
+            stamps = zip(appeared, self._each(self.store.stamp, appeared), strict=True)
+            fresh = {key: stamp for key, stamp in stamps if stamp is not None}
+            self._stamps.update(fresh)
+            return fresh.keys() - self.damaged.keys()
+
     def _scan(self, wanted: Sequence[str]) -> dict[str, int]:
         """{key: stamp} of all published cells."""
         if self.store.local:

@@ -131,6 +131,8 @@ class Store:
         self.local = isinstance(self.fs, LocalFileSystem)
         self.root = absolute(root) if self.local else root.rstrip("/")
         self.uri = self.root if self.local else uri if address != uri else self.fs.unstrip_protocol(self.root)
+        # s3fs asks for an object's size first, to read large ones in several requests; here most are small
+        self._in_one = {"max_concurrency": 1} if "s3" in self.fs.protocol else {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Store, (self.uri,)
@@ -195,7 +197,7 @@ class Store:
         """Bytes of a file; raises FileNotFoundError, and UserError for a link that leads out of its folder."""
         if self.local:
             return Path(self._linked(name)).read_bytes()
-        return self.fs.cat_file(self.path(name))
+        return self.fs.cat_file(self.path(name), **self._in_one)
 
     def _linked(self, name: str) -> str:
         """Path of a local file, whose links stay in the folder of the root that it is in."""
@@ -251,9 +253,18 @@ class Store:
 
     @_request
     def exists(self, name: str) -> bool:
-        """Whether the file exists now (directory caches are bypassed)."""
-        self.fs.invalidate_cache()
-        return self.fs.exists(self.path(name))
+        """Whether the file exists now (directory caches are bypassed).
+
+        It is small, so that on an object store reading it costs least: for one that is missing, the library's own look
+        takes a HEAD and, since it might be a folder, a LIST.
+        """
+        if self.local:
+            return self.fs.exists(self.path(name))
+        try:
+            self.fs.cat_file(self.path(name), **self._in_one)
+        except FileNotFoundError:
+            return False
+        return True
 
     @_request
     def modified(self, name: str) -> float:

@@ -1,4 +1,4 @@
-"""The three sweeps at tiny size, their undisturbed results, and what must hold after any fault."""
+"""Three sweeps at tiny size and the toy of the tests, their undisturbed results, and what must hold after any fault."""
 
 from __future__ import annotations
 
@@ -24,18 +24,20 @@ class Tiny:
 
     name: str
     arguments: tuple[str, ...]
+    module: str = ""
 
     @property
     def script(self) -> str:
         return f"{self.name}.py"
 
     @property
-    def module(self) -> str:
-        return f"sweeps.{self.name}"
+    def home(self) -> str:
+        """The module that holds SWEEP."""
+        return self.module or f"sweeps.{self.name}"
 
     def ledger(self, storage: str) -> Ledger:
         """The ledger of launches on `storage`."""
-        return Ledger(storage, self.name, importlib.import_module(self.module).SWEEP.version)
+        return Ledger(storage, self.name, importlib.import_module(self.home).SWEEP.version)
 
 
 def proxy_gap(sources: Path, **changes: object) -> Tiny:
@@ -92,10 +94,17 @@ def codec_lm(sources: Path, **changes: object) -> Tiny:
     return Tiny("codec_lm", ("--preset", "local", *settings(**grid | changes)))
 
 
+def toy(sources: Path, **changes: object) -> Tiny:
+    """Twelve squares, a pack each: for faults that have to do with the machinery alone."""
+    grid: dict[str, object] = {"n": ",".join(map(str, range(12))), "pack_size": 1, "max_retries": 9}
+    return Tiny("toy", tuple(settings(**grid | changes)), "toy_sweep")
+
+
 SWEEPS: dict[str, Callable[..., Tiny]] = {
     "proxy_gap": proxy_gap,
     "odor_topology": odor_topology,
     "codec_lm": codec_lm,
+    "toy": toy,
 }
 
 

@@ -24,7 +24,7 @@ class Warm:
 
     def __init__(self, root: Path, cache: Path) -> None:
         here = Path(__file__).parent
-        path = os.pathsep.join([str(root), str(here), str(here / "site")])
+        path = os.pathsep.join([str(root), str(here), str(here / "site"), str(root / "tests" / "sweeps")])
         env = os.environ | {"PYTHONPATH": path, "PLUMBLINE_CACHE": str(cache)}
         env |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         for name in ("PLUMBLINE_FAULTS", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
@@ -46,14 +46,21 @@ class Warm:
         return json.loads(self._process.stdout.readline())
 
     def start(
-        self, folder: Path, module: str, arguments: Sequence[str], plan: Path, out: Path, lease: float = 0.0
+        self,
+        folder: Path,
+        module: str,
+        arguments: Sequence[str],
+        plan: Path,
+        out: Path,
+        lease: float = 0.0,
+        cpus: int = 1,
     ) -> int:
         """Fork a launch that runs in `folder` with the faults of `plan`; returns its process id.
 
-        lease: seconds that a lease lasts; 0: as long as ever.
+        lease: seconds that a lease lasts; 0: as long as ever. cpus: of the machine that it takes itself to be on.
         """
         order = {"folder": str(folder), "module": module, "arguments": list(arguments), "plan": str(plan)}
-        return self._ask(do="start", out=str(out), lease=lease, **order)
+        return self._ask(do="start", out=str(out), lease=lease, cpus=cpus, **order)
 
     def wait(self, pid: int, seconds: float) -> int:
         """Exit code, or minus the signal that ended it; a launch that takes longer is killed and gives -1000."""
@@ -84,18 +91,28 @@ class Bench:
         """The ledger of the launches."""
         return self.tiny.ledger(self.storage)
 
-    def start(self, *faults: Fault, clock: float = 0.0, uri: str = "", lease: float = 0.0) -> int:
-        """Start a launch with these faults armed; returns its process id."""
+    def start(
+        self,
+        *faults: Fault,
+        clock: float = 0.0,
+        uri: str = "",
+        lease: float = 0.0,
+        cpus: int = 1,
+        more: Sequence[str] = (),
+    ) -> int:
+        """Start a launch with these faults armed and `more` arguments; returns its process id."""
         self.launches.arm(*faults, clock=clock, roots=[Path(self.storage.removeprefix("objects://"))])
         self.count += 1
-        arguments = [*self.tiny.arguments, "--storage", self.storage, "--tracking-uri", uri or self.uri]
+        arguments = [*self.tiny.arguments, "--storage", self.storage, "--tracking-uri", uri or self.uri, *more]
         return self.warm.start(
-            self.folder, self.tiny.module, arguments, self.launches.plan, self._out(self.count), lease
+            self.folder, self.tiny.home, arguments, self.launches.plan, self._out(self.count), lease, cpus
         )
 
-    def launch(self, *faults: Fault, clock: float = 0.0, uri: str = "", seconds: float = PATIENCE) -> int:
+    def launch(
+        self, *faults: Fault, uri: str = "", seconds: float = PATIENCE, cpus: int = 1, more: Sequence[str] = ()
+    ) -> int:
         """Launch with these faults armed; returns the exit code, or minus the signal that ended it."""
-        return self.wait(self.start(*faults, clock=clock, uri=uri), seconds)
+        return self.wait(self.start(*faults, uri=uri, cpus=cpus, more=more), seconds)
 
     def wait(self, pid: int, seconds: float = PATIENCE) -> int:
         return self.warm.wait(pid, seconds)

@@ -82,7 +82,7 @@ def _launch(order: dict[str, Any]) -> int:
         Claims.__init__.__defaults__ = (order["lease"],)  # type: ignore[misc]
     _announce_calls()
     faultpoints.arm(order["plan"])
-    machine = Machine(nodes=1, cpus=1, gpus=0, memory_bytes=8 * 2**30, hardware="a machine of the tests")
+    machine = Machine(nodes=1, cpus=order["cpus"], gpus=0, memory_bytes=8 * 2**30, hardware="a machine of the tests")
     _launch.connect = lambda *a: machine  # type: ignore[assignment]
     _launch.run_packs = _in_process  # type: ignore[assignment]
     return _launch.main(order["module"], order["arguments"])

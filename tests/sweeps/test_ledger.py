@@ -171,7 +171,7 @@ def test_a_server_that_is_away_is_the_storages_fault_not_the_cells(
 
     requests = []
     get = lost_s3.fs.cat_file
-    monkeypatch.setattr(lost_s3.fs, "cat_file", lambda path: requests.append(path) or get(path))
+    monkeypatch.setattr(lost_s3.fs, "cat_file", lambda path, **how: requests.append(path) or get(path, **how))
     with pytest.raises(OSError, match="Could not connect to the endpoint") as away:
         lost_s3.read("a")
     assert len(requests) == 5

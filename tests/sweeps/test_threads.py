@@ -1,0 +1,25 @@
+"""Threads by default: they follow from the whole plan, so that an interrupted run goes on with as many as before."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+
+import pytest
+
+from sweeps._where import Machine, RunSettings
+
+
+@pytest.mark.parametrize("cpus", [2, 16])
+@pytest.mark.parametrize("name", ["codec_lm", "memory_cache", "proxy_gap"])
+def test_the_last_missing_cell_gets_as_many_threads_as_all(name: str, cpus: int) -> None:
+    """Before, the last of 16 processors' cells got 16 threads where each had had one."""
+    sweep = importlib.import_module(f"sweeps.{name}").SWEEP
+    preset = sweep.presets[sweep.default_preset]
+    machine = Machine(nodes=1, cpus=cpus, gpus=0, memory_bytes=64 * 2**30, hardware="simulated")
+    cells = sweep.plan(preset)
+    run = replace(RunSettings(), threads=sweep.threads(cells, preset, machine, RunSettings()))
+    whole = {pack.cpus for pack in sweep.pack(cells, preset, machine, run)}
+    last = {pack.cpus for pack in sweep.pack(cells[-1:], preset, machine, run)}
+    assert whole == last
+    assert len(whole) == 1
