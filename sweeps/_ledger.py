@@ -143,7 +143,7 @@ class Ledger:
 
     def _meta(self, key: str) -> tuple[str, dict[str, Any]]:
         """(folder of the cell's files, cell.json); raises FileNotFoundError, DamagedCell."""
-        marker = self.store.marker(key)
+        marker = self._marker(key)
         attempt = marker.get("attempt", "")
         if not isinstance(attempt, str):
             raise damaged(key, self.store.uri, MARKER, f"names no attempt ({attempt!r})")
@@ -155,6 +155,13 @@ class Ledger:
         for name in meta.get("files", ()):
             checked(name, f"cell {key} of {self.store.uri}")
         return home, meta
+
+    def _marker(self, key: str) -> dict[str, Any]:
+        """What the cell's marker says; raises FileNotFoundError, DamagedCell."""
+        try:
+            return self.store.marker(key)
+        except ValueError as error:
+            raise damaged(key, self.store.uri, MARKER, "is no JSON object") from error
 
     def _raise_for(self, key: str, name: str, fault: str) -> None:
         if fault:
@@ -214,7 +221,7 @@ class Ledger:
         def look(key: str) -> None:
             try:
                 home, meta = self._meta(key)
-                text = _text_in(self.store.marker(key))
+                text = _text_in(self._marker(key))
                 for name in self._names(key, home, meta):
                     data = self._checked_file(key, home, meta, name)
                     if name == "cell.json" and text is not None:

@@ -67,11 +67,12 @@ def test_a_hostile_ledger(
     elif kind == "absolute name":
         payload.write_text("payload")
     fresh_mlflow(here, database)
-    for more in ((), ("--report",), ("--retry-failed",)):
+    for more, if_link in (((), 0), (("--report",), 0), (("--retry-failed",), 2)):
         code = here.launch(more=more)
         told = here.output()
         assert "Traceback" not in told, told
-        assert (code, key in told) == (2, True) or (kind, code) == ("link", 0 if more == ("--report",) else 1), told
+        assert code == (if_link if kind == "link" else 2), told
+        assert key in told or (kind, more) == ("link", ("--report",)), told  # a report reads none of such files
     with pytest.raises(UserError, match=r"leads out of|could lead out of"):
         results(here.ledger)
     assert victim.exists() == (kind == "link"), "a file of the reader was written"
@@ -94,7 +95,7 @@ def flip(path: Path) -> None:
 
 
 DAMAGE = (
-    (MARKER, cut, "cell.json is"),  # which carries cell.json
+    (MARKER, cut, f"{MARKER} is no JSON object"),
     ("rows.parquet", cut, "rows.parquet has"),
     ("rows.parquet", flip, "rows.parquet has other bytes"),
     ("rows.parquet", os.unlink, "rows.parquet is missing"),
@@ -118,7 +119,7 @@ def test_damaged_files(
     fresh_mlflow(here, database)
     code = here.launch()
     told = here.output()
-    assert code == (0 if index else 1), told
+    assert code == 1, told
     for key, (_, _, fault) in keys.items():
         assert any(key in line and fault in line and "--retry-failed" in line for line in told.splitlines()), told
     assert "Traceback" not in told
@@ -154,7 +155,7 @@ def test_default_threads(bench: MakeBench, reference: References, survived: Surv
     lost = min(expected)
     shutil.rmtree(Path(here.ledger.store.root, lost))
     assert here.launch(cpus=2) == 0, here.output()
-    assert "threads" not in here.output()
+    assert "rounding" not in here.output()
     here.check(reference("codec_lm"))
     survived.add("finished cell lost", "its folder is removed from a run of default settings", "codec_lm")
 
@@ -226,7 +227,7 @@ def test_idle_processes_leave_the_storage_alone(bench: MakeBench, reference: Ref
     working, first = here.start(notes, last), here.launches.plan
     wait_for(lambda: any(hit.startswith("slow") for hit in hits(first)))
     waiting, second = here.start(notes), here.launches.plan
-    wait_for(lambda: "waiting" in here.output())
+    wait_for(lambda: hits(second) and "waiting" in here.output())
     time.sleep(0.5)
     before = [len(hits(plan)) for plan in (first, second)]
     time.sleep(6.0)

@@ -184,6 +184,7 @@ def damage(ledger: Ledger, key: str, name: str, data: bytes | None) -> None:
         ("rows.parquet", b"PAR1 cut", "rows.parquet has 8 bytes instead of"),
         ("rows.parquet", None, "rows.parquet is missing"),
         (MARKER, b'{"last": {"cell.json": "{"}}', "cell.json is no JSON object"),
+        (MARKER, b'{"last": {"cell.', "_PUBLISHED is no JSON object"),
     ],
 )
 def test_a_damaged_cell_is_named_counted_as_failed_and_computed_again(
