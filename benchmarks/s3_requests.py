@@ -78,14 +78,15 @@ def in_process(*arguments: Any) -> dict[str, str]:
     def report(result: dict[str, Any]) -> None:
         published(result["progress"].get("keys", []))
 
+    run_pack: Callable[..., None] = run_one
     if len(arguments) == 4:
         job, queue = arguments[:2]
         while (pack := queue.next()) is not None:
-            run_one(job, pack, report)
+            run_pack(job, pack, report)
     else:
         module, packs, preset, run, storage, fingerprints, launch = arguments[:7]
         for pack in packs:
-            run_one(module, pack, preset, run, storage, fingerprints, launch, report)
+            run_pack(module, pack, preset, run, storage, fingerprints, launch, report)
     return {}
 
 
@@ -113,13 +114,14 @@ def launch(
 
 
 def per_cell(storage: str, folder: Path) -> dict[str, dict[str, float]]:
-    """{what a launch did: {request: number per cell}}."""
+    """{what a launch did: {request: number per cell}}; each pack looks once whether it should stop."""
     out: dict[str, dict[str, float]] = {}
     first, again = dict[int, Counter[str]](), dict[int, Counter[str]]()
-    for cells in SIZES:
-        place = f"{storage}/{cells}"
-        first[cells] = launch(place, folder, cells)
-        again[cells] = launch(place, folder, cells)
+    with mock.patch("sweeps._stop.POLL_SECONDS", 3600.0):
+        for cells in SIZES:
+            place = f"{storage}/{cells}"
+            first[cells] = launch(place, folder, cells)
+            again[cells] = launch(place, folder, cells)
     small, large = SIZES
     for name, counts in (("computed, published, copied to MLflow", first), ("the same command again", again)):
         kinds = sorted(counts[small] | counts[large])
@@ -195,7 +197,7 @@ def driver(storage: str, folder: Path, seconds: float, *, others: bool) -> dict[
 
 
 def idle(storage: str, folder: Path, seconds: float) -> dict[str, dict[str, float]]:
-    """{process: {request: number per second}}; the threads that commit 3342e6e left are ended in between."""
+    """{process: {request: number per second}}; packs are run last, since those of commit 3342e6e leave threads."""
     out = {
         "worker whose pack computes": watchers(f"{storage}/a", seconds, ["launch"]),
         "worker of Ray Train that computes": watchers(f"{storage}/b", seconds, ["launch", "launch-pack"]),

@@ -23,6 +23,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sweeps._names import checked
 from sweeps._storage import Store
 from sweeps._sweep import PublishedCell
 
@@ -174,7 +175,7 @@ class Index:
         for name, rows in places.items():
             try:
                 data = self.store.read(f"{FOLDER}/{name}")
-                tables.append(pq.read_table(io.BytesIO(data), schema=_SCHEMA).take(sorted(rows)))
+                tables.append(pq.read_table(io.BytesIO(data), schema=_SCHEMA).take(pa.array(sorted(rows), pa.int64())))
             except _FAULTS:
                 continue
         base = f"{FOLDER}/{self.generation + 1:06d}-base.parquet"
@@ -242,7 +243,7 @@ def _cells(batch: pa.RecordBatch, uri: str) -> Iterable[PublishedCell]:
         meta = {**json.loads(record["own"]), **commons[record["common"]]}
         key = record["key"]
         attempt = meta.get("attempt")
-        home = f"{uri}/{key}/{attempt}" if attempt else f"{uri}/{key}"
+        home = f"{uri}/{key}/{checked(attempt, f'cell {key} of {uri}')}" if attempt else f"{uri}/{key}"
         yield PublishedCell(
             key, meta["identity"], frame(pa.Table.from_batches([rows])), tuple(record["files"]), home, meta
         )

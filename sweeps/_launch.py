@@ -140,7 +140,8 @@ class _Launch:
                 lines, _ = self._report(Path(made))
             for line in lines:
                 print(line)
-            return 0 if len(self.done) == len(self.cells) else 1
+            self._print_failures()
+            return 0 if self._whole else 1
         return self._execute()
 
     def _print_plan(self) -> None:
@@ -293,12 +294,9 @@ class _Launch:
             board.forget()
             board.already(len(self.done))
             board.close()
-        whole = len(self.done) == len(self.cells)
-        status = "FINISHED" if whole else "KILLED" if interrupted else "FAILED"
-        metrics = self._metrics(started)
         if interrupted and self.stopper.terminated:  # SIGKILL follows soon: others may go on at once
             claims.release()
-            tracker.leave(status, metrics, _LEAVE_SECONDS)
+            tracker.leave(self._status(interrupted), self._metrics(started), _LEAVE_SECONDS)
             self._close([_LEFT_OUT], tracker, False, started)
             raise KeyboardInterrupt
         with contextlib.suppress(OSError):  # the index only saves reading
@@ -307,13 +305,21 @@ class _Launch:
         tracker.want(sorted(self.done))
         with tempfile.TemporaryDirectory(prefix="plumbline-report-") as made:
             lines, files = self._report(Path(made)) if self.done else ([], [])
-            synced = tracker.finish(status, metrics, files)
+            synced = tracker.finish(self._status(interrupted), self._metrics(started), files)
         self._close(lines, tracker, synced, started)
         if interrupted:
             raise KeyboardInterrupt
         if trouble is not None:
             raise trouble
-        return 0 if whole else 1
+        return 0 if self._whole else 1
+
+    @property
+    def _whole(self) -> bool:
+        return len(self.done) == len(self.cells)
+
+    def _status(self, interrupted: bool) -> str:
+        """What the launch's run in MLflow says of its end."""
+        return "FINISHED" if self._whole else "KILLED" if interrupted else "FAILED"
 
     def _work(self, fingerprints: dict[str, str], claims: Claims, tracker: Tracker, board: Board) -> None:
         """Rounds of work until nothing is left that this launch could do or wait for."""
@@ -422,8 +428,12 @@ class _Launch:
 
     def _report(self, made: Path) -> tuple[list[str], list[Path]]:
         """Write the report into an empty folder and put it in place; returns (lines for the screen, its files)."""
-        keys = [key for key in self.by_key if key in self.done]
-        lines = self.sweep.report(self.ledger.read_many(keys), self.arguments.preset, self.preset, made)
+        cells = self.ledger.sound(key for key in self.by_key if key in self.done)
+        keys = [cell.key for cell in cells]
+        self.done = set(keys)  # without what was found damaged
+        if not cells:
+            return ["report       left out: no cell can be read"], []
+        lines = self.sweep.report(cells, self.arguments.preset, self.preset, made)
         if len(keys) < len(self.whole):
             say_partial(made / "report.md", len(keys), len(self.whole))
             lines = [*lines, f"partial      {len(keys)} of {len(self.whole)} planned cells"]
@@ -440,13 +450,16 @@ class _Launch:
             print(f"MLflow       {uri}" + ("" if uri.startswith("http") else "   (make ui opens it)"))
             if self.done:
                 print(f"compare      {tracker.compare_link([k for k in self.by_key if k in self.done])}")
-        varying, _ = _fields(self.cells)
-        for key, record in self.ledger.failures(set(self.by_key) - self.done).items():
-            where = "".join(f" {n}={v}" for n, v in self.by_key[key].identity().items() if n in varying)
-            print(f"failed       {key}{where}: {record.get('error')}", file=sys.stderr)
+        self._print_failures()
         print(f"cells        {len(self.done)}/{len(self.cells)} published in {duration(time.monotonic() - started)}")
         if len(self.done) < len(self.cells):
             print("             run the same command to continue; --retry-failed repeats failed cells", file=sys.stderr)
+
+    def _print_failures(self) -> None:
+        varying, _ = _fields(self.cells)
+        for key, record in self.ledger.failures(self.by_key.keys() - self.done).items():
+            where = "".join(f" {n}={v}" for n, v in self.by_key[key].identity().items() if n in varying)
+            print(f"failed       {key}{where}: {record.get('error')}", file=sys.stderr)
 
 
 class _Watch:

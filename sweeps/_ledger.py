@@ -233,6 +233,22 @@ class Ledger:
 
         self._each(look, keys)
 
+    def sound(self, keys: Iterable[str]) -> list[PublishedCell]:
+        """`read_many` of the cells whose rows can be read; the others are noted in `damaged`."""
+        wanted = list(keys)
+
+        def look(key: str) -> None:
+            try:
+                self.read(key)
+            except DamagedCell as damage:
+                self.damaged[key] = damage
+
+        try:
+            return self.read_many(wanted)
+        except DamagedCell:
+            self._each(look, wanted)
+        return self.read_many(key for key in wanted if key not in self.damaged)
+
     def read_many(self, keys: Iterable[str]) -> list[PublishedCell]:
         """Published cells in the order of `keys`: from the index, or by a pool of threads where it lacks them."""
         wanted = list(keys)

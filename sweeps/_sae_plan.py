@@ -110,7 +110,7 @@ def make_packs(cells: Sequence[SAECell], machine: Machine, run: RunSettings) -> 
             break
         together = abreast
     if machine.gpus:
-        cpus = run.threads or max(1, machine.cpus // machine.gpus)
+        cpus = threads(cells, machine, run)
     else:
         cpus = run.threads or _threads(cores, abreast, held=max(together, int(free // max(sizes))))
     return [
@@ -123,6 +123,13 @@ def make_packs(cells: Sequence[SAECell], machine: Machine, run: RunSettings) -> 
         )
         for i, (part, size) in enumerate(zip(parts, sizes, strict=True))
     ]
+
+
+def threads(planned: Sequence[SAECell], machine: Machine, run: RunSettings) -> int:
+    """CPU threads of a pack when all these cells are planned: a GPU's share, else as memory lets packs run at once."""
+    if run.threads or machine.gpus:  # known without packing, which takes long for a hundred thousand cells
+        return run.threads or max(1, machine.cpus // machine.gpus)
+    return int(make_packs(planned, machine, run)[0].cpus)
 
 
 def _placed(cores: int, cpus: int) -> int:

@@ -262,7 +262,9 @@ class ProxyGap:
         return make_packs([c for c in cells if isinstance(c, SAECell)], machine, run)
 
     def threads(self, planned: Sequence[Cell], preset: Grid, machine: Machine, run: RunSettings) -> int:
-        return int(self.pack(planned, preset, machine, run)[0].cpus)
+        from sweeps._sae_plan import threads
+
+        return threads([c for c in planned if isinstance(c, SAECell)], machine, run)
 
     def run(self, pack: Pack, preset: Grid, context: Any) -> None:
         from sweeps._sae_grid import train_pack

@@ -218,6 +218,23 @@ def test_a_changed_file_is_found_on_read_and_by_the_check_although_the_index_kno
     assert set(ledger.damaged) == {bad, Point(x=2).key}
 
 
+def test_a_damaged_cell_is_left_out_of_a_report(storage: str) -> None:
+    ledger = ledger_of(storage, *range(3))
+    bad = Point(x=1).key
+    damage(ledger, bad, "rows.parquet", b"PAR1")
+    keys = [Point(x=x).key for x in range(3)]
+    assert [cell.key for cell in ledger.sound(keys)] == [keys[0], keys[2]]
+    assert set(ledger.damaged) == {bad}
+
+
+def test_an_index_file_of_a_cell_that_was_taken_away_alone(tmp_path: Path) -> None:
+    ledger = ledger_of(str(tmp_path), 1)
+    ledger.compact(ledger.done())
+    shutil.rmtree(tmp_path / "points" / "1" / Point(x=1).key)
+    ledger.compact((), [Point(x=1).key])
+    assert not ledger.index.entries
+
+
 def test_a_ledger_from_before_markers_had_a_content_is_read_and_continued(storage: str) -> None:
     ledger = ledger_of(storage, 1)
     key = Point(x=1).key
