@@ -131,6 +131,7 @@ class Claims:
         self._renewed, self._lapses = _now(), 0
         self._stored: float | None = None  # when the lease was last written, by the storage's clock
         self._moment = self._renewed, 0.0  # a moment by the own clock, and no later than it by the storage's
+        self._far: dict[str, dict[str, Any]] = {}  # leases of other machines, of which only the time stamps change
         self._renew()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
         self._thread.start()
@@ -167,7 +168,7 @@ class Claims:
         """Whether that launch still holds its lease; a launch that released its own takes every other for alive."""
         if self._stop.is_set():
             return True  # it has no stamp of its own to compare with, and must not make one again
-        lease = self.store.read_json(_lease(launch_id))
+        lease = self._far.get(launch_id) or self.store.read_json(_lease(launch_id))
         if lease is None:
             return False
         if (runs := _process_runs(lease)) is not None:
@@ -181,6 +182,9 @@ class Claims:
             return False
         except NotImplementedError:  # the storage gives no times: the machines' clocks must do
             age = time.time() - lease["unix"]
+        else:
+            if lease["machine"] != _boot_id():
+                self._far[launch_id] = lease
         return bool(age <= lease.get("seconds", LEASE_SECONDS))
 
     def claim(

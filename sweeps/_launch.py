@@ -38,7 +38,7 @@ from sweeps._sweep import Cell, Pack, Sweep, UserError, apply_settings, nearest
 from sweeps._track import Tracker, default_uri, normal_uri, sqlite_file
 from sweeps._where import Machine, RunSettings, check_folder, connect, git_commit, normal_storage, prepare_process
 
-_WAIT_SECONDS = 3.0  # before the ledger is looked at again for the cells of other launches
+_WAIT_SECONDS = 4.0  # before the ledger is looked at again for the cells of other launches
 _WAIT_SHARE = 20  # ... and at least so many times what the last look took
 _INDEX_SECONDS = 30.0
 _LEAVE_SECONDS = 5.0  # that a launch which got SIGTERM gives MLflow

@@ -17,12 +17,14 @@ import pytest
 
 from sweeps import _launch, _where
 from sweeps._address import Address
+from sweeps._claims import Claims
 from sweeps._ledger import Ledger
 from sweeps._pack_queue import Queue
 from sweeps._report_folder import say_partial
 from sweeps._sweep import Row, UserError
-from sweeps._where import Machine, connect
+from sweeps._where import Machine, RunSettings, connect
 from tests.sweeps.mlflow_runs import runs_of_cells
+from tests.sweeps.toy_sweep import Square, Toy, ToySweep
 
 TOY = Path(__file__).with_name("toy_sweep.py")
 
@@ -180,6 +182,28 @@ def test_two_launches_share_one_ledger(tmp_path: Path) -> None:
     assert all("6/6 published" in out for out, _ in outs)
     assert tries(tmp_path) == dict.fromkeys(range(1, 7), 1)
     assert cell_runs(f"sqlite:///{tmp_path}/runs/mlflow.db") == ["1", "2", "3", "4", "5", "6"]
+
+
+@pytest.mark.parametrize("moment", ["while the first computes", "when it has ended"])
+def test_a_second_launch_with_other_data_is_refused(tmp_path: Path, moment: str) -> None:
+    """A process of its own, which ends before Ray starts; the first launch is played here."""
+    ledger = Ledger(str(tmp_path / "runs" / "ledger"), "toy", "1")
+    cells = [Square(n=n) for n in Toy().n]
+    prints = {cell.key: ToySweep().fingerprint(cell, Toy(salt="first"), RunSettings()) for cell in cells}
+    claims = Claims(ledger.store)
+    try:
+        claims.claim(prints, fingerprints=prints)
+        if moment == "when it has ended":
+            for cell in cells:
+                ledger.publish(cell, [Row("square", 777.0)], {}, {"fingerprint": prints[cell.key]})
+        second = toy(tmp_path, "--set", "salt=second")
+    finally:
+        claims.release()
+    assert second.returncode == 2, second.stderr
+    assert "Traceback" not in second.stderr
+    assert ("from other code or data" if "computes" in moment else "has fingerprint") in second.stderr
+    assert "sum" not in second.stdout
+    assert not list(tmp_path.rglob("report.md"))
 
 
 def test_bad_arguments_are_one_line_and_start_nothing(tmp_path: Path, main: Main) -> None:
