@@ -41,10 +41,10 @@ CONFIG ?= cluster.yaml
 TIMEOUT ?= 1800
 
 cluster-up: $(READY)
-	$(PY) -m sweeps._cluster up --config $(CONFIG) --timeout $(TIMEOUT)
+	$(PY) -m sweeps.launch.pods up --config $(CONFIG) --timeout $(TIMEOUT)
 
 cluster-down: $(READY)
-	$(PY) -m sweeps._cluster down --config $(CONFIG)
+	$(PY) -m sweeps.launch.pods down --config $(CONFIG)
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache

@@ -71,7 +71,7 @@ def server() -> Iterator[str]:
 
 def in_process(*arguments: Any) -> dict[str, str]:
     """Stands in for `run_packs`, of this state of the code and of commit 3342e6e: the packs one by one, here."""
-    from sweeps._execute import run_one
+    from sweeps.launch.tune import run_one
 
     published = arguments[-1]
 
@@ -94,21 +94,21 @@ def launch(
     storage: str, folder: Path, cells: int, packs: Callable[..., dict[str, str]] = in_process, code: int = 0
 ) -> Counter[str]:
     """One launch of the toy sweep, which ends with exit code `code`; returns its requests."""
-    from sweeps import _launch
-    from sweeps._where import Machine
+    from sweeps.core.machine import Machine
+    from sweeps.launch import command as command_module
 
     machine = Machine(nodes=1, cpus=1, gpus=0, memory_bytes=2**33, hardware="a simulated machine")
     grid = [f"n={','.join(map(str, range(cells)))}", "pack_size=1"]
     arguments = ["--storage", storage, "--tracking-uri", f"sqlite:///{folder}/mlflow.db"]
-    if "--report-dir" in _launch.parser(importlib.import_module("toy_sweep").SWEEP).format_help():
+    if "--report-dir" in command_module.parser(importlib.import_module("toy_sweep").SWEEP).format_help():
         arguments += ["--report-dir", str(folder)]
     before = Counting.counts.copy()
     with (
-        mock.patch.object(_launch, "connect", return_value=machine),
-        mock.patch.object(_launch, "run_packs", packs),
+        mock.patch.object(command_module, "connect", return_value=machine),
+        mock.patch.object(command_module, "run_packs", packs),
         contextlib.redirect_stdout(io.StringIO()),
     ):
-        ended = _launch.main("toy_sweep", [*arguments, *(text for s in grid for text in ("--set", s))])
+        ended = command_module.main("toy_sweep", [*arguments, *(text for s in grid for text in ("--set", s))])
     assert ended == code, f"exit code {ended}"
     return Counting.counts - before
 
@@ -117,7 +117,7 @@ def per_cell(storage: str, folder: Path) -> dict[str, dict[str, float]]:
     """{what a launch did: {request: number per cell}}; each pack looks once whether it should stop."""
     out: dict[str, dict[str, float]] = {}
     first, again = dict[int, Counter[str]](), dict[int, Counter[str]]()
-    with mock.patch("sweeps._stop.POLL_SECONDS", 3600.0):
+    with mock.patch("sweeps.launch.stop.POLL_SECONDS", 3600.0):
         for cells in SIZES:
             place = f"{storage}/{cells}"
             first[cells] = launch(place, folder, cells)
@@ -134,8 +134,8 @@ def checkpoint(storage: str) -> dict[str, float]:
     """Requests of one save that replaces an older one."""
     import torch
 
-    from sweeps._context import WorkStore
-    from sweeps._storage import Store
+    from sweeps.ledger.checkpoints import WorkStore
+    from sweeps.ledger.storage import Store
 
     work = WorkStore(Store(storage))
     work.save("cell", 1, {"w": torch.zeros(8)})
@@ -155,8 +155,8 @@ def rate(seconds: float) -> dict[str, float]:
 
 def watchers(storage: str, seconds: float, flags: Sequence[str]) -> dict[str, float]:
     """Requests per second of a worker whose pack computes and looks for these flags."""
-    from sweeps._stop import StopFlag
-    from sweeps._storage import Store
+    from sweeps.launch.stop import StopFlag
+    from sweeps.ledger.storage import Store
 
     flag = StopFlag(Store(storage), flags)
     flag.raised()
@@ -169,9 +169,9 @@ def watchers(storage: str, seconds: float, flags: Sequence[str]) -> dict[str, fl
 
 def driver(storage: str, folder: Path, seconds: float, *, others: bool) -> dict[str, float]:
     """Requests per second of a launch whose packs compute, or which waits for the cells of another launch."""
-    from sweeps._claims import Claims
-    from sweeps._ledger import Ledger
-    from sweeps._sweep import Cell
+    from sweeps.core.cells import Cell
+    from sweeps.ledger.claims import Claims
+    from sweeps.ledger.ledger import Ledger
 
     found: dict[str, float] = {}
 

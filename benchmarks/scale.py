@@ -31,10 +31,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks._object_store import ModelStore
-from sweeps._claims import Claims
-from sweeps._ledger import Ledger, rows_to_parquet
-from sweeps._storage import MARKER, facts_of, marker_bytes
-from sweeps._sweep import Cell, Row, digest
+from sweeps.core.cells import Cell, Row, digest
+from sweeps.ledger.claims import Claims
+from sweeps.ledger.ledger import Ledger, rows_to_parquet
+from sweeps.ledger.storage import MARKER, facts_of, marker_bytes
 
 SIZES = (1000, 3000, 10_000, 30_000, 100_000)
 NODES, GPUS_A_NODE = 1000, 8
@@ -108,8 +108,8 @@ def fill(ledger: Ledger, cells: Sequence[Point]) -> None:
 
 def plan(n: int, folder: Path) -> dict[str, Any]:
     """`--plan` of the proxy gap on a cluster of 1,000 nodes, screen output included."""
-    from sweeps import _launch
-    from sweeps._where import Machine
+    from sweeps.core.machine import Machine
+    from sweeps.launch import command as command_module
 
     cluster = Machine(
         nodes=NODES, cpus=NODES * 64, gpus=NODES * GPUS_A_NODE, memory_bytes=512 * 2**30, hardware="simulated"
@@ -119,7 +119,7 @@ def plan(n: int, folder: Path) -> dict[str, Any]:
     arguments = ["--plan", "--preset", "fast2", "--storage", str(folder / "empty")]
     arguments += [text for setting in settings for text in ("--set", setting)]
     with mock.patch.object(Machine, "here", return_value=cluster), contextlib.redirect_stdout(io.StringIO()) as out:
-        code = _launch.main("sweeps.proxy_gap", arguments)
+        code = command_module.main("sweeps.proxy_gap", arguments)
     assert code == 0
     lines = out.getvalue().splitlines()
     return {"cells": sum("  to do  " in line for line in lines)}
@@ -200,7 +200,7 @@ def mlflow_server(n: int, folder: Path) -> dict[str, Any]:
 
 
 def _track(n: int, folder: Path, uri: str) -> dict[str, Any]:
-    from sweeps._track import Tracker
+    from sweeps.launch.tracking import Tracker
 
     ledger = Ledger(str(folder / f"track{n}"), "scale", "1")
     cells = cells_of(n)

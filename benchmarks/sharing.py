@@ -24,7 +24,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from sweeps._ledger import Ledger
+from sweeps.ledger.ledger import Ledger
 
 TOY = ROOT / "tests" / "sweeps" / "toy_sweep.py"
 TARGET = 0.6  # of one launch's time

@@ -27,8 +27,8 @@ from models.codec_lm import CodecLM
 from models.sampling import Sampling, generate
 from sweeps._codec_data import TokenSource
 from sweeps._codec_text import arm_name, given_texts
-from sweeps._sweep import digest
 from sweeps._train import autocast
+from sweeps.core.cells import digest
 
 if TYPE_CHECKING:
     from sweeps.codec_lm import LMCell, Study

@@ -13,7 +13,7 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from sweeps._codec_data import open_weights
-from sweeps._sweep import Cell, UserError
+from sweeps.core.cells import Cell, UserError
 
 if TYPE_CHECKING:
     from data.codec import Codec

@@ -17,8 +17,8 @@ from filelock import FileLock
 from data._content import file_sha256
 from data.split import identity_hash, side_of
 from sweeps._codec_own import codec_file
-from sweeps._sweep import UserError, digest
-from sweeps._where import user_cache
+from sweeps.core.cells import UserError, digest
+from sweeps.core.machine import user_cache
 
 if TYPE_CHECKING:
     from data.audio_io import AudioSet
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from data.melvq import MelVQ, MelVQSpec
     from data.pack import TokenClips
     from data.synthetic_speech import SpeechSpec
-    from sweeps._storage import Store
     from sweeps.codec_lm import LMCell, Study
+    from sweeps.ledger.storage import Store
 
 SYNTHETIC = "synthetic_speech"
 RECALL = "recall"

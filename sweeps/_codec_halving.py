@@ -15,9 +15,9 @@ from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from sweeps._context import PackContext
-from sweeps._stop import PackStopped
 from sweeps._train import AnomalyError
+from sweeps.launch.context import PackContext
+from sweeps.launch.stop import PackStopped
 
 if TYPE_CHECKING:
     from sweeps.codec_lm import HalvedCell

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data._atomic import write_whole
-from sweeps._storage import Facts, Store, facts_of
-from sweeps._sweep import UserError
+from sweeps.core.cells import UserError
+from sweeps.ledger.storage import Facts, Store, facts_of
 
 if TYPE_CHECKING:
     from data.melvq import MelVQ

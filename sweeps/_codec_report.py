@@ -23,8 +23,8 @@ from sweeps._codec_data import banner
 from sweeps._codec_text import NONE, RIGHT, arm_name, text_arm
 from sweeps._lm_plan import CURVE_CLIPS
 from sweeps._memory_health import with_recordings
-from sweeps._published import file_of, files_of, recorded, tables_of
-from sweeps._sweep import PublishedCell, UserError
+from sweeps.core.cells import PublishedCell, UserError
+from sweeps.ledger.published import file_of, files_of, recorded, tables_of
 
 if TYPE_CHECKING:
     from sweeps.codec_lm import Study

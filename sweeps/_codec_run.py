@@ -29,12 +29,12 @@ from sweeps._codec_checkpoint import checkpoint_facts
 from sweeps._codec_data import TokenSource, check_same_audio, open_source, unigram_nll
 from sweeps._codec_halving import compete
 from sweeps._codec_text import NO_TEXT, SHUFFLED, given_texts, shuffled_texts
-from sweeps._context import PackContext
 from sweeps._memory_health import EVAL_BATCH, LAYER, clip_table, gate_numbers, gate_table
-from sweeps._stop import PackStopped
-from sweeps._sweep import Row, UserError
 from sweeps._train import AnomalyError, Batch, Owner, Pace, StepStats, TrainConfig, Trainer, autocast, train
-from sweeps._world import World
+from sweeps.core.cells import Row, UserError
+from sweeps.core.world import World
+from sweeps.launch.context import PackContext
+from sweeps.launch.stop import PackStopped
 
 if TYPE_CHECKING:
     from sweeps.codec_lm import HalvedCell, LMCell, Study

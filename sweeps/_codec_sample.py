@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sweeps._codec_text import arm_name
-from sweeps._sweep import UserError
-from sweeps._where import prepare_process
+from sweeps.core.cells import UserError
+from sweeps.core.machine import prepare_process
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,8 +123,8 @@ def _texts(model: CodecLM, text: str | None, n: int) -> tuple[Texts | None, list
 
 def _bytes_of(place: str) -> tuple[bytes, str]:
     """(bytes of the checkpoint, its name): of a cell's folder on any storage, or of a bare file."""
-    from sweeps._ledger import Ledger
-    from sweeps._storage import Store
+    from sweeps.ledger.ledger import Ledger
+    from sweeps.ledger.storage import Store
 
     path = Path(place)
     if path.is_file():

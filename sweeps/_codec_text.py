@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sweeps._sweep import UserError
+from sweeps.core.cells import UserError
 
 if TYPE_CHECKING:
     import torch

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from sweeps._sweep import UserError, apply_settings, nearest
-from sweeps._where import RunSettings, connect, prepare_process
+from sweeps.core.cells import UserError, nearest
+from sweeps.core.machine import prepare_process
+from sweeps.core.settings import RunSettings, apply_settings
+from sweeps.launch.ray_session import connect
 
 if TYPE_CHECKING:
     from sweeps.codec_lm import Study

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sweeps._sweep import Cell, Pack, UserError, nearest
-from sweeps._where import Machine, RunSettings
+from sweeps.core.cells import Cell, Pack, UserError, nearest
+from sweeps.core.machine import Machine
+from sweeps.core.settings import RunSettings
 
 if TYPE_CHECKING:
     from sweeps.codec_lm import LMCell

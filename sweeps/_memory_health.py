@@ -15,8 +15,8 @@ from models.cache_health import GateSums
 from models.codec_lm import CodecLM
 from models.delay import training_pair
 from sweeps._codec_text import RIGHT, given_texts
-from sweeps._published import parquet_bytes
 from sweeps._train import autocast
+from sweeps.ledger.published import parquet_bytes
 
 LAYER = "layer"
 EVAL_BATCH = 8  # held-out clips scored at once; it decides their order too

@@ -12,8 +12,8 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sweeps._lm_plan import TokenStudy, columns
-from sweeps._sweep import UserError, nearest
 from sweeps.codec_lm import LMCell, Study
+from sweeps.core.cells import UserError, nearest
 
 if TYPE_CHECKING:
     from data.melvq import MelVQSpec

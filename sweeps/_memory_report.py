@@ -15,9 +15,9 @@ from sweeps._codec_data import PLANTED, RECALL, banner
 from sweeps._codec_report import final_scores, tokens_of_one_codec
 from sweeps._memory_health import with_recordings
 from sweeps._memory_plan import BASE, VARIABLES, Arm, CacheCell, CacheStudy, arms
-from sweeps._published import recorded, tables_of
-from sweeps._sweep import PublishedCell, UserError
 from sweeps._train import TrainConfig
+from sweeps.core.cells import PublishedCell, UserError
+from sweeps.ledger.published import recorded, tables_of
 
 _CURVES = ("val_nll", "gate_openness", "gate_cache_mass")
 

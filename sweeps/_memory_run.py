@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sweeps._codec_run import run_pack as run_codec_pack
-from sweeps._context import PackContext
 from sweeps._memory_plan import CacheCell, CacheStudy
+from sweeps.launch.context import PackContext
 
 
 def run_pack(cells: Sequence[CacheCell], study: CacheStudy, context: PackContext) -> None:

@@ -20,11 +20,11 @@ from analysis.variance import LAYER_COLUMNS, ControlledErrors, Controls, Varianc
 from data.pile import TokenStream
 from models.sae_io import save_saelens
 from models.topk_sae import TopKSAE, encoder
-from sweeps._context import PackContext
-from sweeps._published import parquet_bytes
 from sweeps._sae_text import TextCheck
 from sweeps._sae_tokens import kept_tokens, leaves_out
-from sweeps._sweep import Row, UserError
+from sweeps.core.cells import Row, UserError
+from sweeps.launch.context import PackContext
+from sweeps.ledger.published import parquet_bytes
 
 if TYPE_CHECKING:
     from models.host_lm import HostLM

@@ -21,14 +21,14 @@ import torch
 
 from data.pile import CorruptShard
 from models.topk_sae import SAEBank, SAEConfig, SparseTrainer
-from sweeps._context import PackContext
 from sweeps._sae_eval import Evaluation
 from sweeps._sae_sources import corrupt, open_lm, open_stream, trajectory_name
 from sweeps._sae_tokens import kept_tokens, leaves_out, replace_dropped
-from sweeps._stop import PackStopped
-from sweeps._storage import Store
-from sweeps._sweep import Row, UserError, digest
-from sweeps._where import hardware, user_cache
+from sweeps.core.cells import Row, UserError, digest
+from sweeps.core.machine import hardware, user_cache
+from sweeps.launch.context import PackContext
+from sweeps.launch.stop import PackStopped
+from sweeps.ledger.storage import Store
 
 if TYPE_CHECKING:
     from models.host_lm import HostLM

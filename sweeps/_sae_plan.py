@@ -8,10 +8,10 @@ from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from sweeps._board import duration
-from sweeps._execute import HEADROOM
-from sweeps._sweep import Estimate, Pack, UserError
-from sweeps._where import Machine, RunSettings
+from sweeps.core.cells import Estimate, Pack, UserError
+from sweeps.core.machine import HEADROOM, Machine
+from sweeps.core.settings import RunSettings
+from sweeps.launch.screen import duration
 
 if TYPE_CHECKING:
     from models.host_lm import HostLMSpec

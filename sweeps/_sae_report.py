@@ -14,9 +14,9 @@ from analysis.proxy_gap_report import measure, write_report
 from analysis.proxy_gap_variance import answer
 from analysis.variance import LAYER_COLUMNS
 from models.registry import HOST_LMS
-from sweeps._published import recorded, tables_of
 from sweeps._sae_sources import banner
-from sweeps._sweep import PublishedCell
+from sweeps.core.cells import PublishedCell
+from sweeps.ledger.published import recorded, tables_of
 
 if TYPE_CHECKING:
     from sweeps.proxy_gap import Grid

@@ -18,8 +18,9 @@ from data._listing import is_hidden, skipped_line
 from data.pile import EMBEDDED, PILE_HUB, CorruptShard, StreamUnavailable, TokenStream
 from models.registry import HOST_LMS
 from sweeps._sae_text import TextCheck
-from sweeps._sweep import UserError, digest
-from sweeps._where import RunSettings, user_cache
+from sweeps.core.cells import UserError, digest
+from sweeps.core.machine import user_cache
+from sweeps.core.settings import RunSettings
 
 if TYPE_CHECKING:
     from models.host_lm import HostLM

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from data.pile import HeldOutText, TokenStream
-from sweeps._sweep import UserError
+from sweeps.core.cells import UserError
 
 MOST_TRAINED_ON = 0.02
 """Share of held-out sequences that may stand in the training text word for word (two hundred rows of any large corpus

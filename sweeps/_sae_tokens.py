@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sweeps._sweep import UserError
+from sweeps.core.cells import UserError
 
 if TYPE_CHECKING:
     from sweeps.proxy_gap import SAECell

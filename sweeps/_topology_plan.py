@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from sweeps._sweep import Pack, UserError, nearest
 from sweeps._topology_sources import (
     METRICS,
     check_blanks,
@@ -20,7 +19,9 @@ from sweeps._topology_sources import (
     table_name,
     trained_on,
 )
-from sweeps._where import Machine, RunSettings
+from sweeps.core.cells import Pack, UserError, nearest
+from sweeps.core.machine import Machine
+from sweeps.core.settings import RunSettings
 from sweeps.odor_topology import NULLS, OBSERVED, STUDIES, Audit, DiagramCell, MemberCell, TopologyCell, UtilityCell
 
 FULL_TABLE = -1

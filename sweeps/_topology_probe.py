@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from sweeps._sweep import Estimate
 from sweeps._topology_plan import GROWTH, cell_bytes, make_packs
 from sweeps._topology_sources import CLOUD_ROWS, kind_of, matrix, n_rows, open_table, place_of, trained_on
-from sweeps._where import Machine, RunSettings
+from sweeps.core.cells import Estimate
+from sweeps.core.machine import Machine
+from sweeps.core.settings import RunSettings
 from sweeps.odor_topology import OBSERVED, Audit, DiagramCell, MemberCell, TopologyCell, UtilityCell
 
 _ROWS = 400  # of the probe's distance matrices

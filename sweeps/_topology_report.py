@@ -13,11 +13,11 @@ from analysis.topology_report import write_report
 from analysis.topology_tables import audit
 from analysis.topology_unit import OBSERVED, Unit
 from analysis.utility_report import ensemble_correlations
-from sweeps._published import files_of
-from sweeps._sweep import PublishedCell
 from sweeps._topology_run import read_diagrams
 from sweeps._topology_sources import banner, given_embeddings, invalid_rows
 from sweeps._topology_utility import utility_frame
+from sweeps.core.cells import PublishedCell
+from sweeps.ledger.published import files_of
 from sweeps.odor_topology import Audit
 
 

@@ -18,8 +18,6 @@ from analysis.distances import distance_matrix
 from analysis.persistence import h1, landmarks
 from data import molecules
 from models.pom import embed, split, train_member
-from sweeps._context import PackContext
-from sweeps._sweep import Row, UserError
 from sweeps._topology_plan import FULL_TABLE
 from sweeps._topology_sources import (
     borrowed_rows,
@@ -32,6 +30,8 @@ from sweeps._topology_sources import (
     trained_on,
 )
 from sweeps._topology_utility import utility_rows
+from sweeps.core.cells import Row, UserError
+from sweeps.launch.context import PackContext
 from sweeps.odor_topology import NULLS, OBSERVED, Audit, DiagramCell, MemberCell, TopologyCell, UtilityCell
 
 _NULL_SEED, _LANDMARK_SEED, _LANDMARK_NULL_SEED, _DRAW_SEED = 10_000, 500_000, 1_000, 1_000_000

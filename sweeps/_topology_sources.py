@@ -16,7 +16,7 @@ import numpy as np
 from data import embeddings, molecules, odor_sources
 from data._content import file_sha256
 from data.point_clouds import CLOUDS
-from sweeps._sweep import UserError, digest, nearest
+from sweeps.core.cells import UserError, digest, nearest
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -27,8 +27,8 @@ from analysis.utility_folds import (
 from data import molecules
 from data.molecules import MoleculeTable
 from models.pom import split
-from sweeps._sweep import PublishedCell, Row
 from sweeps._topology_sources import member_of
+from sweeps.core.cells import PublishedCell, Row
 from sweeps.odor_topology import UtilityCell
 
 _TREE_FOLDS = 40  # neighbourhoods that the trees are tested on: a fit takes a hundred times as long as ridge's

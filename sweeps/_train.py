@@ -32,8 +32,8 @@ from models._bfloat16 import multiplies_bfloat16
 from models.codec_lm import CodecLM, config_facts
 from models.lm_cost import names_by_group
 from models.text import Texts
-from sweeps._stop import PackStopped
-from sweeps._world import World
+from sweeps.core.world import World
+from sweeps.launch.stop import PackStopped
 
 _RUNNING = 0.95  # decay of the running means that anomalies are judged by
 _NOT_DECAYED = ("A_log", "dt_bias", ".D")

@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sweeps._codec_text import KINDS, NONE, after_dropout, arm_name, with_own_text
 from sweeps._lm_plan import CPU_FLOPS, CURVE_CLIPS, GPU_BASIS, TRACKED, TokenStudy, packs, threads, work
-from sweeps._sweep import Cell, Estimate, Pack, PublishedCell, UserError, nearest
-from sweeps._where import Machine, RunSettings
+from sweeps.core.cells import Cell, Estimate, Pack, PublishedCell, UserError, nearest
+from sweeps.core.machine import Machine
+from sweeps.core.settings import RunSettings
 
 if TYPE_CHECKING:
     from data.melvq import MelVQSpec
@@ -395,7 +396,7 @@ class CodecLMSweep:
         return threads(len(_units(planned)), preset, machine, run)
 
     def run(self, pack: Pack, preset: Study, context: Any) -> None:
-        from sweeps._train_ray import fit
+        from sweeps.launch.workers import fit
 
         fit("sweeps._codec_run:run_pack", pack, preset, context)
 
@@ -479,6 +480,6 @@ if __name__ == "__main__":
         from sweeps._codec_tokenise import main as tokenise
 
         sys.exit(tokenise(with_settings(sys.argv[1:])))
-    from sweeps._launch import main
+    from sweeps.launch.command import main
 
     sys.exit(main("sweeps.codec_lm", with_settings(sys.argv[1:])))

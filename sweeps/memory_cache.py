@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sweeps._lm_plan import CPU_FLOPS, GPU_BASIS, TRACKED, packs, threads, work
 from sweeps._memory_plan import VARIABLES, CacheCell, CacheStudy, arms
-from sweeps._sweep import Cell, Estimate, Pack, PublishedCell
-from sweeps._where import Machine, RunSettings
 from sweeps.codec_lm import CORPORA
+from sweeps.core.cells import Cell, Estimate, Pack, PublishedCell
+from sweeps.core.machine import Machine
+from sweeps.core.settings import RunSettings
 
 _CPU_OVERHEAD = 0.03  # seconds a step of a small model costs beside its arithmetic
 
@@ -113,7 +114,7 @@ class MemoryCacheSweep:
         return threads(len(planned), preset, machine, run)
 
     def run(self, pack: Pack, preset: CacheStudy, context: Any) -> None:
-        from sweeps._train_ray import fit
+        from sweeps.launch.workers import fit
 
         fit("sweeps._memory_run:run_pack", pack, preset, context)
 
@@ -153,6 +154,6 @@ class MemoryCacheSweep:
 SWEEP = MemoryCacheSweep()
 
 if __name__ == "__main__":
-    from sweeps._launch import main
+    from sweeps.launch.command import main
 
     sys.exit(main("sweeps.memory_cache"))

@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sweeps._sweep import Cell, Estimate, Pack, PublishedCell, UserError
-from sweeps._where import Machine, RunSettings
+from sweeps.core.cells import Cell, Estimate, Pack, PublishedCell, UserError
+from sweeps.core.machine import Machine
+from sweeps.core.settings import RunSettings
 
 OBSERVED = "observed"
 NULL_STREAMS = ("fast", "published", "joint")
@@ -210,6 +211,6 @@ class OdorTopology:
 SWEEP = OdorTopology()
 
 if __name__ == "__main__":
-    from sweeps._launch import main
+    from sweeps.launch.command import main
 
     sys.exit(main("sweeps.odor_topology"))

@@ -19,8 +19,9 @@ from typing import Any, ClassVar
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.registry import HOST_LMS
-from sweeps._sweep import Cell, Estimate, Pack, PublishedCell, UserError, nearest
-from sweeps._where import Machine, RunSettings
+from sweeps.core.cells import Cell, Estimate, Pack, PublishedCell, UserError, nearest
+from sweeps.core.machine import Machine
+from sweeps.core.settings import RunSettings
 
 DEPTHS = ("early", "mid", "late")
 _TOKEN_CHOICE = ("drop_positions", "max_norm_multiple")
@@ -318,6 +319,6 @@ class ProxyGap:
 SWEEP = ProxyGap()
 
 if __name__ == "__main__":
-    from sweeps._launch import main
+    from sweeps.launch.command import main
 
     sys.exit(main("sweeps.proxy_gap"))

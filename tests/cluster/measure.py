@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from rig import ROOT, SHARED, Rig, missing_for_rig
 
-from sweeps._ledger import Ledger
+from sweeps.ledger.ledger import Ledger
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from rig import ROOT, SHARED, Rig, wait_for
 
-from sweeps._ledger import Ledger
+from sweeps.ledger.ledger import Ledger
 from tests.sweeps.tiny_proxy_gap import MODEL, save_lm, save_shards, tiny_grid
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -122,7 +122,7 @@ def test_storage_on_s3(rig: Rig, cluster: Path) -> None:
     output = on_head(rig, cluster, toy("--storage s3://bucket/ledger", n="1,2,3,4,5,6", pack_size=1, seconds=2))
     assert "cells        6/6 published" in output
     code = (
-        "import json; from sweeps._ledger import Ledger; l = Ledger('s3://bucket/ledger', 'toy', '1'); "
+        "import json; from sweeps.ledger.ledger import Ledger; l = Ledger('s3://bucket/ledger', 'toy', '1'); "
         "print(json.dumps([[c.identity['n'], float(c.rows.value[0]), c.meta['node']] for c in l.read_many(l.done())]))"
     )
     lines = on_head(rig, cluster, f"python -c {shlex.quote(code)}").splitlines()

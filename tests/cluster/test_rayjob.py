@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sweeps import _launch
+from sweeps.launch import command
 from sweeps.proxy_gap import SWEEP
 
 MANIFEST = Path(__file__).resolve().parents[2] / "docs" / "rayjob.yaml"
@@ -143,7 +143,7 @@ def test_manifest_runs_the_installed_ray_and_a_command_that_parses() -> None:
     job = manifest()
     assert job["spec"]["rayClusterSpec"]["rayVersion"] == importlib.metadata.version("ray")
     words = shlex.split(job["spec"]["entrypoint"])
-    arguments = _launch.parser(SWEEP).parse_args(words[words.index("sweeps/proxy_gap.py") + 1 :])
+    arguments = command.parser(SWEEP).parse_args(words[words.index("sweeps/proxy_gap.py") + 1 :])
     assert arguments.preset in SWEEP.presets
     assert arguments.address == "auto"
     assert arguments.storage.startswith("s3://")

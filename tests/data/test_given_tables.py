@@ -13,7 +13,7 @@ import pytest
 from data import embeddings, molecules
 from data._csv import label_values, read_csv
 from sweeps import _topology_sources
-from sweeps._sweep import UserError
+from sweeps.core.cells import UserError
 from sweeps.odor_topology import PRESETS, SWEEP
 
 HEAD = "smiles,name,weight,sweet,green,empty\n"

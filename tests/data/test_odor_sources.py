@@ -12,8 +12,8 @@ import pytest
 
 from data import molecules, odor_sources
 from data._content import file_sha256
-from sweeps._sweep import UserError
 from sweeps._topology_sources import open_table
+from sweeps.core.cells import UserError
 from sweeps.odor_topology import PRESETS, SWEEP
 
 CURATED = "curated_GS_LF_merged_4983.csv"

@@ -13,8 +13,8 @@ import pytest
 from data.pile import HeldOutText, TokenStream
 from sweeps import _sae_sources
 from sweeps._sae_text import TextCheck
-from sweeps._sweep import UserError
-from sweeps._where import RunSettings
+from sweeps.core.cells import UserError
+from sweeps.core.settings import RunSettings
 from sweeps.proxy_gap import PRESETS, SWEEP
 
 ROWS, LENGTH, T = 400, 24, 8

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from sweeps._ledger import Ledger
+from sweeps.ledger.ledger import Ledger
 from tests.sweeps.tiny_proxy_gap import MODEL, save_lm, save_shards, settings, tiny_grid
 
 _CLOCKS = {"tokens_per_second"}  # metrics that measure the machine, not the model

@@ -14,7 +14,7 @@ from fault_rig import PATIENCE, Launches
 from fault_sweeps import SWEEPS, Results, Tiny, assert_same, assert_tidy, assert_tracked, results
 from faultpoints import Fault
 
-from sweeps._ledger import Ledger
+from sweeps.ledger.ledger import Ledger
 
 MakeBench = Callable[..., "Bench"]
 

@@ -19,8 +19,8 @@ from fault_sweeps import results
 from fault_warm import Bench, MakeBench, References
 from faultpoints import Fault, hits
 
-from sweeps._storage import MARKER
-from sweeps._sweep import UserError
+from sweeps.core.cells import UserError
+from sweeps.ledger.storage import MARKER
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 PUBLISH = r"^rename .*/[0-9a-f]{16}$"

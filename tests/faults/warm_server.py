@@ -1,7 +1,7 @@
 """A process that has imported everything and forks launches; packs run in the driver instead of on Ray.
 
 A real launch takes many seconds to start Python, Ray and torch and does its work in a fraction of one. Where Ray adds
-nothing (storage, ledger, claims, MLflow) the same command line runs here in a second: `_launch.main` with its real
+nothing (storage, ledger, claims, MLflow) the same command line runs here in a second: `command.main` with its real
 arguments, but for `run_packs`, which calls `run_one` in this process and retries what raises, as Tune would, and for
 Ray Train's workers, whose job is done in this process, too.
 """
@@ -31,13 +31,13 @@ def _serve() -> None:
     import transformers  # noqa: F401
 
     import analysis
-    import sweeps._train_ray
+    import sweeps.launch.workers
     from data.pile import TokenStream
 
     for package in (analysis, sweeps):
-        for part in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        for part in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             importlib.import_module(part.name)
-    sweeps._train_ray.fit = _fit
+    sweeps.launch.workers.fit = _fit
     TokenStream.sequences = functools.partialmethod(TokenStream.sequences, use_ray=False)  # type: ignore[method-assign]
     for line in sys.stdin:
         order = json.loads(line)
@@ -73,9 +73,9 @@ def _launch(order: dict[str, Any]) -> int:
     import faultpoints
     import objectstore
 
-    from sweeps import _launch
-    from sweeps._claims import Claims
-    from sweeps._where import Machine
+    from sweeps.core.machine import Machine
+    from sweeps.launch import command
+    from sweeps.ledger.claims import Claims
 
     objectstore.register()
     if order["lease"]:
@@ -83,15 +83,16 @@ def _launch(order: dict[str, Any]) -> int:
     _announce_calls()
     faultpoints.arm(order["plan"])
     machine = Machine(nodes=1, cpus=order["cpus"], gpus=0, memory_bytes=8 * 2**30, hardware="a machine of the tests")
-    _launch.connect = lambda *a: machine  # type: ignore[assignment]
-    _launch.run_packs = _in_process  # type: ignore[assignment]
-    return _launch.main(order["module"], order["arguments"])
+    command.connect = lambda *a: machine  # type: ignore[assignment]
+    command.run_packs = _in_process  # type: ignore[assignment]
+    return command.main(order["module"], order["arguments"])
 
 
 def _in_process(
     job: Any, queue: Any, board: Any, published: Callable[[list[str]], None] = lambda keys: None
 ) -> dict[str, str]:
-    from sweeps._execute import one_line, run_one
+    from sweeps.launch.failure import one_line
+    from sweeps.launch.tune import run_one
 
     def report(result: dict[str, Any]) -> None:
         published(result["progress"].get("keys", []))

@@ -49,7 +49,7 @@ class Locked(DirFileSystem):
 fsspec.register_implementation("locked", Locked, clobber=True)
 
 if __name__ == "__main__":
-    from sweeps._launch import main
+    from sweeps.launch.command import main
 
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)
     sys.exit(main("locked_sweep"))

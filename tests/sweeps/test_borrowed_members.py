@@ -15,11 +15,12 @@ import pytest
 from data import molecules
 from models import pom
 from sweeps import _topology_sources
-from sweeps._context import PackContext
-from sweeps._ledger import Ledger
-from sweeps._sweep import UserError
 from sweeps._topology_run import run_pack
-from sweeps._where import Machine, RunSettings
+from sweeps.core.cells import UserError
+from sweeps.core.machine import Machine
+from sweeps.core.settings import RunSettings
+from sweeps.launch.context import PackContext
+from sweeps.ledger.ledger import Ledger
 from sweeps.odor_topology import SWEEP, Audit, MemberCell
 
 STEREO = ["C/C=C/CCC", "C/C=C\\CCC"]  # of a curated molecule, CC=CCCC

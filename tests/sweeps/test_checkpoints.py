@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from models.codec_lm import build_codec_lm
-from sweeps._context import WorkStore
-from sweeps._storage import Store
 from sweeps._train import Batch, TrainConfig, Trainer
+from sweeps.ledger.checkpoints import WorkStore
+from sweeps.ledger.storage import Store
 from tests.sweeps.test_codec_lm import CONFIG
 
 

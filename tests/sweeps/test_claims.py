@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from sweeps import _claims
-from sweeps._claims import Claims
-from sweeps._storage import Store
+from sweeps.ledger import claims as claims_module
+from sweeps.ledger.claims import Claims
+from sweeps.ledger.storage import Store
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_a_paused_machine_whose_own_clocks_stood_still_notices(
 ) -> None:
     first, _ = pair
     _stop_renewing(first)
-    monkeypatch.setattr(_claims, "_now", lambda: 1000.0)
+    monkeypatch.setattr(claims_module, "_now", lambda: 1000.0)
     first._renewed = 1000.0
     before = first.lapses()
     lease = store.path(f"_claims/launches/{first.launch_id}.json")

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
-from sweeps import _cluster, _launch, _where
-from sweeps._cluster import Cluster
-from sweeps._sweep import UserError
+from sweeps.core import machine
+from sweeps.core.cells import UserError
+from sweeps.launch import command as command_module
+from sweeps.launch import pods
+from sweeps.launch.pods import Cluster
 from sweeps.proxy_gap import SWEEP
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,7 +147,7 @@ def test_errors_name_value_rule_and_remedy(tmp_path: Path, config: dict[str, Any
     for change, message in broken:
         with pytest.raises(UserError, match=message):
             read(tmp_path, config | change)
-    assert _cluster.main(["up", "--config", str(tmp_path / "absent.yaml")]) == 2
+    assert pods.main(["up", "--config", str(tmp_path / "absent.yaml")]) == 2
     (tmp_path / "latin.yaml").write_bytes("cluster_name: \xe9t\xe9".encode("latin-1"))
     with pytest.raises(UserError, match=r"cannot be read as a cluster \(UnicodeDecodeError"):
         Cluster.read(tmp_path / "latin.yaml")
@@ -165,13 +167,13 @@ def test_ssh_commands_survive_quotes_and_go_through_the_head(tmp_path: Path, con
 
 def test_storage_and_commit_come_from_the_nodes_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLUMBLINE_STORAGE", "s3://bucket/ledger")
-    assert _launch.parser(SWEEP).parse_args([]).storage == "s3://bucket/ledger"
-    assert _launch.parser(SWEEP).parse_args(["--storage", "x"]).storage == "x"
-    monkeypatch.setattr(_where, "ROOT", tmp_path)
+    assert command_module.parser(SWEEP).parse_args([]).storage == "s3://bucket/ledger"
+    assert command_module.parser(SWEEP).parse_args(["--storage", "x"]).storage == "x"
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
     (tmp_path / ".commit").write_text("abc-dirty\n")
-    assert _where.git_commit() == "abc-dirty"
+    assert machine.git_commit() == "abc-dirty"
     monkeypatch.setenv("PLUMBLINE_GIT_COMMIT", "def")
-    assert _where.git_commit() == "def"
+    assert machine.git_commit() == "def"
 
 
 def test_a_script_that_was_copied_home_finds_the_checkout(tmp_path: Path) -> None:

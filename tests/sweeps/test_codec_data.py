@@ -26,9 +26,9 @@ from sweeps import _codec_data, _codec_tokenise
 from sweeps._codec_report import _missing, _published, _resampled
 from sweeps._codec_run import TrainingStream
 from sweeps._lm_plan import CURVE_CLIPS
-from sweeps._sweep import PublishedCell, UserError
-from sweeps._where import RunSettings
 from sweeps.codec_lm import PRESETS, SWEEP, Study, with_settings
+from sweeps.core.cells import PublishedCell, UserError
+from sweeps.core.settings import RunSettings
 
 RATE = 4_000
 N_CLIPS = 24

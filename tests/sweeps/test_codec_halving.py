@@ -13,12 +13,13 @@ import pytest
 
 from sweeps._codec_halving import survivors
 from sweeps._codec_run import run_pack
-from sweeps._context import PackContext
-from sweeps._ledger import Ledger
-from sweeps._stop import PackStopped
-from sweeps._sweep import UserError
-from sweeps._where import Machine, RunSettings
 from sweeps.codec_lm import PRESETS, SWEEP, HalvedCell, LMCell
+from sweeps.core.cells import UserError
+from sweeps.core.machine import Machine
+from sweeps.core.settings import RunSettings
+from sweeps.launch.context import PackContext
+from sweeps.launch.stop import PackStopped
+from sweeps.ledger.ledger import Ledger
 
 STUDY = replace(
     PRESETS["local"],

@@ -13,11 +13,11 @@ from data.split import side_of
 from sweeps import _codec_data
 from sweeps._codec_data import banner, check, check_same_audio, fingerprint, open_source, tokens_folder
 from sweeps._codec_report import _published, tokens_of_one_codec
-from sweeps._context import PackContext
-from sweeps._ledger import Ledger
-from sweeps._sweep import Row, UserError
-from sweeps._where import RunSettings
 from sweeps.codec_lm import PRESETS, SWEEP
+from sweeps.core.cells import Row, UserError
+from sweeps.core.settings import RunSettings
+from sweeps.launch.context import PackContext
+from sweeps.ledger.ledger import Ledger
 from tests.sweeps.test_codec_data import layout, quiet, study_at
 
 

@@ -23,13 +23,14 @@ from sweeps._codec_checkpoint import load_model, read_checkpoint
 from sweeps._codec_report import write
 from sweeps._codec_run import _CellRun, run_pack
 from sweeps._codec_sample import main as sample_main
-from sweeps._context import PackContext
-from sweeps._ledger import Ledger
-from sweeps._stop import PackStopped
-from sweeps._sweep import UserError
 from sweeps._train import AnomalyError, Batch, Owner, Pace, StepStats, TrainConfig, Trainer, train
-from sweeps._where import Machine, RunSettings
 from sweeps.codec_lm import PRESETS, SWEEP, LMCell, Study
+from sweeps.core.cells import UserError
+from sweeps.core.machine import Machine
+from sweeps.core.settings import RunSettings
+from sweeps.launch.context import PackContext
+from sweeps.launch.stop import PackStopped
+from sweeps.ledger.ledger import Ledger
 
 MACHINE = Machine(nodes=1, cpus=2, gpus=0, memory_bytes=8 * 2**30, hardware="test")
 TINY = replace(

@@ -15,9 +15,9 @@ import data.melvq
 from data.melvq import MelVQSpec
 from sweeps import _codec_data, _codec_own
 from sweeps._codec_data import fingerprint, open_source, tokens_folder
-from sweeps._storage import Store
-from sweeps._sweep import UserError
 from sweeps.codec_lm import PRESETS, SWEEP, Study
+from sweeps.core.cells import UserError
+from sweeps.ledger.storage import Store
 from tests.sweeps.test_codec_data import layout, quiet, study_at
 
 TRAIN = data.melvq.train

@@ -20,9 +20,9 @@ from models.lm_presets import scale_config
 from models.sampling import Sampling, generate
 from sweeps._codec_checkpoint import FORMAT, checkpoint_facts, load_codec, load_model, read_checkpoint
 from sweeps._codec_sample import main
-from sweeps._storage import Store
-from sweeps._sweep import UserError
 from sweeps.codec_lm import PRESETS, SWEEP, LMCell
+from sweeps.core.cells import UserError
+from sweeps.ledger.storage import Store
 
 SPEC = MelVQSpec(sample_rate=8_000, hop=128, n_mels=20, codebook_size=1024)
 CONFIG = replace(scale_config("local", "mc_la"), d_model=16, n_layers=2, n_heads=2, d_ff=16, context=200)

@@ -19,10 +19,10 @@ from sweeps._codec_report import write
 from sweeps._codec_run import run_pack
 from sweeps._codec_sample import main as sample_main
 from sweeps._codec_text import after_dropout, arm_name, shuffled_texts, with_own_text
-from sweeps._context import PackContext
-from sweeps._ledger import Ledger
-from sweeps._sweep import UserError
 from sweeps.codec_lm import PRESETS, SWEEP, LMCell
+from sweeps.core.cells import UserError
+from sweeps.launch.context import PackContext
+from sweeps.ledger.ledger import Ledger
 from tests.sweeps.test_codec_lm import TINY, context_on, killed_and_continued
 
 STUDY = replace(TINY, architectures=("transformer",), text=("none", "bytes"), text_dropout=0.5, sample_s=0.0)

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from sweeps._cost import BYTES_SHARE, FLOPS_SHARE, GPU_TYPES, asked_types, cost_lines, gpu_hours, spent_hours, unit_of
-from sweeps._ledger import Ledger
-from sweeps._sweep import Estimate, Row, UserError
-from sweeps._where import Machine, RunSettings
+from sweeps.core.cells import Estimate, Row, UserError
+from sweeps.core.gpus import GPU_TYPES, asked_types
+from sweeps.core.machine import Machine
+from sweeps.core.settings import RunSettings
+from sweeps.launch.cost import BYTES_SHARE, FLOPS_SHARE, cost_lines, gpu_hours, spent_hours, unit_of
+from sweeps.ledger.ledger import Ledger
 
 ONE = Machine(nodes=1, cpus=8, gpus=0, memory_bytes=2**34, hardware="x")
 EIGHT = Machine(nodes=2, cpus=64, gpus=8, memory_bytes=2**34, hardware="x")
@@ -126,7 +128,7 @@ def test_plan_shows_what_the_ledger_says_was_spent(
     monkeypatch.chdir(tmp_path)
     from toy_sweep import Square
 
-    from sweeps import _launch
+    from sweeps.launch import command
 
     monkeypatch.setattr(Machine, "here", staticmethod(lambda: ONE))
     ledger = Ledger(str(tmp_path / "runs/ledger"), "toy", "1")
@@ -134,7 +136,7 @@ def test_plan_shows_what_the_ledger_says_was_spent(
     for n, seconds in ((1, 3600.0), (2, 7200.0)):
         ledger.publish(Square(n=n), [Row("square", n * n)], {}, {**work, "pack_seconds": seconds, "fingerprint": "f"})
     arguments = ["--plan", "--set", "n=1,2,3", "--set", "seconds=3600", "--set", "price_per_hour=2"]
-    assert _launch.main("toy_sweep", arguments) == 0
+    assert command.main("toy_sweep", arguments) == 0
     out = capsys.readouterr().out
     assert "cost         1.00 machine hours to finish = 2.00" in out
     assert "spent        1.00 machine hours in 1 packs that published = 2.00" in out
@@ -142,5 +144,5 @@ def test_plan_shows_what_the_ledger_says_was_spent(
     assert "LM passes" not in out
     ledger.done()
     ledger.compact([Square(n=n).key for n in (1, 2)])
-    assert _launch.main("toy_sweep", arguments) == 0
+    assert command.main("toy_sweep", arguments) == 0
     assert "spent        1.00 machine hours in 1 packs" in capsys.readouterr().out

@@ -11,12 +11,12 @@ from typing import Any, cast
 
 import pytest
 
-from sweeps import _execute
-from sweeps._context import PackContext
-from sweeps._crash import death, last_failure
-from sweeps._ledger import Ledger
-from sweeps._sweep import Cell, Pack, Row, digest
-from sweeps._where import RunSettings
+from sweeps.core.cells import Cell, Pack, Row, digest
+from sweeps.core.settings import RunSettings
+from sweeps.launch import tune
+from sweeps.launch.context import PackContext
+from sweeps.launch.failure import death, last_failure
+from sweeps.ledger.ledger import Ledger
 
 TOY = Path(__file__).with_name("toy_sweep.py")
 MEMORY = """ray.exceptions.OutOfMemoryError: 1 worker(s) were killed due to the node running low on memory. \
@@ -71,7 +71,7 @@ def test_the_death_of_one_of_several_workers_is_the_reason() -> None:
     from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
     from ray.train.v2.api.exceptions import WorkerGroupError
 
-    from sweeps._train_ray import _reason
+    from sweeps.launch.workers import _reason
 
     killed = WorkerHealthCheckFailedError("A worker health check failed.", failure=OutOfMemoryError(MEMORY))
     failures = {0: RuntimeError("gloo: connection closed by peer"), 1: killed}
@@ -98,7 +98,7 @@ def test_losses_of_a_worker_count_since_the_last_progress() -> None:
     from ray.tune.experiment import Trial
 
     board = SimpleNamespace(say=lambda line: None, update=lambda name, state: None)
-    callback = _execute._board_callback(cast("Any", board), {}, lambda keys: None, {}, max_retries=2)
+    callback = tune._board_callback(cast("Any", board), {}, lambda keys: None, {}, max_retries=2)
     life = SimpleNamespace(num_failures=0)
     trial = cast("Any", SimpleNamespace(config={"pack": "p"}, max_failures=2, num_failures=0, run_metadata=life))
 
@@ -115,7 +115,7 @@ def test_ends_of_workers_count_since_the_last_progress() -> None:
     from ray.train.v2.api.config import FailureConfig
     from ray.train.v2.api.exceptions import WorkerGroupError
 
-    from sweeps._train_ray import _SinceProgress
+    from sweeps.launch.workers import _SinceProgress
 
     places = iter(["", "a 10", "a 20", "a 30", "a 40", "", "a 40"])
     policy = _SinceProgress(FailureConfig(max_failures=2), lambda: next(places))

@@ -11,10 +11,10 @@ import torch
 from models.codec_lm import build_codec_lm, config_facts, config_of
 from models.layers import ResidualDropout
 from models.lm_presets import LOCAL
-from sweeps._sweep import UserError
 from sweeps._train import Batch, TrainConfig, Trainer
-from sweeps._world import World
 from sweeps.codec_lm import PRESETS, SWEEP
+from sweeps.core.cells import UserError
+from sweeps.core.world import World
 
 CONFIG = replace(LOCAL, d_model=16, n_layers=2, n_heads=2, d_ff=16, n_codebooks=2, codebook_size=11, context=32,
                  mixer="attention")  # fmt: skip

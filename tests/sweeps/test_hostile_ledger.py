@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from sweeps._ledger import Ledger
-from sweeps._names import checked
-from sweeps._published import file_of
-from sweeps._storage import Store
-from sweeps._sweep import UserError
+from sweeps.core.cells import UserError
+from sweeps.core.names import checked
+from sweeps.ledger.ledger import Ledger
+from sweeps.ledger.published import file_of
+from sweeps.ledger.storage import Store
 from tests.sweeps.test_publication import Point, ledger_of
 
 NAMES = ("/etc/x", "../x", "a/../../x", "a//b", "a/./b", "", ".", "..", "a\\b", "a\0b", "a\nb", "C:\\x", "a/")

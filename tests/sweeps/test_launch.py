@@ -15,14 +15,17 @@ from typing import Any
 
 import pytest
 
-from sweeps import _launch, _where
-from sweeps._address import Address
-from sweeps._claims import Claims
-from sweeps._ledger import Ledger
-from sweeps._pack_queue import Queue
-from sweeps._report_folder import say_partial
-from sweeps._sweep import Row, UserError
-from sweeps._where import Machine, RunSettings, connect
+from sweeps.core.cells import Row, UserError
+from sweeps.core.machine import Machine
+from sweeps.core.settings import RunSettings
+from sweeps.launch import command as command_module
+from sweeps.launch import ray_session
+from sweeps.launch.address import Address
+from sweeps.launch.pack_queue import Queue
+from sweeps.launch.ray_session import connect
+from sweeps.launch.report_folder import say_partial
+from sweeps.ledger.claims import Claims
+from sweeps.ledger.ledger import Ledger
 from tests.sweeps.mlflow_runs import runs_of_cells
 from tests.sweeps.toy_sweep import Square, Toy, ToySweep
 
@@ -53,12 +56,12 @@ def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.syspath_prepend(str(TOY.parent))
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(_launch, "connect", lambda *a: pytest.fail("Ray was started"))
+    monkeypatch.setattr(command_module, "connect", lambda *a: pytest.fail("Ray was started"))
     before = signal.getsignal(signal.SIGTERM)
 
     def call(*arguments: str) -> Outcome:
         capsys.readouterr()
-        code = _launch.main("toy_sweep", list(arguments))
+        code = command_module.main("toy_sweep", list(arguments))
         return Outcome(code, *capsys.readouterr())
 
     yield call
@@ -265,7 +268,7 @@ def test_sigterm_frees_the_claims_and_leaves_the_report_out(
     from toy_sweep import Square
 
     ledger = Ledger(str(tmp_path / "runs/ledger"), "toy", "1")
-    monkeypatch.setattr(_launch, "connect", lambda *a: Machine.here())
+    monkeypatch.setattr(command_module, "connect", lambda *a: Machine.here())
 
     def packs(job: object, queue: Queue, *rest: object) -> dict[str, str]:
         assert queue.next() is not None
@@ -273,8 +276,8 @@ def test_sigterm_frees_the_claims_and_leaves_the_report_out(
         os.kill(os.getpid(), signal.SIGTERM)
         return {}
 
-    monkeypatch.setattr(_launch, "run_packs", packs)
-    monkeypatch.setattr(_launch, "_LEAVE_SECONDS", 0.1)
+    monkeypatch.setattr(command_module, "run_packs", packs)
+    monkeypatch.setattr(command_module, "_LEAVE_SECONDS", 0.1)
     run = main("--tracking-uri", "http://127.0.0.1:9")
     assert run.code == 1
     assert "report       left out, as are the copies in MLflow: the same command makes both" in run.out
@@ -299,15 +302,15 @@ def test_a_pack_given_up_for_its_nodes_or_the_storages_sake_fails_no_cell(
 ) -> None:
     from toy_sweep import Square
 
-    monkeypatch.setattr(_launch, "connect", lambda *a: Machine.here())
+    monkeypatch.setattr(command_module, "connect", lambda *a: Machine.here())
 
     def given_up(job: object, queue: Queue, *rest: object) -> dict[str, str]:
         assert queue.next() is not None
         return {"pack0": reason}
 
-    monkeypatch.setattr(_launch, "run_packs", given_up)
-    monkeypatch.setattr(_launch.Tracker, "start", lambda *a: None)
-    monkeypatch.setattr(_launch.Tracker, "finish", lambda *a: False)
+    monkeypatch.setattr(command_module, "run_packs", given_up)
+    monkeypatch.setattr(command_module.Tracker, "start", lambda *a: None)
+    monkeypatch.setattr(command_module.Tracker, "finish", lambda *a: False)
     run = main("--set", "n=1")
     assert run.code == 1
     assert reason.removeprefix("OSError: ") in run.err
@@ -327,7 +330,7 @@ def test_workers_get_the_drivers_cache_and_a_cluster_that_is_away_is_one_line(
         raise error("nobody\nthere")
 
     monkeypatch.setattr("ray.init", init)
-    monkeypatch.setattr(_where, "check_address", lambda asked: Address("far:1", "--address"))
+    monkeypatch.setattr(ray_session, "check_address", lambda asked: Address("far:1", "--address"))
     monkeypatch.setenv("PLUMBLINE_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=r"no Ray cluster answers at far:1 \(nobody there\); start one"):
         connect("far:1", "s3://bucket/ledger")
@@ -396,7 +399,7 @@ def test_overhead_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 LEAVE_RAY = """
 import gc, sys, threading
 import ray
-from sweeps._launch import shutdown_ray
+from sweeps.launch.command import shutdown_ray
 
 class Cycle:
     pass
@@ -431,9 +434,9 @@ def test_garbage_of_ray_in_another_thread_does_not_end_the_driver(tmp_path: Path
 LOOK_AT_IPYTHON = """
 import sys
 from pathlib import Path
-from sweeps._claims import Claims
-from sweeps._ledger import Ledger
-from sweeps._track import Tracker
+from sweeps.ledger.claims import Claims
+from sweeps.ledger.ledger import Ledger
+from sweeps.launch.tracking import Tracker
 
 class Looking(Tracker):
     def _work(self):

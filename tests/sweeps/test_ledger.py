@@ -18,10 +18,10 @@ from typing import ClassVar
 
 import pytest
 
-from sweeps._claims import Claims
-from sweeps._ledger import Ledger
-from sweeps._storage import Store, with_errno
-from sweeps._sweep import Cell, Row, UserError, canonical_json
+from sweeps.core.cells import Cell, Row, UserError, canonical_json
+from sweeps.ledger.claims import Claims
+from sweeps.ledger.ledger import Ledger
+from sweeps.ledger.storage import Store, with_errno
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -167,7 +167,7 @@ def lost_s3(monkeypatch: pytest.MonkeyPatch) -> Store:
 def test_a_server_that_is_away_is_the_storages_fault_not_the_cells(
     lost_s3: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sweeps._execute import SYSTEM_ERROR, one_line
+    from sweeps.launch.failure import SYSTEM_ERROR, one_line
 
     requests = []
     get = lost_s3.fs.cat_file
@@ -259,8 +259,8 @@ def test_what_a_killed_publication_left_is_removed_a_day_later(tmp_path: Path) -
 PUBLISH_LOOP = """
 import sys
 sys.path[:0] = [{root!r}, {here!r}]
-from sweeps._ledger import Ledger
-from sweeps._sweep import Row
+from sweeps.ledger.ledger import Ledger
+from sweeps.launch.sweep import Row
 from test_ledger import Point
 ledger = Ledger(sys.argv[1], "points", "1")
 print("ready", flush=True)
@@ -310,7 +310,7 @@ def test_claims_exclude_each_other_and_survive_a_release(storage: str) -> None:
 def test_claim_of_a_dead_process_is_taken_over_at_once(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from sweeps._claims import Claims\nfrom sweeps._storage import Store\nimport os, time\n"
+        "from sweeps.ledger.claims import Claims\nfrom sweeps.ledger.storage import Store\nimport os, time\n"
         "c = Claims(Store(sys.argv[1])); c.claim(['a']); print(c.launch_id, flush=True); time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
@@ -329,7 +329,7 @@ def test_claim_of_a_dead_process_is_taken_over_at_once(tmp_path: Path) -> None:
 
 def test_claim_of_another_machine_ends_with_its_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(str(tmp_path))
-    monkeypatch.setattr("sweeps._claims._boot_id", lambda: "elsewhere@1")
+    monkeypatch.setattr("sweeps.ledger.claims._boot_id", lambda: "elsewhere@1")
     far = Claims(store, lease_seconds=1.0)
     far.claim(["a"])
     far._stop.set()  # its machine died: nobody renews
@@ -377,7 +377,7 @@ def test_a_released_launch_makes_no_lease_again_and_takes_nobody_for_dead(tmp_pa
 
 def test_a_lease_is_judged_by_the_clock_of_the_storage(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store, true_time = Store(storage), time.time
-    monkeypatch.setattr("sweeps._claims._boot_id", lambda: "elsewhere@1")
+    monkeypatch.setattr("sweeps.ledger.claims._boot_id", lambda: "elsewhere@1")
     far = Claims(store)
     far.claim(["a"])
     monkeypatch.undo()

@@ -13,13 +13,14 @@ import pytest
 
 from models.lm_cost import lm_cost
 from sweeps import _memory_plan
-from sweeps._context import PackContext
-from sweeps._ledger import Ledger
 from sweeps._memory_plan import BASE, CACHE, PLANTED_NORMALIZED, SHARED, TOGETHER, VARIABLES, CacheCell, arms
 from sweeps._memory_report import reach, write
 from sweeps._memory_run import run_pack
-from sweeps._sweep import UserError
-from sweeps._where import Machine, RunSettings
+from sweeps.core.cells import UserError
+from sweeps.core.machine import Machine
+from sweeps.core.settings import RunSettings
+from sweeps.launch.context import PackContext
+from sweeps.ledger.ledger import Ledger
 from sweeps.memory_cache import PRESETS, SWEEP
 
 MACHINE = Machine(nodes=1, cpus=2, gpus=0, memory_bytes=8 * 2**30, hardware="test")

@@ -20,13 +20,14 @@ from data._content import file_sha256
 from models import bottleneck
 from models.pom import split
 from sweeps import _topology_run, _topology_sources
-from sweeps._context import PackContext
-from sweeps._ledger import Ledger
-from sweeps._sweep import UserError
 from sweeps._topology_report import write
 from sweeps._topology_run import landmark_seed, null_rows, null_seed, run_pack, run_rows
 from sweeps._topology_sources import table_name
-from sweeps._where import Machine, RunSettings
+from sweeps.core.cells import UserError
+from sweeps.core.machine import Machine
+from sweeps.core.settings import RunSettings
+from sweeps.launch.context import PackContext
+from sweeps.ledger.ledger import Ledger
 from sweeps.odor_topology import PRESETS, SWEEP, Audit, DiagramCell, MemberCell
 
 SHAPES = Audit(

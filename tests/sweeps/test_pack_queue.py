@@ -11,10 +11,10 @@ from typing import ClassVar
 
 import pytest
 
-from sweeps._claims import Claims
-from sweeps._pack_queue import Queue
-from sweeps._storage import Store
-from sweeps._sweep import Cell, Pack
+from sweeps.core.cells import Cell, Pack
+from sweeps.launch.pack_queue import Queue
+from sweeps.ledger.claims import Claims
+from sweeps.ledger.storage import Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ def work(queue: Queue, seconds: float) -> None:
 def test_two_launches_share_a_grid_of_equal_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each does its half: with room for one pack at a time, neither holds more than what it works on."""
     launches = [Claims(Store(str(tmp_path))) for _ in range(2)]
-    monkeypatch.setattr("sweeps._pack_queue._AGAIN_SECONDS", 0.0)  # these packs stand for long ones
+    monkeypatch.setattr("sweeps.launch.pack_queue._AGAIN_SECONDS", 0.0)  # these packs stand for long ones
     queues = [Queue(packs(30), claims, {}) for claims in launches]
     threads = [threading.Thread(target=work, args=(queue, 0.05)) for queue in queues]
     try:
@@ -85,7 +85,7 @@ def test_short_packs_are_claimed_many_at_a_time(claims: Claims, monkeypatch: pyt
 def test_long_packs_are_claimed_one_by_one(claims: Claims, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = requests(claims, monkeypatch)
     clock = iter(range(0, 10_000, 60))
-    monkeypatch.setattr("sweeps._pack_queue.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("sweeps.launch.pack_queue.time.monotonic", lambda: float(next(clock)))
     work(Queue(packs(5), claims, {}), 0.0)
     assert [len(keys) for keys in asked] == [1] * 5
 

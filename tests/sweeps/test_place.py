@@ -20,11 +20,16 @@ import pytest
 from data import _launched
 from data._source import _ReadShard
 from data.codec_shards import _ShardMaker
-from sweeps import _address, _code, _crash, _execute, _launch, _limits, _where
-from sweeps._ledger import Ledger
-from sweeps._pack_queue import Queue
-from sweeps._sweep import Pack, UserError
-from sweeps._where import Machine, RunSettings
+from sweeps.core import limits as process_limits
+from sweeps.core import machine as machine_module
+from sweeps.core.cells import Pack, UserError
+from sweeps.core.machine import Machine
+from sweeps.core.settings import RunSettings
+from sweeps.launch import address as address_module
+from sweeps.launch import command, failure, ray_session, same_code, tune
+from sweeps.launch.pack_queue import Queue
+from sweeps.ledger import storage as storage_module
+from sweeps.ledger.ledger import Ledger
 from tests.sweeps.test_launch import Main, main  # noqa: F401 - a fixture
 
 GIB = 2**30
@@ -43,7 +48,9 @@ def host(monkeypatch: pytest.MonkeyPatch) -> None:
     """16 CPUs and 64 GiB, 60 of them free, with no affinity."""
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
-    monkeypatch.setattr(_limits.psutil, "virtual_memory", lambda: SimpleNamespace(total=64 * GIB, available=60 * GIB))
+    monkeypatch.setattr(
+        process_limits.psutil, "virtual_memory", lambda: SimpleNamespace(total=64 * GIB, available=60 * GIB)
+    )
 
 
 V1 = {
@@ -85,35 +92,35 @@ V2 = {
 def test_the_smallest_limit_counts(
     files: dict[str, str], cpus: int, total: int, available: int, host: None, tmp_path: Path
 ) -> None:
-    assert _limits.here(plant(tmp_path, files)) == _limits.Limits(cpus, total * GIB, available * GIB)
+    assert process_limits.here(plant(tmp_path, files)) == process_limits.Limits(cpus, total * GIB, available * GIB)
 
 
 def test_affinity_counts_too(host: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 2})
-    assert _limits.here(tmp_path).cpus == 2
+    assert process_limits.here(tmp_path).cpus == 2
 
 
 def test_planning_and_ray_get_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_limits, "here", lambda: _limits.Limits(1, 3 * GIB, 2 * GIB))
+    monkeypatch.setattr(process_limits, "here", lambda: process_limits.Limits(1, 3 * GIB, 2 * GIB))
     machine = Machine.here()
     assert (machine.cpus, machine.memory_bytes) == (1, 2 * GIB)
     assert "1 cores, 3 GiB" in machine.hardware
-    told = _where._local_options()
+    told = ray_session._local_options()
     assert told["num_cpus"] == 1
     assert told["_memory"] + told["object_store_memory"] == 2 * GIB
-    monkeypatch.setattr(_limits, "here", lambda: _limits.Limits(1, GIB, 0))
-    assert _where._local_options()["_memory"] > 0  # Ray's own sum would be negative: no launch at all
+    monkeypatch.setattr(process_limits, "here", lambda: process_limits.Limits(1, GIB, 0))
+    assert ray_session._local_options()["_memory"] > 0  # Ray's own sum would be negative: no launch at all
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A small checkout of other code, to be found before this one."""
-    return plant(tmp_path / "other", {f"{room}/__init__.py": "" for room in _code.ROOMS})
+    return plant(tmp_path / "other", {f"{room}/__init__.py": "" for room in same_code.ROOMS})
 
 
 def test_the_digest_tells_contents_names_and_rooms_apart(checkout: Path) -> None:
     def digest() -> str:
-        return _code.code_digest(checkout / room for room in _code.ROOMS)
+        return same_code.code_digest(checkout / room for room in same_code.ROOMS)
 
     seen = [digest()]
     (checkout / "data/a.py").write_text("x = 1")
@@ -131,14 +138,14 @@ def test_the_digest_tells_contents_names_and_rooms_apart(checkout: Path) -> None
 
 def test_a_worker_of_other_code_says_so_and_its_data_tasks_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_launched, "_reasons", [])
-    monkeypatch.setenv(_code.VARIABLE, _code.own_code())
-    _code.guard()
-    assert _code.other_code() is None
-    monkeypatch.setenv(_code.VARIABLE, "f" * 64)
-    line = _code.other_code()
+    monkeypatch.setenv(same_code.VARIABLE, same_code.own_code())
+    same_code.guard()
+    assert same_code.other_code() is None
+    monkeypatch.setenv(same_code.VARIABLE, "f" * 64)
+    line = same_code.other_code()
     assert line is not None
-    assert f"{_code.own_code()[:12]} in {_code.ROOT}, the launch ffffffffffff" in line
-    _code.guard()
+    assert f"{same_code.own_code()[:12]} in {machine_module.ROOT}, the launch ffffffffffff" in line
+    same_code.guard()
     tasks: list[Callable[[], object]] = [
         lambda: next(_ReadShard(None, 0, 0, 1)()),  # type: ignore[arg-type]
         lambda: _ShardMaker(None, None, {}, ""),  # type: ignore[arg-type]
@@ -146,7 +153,7 @@ def test_a_worker_of_other_code_says_so_and_its_data_tasks_refuse(monkeypatch: p
     for task in tasks:
         with pytest.raises(RuntimeError, match="runs other code than its launch") as refused:
             task()
-        assert _crash.refusal(f"Traceback\n  x\nRuntimeError: {refused.value}\n") == line
+        assert failure.refusal(f"Traceback\n  x\nRuntimeError: {refused.value}\n") == line
 
 
 def test_workers_take_the_checkout_whatever_comes_before_it(
@@ -156,7 +163,7 @@ def test_workers_take_the_checkout_whatever_comes_before_it(
     import cloudpickle
 
     travelling = tmp_path / "setup.pkl"
-    travelling.write_bytes(cloudpickle.dumps(_code.worker_setup(str(_code.ROOT))))
+    travelling.write_bytes(cloudpickle.dumps(same_code.worker_setup(str(machine_module.ROOT))))
     worker = (
         "import pickle, sys\n"
         f"pickle.load(open({str(travelling)!r}, 'rb'))()\n"
@@ -164,16 +171,19 @@ def test_workers_take_the_checkout_whatever_comes_before_it(
         "import data.point_clouds, sweeps\n"
         "print(data.point_clouds.__file__, sweeps.__file__)"
     )
-    environment = {**os.environ, _code.VARIABLE: _code.own_code(), "PYTHONPATH": str(checkout)}
+    environment = {**os.environ, same_code.VARIABLE: same_code.own_code(), "PYTHONPATH": str(checkout)}
     run = subprocess.run([sys.executable, "-c", worker], cwd=checkout, env=environment, capture_output=True, text=True)
-    assert run.stdout.split() == [str(_code.ROOT / "data/point_clouds.py"), str(_code.ROOT / "sweeps/__init__.py")]
-    assert _code.worker_job()._runtime_env_has_working_dir()  # what makes Ray add no folder of the driver's
+    assert run.stdout.split() == [
+        str(machine_module.ROOT / "data/point_clouds.py"),
+        str(machine_module.ROOT / "sweeps/__init__.py"),
+    ]
+    assert same_code.worker_job()._runtime_env_has_working_dir()  # what makes Ray add no folder of the driver's
 
 
-def job_in(folder: Path) -> _execute.Job:
+def job_in(folder: Path) -> tune.Job:
     import toy_sweep
 
-    return _execute.Job(
+    return tune.Job(
         module="toy_sweep",
         preset=toy_sweep.Toy(),
         run=RunSettings(),
@@ -193,20 +203,20 @@ def test_a_pack_whose_worker_runs_other_code_ends_the_launch_and_fails_no_cell(
     pack = SWEEP.pack([Square(n=1)], SWEEP.presets["small"], Machine.here(), RunSettings())[0]
     reports: list[dict] = []
     with monkeypatch.context() as patch:
-        patch.setenv(_code.VARIABLE, "f" * 64)
-        _execute.run_one(job_in(tmp_path), pack, reports.append)
+        patch.setenv(same_code.VARIABLE, "f" * 64)
+        tune.run_one(job_in(tmp_path), pack, reports.append)
     (line,) = (report["progress"]["refused"] for report in reports)
     assert not (tmp_path / "l").exists()
     ended: list[str] = []
-    monkeypatch.setattr(_launch, "connect", lambda *a: Machine.here())
+    monkeypatch.setattr(command, "connect", lambda *a: Machine.here())
 
     def refused(job: object, queue: Queue, *rest: object) -> dict[str, str]:
         assert queue.next() is not None
         return {"pack0": line}
 
-    monkeypatch.setattr(_launch, "run_packs", refused)
-    monkeypatch.setattr(_launch.Tracker, "start", lambda *a: None)
-    monkeypatch.setattr(_launch.Tracker, "leave", lambda self, status, *a: ended.append(status))
+    monkeypatch.setattr(command, "run_packs", refused)
+    monkeypatch.setattr(command.Tracker, "start", lambda *a: None)
+    monkeypatch.setattr(command.Tracker, "leave", lambda self, status, *a: ended.append(status))
     run = main("--set", "n=1")
     assert run.code == 2
     assert run.err.strip() == f"toy: {line}"
@@ -217,7 +227,7 @@ def test_a_pack_whose_worker_runs_other_code_ends_the_launch_and_fails_no_cell(
 def test_a_data_task_of_other_code_fails_no_cell(tmp_path: Path, main: Main, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     import toy_sweep
 
-    line = f"a worker on node7 {_code.OTHER_CODE}: abc in /x, the launch def; run it again"
+    line = f"a worker on node7 {same_code.OTHER_CODE}: abc in /x, the launch def; run it again"
 
     def run(*arguments: object) -> None:
         raise RuntimeError(f"ray::read()\n  File …\nRuntimeError: {line}")
@@ -225,7 +235,7 @@ def test_a_data_task_of_other_code_fails_no_cell(tmp_path: Path, main: Main, mon
     monkeypatch.setattr(toy_sweep.ToySweep, "run", run)
     reports: list[dict] = []
     square = toy_sweep.Square(n=1)
-    _execute.run_one(job_in(tmp_path), Pack(name="p", cells=(square,)), reports.append)
+    tune.run_one(job_in(tmp_path), Pack(name="p", cells=(square,)), reports.append)
     assert reports[-1]["progress"]["refused"] == line
     assert Ledger(str(tmp_path / "l"), "toy", "1").failures([square.key]) == {}
 
@@ -253,15 +263,15 @@ def test_a_cluster_that_is_gone_is_told_at_once(
     monkeypatch.setenv("RAY_ADDRESS", variable)
     before = time.monotonic()
     with pytest.raises(UserError, match=f"no Ray cluster answers at {text} ") as error:
-        _address.check(asked)
+        address_module.check(asked)
     assert undo in str(error.value)
     assert time.monotonic() - before < 5
 
 
 def test_this_machine_alone_is_asked_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(_address, "_knock", lambda text: pytest.fail("asked"))
-    assert _address.check(None).text == "local"
+    monkeypatch.setattr(address_module, "_knock", lambda text: pytest.fail("asked"))
+    assert address_module.check(None).text == "local"
 
 
 def test_signals_are_heard_while_a_stranger_is_asked_and_it_gets_no_minutes(
@@ -276,14 +286,14 @@ def test_signals_are_heard_while_a_stranger_is_asked_and_it_gets_no_minutes(
     sender.start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            _address._within(30.0, lambda: time.sleep(3))
+            address_module._within(30.0, lambda: time.sleep(3))
         assert time.monotonic() - began < 2
     finally:
         signal.signal(signal.SIGUSR1, before)
-    monkeypatch.setattr(_address, "_ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(address_module, "_ANSWER_SECONDS", 0.3)
     monkeypatch.setattr("ray._raylet.GcsClient", lambda address: time.sleep(2))  # it waits for 40 s
     with pytest.raises(UserError, match=r"nothing that speaks Ray's protocol within 0\.3 s"):
-        _address.check(silent)
+        address_module.check(silent)
 
 
 def test_a_dead_cluster_is_told_before_anything_is_begun(
@@ -291,7 +301,7 @@ def test_a_dead_cluster_is_told_before_anything_is_begun(
     main: Main,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_launch.Tracker, "start", lambda *a: pytest.fail("MLflow was asked"))
+    monkeypatch.setattr(command.Tracker, "start", lambda *a: pytest.fail("MLflow was asked"))
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     run = main()
     assert run.code == 2
@@ -305,9 +315,9 @@ def test_a_cluster_of_another_ray_is_one_line(monkeypatch: pytest.MonkeyPatch) -
         raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.9\n    Python: 3.10")
 
     monkeypatch.setattr("ray.init", init)
-    monkeypatch.setattr(_where, "check_address", lambda asked: _address.Address("far:1", "--address"))
+    monkeypatch.setattr(ray_session, "check_address", lambda asked: address_module.Address("far:1", "--address"))
     with pytest.raises(UserError, match=r"the Ray cluster at far:1 does not fit \(Version mismatch: .* Python: 3.10\)"):
-        _where.connect("far:1", "s3://bucket/x")
+        ray_session.connect("far:1", "s3://bucket/x")
 
 
 def test_versions_of_a_cluster_are_compared_before_anything_is_begun(
@@ -315,15 +325,15 @@ def test_versions_of_a_cluster_are_compared_before_anything_is_begun(
     main: Main,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_address, "_knock", lambda text: {"ray_version": "2.50.1", "python_version": "3.10.4"})
-    monkeypatch.setattr(_launch.Tracker, "start", lambda *a: pytest.fail("MLflow was asked"))
+    monkeypatch.setattr(address_module, "_knock", lambda text: {"ray_version": "2.50.1", "python_version": "3.10.4"})
+    monkeypatch.setattr(command.Tracker, "start", lambda *a: pytest.fail("MLflow was asked"))
     run = main("--address", "far:1")
     assert run.code == 2
     (line,) = run.err.strip().splitlines()
     assert "the Ray cluster at far:1 has Ray 2.50.1 and Python 3.10.4, here are Ray " in line
     assert "install here what the cluster has, or restart it" in line
     assert Ledger(str(tmp_path / "runs/ledger"), "toy", "1").store.names("_claims") == []
-    _address.check_versions("far:1", {})  # a head that has only just started
+    address_module.check_versions("far:1", {})  # a head that has only just started
 
 
 def test_a_ray_of_this_machine_alone_listens_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,18 +342,18 @@ def test_a_ray_of_this_machine_alone_listens_on_loopback(monkeypatch: pytest.Mon
     at: dict[object, tuple[str, str | None]] = {}
 
     def init(address: str, **options: object) -> None:  # its own address is what Ray's servers listen on
-        at[address] = services.get_node_ip_address(), os.environ.get(_where._MANY_NODES)
+        at[address] = services.get_node_ip_address(), os.environ.get(ray_session._MANY_NODES)
 
-    monkeypatch.setenv(_where._MANY_NODES, "")
-    monkeypatch.delenv(_where._MANY_NODES)
+    monkeypatch.setenv(ray_session._MANY_NODES, "")
+    monkeypatch.delenv(ray_session._MANY_NODES)
     monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", True)
     monkeypatch.setattr(worker, "_global_node", None)
     monkeypatch.setattr(services, "node_ip_address_from_perspective", lambda address=None: "10.0.0.11")
     monkeypatch.setattr("ray.init", init)
-    monkeypatch.setattr(_where, "_machine", lambda storage: None)
-    monkeypatch.setattr(_where, "check_address", lambda asked: _address.Address(asked or "local", ""))
-    _where.connect(None, "runs")
-    _where.connect("far:1", "runs")
+    monkeypatch.setattr(ray_session, "_machine", lambda storage: None)
+    monkeypatch.setattr(ray_session, "check_address", lambda asked: address_module.Address(asked or "local", ""))
+    ray_session.connect(None, "runs")
+    ray_session.connect("far:1", "runs")
     assert at == {"local": ("127.0.0.1", "0"), "far:1": ("10.0.0.11", None)}
 
 
@@ -352,7 +362,7 @@ def test_links_are_left_for_each_machine_to_follow(tmp_path: Path, monkeypatch: 
     for name in ("desk", "worker", "elsewhere"):
         (tmp_path / name / "sub").mkdir(parents=True)
     (tmp_path / "mount").symlink_to("desk")
-    storage = _where.normal_storage("file+shared://mount/ledger")
+    storage = storage_module.normal_storage("file+shared://mount/ledger")
     assert storage == f"{tmp_path}/mount/ledger"
     ledger = Ledger(storage, "toy", "1")
     place = "ledger/toy/1"  # MLflow may know cells by the address that older programs used
@@ -362,11 +372,11 @@ def test_links_are_left_for_each_machine_to_follow(tmp_path: Path, monkeypatch: 
     (tmp_path / "mount").symlink_to("worker")  # as the same path leads on another machine
     pickle.loads(sent).store.replace("x", b"1")
     assert (tmp_path / "worker/ledger/toy/1/x").read_bytes() == b"1"
-    assert _where.normal_storage("mount/../x") == f"{tmp_path}/x"
+    assert storage_module.normal_storage("mount/../x") == f"{tmp_path}/x"
     (tmp_path / "mount").unlink()
     (tmp_path / "mount").symlink_to("elsewhere/sub")
-    assert _where.normal_storage("mount/../x") == f"{tmp_path}/elsewhere/x"  # as every other program sees it
-    assert _where.normal_storage("./a//b/") == f"{tmp_path}/a/b"
+    assert storage_module.normal_storage("mount/../x") == f"{tmp_path}/elsewhere/x"  # as every other program sees it
+    assert storage_module.normal_storage("./a//b/") == f"{tmp_path}/a/b"
 
 
 @pytest.mark.parametrize(
@@ -395,7 +405,7 @@ def test_a_working_directory_that_cannot_be_written_is_told_before_anything_is_c
 def test_reports_go_where_they_are_asked_to(tmp_path: Path, main: Main, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     from toy_sweep import Square
 
-    from sweeps._sweep import Row
+    from sweeps.core.cells import Row
 
     Ledger(str(tmp_path / "L"), "toy", "1").publish(Square(n=2), [Row("square", 4)], {}, {"published_unix": 1.7e9})
     monkeypatch.chdir("/proc")
@@ -451,18 +461,18 @@ def test_a_home_that_cannot_be_written_gets_the_right_remedy(
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
 def test_printing_never_fails(encoding: str, main: Main, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     screen = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    monkeypatch.setattr(_launch.Tracker, "start", lambda *a: None)
-    monkeypatch.setattr(_launch.Tracker, "finish", lambda *a: False)
-    monkeypatch.setattr(_launch, "connect", lambda *a: Machine.here())
+    monkeypatch.setattr(command.Tracker, "start", lambda *a: None)
+    monkeypatch.setattr(command.Tracker, "finish", lambda *a: False)
+    monkeypatch.setattr(command, "connect", lambda *a: Machine.here())
 
     def given_up(job: object, queue: Queue, *rest: object) -> dict[str, str]:
         assert queue.next() is not None
         return {"pack0": "Überlauf → ∞"}
 
-    monkeypatch.setattr(_launch, "run_packs", given_up)
+    monkeypatch.setattr(command, "run_packs", given_up)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", screen)
         patch.setattr(sys, "stderr", screen)
-        assert _launch.main("toy_sweep", ["--set", "n=1"]) == 1  # its head has an arrow
+        assert command.main("toy_sweep", ["--set", "n=1"]) == 1  # its head has an arrow
     screen.flush()
     assert b"toy --preset small ? " in screen.buffer.getvalue()  # type: ignore[attr-defined]

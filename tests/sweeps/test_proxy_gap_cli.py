@@ -21,10 +21,12 @@ import torch
 
 from analysis import published
 from models.sae_io import load_saelens
-from sweeps import _launch, _sae_sources
-from sweeps._ledger import Ledger
+from sweeps import _sae_sources
 from sweeps._sae_report import is_the_studys
-from sweeps._where import Machine, RunSettings
+from sweeps.core.machine import Machine
+from sweeps.core.settings import RunSettings
+from sweeps.launch import command as command_module
+from sweeps.ledger.ledger import Ledger
 from sweeps.proxy_gap import PRESETS, SWEEP
 from tests.sweeps.tiny_proxy_gap import MODEL, save_lm, save_shards, settings, tiny_grid
 
@@ -80,7 +82,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The command line called in this process, for what must end before Ray starts; a machine of fixed size."""
     machine = Machine(nodes=1, cpus=8, gpus=0, memory_bytes=32 * 2**30, hardware="a machine of the tests")
     monkeypatch.setattr(Machine, "here", staticmethod(lambda: machine))
-    monkeypatch.setattr(_launch, "connect", lambda *a: pytest.fail("Ray was started"))
+    monkeypatch.setattr(command_module, "connect", lambda *a: pytest.fail("Ray was started"))
     monkeypatch.chdir(tmp_path)
     before = signal.getsignal(signal.SIGTERM)
     yield tmp_path
@@ -88,11 +90,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def main(*arguments: str) -> int:
-    return _launch.main("sweeps.proxy_gap", list(arguments))
+    return command_module.main("sweeps.proxy_gap", list(arguments))
 
 
 def test_command_line_is_frozen() -> None:
-    actions = {a.option_strings[-1]: (a.default, a.nargs, a.metavar) for a in _launch.parser(SWEEP)._actions}
+    actions = {a.option_strings[-1]: (a.default, a.nargs, a.metavar) for a in command_module.parser(SWEEP)._actions}
     assert actions == {
         "--help": ("==SUPPRESS==", 0, None),
         "--preset": ("local", None, "P"),

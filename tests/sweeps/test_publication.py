@@ -14,11 +14,11 @@ import pytest
 from fsspec import AbstractFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from sweeps._claims import Claims
-from sweeps._ledger import Ledger
-from sweeps._published import DamagedCell, file_of, file_sizes
-from sweeps._storage import MARKER, Facts, Store
-from sweeps._sweep import Cell, Row, UserError
+from sweeps.core.cells import Cell, Row, UserError
+from sweeps.ledger.claims import Claims
+from sweeps.ledger.ledger import Ledger
+from sweeps.ledger.published import DamagedCell, file_of, file_sizes
+from sweeps.ledger.storage import MARKER, Facts, Store
 
 
 @dataclass(frozen=True, kw_only=True)

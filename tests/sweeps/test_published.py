@@ -11,9 +11,9 @@ import pytest
 
 from benchmarks import scale
 from benchmarks._object_store import ModelStore
-from sweeps._ledger import Ledger
-from sweeps._published import files_of, in_order, parquet_bytes, tables_of
-from sweeps._sweep import Row
+from sweeps.core.cells import Row
+from sweeps.ledger.ledger import Ledger
+from sweeps.ledger.published import files_of, in_order, parquet_bytes, tables_of
 
 LATENCY = 0.1  # seconds
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from sweeps import _launch
-from sweeps._ledger import Ledger
-from sweeps._report_folder import put_in_place
-from sweeps._sweep import Row
+from sweeps.core.cells import Row
+from sweeps.launch import command
+from sweeps.launch.report_folder import put_in_place
+from sweeps.ledger.ledger import Ledger
 from tests.sweeps.test_launch import Main, main  # noqa: F401 - a fixture
 
 
@@ -85,7 +85,7 @@ def test_a_report_names_its_settings_and_holds_its_own_figures(
             (out / "pairs.png").write_bytes(b"drawn")
         return plain(self, cells, preset_name, preset, out)
 
-    put = _launch.put_in_place
+    put = command.put_in_place
 
     def noted(made: Path, place: Path) -> list[Path]:
         files = put(made, place)
@@ -93,7 +93,7 @@ def test_a_report_names_its_settings_and_holds_its_own_figures(
         return files
 
     monkeypatch.setattr(type(SWEEP), "report", report)
-    monkeypatch.setattr(_launch, "put_in_place", noted)
+    monkeypatch.setattr(command, "put_in_place", noted)
     out = tmp_path / "runs/reports/toy/small"
     for numbers, names in (("1,2", ["pairs.png", "report.md"]), ("2", ["report.md"])):
         assert main("--report", "--set", f"n={numbers}").code == 0

@@ -19,12 +19,12 @@ from models.registry import HOST_LMS
 from models.standin_lm import build_model
 from models.topk_sae import SparseTrainer
 from sweeps import _sae_grid
-from sweeps._context import PackContext
-from sweeps._ledger import Ledger
 from sweeps._sae_tokens import kept_tokens, replace_dropped
-from sweeps._stop import PackStopped
-from sweeps._sweep import UserError
-from sweeps._where import RunSettings
+from sweeps.core.cells import UserError
+from sweeps.core.settings import RunSettings
+from sweeps.launch.context import PackContext
+from sweeps.launch.stop import PackStopped
+from sweeps.ledger.ledger import Ledger
 from sweeps.proxy_gap import SWEEP, Grid, SAECell
 
 CONTEXT = 16
@@ -174,7 +174,7 @@ def test_crash_and_resume_is_the_uninterrupted_run(packed: Ledger, monkeypatch: 
 def test_checkpoints_of_different_steps_meet_again(packed: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     """A crash between two checkpoints of one round leaves SAEs at different steps; each joins where it stands."""
     ledger = fresh()
-    from sweeps._context import WorkStore
+    from sweeps.ledger.checkpoints import WorkStore
 
     real, count = WorkStore.save, 0
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 
 from models.topk_sae import bank_bytes, step_flops
-from sweeps._execute import HEADROOM
 from sweeps._sae_grid import sae_config
 from sweeps._sae_plan import _USABLE, estimate, make_packs, pack_bytes
-from sweeps._sweep import Pack, UserError
-from sweeps._where import Machine, RunSettings
+from sweeps.core.cells import Pack, UserError
+from sweeps.core.machine import HEADROOM, Machine
+from sweeps.core.settings import RunSettings
 from sweeps.proxy_gap import SWEEP, Grid, SAECell
 
 CPUS = 8

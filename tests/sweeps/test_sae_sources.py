@@ -18,8 +18,8 @@ import pytest
 
 from sweeps import _sae_sources
 from sweeps._sae_sources import fingerprint, trajectory_name
-from sweeps._sweep import UserError
-from sweeps._where import RunSettings
+from sweeps.core.cells import UserError
+from sweeps.core.settings import RunSettings
 from sweeps.proxy_gap import PRESETS, SWEEP
 
 CELL = next(c for c in SWEEP.plan(PRESETS["fast2"]) if c.model == "pythia-70m")

@@ -19,11 +19,11 @@ import pytest
 
 from benchmarks import scale
 from benchmarks._object_store import PAGE, ModelStore
-from sweeps._claims import Claims
-from sweeps._index import FOLDER, Index
-from sweeps._ledger import Ledger
-from sweeps._storage import Store
-from sweeps._sweep import UserError
+from sweeps.core.cells import UserError
+from sweeps.ledger.claims import Claims
+from sweeps.ledger.index import FOLDER, Index
+from sweeps.ledger.ledger import Ledger
+from sweeps.ledger.storage import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -188,7 +188,7 @@ def test_kill_9_while_the_index_is_written(tmp_path: Path) -> None:
     keys = list(filled(ledger, 120))
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from sweeps._ledger import Ledger\n"
+        "from sweeps.ledger.ledger import Ledger\n"
         "l = Ledger(sys.argv[1], 'scale', '1'); done = sorted(l.done()); print('ready', flush=True)\n"
         "while True:\n"
         "    for i in range(0, 120, 5): l.compact(done[i:i + 5])\n"

@@ -25,10 +25,10 @@ import pandas as pd
 import pytest
 from safetensors import SafetensorError
 
-from sweeps import _secrets
-from sweeps._context import WorkStore
-from sweeps._storage import Store
-from sweeps._sweep import UserError
+from sweeps.core.cells import UserError
+from sweeps.ledger import logins
+from sweeps.ledger.checkpoints import WorkStore
+from sweeps.ledger.storage import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 WORD = "s3cr3t-Word"
@@ -36,7 +36,7 @@ WORD = "s3cr3t-Word"
 
 @pytest.fixture
 def no_logins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(_secrets.VARIABLE, "{}")
+    monkeypatch.setenv(logins.VARIABLE, "{}")
 
 
 class Fuse:
@@ -156,7 +156,7 @@ def _diagrams(folder: Path, target: Path) -> None:
 def _member(folder: Path, target: Path) -> None:
     """Members of the odor model are read back as plain arrays."""
     from sweeps import _topology_report
-    from sweeps._sweep import PublishedCell
+    from sweeps.core.cells import PublishedCell
 
     (folder / "embedding.npy").write_bytes(numpy_bomb(target))
     identity = {"kind": "member", "representation": "pom0", "table": "t"}
@@ -224,17 +224,15 @@ def test_file_names_cannot_leave_the_ledger(name: str, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_logins")
 def test_logins_are_cut_out_and_put_back_only_for_their_host() -> None:
     uri = f"sftp://user:{WORD}@host:22/a@b/c"
-    assert _secrets.remember(uri) == "sftp://host:22/a@b/c"
-    assert _secrets.with_login("sftp://host:22/other") == f"sftp://user:{WORD}@host:22/other"
+    assert logins.remember(uri) == "sftp://host:22/a@b/c"
+    assert logins.with_login("sftp://host:22/other") == f"sftp://user:{WORD}@host:22/other"
     for other in ("sftp://host/a", "ftp://host:22/a", "/local/a@b", "s3://bucket/x@y", "memory://x"):
-        assert _secrets.with_login(other) == other
-        assert _secrets.remember(other) == other
-    assert _secrets.clean_arguments(["--set", f"x=1,{uri}", "plain"]) == ["--set", "x=1,sftp://host:22/a@b/c", "plain"]
-    assert (
-        _secrets.without_password("no answer from ftp://u:p@ss@host/x, sorry") == "no answer from ftp://host/x, sorry"
-    )
-    _secrets.remember("http://me:p%40ss@mlflow:5000")
-    assert _secrets.http_login("http://mlflow:5000") == ("me", "p@ss")
+        assert logins.with_login(other) == other
+        assert logins.remember(other) == other
+    assert logins.clean_arguments(["--set", f"x=1,{uri}", "plain"]) == ["--set", "x=1,sftp://host:22/a@b/c", "plain"]
+    assert logins.without_password("no answer from ftp://u:p@ss@host/x, sorry") == "no answer from ftp://host/x, sorry"
+    logins.remember("http://me:p%40ss@mlflow:5000")
+    assert logins.http_login("http://mlflow:5000") == ("me", "p@ss")
 
 
 @pytest.mark.usefixtures("no_logins")
@@ -252,14 +250,14 @@ def test_a_login_in_the_environment_is_kept_as_one_on_the_command_line_is(
         monkeypatch.setenv(name, value)
     from locked_sweep import SWEEP
 
-    from sweeps import _launch
-    from sweeps._stop import Stopper
+    from sweeps.launch import command as command_module
+    from sweeps.launch.stop import Stopper
 
-    launch = _launch._Launch("locked_sweep", SWEEP, _launch.parser(SWEEP).parse_args([]), Stopper())
+    launch = command_module._Launch("locked_sweep", SWEEP, command_module.parser(SWEEP).parse_args([]), Stopper())
     assert launch.storage == launch.arguments.storage == "locked://vault/ledger"
     assert launch.tracking_uri == "http://host:5000"
     assert launch.done == set()
-    assert _secrets.http_login(launch.tracking_uri) == ("me", WORD)
+    assert logins.http_login(launch.tracking_uri) == ("me", WORD)
 
 
 @pytest.mark.parametrize(
@@ -271,32 +269,32 @@ def test_a_login_in_the_environment_is_kept_as_one_on_the_command_line_is(
 )
 def test_passwords_in_a_query_are_refused_and_not_repeated(name: str) -> None:
     with pytest.raises(UserError, match=rf"^--tracking-uri postgresql://h/db\?user=u has {name}=… behind") as refused:
-        _secrets.given(f"postgresql://h/db?user=u&{name}={WORD}", "--tracking-uri")
+        logins.given(f"postgresql://h/db?user=u&{name}={WORD}", "--tracking-uri")
     assert WORD not in str(refused.value)
-    assert _secrets.given("postgresql://h/db?sslmode=require", "--tracking-uri").endswith("?sslmode=require")
+    assert logins.given("postgresql://h/db?sslmode=require", "--tracking-uri").endswith("?sslmode=require")
 
 
 @pytest.mark.parametrize("sign", ["/", "?", "#"])
 def test_a_password_that_ends_its_address_early_is_refused_and_not_repeated(sign: str) -> None:
     uri = f"http://bob:{WORD[:3]}{sign}{WORD[3:]}@host:5000/x"
     with pytest.raises(UserError, match=r"^--tracking-uri has an @ after.*%2F, %3F, %23") as refused:
-        _secrets.given(uri, "--tracking-uri")
+        logins.given(uri, "--tracking-uri")
     assert WORD[3:] not in str(refused.value)
     for plain in ("s3://bucket/x@y", "http://host:5000/a", "file:///home/a@b", "sftp://host/x?y=a@b"):
-        assert _secrets.given(plain, "--storage") == plain
+        assert logins.given(plain, "--storage") == plain
 
 
 @pytest.mark.parametrize("uri", [f"http://bob:{WORD} x@host", f"bob:{WORD}@host/x", f"//bob:{WORD}@host/x"])
 def test_a_login_with_a_blank_or_without_a_scheme_is_refused_and_not_repeated(uri: str) -> None:
     with pytest.raises(UserError, match=r"^--storage has a login with a blank .*%20") as refused:
-        _secrets.given(uri, "--storage")
+        logins.given(uri, "--storage")
     assert WORD not in str(refused.value)
 
 
 @pytest.mark.parametrize("mark", [";", "#"])
 def test_a_password_behind_other_marks_is_refused_and_not_repeated(mark: str) -> None:
     with pytest.raises(UserError, match="has token=…") as refused:
-        _secrets.given(f"s3://bucket/x{mark}token={WORD}", "--storage")
+        logins.given(f"s3://bucket/x{mark}token={WORD}", "--storage")
     assert WORD not in str(refused.value)
     for plain in (
         "runs/ledger",
@@ -307,27 +305,27 @@ def test_a_password_behind_other_marks_is_refused_and_not_repeated(mark: str) ->
         "file:///a b/c@d",
         "gs://b/k=1",
     ):
-        assert _secrets.given(plain, "--storage") == plain
+        assert logins.given(plain, "--storage") == plain
 
 
 def test_a_login_in_a_chained_address_is_refused_and_not_repeated() -> None:
     with pytest.raises(UserError, match="chained address with a login") as refused:
-        _secrets.given(f"simplecache::http://bob:{WORD}@host/x", "--storage")
+        logins.given(f"simplecache::http://bob:{WORD}@host/x", "--storage")
     assert WORD not in str(refused.value)
     with pytest.raises(UserError, match="chained address with a login"):
-        _secrets.given(f"::http://bob:{WORD}@host/x", "--storage")
-    assert _secrets.given("simplecache::s3://bucket/x", "--storage") == "simplecache::s3://bucket/x"
+        logins.given(f"::http://bob:{WORD}@host/x", "--storage")
+    assert logins.given("simplecache::s3://bucket/x", "--storage") == "simplecache::s3://bucket/x"
 
 
 def test_servers_listen_on_loopback_unless_told() -> None:
-    from sweeps import _cluster, _where
+    from sweeps.launch import pods, ray_session
 
     ui = next(line for line in re.split(r"\n(?=\S)", (ROOT / "Makefile").read_text()) if line.startswith("ui:"))
     assert "--host 127.0.0.1" in ui
     cluster = (ROOT / "cluster.yaml").read_text()
     assert cluster.count("--dashboard-host=127.0.0.1") == cluster.count("ray start --head")
-    assert '"include_dashboard": False' in Path(_where.__file__).read_text()
-    assert 'os.environ.get("PLUMBLINE_MLFLOW_HOST") or "127.0.0.1"' in Path(_cluster.__file__).read_text()
+    assert '"include_dashboard": False' in Path(ray_session.__file__).read_text()
+    assert 'os.environ.get("PLUMBLINE_MLFLOW_HOST") or "127.0.0.1"' in Path(pods.__file__).read_text()
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from sweeps._sweep import UserError, apply_settings
+from sweeps.core.cells import UserError
+from sweeps.core.settings import apply_settings
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from sweeps._stop import StopFlag, Stopper
-from sweeps._storage import Store
+from sweeps.launch.stop import StopFlag, Stopper
+from sweeps.ledger.storage import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import signal, sys, time, weakref
-from sweeps._stop import listen
+from sweeps.launch.stop import listen
 
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
 listen()

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from sweeps._where import Machine, RunSettings
+from sweeps.core.machine import Machine
+from sweeps.core.settings import RunSettings
 
 
 @pytest.mark.parametrize("cpus", [2, 16])

@@ -13,10 +13,10 @@ import pandas as pd
 import pytest
 
 from benchmarks import scale
-from sweeps._claims import Claims
-from sweeps._ledger import Ledger
-from sweeps._sweep import PublishedCell, UserError
-from sweeps._track import Tracker, _name, _points, _quoted, default_uri, normal_uri, sqlite_file
+from sweeps.core.cells import PublishedCell, UserError
+from sweeps.launch.tracking import Tracker, _name, _points, _quoted, default_uri, normal_uri, sqlite_file
+from sweeps.ledger.claims import Claims
+from sweeps.ledger.ledger import Ledger
 from tests.sweeps.mlflow_runs import runs_of_cells
 
 
@@ -256,7 +256,7 @@ def test_a_run_left_without_its_files_gets_them(ledger: Ledger, monkeypatch: pyt
     broken = tracker(ledger, [])
     with monkeypatch.context() as patch:
         patch.setattr(Tracker, "_log_files", lambda *a: (_ for _ in ()).throw(OSError("the network went away")))
-        patch.setattr("sweeps._track._FINISH_TRIES", 1)
+        patch.setattr("sweeps.launch.tracking._FINISH_TRIES", 1)
         broken.start({}, {})
         broken.want(ledger.done())
         assert not broken.finish("FINISHED", {}, [])

@@ -19,13 +19,14 @@ import psutil
 import pytest
 import torch
 
-from sweeps import _train_ray
 from sweeps._codec_run import run_pack
-from sweeps._context import PackContext, WorkStore
-from sweeps._ledger import Ledger
-from sweeps._sweep import Pack, UserError
-from sweeps._where import RunSettings
 from sweeps.codec_lm import PRESETS, SWEEP, LMCell
+from sweeps.core.cells import Pack, UserError
+from sweeps.core.settings import RunSettings
+from sweeps.launch import workers as workers_module
+from sweeps.launch.context import PackContext
+from sweeps.ledger.checkpoints import WorkStore
+from sweeps.ledger.ledger import Ledger
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
@@ -224,12 +225,12 @@ def test_fewer_workers_than_wished_and_a_changed_number(alone: Ledger, tmp_path:
 def test_more_workers_than_the_cluster_can_hold_are_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, workers: int, cpus: int, gpus: float, least: int, line: str
 ) -> None:
-    monkeypatch.setattr(_train_ray.ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": 1.0})
+    monkeypatch.setattr(workers_module.ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": 1.0})
     ledger = Ledger(str(tmp_path), "codec_lm", LMCell.VERSION)
     run = RunSettings(workers=workers, min_workers=least)
     context = PackContext(ledger, run, threads=1, device="cpu", fingerprint=lambda cell: "f")
     with pytest.raises(UserError, match=re.escape(line)) if line else nullcontext():
-        _train_ray._require(Pack(name="p", cells=(CELL,), cpus=cpus, gpus=gpus, workers=workers), context)
+        workers_module._require(Pack(name="p", cells=(CELL,), cpus=cpus, gpus=gpus, workers=workers), context)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from models.codec_lm import build_codec_lm
-from sweeps._world import World
+from sweeps.core.world import World
 from tests.sweeps.world_job import CONFIG, STEPS, batch_at, run, trainer
 
 JOB = Path(__file__).with_name("world_job.py")

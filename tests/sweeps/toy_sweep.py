@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from sweeps._context import PackContext
-from sweeps._sweep import Cell, Estimate, Pack, PublishedCell, Row, UserError, digest
-from sweeps._where import Machine, RunSettings
+from sweeps.core.cells import Cell, Estimate, Pack, PublishedCell, Row, UserError, digest
+from sweeps.core.machine import Machine
+from sweeps.core.settings import RunSettings
+from sweeps.launch.context import PackContext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class ToySweep:
 
     def run(self, pack: Pack, preset: Toy, context: PackContext) -> None:
         if pack.workers:
-            from sweeps._train_ray import fit
+            from sweeps.launch.workers import fit
 
             fit("toy_sweep:work", pack, preset, context)
         else:
@@ -106,7 +107,7 @@ def work(cells: Sequence[Cell], preset: Toy, context: PackContext) -> None:
 SWEEP = ToySweep()
 
 if __name__ == "__main__":
-    from sweeps._launch import main
+    from sweeps.launch.command import main
 
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # the workers must find this module too
     sys.exit(main("toy_sweep"))

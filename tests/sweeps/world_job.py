@@ -18,9 +18,9 @@ from models.delay import training_pair
 from models.lm_presets import LOCAL
 from models.memory_cache import MemoryCacheConfig
 from models.text import TextConfig, encode_texts
-from sweeps._stop import PackStopped
 from sweeps._train import AnomalyError, Batch, Owner, Pace, StepStats, TrainConfig, Trainer, train
-from sweeps._world import World
+from sweeps.core.world import World
+from sweeps.launch.stop import PackStopped
 
 STEPS = 20
 # batches shorter than a segment leave the memory's own parameters without a gradient; texts have different lengths

@@ -1,11 +1,11 @@
-"""Why a worker died, in one line: what Ray writes of it, with the rule that it broke and the remedy."""
+"""Errors in one line: which are permanent, and why a worker died, with the rule that it broke and the remedy."""
 
 from __future__ import annotations
 
 import re
 
-from sweeps._code import OTHER_CODE
-from sweeps._sweep import Pack
+from sweeps.core.cells import Pack, UserError
+from sweeps.launch.same_code import OTHER_CODE
 
 _MEMORY = re.compile(
     r"node running low on memory.*?\(IP: (?P<node>[^,)]+).*?was (?P<used>\S+) used / (?P<limit>\S+) limit "
@@ -59,3 +59,14 @@ def _remedy(pack: Pack) -> str:
 def last_failure(text: str) -> str:
     """The newest section of the error file that Tune keeps a trial: `Failure # 2 (occurred at …)` heads each."""
     return re.split(r"^Failure # \d+ \(occurred at [^)]*\)\n", text, flags=re.MULTILINE)[-1].strip()
+
+
+PERMANENT = (UserError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError, ImportError)
+# how Python writes what the storage or the machine refused, and how a pack ends whose node is taken away
+SYSTEM_ERROR = re.compile(r"\[Errno \d+\]|SIGTERM: ")
+
+
+def one_line(error: BaseException) -> str:
+    """The error as one line; the type is left out where the text speaks for itself."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) and text else f"{type(error).__name__}: {text}"

@@ -23,9 +23,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sweeps._names import checked
-from sweeps._storage import Store
-from sweeps._sweep import PublishedCell
+from sweeps.core.cells import PublishedCell
+from sweeps.core.names import checked
+from sweeps.ledger.storage import Store
 
 FOLDER = "_index"
 _SEGMENT_CELLS = 250_000  # files of this size are not merged any more

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from sweeps._sweep import UserError
+from sweeps.core.cells import UserError
 
 _FORBIDDEN = ("\\", "\0")
 

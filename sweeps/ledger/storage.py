@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -29,9 +30,9 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from data._atomic import move_whole, write_whole
-from sweeps._names import checked, inside
-from sweeps._secrets import remember, with_login, without_password
-from sweeps._sweep import UserError
+from sweeps.core.cells import UserError
+from sweeps.core.names import checked, inside
+from sweeps.ledger.logins import remember, with_login, without_password
 
 MARKER = "_PUBLISHED"
 _ASIDE, _LEFT_SECONDS = ".tmp-", 86_400.0  # folders that are being made, and when they are taken for dead
@@ -523,3 +524,26 @@ def _open(uri: str, address: str) -> tuple[Any, str]:
             f"storage {uri} cannot be opened ({without_password(str(error))}); choose a folder, s3://BUCKET/PREFIX or "
             "another object store that fsspec knows"
         ) from error
+
+
+SHARED_PATH = re.compile(r"^file\+shared://")  # a local path that the user says every node mounts
+
+
+def normal_storage(storage: str) -> str:
+    """The storage text as fsspec takes it: relative local paths made absolute, `file+shared://` stripped.
+
+    Raises UserError for an address that was mistyped as a path, and for one that the workers cannot share.
+    """
+    text = SHARED_PATH.sub("", storage)
+    if text.startswith("memory:"):
+        raise UserError(
+            f"storage {text} is the memory of one process, which Ray's workers do not share; choose a folder or "
+            "s3://BUCKET/PREFIX"
+        )
+    if "://" in text:
+        return text
+    if mistyped := re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+        raise UserError(
+            f"storage {text} has one slash behind its scheme; write {mistyped[0]}/…, or ./{text} for a local folder"
+        )
+    return absolute(text)  # no link is followed here: those of the workers may lead elsewhere

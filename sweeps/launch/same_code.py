@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from data._launched import refuse
+from sweeps.core.machine import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("sweeps", "models", "data", "analysis")
 VARIABLE = "PLUMBLINE_CODE"  # in a worker's environment: the digest of the launch's code
 OTHER_CODE = "runs other code than its launch"
@@ -78,7 +78,7 @@ def worker_setup(root: str | None) -> Callable[[], None]:
         import sys
 
         sys.path.insert(0, root or os.getcwd())
-        importlib.import_module("sweeps._code").guard()
+        importlib.import_module("sweeps.launch.same_code").guard()
 
     return setup
 

@@ -28,11 +28,11 @@ from urllib.parse import quote, unquote
 import filelock
 import tenacity
 
-from sweeps._claims import Claims
-from sweeps._ledger import Ledger
-from sweeps._published import file_of, file_sizes
-from sweeps._secrets import http_login, remember, with_login, without_password
-from sweeps._sweep import PublishedCell, UserError, digest
+from sweeps.core.cells import PublishedCell, UserError, digest
+from sweeps.ledger.claims import Claims
+from sweeps.ledger.ledger import Ledger
+from sweeps.ledger.logins import http_login, remember, with_login, without_password
+from sweeps.ledger.published import file_of, file_sizes
 
 if TYPE_CHECKING:
     from mlflow.entities import Param

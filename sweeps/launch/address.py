@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from sweeps._sweep import UserError
+from sweeps.core.cells import UserError
 
 _CONNECT_SECONDS = 5.0  # for a TCP connection to the head
 _ANSWER_SECONDS = 30.0  # for Ray's own answer, once something listens there

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import re
 import shutil
 import tempfile
 import traceback
@@ -15,30 +14,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sweeps import _limits
-from sweeps._board import Board
-from sweeps._code import other_code
-from sweeps._context import PackContext
-from sweeps._crash import death, last_failure, refusal
-from sweeps._ledger import Ledger
-from sweeps._pack_queue import Queue
-from sweeps._secrets import VARIABLE as LOGINS
-from sweeps._secrets import without_password
-from sweeps._stop import PackStopped, listen, terminated, working
-from sweeps._sweep import Cell, Pack, UserError
-from sweeps._where import RunSettings, prepare_process
+from sweeps.core import limits as process_limits
+from sweeps.core.cells import Cell, Pack, UserError
+from sweeps.core.machine import HEADROOM, prepare_process
+from sweeps.core.settings import RunSettings
+from sweeps.launch.context import PackContext
+from sweeps.launch.failure import PERMANENT, SYSTEM_ERROR, death, last_failure, one_line, refusal
+from sweeps.launch.pack_queue import Queue
+from sweeps.launch.same_code import other_code
+from sweeps.launch.screen import Board
+from sweeps.launch.stop import PackStopped, listen, terminated, working
+from sweeps.ledger.ledger import Ledger
+from sweeps.ledger.logins import VARIABLE as LOGINS
+from sweeps.ledger.logins import without_password
 
-PERMANENT = (UserError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError, ImportError)
-# how Python writes what the storage or the machine refused, and how a pack ends whose node is taken away
-SYSTEM_ERROR = re.compile(r"\[Errno \d+\]|SIGTERM: ")
 _BUCKETS = 64  # objects that the packs of a launch travel in
-HEADROOM = 0.9  # share of a CPU that a pack asks of Ray for each it uses; the rest feeds data tasks
-
-
-def one_line(error: BaseException) -> str:
-    """The error as one line; the type is left out where the text speaks for itself."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, UserError) and text else f"{type(error).__name__}: {text}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +264,7 @@ def run_one(job: Job, pack: Pack, report: Any) -> None:
         report=lambda state: report({"progress": state}),
         launch_id=job.launch_id,
         pack=pack.name,
-        share=pack.gpus or pack.cpus / _limits.here().cpus,
+        share=pack.gpus or pack.cpus / process_limits.here().cpus,
     )
     context.progress(force=True, published=len(done), keys=sorted(done))
     with contextlib.closing(context):

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sweeps._storage import Store
+    from sweeps.ledger.storage import Store
 
 POLL_SECONDS = 1.0
 _AGAIN_SECONDS = 0.05

@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from sweeps._storage import Store
+from sweeps.ledger.storage import Store
 
 LEASE_SECONDS = 30.0
 _FRESH_SHARE = 0.5  # of a lease, after which the own one is written again before another's age is taken from it

@@ -1,7 +1,7 @@
 """What `ray up` leaves undone on pods reached by ssh: wait for every node, start MLflow, stop the workers too.
 
-    python -m sweeps._cluster up   [--config cluster.yaml] [--timeout SECONDS]     (make cluster-up)
-    python -m sweeps._cluster down [--config cluster.yaml]                         (make cluster-down)
+    python -m sweeps.launch.pods up   [--config cluster.yaml] [--timeout SECONDS]     (make cluster-up)
+    python -m sweeps.launch.pods down [--config cluster.yaml]                         (make cluster-down)
 
 `wait` and `mlflow` are what these two run on the head. Exit codes: 0 done, 2 bad configuration, 1 otherwise.
 """
@@ -27,8 +27,8 @@ from typing import Any
 
 import yaml
 
-from sweeps._sweep import UserError
-from sweeps._where import git_commit, prepare_process
+from sweeps.core.cells import UserError
+from sweeps.core.machine import git_commit, prepare_process
 
 PORT = 6379
 _TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "replace"}  # how messages of nodes are read
@@ -170,14 +170,14 @@ def up(cluster: Cluster, timeout: float) -> int:
     cluster.on_head(f"echo {shlex.quote(git_commit())} > ~/plumbline/.commit")
     nodes = ",".join(cluster.nodes)
     return cluster.on_head(
-        f"cd ~/plumbline && python -m sweeps._cluster wait --nodes {nodes} --timeout {timeout:g}"
+        f"cd ~/plumbline && python -m sweeps.launch.pods wait --nodes {nodes} --timeout {timeout:g}"
     ).returncode
 
 
 def down(cluster: Cluster) -> int:
     """Stop Ray on every node, the head first (its autoscaler would start the workers again); returns exit code."""
     stop = "command -v ray > /dev/null || exit 0; ray stop"
-    head = cluster.on_head(f"{stop}; cd ~/plumbline && python -m sweeps._cluster mlflow --stop", capture_output=True)
+    head = cluster.on_head(f"{stop}; cd ~/plumbline && python -m sweeps.launch.pods mlflow --stop", capture_output=True)
     reachable = head.returncode != 255  # ssh's own failure
     print(f"{cluster.head}: {'stopped' if head.returncode == 0 else _last(head.stderr)}", flush=True)
 
@@ -306,7 +306,7 @@ def _last(text: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line above; returns the exit code."""
-    p = argparse.ArgumentParser(prog="python -m sweeps._cluster", description=__doc__)
+    p = argparse.ArgumentParser(prog="python -m sweeps.launch.pods", description=__doc__)
     commands = p.add_subparsers(dest="command", required=True)
     for name in ("up", "down"):
         sub = commands.add_parser(name)

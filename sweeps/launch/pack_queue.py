@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from sweeps._claims import Claims
-from sweeps._sweep import Pack
+from sweeps.core.cells import Pack
+from sweeps.ledger.claims import Claims
 
 _AGAIN_SECONDS = 2.0  # a claim that lasted for less is followed by one of twice as many packs
 _MOST = 64

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import importlib
 import os
 import re
@@ -23,20 +22,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from sweeps._address import check as check_address
-from sweeps._board import Board, duration, quantity
-from sweeps._claims import Claims
-from sweeps._code import OTHER_CODE, own_code
-from sweeps._cost import cost_lines
-from sweeps._execute import SYSTEM_ERROR, Job, one_line, run_packs
-from sweeps._ledger import Ledger
-from sweeps._pack_queue import Queue
-from sweeps._report_folder import put_in_place, say_partial, say_settings
-from sweeps._secrets import clean_arguments, given, hide_arguments
-from sweeps._stop import Stopper
-from sweeps._sweep import Cell, Pack, Sweep, UserError, apply_settings, nearest
-from sweeps._track import Tracker, default_uri, normal_uri, sqlite_file
-from sweeps._where import Machine, RunSettings, check_folder, connect, git_commit, normal_storage, prepare_process
+from sweeps.core.cells import Cell, Pack, UserError, nearest
+from sweeps.core.machine import Machine, check_folder, git_commit, prepare_process
+from sweeps.core.settings import RunSettings, apply_settings
+from sweeps.launch.address import check as check_address
+from sweeps.launch.cost import cost_lines
+from sweeps.launch.failure import SYSTEM_ERROR, one_line
+from sweeps.launch.pack_queue import Queue
+from sweeps.launch.ray_session import connect, shutdown_ray
+from sweeps.launch.report_folder import put_in_place, say_partial, say_settings
+from sweeps.launch.same_code import OTHER_CODE, own_code
+from sweeps.launch.screen import Board, duration, quantity
+from sweeps.launch.stop import Stopper
+from sweeps.launch.sweep import Sweep
+from sweeps.launch.tracking import Tracker, default_uri, normal_uri, sqlite_file
+from sweeps.launch.tune import Job, run_packs
+from sweeps.ledger.claims import Claims
+from sweeps.ledger.ledger import Ledger
+from sweeps.ledger.logins import clean_arguments, given, hide_arguments
+from sweeps.ledger.storage import normal_storage
 
 _WAIT_SECONDS = 4.0  # before the ledger is looked at again for the cells of other launches
 _WAIT_SHARE = 20  # ... and at least so many times what the last look took
@@ -489,23 +493,6 @@ class _Watch:
     def stop(self) -> None:
         self._stop.set()
         self._thread.join()
-
-
-def shutdown_ray() -> None:
-    """Leave Ray, if this process joined it.
-
-    References to Ray's objects that Tune left in cycles go first: the collector, running in the lease's or MLflow's
-    thread while Ray shuts down, would meet a Ray that is half gone, which ends the process with exit code 1.
-    """
-    if "ray" in sys.modules:
-        import ray
-
-        gc.collect()
-        gc.disable()
-        try:
-            ray.shutdown()
-        finally:
-            gc.enable()
 
 
 def _chosen(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:

@@ -1,8 +1,8 @@
 """A pack on the workers of Ray Train: one trainer a pack, built inside the pack's Tune trial.
 
 The worker processes hold the pack's CPUs and GPUs, the trial holds nothing and waits. Checkpoints are the ledger's own
-(`_context.WorkStore`), so that a restarted group, a retried trial and a later launch continue alike. Ray Train starts
-the group again when a worker dies; a cell that keeps killing its workers is given up alone.
+(`checkpoints.WorkStore`), so that a restarted group, a retried trial and a later launch continue alike. Ray Train
+starts the group again when a worker dies; a cell that keeps killing its workers is given up alone.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from sweeps._code import other_code
-from sweeps._context import PackContext
-from sweeps._crash import death, refusal
-from sweeps._execute import HEADROOM, PERMANENT, SYSTEM_ERROR, one_line
-from sweeps._secrets import VARIABLE as LOGINS
-from sweeps._stop import PackStopped, listen, lower_flag, raise_flag, terminated, working
-from sweeps._sweep import Pack, UserError
-from sweeps._world import World
+from sweeps.core.cells import Pack, UserError
+from sweeps.core.machine import HEADROOM
+from sweeps.core.world import World
+from sweeps.launch.context import PackContext
+from sweeps.launch.failure import PERMANENT, SYSTEM_ERROR, death, one_line, refusal
+from sweeps.launch.same_code import other_code
+from sweeps.launch.stop import PackStopped, listen, lower_flag, raise_flag, terminated, working
+from sweeps.ledger.logins import VARIABLE as LOGINS
 
 _RELAY_SECONDS = 1.0
 _ENVIRONMENT = {

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import pandas as pd
 
-from sweeps._storage import Facts, Store
-from sweeps._sweep import PublishedCell, UserError
+from sweeps.core.cells import PublishedCell, UserError
+from sweeps.ledger.storage import Facts, Store
 
 _READERS = 32  # requests that wait for answers at once
 _T = TypeVar("_T")

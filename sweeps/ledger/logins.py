@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from sweeps._sweep import UserError
+from sweeps.core.cells import UserError
 
 VARIABLE = "PLUMBLINE_LOGINS"  # JSON {scheme://host: user:password}
 _LOGIN = re.compile(r"(?<=://)[^/\s]*@")  # up to the last @ before the path

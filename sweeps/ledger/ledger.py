@@ -4,7 +4,7 @@
 `rows.parquet` (tidy rows) and the sweep's own files; on object stores they lie in the folder of the attempt that the
 marker names. A cell is done if and only if its folder is published. `_failed/` holds the last error of cells that
 failed, `_work/` the checkpoints of unfinished ones, `_claims/` the leases, `_index/` what saves reading one file per
-cell (see `_index`), `_codecs/` the stand-in codecs that its cells were coded with, `_id.json` the ledger's name, by
+cell (see `index`), `_codecs/` the stand-in codecs that its cells were coded with, `_id.json` the ledger's name, by
 which it is known wherever it is moved.
 
 A cell whose files are not what cell.json and the marker say is damaged: readers name it and its file, a launch counts
@@ -27,11 +27,11 @@ from typing import Any, TypeVar
 import pandas as pd
 import pyarrow as pa
 
-from sweeps._index import Index, Record, rows_table, work_of
-from sweeps._names import checked
-from sweeps._published import DamagedCell, damaged, facts, file_of, in_order, parquet_bytes
-from sweeps._storage import MARKER, Facts, Store, facts_of
-from sweeps._sweep import Cell, PublishedCell, Row, UserError
+from sweeps.core.cells import Cell, PublishedCell, Row, UserError
+from sweeps.core.names import checked
+from sweeps.ledger.index import Index, Record, rows_table, work_of
+from sweeps.ledger.published import DamagedCell, damaged, facts, file_of, in_order, parquet_bytes
+from sweeps.ledger.storage import MARKER, Facts, Store, facts_of
 
 _FEW = 64  # cells looked at one by one; more are found by one listing
 _HEADS = 1000  # markers looked at one by one after a listing of folders; more are found by listing every file
@@ -263,7 +263,7 @@ class Ledger:
         return [found[k] for k in wanted]
 
     def work(self, keys: Iterable[str]) -> list[tuple[str, float, float, str]]:
-        """(pack attempt, seconds, share, device) of published cells, see `_index.Entry`."""
+        """(pack attempt, seconds, share, device) of published cells, see `index.Entry`."""
         wanted = list(keys)
         with self._lock:
             self.index.refresh()

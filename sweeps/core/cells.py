@@ -1,0 +1,127 @@
+"""The words of every sweep: frozen cells, rows, packs of cells that share work, estimates, published cells."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class UserError(ValueError):
+    """Bad input: one line that states the value, the rule and the remedy. Never retried."""
+
+
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with one spelling per value: sorted keys, no blanks, tuples as lists, no NaN.
+
+    Raises ValueError for a float that JSON cannot spell.
+    """
+    return _CANONICAL.encode(value)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 (64 hex digits) of the canonical JSON of `value`."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+@functools.cache
+def _field_names(kind: type) -> tuple[str, ...]:
+    return tuple(f.name for f in dataclasses.fields(kind))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One point of a grid. Subclasses add identity fields and set SWEEP and VERSION.
+
+    Every field, defaults included, enters the key, so editing a default makes a new cell and can never
+    hand an old result to a new question.
+    """
+
+    SWEEP: ClassVar[str] = ""
+    VERSION: ClassVar[str] = ""
+
+    def identity(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return {name: getattr(self, name) for name in _field_names(type(self))}  # type: ignore[arg-type]
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Short name of the cell: 16 hex digits of the digest of (sweep, version, fields)."""
+        return digest({"sweep": self.SWEEP, "version": self.VERSION, "fields": self.identity()})[:16]
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self.identity().items())
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured number of the tidy long table; parameters are columns, never parts of the name."""
+
+    metric: str
+    value: float
+    unit: str = ""
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pack:
+    """Cells that run together as one Tune trial, with the share of the machine that the trial holds.
+
+    workers: processes of Ray Train that do the pack's work and hold that share together, evenly; the trial itself
+    then holds nothing. 0: the trial does the work.
+    """
+
+    name: str
+    cells: tuple[Cell, ...]
+    cpus: float = 1.0
+    gpus: float = 0.0
+    memory_bytes: int = 0
+    workers: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What finishing some cells takes; the numbers behind `--plan`. Times are for the whole list.
+
+    `bytes` is the traffic to and from memory that the arithmetic cannot hide, 0 where the sweep does not know it.
+    `shared` names work that several cells share and that is done once, a line each, where it is no LM pass.
+    """
+
+    lm_passes: int = 0
+    shared: tuple[str, ...] = ()
+    tokens: int = 0
+    flops: float = 0.0
+    bytes: float = 0.0
+    memory_bytes: int = 0
+    seconds: float = math.nan
+    basis: str = ""
+
+
+@dataclass(frozen=True)
+class PublishedCell:
+    """A finished cell as the ledger holds it: its identity, its rows and where its files are."""
+
+    key: str
+    identity: Mapping[str, Any]
+    rows: pd.DataFrame
+    files: tuple[str, ...]
+    uri: str
+    meta: Mapping[str, Any]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` for the known name most like `name`, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -1,0 +1,159 @@
+"""Ray for one launch: started here or joined, told what its workers need, and left again."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from sweeps.core.cells import UserError
+from sweeps.core.machine import ROOT, Machine, git_commit, hardware
+from sweeps.launch.address import check as check_address
+from sweeps.launch.same_code import VARIABLE, own_code, worker_job, worker_setup
+from sweeps.ledger.storage import SHARED_PATH, Store, normal_storage
+
+_MANY_NODES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # Ray's own, read on every system
+_OPTIONS = {"logging_level": "ERROR", "log_to_driver": True}
+
+
+def connect(address: str | None, storage: str) -> Machine:
+    """Start Ray here, or join the cluster at `address` (`auto`, `HOST:PORT`, or $RAY_ADDRESS).
+
+    Raises UserError when no cluster answers there or one of another Ray or Python, when it has several nodes and
+    `storage` is a path of one of them, and when the folder for temporary files has too long a name for Ray.
+    """
+    where = check_address(address)  # before Ray is imported: a cluster that is gone is told in seconds
+    import ray
+
+    try:
+        if where.text == "local":
+            with _on_loopback():
+                ray.init(address="local", **_local_options())
+        else:
+            ray.init(address=where.text, **_cluster_options())
+    except (ConnectionError, ValueError) as error:  # ValueError: no address at all
+        raise where.trouble(error) from error
+    except RuntimeError as error:
+        if "ersion" not in str(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"the Ray cluster at {where.text} does not fit ({reason}); install what it has, or restart it with what is "
+            "installed here"
+        ) from error
+    except OSError as error:
+        if "AF_UNIX" not in str(error):
+            raise
+        raise UserError(
+            f"the folder for temporary files has too long a name for Ray ({error}); give it a shorter one: "
+            "export RAY_TMPDIR=/tmp"
+        ) from error
+    return _machine(storage)
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Have a Ray that starts meanwhile listen on 127.0.0.1 alone, as it does by itself on macOS and Windows.
+
+    Its argument `_node_ip_address` does not: Ray replaces 127.0.0.1 there by an address that others reach.
+    """
+    from ray._private import ray_constants
+
+    before, known = ray_constants.ENABLE_RAY_CLUSTER, os.environ.get(_MANY_NODES)
+    os.environ[_MANY_NODES] = known or "0"  # for the processes that it starts
+    ray_constants.ENABLE_RAY_CLUSTER = before if known else False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        if known is None:
+            del os.environ[_MANY_NODES]
+
+
+def _environment() -> dict[str, str]:
+    """The variables that workers get from the launch, wherever they run."""
+    names = (
+        "OMP_WAIT_POLICY",
+        "NUMBA_CACHE_DIR",
+        "PLUMBLINE_CACHE",
+        "XDG_CACHE_HOME",
+        "TOKENIZERS_PARALLELISM",
+        "HF_HUB_OFFLINE",
+        "HF_ENDPOINT",
+        "HF_HOME",
+    )
+    known = {name: os.environ[name] for name in names if name in os.environ}
+    return known | {"TQDM_DISABLE": "1", VARIABLE: own_code()}  # progress is the board's business
+
+
+def _local_options() -> dict[str, Any]:
+    """What a Ray on this machine alone is told: no more than this process may use, and the checkout before all else."""
+    here = Machine.here()
+    store = int(min(2e9, max(8e7, here.memory_bytes * 0.1)))
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return _OPTIONS | {
+        "num_cpus": here.cpus,
+        "_memory": max(1, here.memory_bytes - store),  # else Ray's own guess, which knows not every limit
+        "object_store_memory": store,
+        "include_dashboard": False,
+        "job_config": worker_job(),
+        "runtime_env": {
+            "env_vars": _environment() | {"PYTHONPATH": path},
+            "worker_process_setup_hook": worker_setup(str(ROOT)),
+        },
+        # else a worker a core starts that no trial can use, as trials have environments of their own
+        "_system_config": {"prestart_worker_first_driver": False},
+    }
+
+
+def _cluster_options() -> dict[str, Any]:
+    """What a cluster is told: to give every worker a copy of the checkout as its working folder."""
+    return _OPTIONS | {
+        "runtime_env": {
+            "env_vars": _environment() | {"PLUMBLINE_GIT_COMMIT": git_commit()},
+            "working_dir": str(ROOT),
+            "excludes": [".git", ".venv", "runs", "**/__pycache__", ".mypy_cache", ".ruff_cache"],
+            "worker_process_setup_hook": worker_setup(None),
+        }
+    }
+
+
+def _machine(storage: str) -> Machine:
+    """What the Ray that was joined has; raises UserError where its nodes cannot share the storage."""
+    import ray
+
+    nodes = [n for n in ray.nodes() if n["Alive"]]
+    if len(nodes) > 1 and not SHARED_PATH.match(storage) and Store(normal_storage(storage)).local:
+        raise UserError(
+            f"storage {storage} is a local path but the cluster has {len(nodes)} nodes; use a URI that all nodes "
+            "reach (s3://, gs://) or, for a path that every node mounts, --storage file+shared:///PATH"
+        )
+    total = ray.cluster_resources()
+    memory = min(int(n["Resources"].get("memory", 8 * 2**30)) for n in nodes)
+    return Machine(
+        nodes=len(nodes),
+        cpus=int(total.get("CPU", 1)),
+        gpus=int(total.get("GPU", 0)),
+        memory_bytes=memory,
+        hardware=hardware(),
+    )
+
+
+def shutdown_ray() -> None:
+    """Leave Ray, if this process joined it.
+
+    References to Ray's objects that Tune left in cycles go first: the collector, running in the lease's or MLflow's
+    thread while Ray shuts down, would meet a Ray that is half gone, which ends the process with exit code 1.
+    """
+    if "ray" in sys.modules:
+        import ray
+
+        gc.collect()
+        gc.disable()
+        try:
+            ray.shutdown()
+        finally:
+            gc.enable()
