@@ -140,8 +140,8 @@ def ours(folder: Path, dtype: str) -> Any:
     from models.host_lm import load_host_lm
     from models.sae_io import load_saelens
     from models.topk_sae import encoder
-    from sweeps._sae_eval import Evaluation
-    from sweeps.proxy_gap import SAECell
+    from sweeps.sae.cells import SAECell
+    from sweeps.sae.evaluate import Evaluation
 
     class WithoutFiles(Evaluation):
         def _sae_files(self, cell: SAECell, sae: Any) -> dict[str, bytes | Path]:

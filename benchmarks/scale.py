@@ -119,7 +119,7 @@ def plan(n: int, folder: Path) -> dict[str, Any]:
     arguments = ["--plan", "--preset", "fast2", "--storage", str(folder / "empty")]
     arguments += [text for setting in settings for text in ("--set", setting)]
     with mock.patch.object(Machine, "here", return_value=cluster), contextlib.redirect_stdout(io.StringIO()) as out:
-        code = command_module.main("sweeps.proxy_gap", arguments)
+        code = command_module.main("sweeps.sae.sweep", arguments)
     assert code == 0
     lines = out.getvalue().splitlines()
     return {"cells": sum("  to do  " in line for line in lines)}
@@ -264,7 +264,7 @@ STEPS: dict[str, Callable[[int, Path], dict[str, Any]]] = {
 def measure(step: str, n: int, folder: Path) -> dict[str, Any]:
     """One step in this process; times exclude the imports that every launch pays once."""
     if step == "plan":
-        import sweeps.proxy_gap  # noqa: F401
+        import sweeps.sae.sweep  # noqa: F401
     wall, cpu = time.perf_counter(), time.process_time()
     out = STEPS[step](n, folder)
     used = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}

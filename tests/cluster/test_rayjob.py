@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from sweeps.launch import command
-from sweeps.proxy_gap import SWEEP
+from sweeps.sae.sweep import SWEEP
 
 MANIFEST = Path(__file__).resolve().parents[2] / "docs" / "rayjob.yaml"
 

@@ -11,11 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from data.pile import HeldOutText, TokenStream
-from sweeps import _sae_sources
-from sweeps._sae_text import TextCheck
 from sweeps.core.cells import UserError
 from sweeps.core.settings import RunSettings
-from sweeps.proxy_gap import PRESETS, SWEEP
+from sweeps.sae import preflight
+from sweeps.sae.presets import PRESETS
+from sweeps.sae.sweep import SWEEP
+from sweeps.sae.text import TextCheck
 
 ROWS, LENGTH, T = 400, 24, 8
 
@@ -74,7 +75,7 @@ def test_a_copied_shard_ends_the_launch_before_any_pack_and_names_both_places(
     stream = open_(shard.parent)
     check = TextCheck(stream, stream.eval_sequences(50), {"m": 999})
     with pytest.raises(UserError) as caught:
-        _sae_sources._read_once(stream, check, stream.n_train())
+        preflight._read_once(stream, check, stream.n_train())
     line = str(caught.value)
     assert "held-out sequences of" in line
     assert "stand word for word in the training text (row " in line
@@ -92,7 +93,7 @@ def test_few_repeats_are_counted_and_rows_that_are_not_trained_on_do_not_matter(
     stream = open_(shard.parent)
     for sequences, line in ((n_alone, ""), (stream.n_train(), "1 of 60 held-out sequences of")):
         check = TextCheck(stream, held_out_ST, {"m": 999})
-        _sae_sources._read_once(stream, check, sequences)
+        preflight._read_once(stream, check, sequences)
         assert check.line().startswith(line)
         assert bool(check.line()) == bool(line)
 
@@ -105,4 +106,4 @@ def test_an_id_beyond_the_vocabulary_is_named_by_shard_and_row(shard: Path) -> N
     with pytest.raises(
         UserError, match=r"token 1000 of .* exceeds the vocabulary of m, 999; choose .* row 301 of train-0"
     ):
-        _sae_sources._read_once(stream, TextCheck(stream, stream.eval_sequences(200 // 4), {"m": 999}), ROWS)
+        preflight._read_once(stream, TextCheck(stream, stream.eval_sequences(200 // 4), {"m": 999}), ROWS)

@@ -17,7 +17,7 @@ from sweeps.core.cells import UserError
 from sweeps.launch import command as command_module
 from sweeps.launch import pods
 from sweeps.launch.pods import Cluster
-from sweeps.proxy_gap import SWEEP
+from sweeps.sae.sweep import SWEEP
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -21,13 +21,14 @@ import torch
 
 from analysis import published
 from models.sae_io import load_saelens
-from sweeps import _sae_sources
-from sweeps._sae_report import is_the_studys
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
 from sweeps.launch import command as command_module
 from sweeps.ledger.ledger import Ledger
-from sweeps.proxy_gap import PRESETS, SWEEP
+from sweeps.sae import preflight
+from sweeps.sae.presets import PRESETS
+from sweeps.sae.report import is_the_studys
+from sweeps.sae.sweep import SWEEP
 from tests.sweeps.tiny_proxy_gap import MODEL, save_lm, save_shards, settings, tiny_grid
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,7 +91,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def main(*arguments: str) -> int:
-    return command_module.main("sweeps.proxy_gap", list(arguments))
+    return command_module.main("sweeps.sae.sweep", list(arguments))
 
 
 def test_command_line_is_frozen() -> None:
@@ -184,7 +185,7 @@ def test_without_network_the_error_names_what_works(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", source == "offline")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(_sae_sources, "_cached", lambda model: False)
+    monkeypatch.setattr(preflight, "_cached", lambda model: False)
     began = time.monotonic()
     assert main("--preset", "fast3") == 2
     errors = capsys.readouterr().err

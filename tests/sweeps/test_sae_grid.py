@@ -18,14 +18,15 @@ from models.host_lm import HostLM
 from models.registry import HOST_LMS
 from models.standin_lm import build_model
 from models.topk_sae import SparseTrainer
-from sweeps import _sae_grid
-from sweeps._sae_tokens import kept_tokens, replace_dropped
 from sweeps.core.cells import UserError
 from sweeps.core.settings import RunSettings
 from sweeps.launch.context import PackContext
 from sweeps.launch.stop import PackStopped
 from sweeps.ledger.ledger import Ledger
-from sweeps.proxy_gap import SWEEP, Grid, SAECell
+from sweeps.sae import train as train_module
+from sweeps.sae.cells import Grid, SAECell
+from sweeps.sae.sweep import SWEEP
+from sweeps.sae.tokens import kept_tokens, replace_dropped
 
 CONTEXT = 16
 
@@ -69,9 +70,9 @@ def lm() -> HostLM:
 
 @pytest.fixture(autouse=True)
 def toy_sources(lm: HostLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_sae_grid, "open_lm", lambda cell, run, device, progress: lm)
-    monkeypatch.setattr(_sae_grid, "open_stream", lambda cell, run, tokenizer_dir=None: Numbers())
-    monkeypatch.setattr(_sae_grid, "_SAVE_PAUSE", 0)
+    monkeypatch.setattr(train_module, "open_lm", lambda cell, run, device, progress: lm)
+    monkeypatch.setattr(train_module, "open_stream", lambda cell, run, tokenizer_dir=None: Numbers())
+    monkeypatch.setattr(train_module, "_SAVE_PAUSE", 0)
 
 
 GRID = Grid(
@@ -95,7 +96,7 @@ def train(cells: list[SAECell], ledger: Ledger, **settings: Any) -> None:
     context = PackContext(
         ledger, RunSettings(**settings), threads=1, device="cpu", fingerprint=lambda cell: "f", launch_id="test"
     )
-    _sae_grid.train_pack(cells, context)
+    train_module.train_pack(cells, context)
 
 
 def fresh() -> Ledger:
@@ -116,8 +117,8 @@ def assert_same(a: Ledger, b: Ledger, keys: list[str]) -> None:
 @pytest.fixture(scope="module")
 def packed(lm: HostLM) -> Ledger:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_sae_grid, "open_lm", lambda cell, run, device, progress: lm)
-        patch.setattr(_sae_grid, "open_stream", lambda cell, run, tokenizer_dir=None: Numbers())
+        patch.setattr(train_module, "open_lm", lambda cell, run, device, progress: lm)
+        patch.setattr(train_module, "open_stream", lambda cell, run, tokenizer_dir=None: Numbers())
         ledger = fresh()
         train(plan(), ledger)
         return ledger
@@ -242,7 +243,7 @@ ONE = replace(GRID, k=(4,), depths=("mid",), tokens=(384,))
 def test_resume_after_a_skipped_shard_is_the_uninterrupted_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """A block is three steps here: the checkpoints lie where the next begins and inside one."""
     gappy = Numbers(gap=range(10, 30))
-    monkeypatch.setattr(_sae_grid, "open_stream", lambda cell, run, tokenizer_dir=None: gappy)
+    monkeypatch.setattr(train_module, "open_stream", lambda cell, run, tokenizer_dir=None: gappy)
     whole = fresh()
     train(plan(ONE), whole)
     for step in (9, 10):
@@ -254,9 +255,11 @@ def test_resume_after_a_skipped_shard_is_the_uninterrupted_run(monkeypatch: pyte
 
 def test_no_block_is_read_beyond_the_last_step(lm: HostLM, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
-    real = _sae_grid._PackRun._activations
+    real = train_module._PackRun._activations
     monkeypatch.setattr(
-        _sae_grid._PackRun, "_activations", lambda self, tokens, block: read.append(block) or real(self, tokens, block)
+        train_module._PackRun,
+        "_activations",
+        lambda self, tokens, block: read.append(block) or real(self, tokens, block),
     )
     train(plan(replace(ONE, tokens=(192,))), fresh())
     assert read == [0, 1]
@@ -331,10 +334,10 @@ def test_curve_reaches_the_budget(packed: Ledger) -> None:
 
 
 def test_short_stream_and_nan_are_one_line(lm: HostLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_sae_grid, "open_stream", lambda cell, run, tokenizer_dir=None: Numbers(length=30))
+    monkeypatch.setattr(train_module, "open_stream", lambda cell, run, tokenizer_dir=None: Numbers(length=30))
     with pytest.raises(UserError, match="640 tokens asked of 480; choose a smaller budget"):
         train(plan(), fresh())
-    monkeypatch.setattr(_sae_grid, "open_stream", lambda cell, run, tokenizer_dir=None: Numbers())
+    monkeypatch.setattr(train_module, "open_stream", lambda cell, run, tokenizer_dir=None: Numbers())
     real = lm.activations
 
     def poisoned(tokens: torch.Tensor, layers: Any) -> dict[int, torch.Tensor]:
@@ -353,7 +356,7 @@ def test_text_of_another_tokenizer_is_one_line(monkeypatch: pytest.MonkeyPatch) 
         def sequences(self, start: int) -> Iterator[tuple[int, np.ndarray]]:
             return ((first, tokens + 100) for first, tokens in super().sequences(start))
 
-    monkeypatch.setattr(_sae_grid, "open_stream", lambda cell, run, tokenizer_dir=None: Wide())
+    monkeypatch.setattr(train_module, "open_stream", lambda cell, run, tokenizer_dir=None: Wide())
     with pytest.raises(UserError, match=r"token 3\d\d of numbers exceeds the vocabulary of standin-small, 257; choose"):
         train(plan(ONE), fresh())
 
@@ -366,7 +369,7 @@ def test_language_model_of_nan_is_one_line(
 ) -> None:
     broken = HostLM("standin-small", copy.deepcopy(lm.model), lm.spec, None)
     broken.model.get_parameter(weight).data.fill_(float("nan"))
-    monkeypatch.setattr(_sae_grid, "open_lm", lambda cell, run, device, progress: broken)
+    monkeypatch.setattr(train_module, "open_lm", lambda cell, run, device, progress: broken)
     with pytest.raises(UserError, match=rf"standin-small {place}: the held-out text gives NaN or inf; check the weig"):
         train(plan(ONE), fresh())
 

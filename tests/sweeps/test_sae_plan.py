@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 
 from models.topk_sae import bank_bytes, step_flops
-from sweeps._sae_grid import sae_config
-from sweeps._sae_plan import _USABLE, estimate, make_packs, pack_bytes
 from sweeps.core.cells import Pack, UserError
 from sweeps.core.machine import HEADROOM, Machine
 from sweeps.core.settings import RunSettings
-from sweeps.proxy_gap import SWEEP, Grid, SAECell
+from sweeps.sae.cells import Grid, SAECell, sae_config
+from sweeps.sae.estimate import estimate
+from sweeps.sae.packs import _USABLE, make_packs, pack_bytes
+from sweeps.sae.sweep import SWEEP
 
 CPUS = 8
 GRID = Grid(

@@ -16,11 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sweeps import _sae_sources
-from sweeps._sae_sources import fingerprint, trajectory_name
 from sweeps.core.cells import UserError
 from sweeps.core.settings import RunSettings
-from sweeps.proxy_gap import PRESETS, SWEEP
+from sweeps.sae import origin, sources
+from sweeps.sae.origin import fingerprint, trajectory_name
+from sweeps.sae.presets import PRESETS
+from sweeps.sae.sweep import SWEEP
 
 CELL = next(c for c in SWEEP.plan(PRESETS["fast2"]) if c.model == "pythia-70m")
 DATASET = "NeelNanda/pile-small-tokenized-2b"
@@ -71,8 +72,8 @@ def _be_the_hub(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
 
 
 def _forget() -> None:
-    _sae_sources._lm_origin.cache_clear()
-    _sae_sources._stream_origin.cache_clear()
+    origin._lm_origin.cache_clear()
+    origin._stream_origin.cache_clear()
 
 
 def of(**settings: str) -> tuple[str, str]:
@@ -162,25 +163,25 @@ def test_a_repository_that_moves_on_is_read_at_the_commit_of_the_start(
     with hub_server.HubServer(shards[0], models[0]).running() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         _be_the_hub(monkeypatch, hub.url)
-        for cached in (pile._open, _sae_sources._lm_origin, _sae_sources._stream_origin):
+        for cached in (pile._open, origin._lm_origin, origin._stream_origin):
             cached.cache_clear()
-        run = _sae_sources.pin([cell], RunSettings())
+        run = origin.pin([cell], RunSettings())
         assert run.hub_commits == (f"EleutherAI/pythia-70m@{'a' * 40}", f"{DATASET}@{'a' * 40}")
         names = fingerprint(cell, run), trajectory_name(cell, run)
         unpinned = fingerprint(cell, RunSettings())
         assert names[0] == unpinned
-        first = _sae_sources.open_stream(cell, run).eval_sequences(4)
+        first = sources.open_stream(cell, run).eval_sequences(4)
         hub.move_on("d" * 40, shards[1], models[1])
-        for cached in (pile._open, _sae_sources._lm_origin, _sae_sources._stream_origin):
+        for cached in (pile._open, origin._lm_origin, origin._stream_origin):
             cached.cache_clear()  # as a worker on another node begins
-        lm = _sae_sources.open_lm(cell, run, "cpu", print)
-        second = _sae_sources.open_stream(cell, run).eval_sequences(4)
+        lm = sources.open_lm(cell, run, "cpu", print)
+        second = sources.open_stream(cell, run).eval_sequences(4)
         assert (fingerprint(cell, run), trajectory_name(cell, run)) == names
         assert fingerprint(cell, RunSettings()) != unpinned
-        assert _sae_sources.pin([cell], run) == run
-        moved = _sae_sources.pin([cell], RunSettings())
-        there = _sae_sources.open_lm(cell, moved, "cpu", print)
-        third = _sae_sources.open_stream(cell, moved).eval_sequences(4)
+        assert origin.pin([cell], run) == run
+        moved = origin.pin([cell], RunSettings())
+        there = sources.open_lm(cell, moved, "cpu", print)
+        third = sources.open_stream(cell, moved).eval_sequences(4)
     local = [load_host_lm("pythia-70m", lm_path=folder) for folder in models]
     texts = [TokenStream(source=str(folder), context=64).eval_sequences(4) for folder in shards]
     weights = [torch.cat([p.flatten() for p in each.model.parameters()]) for each in (lm, there, *local)]
@@ -196,16 +197,16 @@ def test_commits_that_are_none_or_of_no_use_are_refused(commits: dict[str, str])
     with pytest.raises(UserError, match="hub_commits='x/y@main' names no commit"):
         RunSettings(hub_commits=("x/y@main",))
     with pytest.raises(UserError, match="names x/y, which these cells do not read"):
-        _sae_sources.pin([CELL], RunSettings(hub_commits=(f"x/y@{'a' * 40}",)))
+        origin.pin([CELL], RunSettings(hub_commits=(f"x/y@{'a' * 40}",)))
     older = RunSettings(hub_commits=(f"EleutherAI/pythia-70m@{'e' * 40}",))
-    assert _sae_sources.pin([CELL], older).hub_commits[0] == older.hub_commits[0]
+    assert origin.pin([CELL], older).hub_commits[0] == older.hub_commits[0]
 
 
 def test_a_data_set_named_as_stream_path_is_pinned_too(commits: dict[str, str]) -> None:
-    run = _sae_sources.pin([CELL], RunSettings(stream_path=f"hf://datasets/{DATASET}/other"))
-    assert _sae_sources.open_stream(CELL, run).source == f"hf://datasets/{DATASET}@{commits['dataset']}/other"
+    run = origin.pin([CELL], RunSettings(stream_path=f"hf://datasets/{DATASET}/other"))
+    assert sources.open_stream(CELL, run).source == f"hf://datasets/{DATASET}@{commits['dataset']}/other"
     own = RunSettings(stream_path=f"hf://datasets/{DATASET}@v1/other")
-    assert _sae_sources.open_stream(CELL, own).source == own.stream_path
+    assert sources.open_stream(CELL, own).source == own.stream_path
 
 
 def test_a_checkpoint_that_does_not_fit_ends_the_launch_before_any_pack_and_in_a_pack(
@@ -223,7 +224,7 @@ def test_a_checkpoint_that_does_not_fit_ends_the_launch_before_any_pack_and_in_a
     run = RunSettings(lm_path=str(folder))
     for ask in (
         lambda: SWEEP.preflight([cell], PRESETS["fast2"], run),
-        lambda: _sae_sources.open_lm(cell, run, "cpu", print),
+        lambda: sources.open_lm(cell, run, "cpu", print),
     ):
         with pytest.raises(UserError, match=r"28 missing .*28 unexpected \(module\..*take the prefix 'module\.' off"):
             ask()
@@ -232,7 +233,7 @@ def test_a_checkpoint_that_does_not_fit_ends_the_launch_before_any_pack_and_in_a
 def test_hidden_files_beside_a_checkpoint_are_no_part_of_its_origin(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "lm", 0)
     run = RunSettings(lm_path=str(folder))
-    before = _sae_sources._lm_origin("x", run.lm_path, ())
+    before = origin._lm_origin("x", run.lm_path, ())
     (folder / "._model.safetensors").write_bytes(b"left by macOS")
     _forget()
-    assert _sae_sources._lm_origin("x", run.lm_path, ()) == before
+    assert origin._lm_origin("x", run.lm_path, ()) == before

@@ -273,7 +273,7 @@ def test_a_run_left_without_its_files_gets_them(ledger: Ledger, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("sweep", "preset"),
     [
-        *[("proxy_gap", "local"), ("codec_lm", "local"), ("codec_lm", "text_local"), ("memory_cache", "local")],
+        *[("sae.sweep", "local"), ("codec_lm", "local"), ("codec_lm", "text_local"), ("memory_cache", "local")],
         *[("odor_topology", "audit"), ("odor_topology", "ensemble"), ("odor_topology", "utility")],
     ],
 )

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Collection, Sequence
-from functools import partial
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from sweeps.core.cells import Estimate, Pack, UserError
+from sweeps.core.cells import Pack, UserError
 from sweeps.core.machine import HEADROOM, Machine
 from sweeps.core.settings import RunSettings
-from sweeps.launch.screen import duration
 
 if TYPE_CHECKING:
     from models.host_lm import HostLMSpec
     from models.topk_sae import SAEConfig
-    from sweeps.proxy_gap import SAECell
-
+    from sweeps.sae.cells import SAECell
 _PROCESS_BYTES = 3 * 2**29  # an interpreter with torch, transformers and Ray loaded
 _USABLE = 0.75  # share of free memory that packs may plan with
-_LM_EFFICIENCY = 0.6  # of the matmul rate that a whole transformer block reaches
-_STEP_TOUCHES = 14  # a dense step reads and writes both matrices, their moments, and reads their gradients
-_NOMINAL_FLOPS = 5e10  # a CPU core, when nothing is measured
 
 
-def _spec(cell: SAECell, run: RunSettings) -> HostLMSpec:
+def spec_of(cell: SAECell, run: RunSettings) -> HostLMSpec:
     from models.host_lm import host_lm_spec
 
     try:
@@ -37,12 +30,12 @@ def _spec(cell: SAECell, run: RunSettings) -> HostLMSpec:
 def pack_bytes(cells: Sequence[SAECell], run: RunSettings) -> int:
     """Peak memory of one pack: process, LM, SAEs with their training state, one shuffle block, evaluation."""
     from models.topk_sae import bank_bytes
-    from sweeps._sae_grid import sae_config
+    from sweeps.sae.cells import sae_config
 
-    first, spec = cells[0], _spec(cells[0], run)
+    first, spec = cells[0], spec_of(cells[0], run)
     width = spec.d_model
     layers = len({c.layer for c in cells})
-    trajectories = [own for shared in _groups(cells).values() for own in shared.values()]
+    trajectories = [own for shared in shared_passes(cells).values() for own in shared.values()]
     # a decay branch has weights and moments of its own beside the trunk's
     saes = [sae_config(own[0], width) for own in trajectories for _ in range(1 + _branches_at_once(own))]
     lm = spec.n_parameters * (2 if first.lm_dtype == "bfloat16" else 4)
@@ -61,13 +54,13 @@ def _branches_at_once(cells: Sequence[SAECell]) -> int:
     return max(sum(end - decay < other <= end for other in ends) for end in ends)
 
 
-def _steps(cells: Sequence[SAECell], config: SAEConfig) -> int:
+def steps_of(cells: Sequence[SAECell], config: SAEConfig) -> int:
     """Training steps of one trajectory: the trunk's to its last branching point, and those of every decay branch."""
     leaves = [config.branch_step(c.steps) for c in cells]
     return max(leaves) + sum(c.steps - leaf for c, leaf in zip(cells, leaves, strict=True))
 
 
-def _groups(cells: Sequence[SAECell]) -> dict[tuple[Any, ...], dict[tuple[Any, ...], list[SAECell]]]:
+def shared_passes(cells: Sequence[SAECell]) -> dict[tuple[Any, ...], dict[tuple[Any, ...], list[SAECell]]]:
     """{what an LM pass is shared by: {trajectory: its cells}}, both in plan order by layer."""
     groups: dict[tuple[Any, ...], dict[tuple[Any, ...], list[SAECell]]] = {}
     for cell in sorted(cells, key=lambda c: c.layer):
@@ -91,7 +84,7 @@ def make_packs(cells: Sequence[SAECell], machine: Machine, run: RunSettings) -> 
 
     Raises UserError when a single SAE does not fit.
     """
-    groups = [list(g.values()) for g in _groups(cells).values()]
+    groups = [list(g.values()) for g in shared_passes(cells).values()]
     wanted = _shares([len(g) for g in groups], max(len(groups), machine.gpus or machine.nodes))
     cores = max(1, machine.cpus // machine.nodes)
     free = _device_bytes(machine, run) * _USABLE
@@ -212,112 +205,3 @@ def _device_bytes(machine: Machine, run: RunSettings) -> int:
     if not torch.cuda.is_available():
         raise UserError("the cluster has GPUs but this node has none to ask for its memory; add --set gpu_memory_gb=80")
     return torch.cuda.get_device_properties(0).total_memory
-
-
-def estimate(cells: Sequence[SAECell], machine: Machine, run: RunSettings) -> Estimate:
-    """Passes, tokens, FLOPs, memory and time to finish `cells` on this machine."""
-    from models.host_lm import lm_flops_per_token
-    from models.topk_sae import step_flops
-    from sweeps._sae_grid import sae_config
-    from sweeps.proxy_gap import SAECell
-
-    if not cells:
-        return Estimate(seconds=0.0, basis="nothing to do")
-    packs = make_packs(cells, machine, run)
-    tokens, flops, traffic, busy = 0, 0.0, 0.0, 0.0
-    measured: dict[tuple[Any, ...], tuple[float, float]] = {}
-    for pack in packs:
-        part = [c for c in pack.cells if isinstance(c, SAECell)]
-        first = part[0]
-        spec = _spec(first, run)
-        deepest = max(c.layer for c in part)
-        longest = max(c.tokens for c in part)
-        forward = partial(lm_flops_per_token, first.model, context=first.context, lm_path=run.lm_path or None)
-        evaluated = first.eval_sequences * first.context
-        lm = longest * forward(deepest) + 4 * evaluated * forward(None)
-        for cell in part:
-            lm += evaluated * (forward(None) - forward(cell.layer))
-        train = step_bytes = 0.0
-        for own in (own for shared in _groups(part).values() for own in shared.values()):
-            config = sae_config(own[0], spec.d_model)
-            train += step_flops(config, first.batch_tokens) * _steps(own, config)
-            step_bytes += _STEP_TOUCHES * 4 * spec.d_model * config.d_sae * _steps(own, config)
-        tokens += longest
-        flops += lm + train
-        weights = spec.n_parameters * (2 if first.lm_dtype == "bfloat16" else 4)
-        traffic += weights * (longest / (first.shuffle_sequences * first.context) + 4)
-        traffic += step_bytes
-        kind = (first.model, first.d_sae, first.batch_tokens, pack.cpus)
-        if kind not in measured:
-            measured[kind] = _probe(first, spec.d_model, int(pack.cpus), run)
-        lm_rate, sae_rate = measured[kind]
-        busy += lm / lm_rate + train / sae_rate
-    abreast = min(
-        len(packs), machine.gpus or machine.nodes * max(1, machine.cpus // machine.nodes // int(packs[0].cpus))
-    )
-    first_use = _pretraining({c.model for c in cells}, run) if run.probe else {}
-    seconds = busy / abreast + sum(first_use.values()) / min(abreast, max(1, len(first_use)))
-    probed = "calibrated by a short probe; arithmetic alone, small models took twice as long with starts and waits"
-    basis = probed if run.probe else f"assuming {_NOMINAL_FLOPS:.0e} FLOP/s a core, not measured"
-    return Estimate(
-        lm_passes=len(packs),
-        tokens=tokens,
-        flops=flops,
-        bytes=traffic,
-        memory_bytes=max(p.memory_bytes for p in packs),
-        shared=tuple(f"{name} is pretrained first, about {duration(s)} h:m:s" for name, s in first_use.items()),
-        seconds=seconds,
-        basis=basis,
-    )
-
-
-def _probe(cell: SAECell, d_in: int, threads: int, run: RunSettings) -> tuple[float, float]:
-    """Measured FLOP/s of the LM's matmuls and of the SAE step at the cell's true shape: a few seconds."""
-    if not run.probe:
-        return _NOMINAL_FLOPS * threads, _NOMINAL_FLOPS * threads
-    import torch
-
-    from models._threads import torch_threads
-    from models.topk_sae import SparseTrainer, step_flops
-    from sweeps._sae_grid import sae_config
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch_threads(threads):
-        dtype = getattr(torch, cell.lm_dtype)
-        x = torch.randn(cell.batch_tokens, d_in, device=device, dtype=dtype)
-        w = torch.randn(d_in, 4 * d_in, device=device, dtype=dtype)
-        lm_rate = 2 * x.numel() * w.shape[1] / _seconds(lambda: x @ w, threads) * _LM_EFFICIENCY
-        config = sae_config(cell, d_in)
-        trainer = SparseTrainer(config, n_threads=threads, device=device)
-        batch = x.float()
-        sae_rate = step_flops(config, cell.batch_tokens) / _seconds(lambda: trainer.step(batch), threads, repeats=2)
-    return lm_rate, sae_rate
-
-
-def _pretraining(models: Collection[str], run: RunSettings) -> dict[str, float]:
-    """CPU-seconds to make the stand-ins among `models` that are not in the cache."""
-    from data import embedded_text
-    from models.registry import HOST_LMS
-    from models.standin_lm import pretraining_seconds
-
-    names = [m for m in sorted(models) if not run.lm_path and HOST_LMS[m].origin == "standin"]
-    seconds = {name: pretraining_seconds(name, embedded_text.fingerprint()) for name in names}
-    return {name: s for name, s in seconds.items() if s}
-
-
-def _seconds(work: Any, threads: int, repeats: int = 5) -> float:
-    """Least seconds of `work`: on a CPU those that `threads` cores computed, so other load does not count."""
-    import torch
-
-    gpu = torch.cuda.is_available()
-
-    def once() -> float:
-        began = time.perf_counter() if gpu else time.process_time()
-        work()
-        if gpu:
-            torch.cuda.synchronize()
-            return time.perf_counter() - began
-        return (time.process_time() - began) / threads
-
-    once()
-    return min(once() for _ in range(repeats))

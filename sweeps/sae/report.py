@@ -14,12 +14,12 @@ from analysis.proxy_gap_report import measure, write_report
 from analysis.proxy_gap_variance import answer
 from analysis.variance import LAYER_COLUMNS
 from models.registry import HOST_LMS
-from sweeps._sae_sources import banner
 from sweeps.core.cells import PublishedCell
 from sweeps.ledger.published import recorded, tables_of
+from sweeps.sae.sources import banner
 
 if TYPE_CHECKING:
-    from sweeps.proxy_gap import Grid
+    from sweeps.sae.cells import Grid
 
 _SELECTION = ("models", "k", "tokens", "depths", "layers", "seeds")  # fields that choose among cells
 _GEOMETRY = {f"{name}_of_layer": name for name in ("pr", "pr_deflated", *LAYER_COLUMNS)}

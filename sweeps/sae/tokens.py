@@ -12,7 +12,7 @@ import torch
 from sweeps.core.cells import UserError
 
 if TYPE_CHECKING:
-    from sweeps.proxy_gap import SAECell
+    from sweeps.sae.cells import SAECell
 
 
 def leaves_out(cell: SAECell) -> bool:

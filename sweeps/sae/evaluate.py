@@ -20,15 +20,15 @@ from analysis.variance import LAYER_COLUMNS, ControlledErrors, Controls, Varianc
 from data.pile import TokenStream
 from models.sae_io import save_saelens
 from models.topk_sae import TopKSAE, encoder
-from sweeps._sae_text import TextCheck
-from sweeps._sae_tokens import kept_tokens, leaves_out
 from sweeps.core.cells import Row, UserError
 from sweeps.launch.context import PackContext
 from sweeps.ledger.published import parquet_bytes
+from sweeps.sae.text import TextCheck
+from sweeps.sae.tokens import kept_tokens, leaves_out
 
 if TYPE_CHECKING:
     from models.host_lm import HostLM
-    from sweeps.proxy_gap import SAECell
+    from sweeps.sae.cells import SAECell
 
 _CHUNK = 8  # sequences evaluated at once
 _UNITS = {"mse": "squared norm / d_model", "loss_orig": "nats/token", "loss_recon": "nats/token"} | {

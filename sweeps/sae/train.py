@@ -21,41 +21,23 @@ import torch
 
 from data.pile import CorruptShard
 from models.topk_sae import SAEBank, SAEConfig, SparseTrainer
-from sweeps._sae_eval import Evaluation
-from sweeps._sae_sources import corrupt, open_lm, open_stream, trajectory_name
-from sweeps._sae_tokens import kept_tokens, leaves_out, replace_dropped
 from sweeps.core.cells import Row, UserError, digest
 from sweeps.core.machine import hardware, user_cache
 from sweeps.launch.context import PackContext
 from sweeps.launch.stop import PackStopped
 from sweeps.ledger.storage import Store
+from sweeps.sae.cells import sae_config
+from sweeps.sae.evaluate import Evaluation
+from sweeps.sae.origin import trajectory_name
+from sweeps.sae.sources import corrupt, open_lm, open_stream
+from sweeps.sae.tokens import kept_tokens, leaves_out, replace_dropped
 
 if TYPE_CHECKING:
     from models.host_lm import HostLM
-    from sweeps.proxy_gap import SAECell
-
+    from sweeps.sae.cells import SAECell
 _LM_BATCH = 16  # sequences a forward pass while activations are collected
 _CURVE_POINTS = 64  # an octave of steps: the same points whatever budgets a run has
 _SAVE_PAUSE = 20  # times the last checkpoint's own duration before the next: at most 5% of the time goes there
-
-
-def sae_config(cell: SAECell, d_in: int) -> SAEConfig:
-    """The trainer's configuration for a cell; raises UserError."""
-    try:
-        return SAEConfig(
-            d_in=d_in,
-            d_sae=cell.d_sae,
-            k=cell.k,
-            seed=cell.seed,
-            lr=cell.lr,
-            schedule=cell.schedule,  # type: ignore[arg-type]
-            warmup_steps=cell.warmup_steps,
-            decay_steps=cell.decay_steps,
-            aux_coefficient=cell.aux_coefficient,
-            dead_after_steps=cell.dead_after_steps,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 @dataclass

@@ -1,0 +1,159 @@
+"""A cell of the SAE proxy gap, the fields of its presets, and the trainer's configuration that follows from a cell."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from models.registry import HOST_LMS
+from sweeps.core.cells import Cell, UserError
+
+if TYPE_CHECKING:
+    from models.topk_sae import SAEConfig
+
+DEPTHS = ("early", "mid", "late")
+_TOKEN_CHOICE = ("drop_positions", "max_norm_multiple")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAECell(Cell):
+    """One trained and evaluated SAE. Shapes and rates are those of the training stream's model."""
+
+    SWEEP: ClassVar[str] = "proxy_gap"
+    VERSION: ClassVar[str] = "1"
+
+    model: str
+    layer: int
+    depth: str
+    k: int
+    seed: int
+    tokens: int  # training budget
+    stream: str  # "pile" or "embedded"
+    context: int
+    d_sae: int
+    batch_tokens: int
+    shuffle_sequences: int  # sequences whose activations are mixed before they are cut into batches
+    lr: float
+    schedule: str
+    warmup_steps: int
+    decay_steps: int
+    aux_coefficient: float
+    dead_after_steps: int
+    eval_sequences: int
+    lm_dtype: str
+    # tokens that neither training nor evaluation looks at; part of the identity where they are set
+    drop_positions: int = 0
+    max_norm_multiple: float = 0.0
+
+    def identity(self) -> dict[str, Any]:
+        fields = super().identity()
+        for name in _TOKEN_CHOICE:
+            if not fields[name]:
+                del fields[name]
+        return fields
+
+    def __post_init__(self) -> None:
+        if self.k > self.d_sae:
+            raise UserError(f"k={self.k} exceeds d_sae={self.d_sae}; choose k <= d_sae")
+        if self.k < 1:
+            raise UserError(f"k={self.k} leaves no feature active; choose k >= 1")
+        if self.tokens % self.batch_tokens:
+            low = self.tokens // self.batch_tokens * self.batch_tokens
+            raise UserError(
+                f"tokens={self.tokens} is not a multiple of batch_tokens={self.batch_tokens}; choose tokens="
+                f"{low or self.batch_tokens} or {low + self.batch_tokens}"
+            )
+        if self.shuffle_sequences * self.context % self.batch_tokens:
+            raise UserError(
+                f"shuffle_sequences={self.shuffle_sequences} x context={self.context} is not a multiple of "
+                f"batch_tokens={self.batch_tokens}; change shuffle_sequences"
+            )
+        spec = HOST_LMS.get(self.model)
+        if spec is not None and not 0 <= self.layer < spec.n_layers:
+            raise UserError(f"layer={self.layer} is out of range for {self.model}; choose 0 to {spec.n_layers - 1}")
+        if self.schedule not in ("constant", "wsd"):
+            raise UserError(
+                f"schedule={self.schedule!r} cannot serve nested budgets; choose constant, or wsd (one decay branch "
+                "per budget)"
+            )
+        if self.schedule == "wsd" and self.steps < self.warmup_steps + self.decay_steps:
+            raise UserError(
+                f"tokens={self.tokens} are {self.steps} steps, fewer than warmup_steps={self.warmup_steps} + "
+                f"decay_steps={self.decay_steps}; choose a larger budget or shorter phases"
+            )
+        if self.lm_dtype not in ("float32", "bfloat16"):
+            raise UserError(f"lm_dtype={self.lm_dtype!r} is not known; choose float32 or bfloat16")
+        if not 0 <= self.drop_positions < self.context:
+            raise UserError(
+                f"drop_positions={self.drop_positions} leaves no token of context={self.context}; choose 0 to "
+                f"{self.context - 1}"
+            )
+        if self.max_norm_multiple and not 1 < self.max_norm_multiple < math.inf:
+            raise UserError(
+                f"max_norm_multiple={self.max_norm_multiple:g} would leave out half of the tokens; choose more than 1 "
+                "median norm, or 0 to keep all"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Training steps of the budget."""
+        return self.tokens // self.batch_tokens
+
+    def trajectory(self) -> tuple[Any, ...]:
+        """What cells of nested budgets share: all but the budget."""
+        return self._trajectory
+
+    @functools.cached_property
+    def _trajectory(self) -> tuple[Any, ...]:
+        plain = tuple(v for name, v in self.identity().items() if name not in ("tokens", *_TOKEN_CHOICE))
+        return plain + tuple((name, v) for name, v in self.identity().items() if name in _TOKEN_CHOICE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A preset. Every field can be changed with `--set field=value` (lists with commas)."""
+
+    models: tuple[str, ...]
+    k: tuple[int, ...]
+    tokens: tuple[int, ...]
+    depths: tuple[str, ...] = DEPTHS
+    layers: tuple[int, ...] = ()  # explicit blocks instead of depths
+    seeds: tuple[int, ...] = (0,)
+    stream: str = "pile"
+    context: int = 256
+    expansion: int = 32  # d_sae / d_model
+    batch_tokens: int = 4000
+    shuffle_sequences: int = 500
+    lr: float = 3e-4
+    schedule: str = "constant"
+    warmup_steps: int = 500
+    decay_steps: int = 0
+    aux_coefficient: float = 1.0
+    dead_after_steps: int = 1000
+    eval_sequences: int = 200
+    lm_dtype: str = "float32"
+    drop_positions: int = 0  # first tokens of each sequence that are left out of training and evaluation
+    max_norm_multiple: float = 0.0  # tokens longer than so many times the median norm are, too; 0: none
+
+
+def sae_config(cell: SAECell, d_in: int) -> SAEConfig:
+    """The trainer's configuration for a cell; raises UserError."""
+    from models.topk_sae import SAEConfig  # here: a plan does without torch, which it imports
+
+    try:
+        return SAEConfig(
+            d_in=d_in,
+            d_sae=cell.d_sae,
+            k=cell.k,
+            seed=cell.seed,
+            lr=cell.lr,
+            schedule=cell.schedule,  # type: ignore[arg-type]
+            warmup_steps=cell.warmup_steps,
+            decay_steps=cell.decay_steps,
+            aux_coefficient=cell.aux_coefficient,
+            dead_after_steps=cell.dead_after_steps,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error

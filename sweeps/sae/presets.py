@@ -1,0 +1,56 @@
+"""The presets of the SAE proxy gap."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sweeps.sae.cells import Grid
+
+PYTHIA = ("pythia-70m", "pythia-160m", "pythia-410m")
+PRESETS: Mapping[str, Grid] = {
+    "local": Grid(
+        models=("standin-small", "standin-large"),
+        k=(4, 8, 16, 32),
+        tokens=(81_920, 327_680),
+        seeds=(0, 1),
+        stream="embedded",
+        batch_tokens=2048,
+        shuffle_sequences=128,
+        lr=1e-3,
+        warmup_steps=10,
+        dead_after_steps=50,
+        eval_sequences=48,
+    ),
+    "smollm2": Grid(
+        models=("smollm2-135m",),
+        k=(8, 16, 32, 64, 128),
+        tokens=(102_400, 409_600),
+        stream="embedded",
+        expansion=8,
+        batch_tokens=2048,
+        shuffle_sequences=128,
+        lr=1e-3,
+        warmup_steps=20,
+        dead_after_steps=100,
+        eval_sequences=48,
+        lm_dtype="bfloat16",
+    ),
+    "fast2": Grid(models=("pythia-70m", "pythia-410m"), k=(8, 16, 32, 64, 128, 256), tokens=(10_000_000,)),
+    "fast3": Grid(models=PYTHIA, depths=("mid",), k=(8, 16, 32, 64), tokens=(10_000_000,)),
+    "phase2": Grid(
+        models=("pythia-70m", "pythia-410m"),
+        depths=("mid",),
+        k=(8, 16),
+        tokens=(10_000_000, 50_000_000, 100_000_000),
+        seeds=(0, 1, 2, 3),
+    ),
+    "budget_k32": Grid(
+        models=("pythia-70m", "pythia-410m"), depths=("mid",), k=(32,), tokens=(10_000_000, 100_000_000)
+    ),
+    "bridge": Grid(
+        models=PYTHIA,
+        k=(8, 16, 32, 64, 128, 256),
+        tokens=(10_000_000, 50_000_000, 100_000_000),
+        seeds=(0, 1, 2),
+    ),
+}

@@ -1,0 +1,136 @@
+"""The SAE proxy gap as a sweep: what is planned, and which module does what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from models.registry import HOST_LMS
+from sweeps.core.cells import Cell, Estimate, Pack, PublishedCell, UserError, nearest
+from sweeps.core.machine import Machine
+from sweeps.core.settings import RunSettings
+from sweeps.sae.cells import Grid, SAECell
+from sweeps.sae.presets import PRESETS
+
+
+class ProxyGap:
+    """The sweep behind the command line; the work is in `train`, `evaluate` and `packs`."""
+
+    name = SAECell.SWEEP
+    version = SAECell.VERSION
+    question = "does reconstruction fidelity (R²) rank SAEs as the patched language model does?"
+    headline = "CE_rec"
+    named = ("model", "depth", "layer", "k", "seed", "tokens")
+    default_preset = "local"
+    presets = PRESETS
+
+    def plan(self, preset: Grid) -> Sequence[SAECell]:
+        cells: list[SAECell] = []
+        for model in preset.models:
+            spec = HOST_LMS.get(model)
+            if spec is None:
+                raise UserError(
+                    f"model {model!r} is not known{nearest(model, HOST_LMS)}; models: {', '.join(HOST_LMS)}"
+                )
+            if preset.layers:
+                places = [(f"L{layer}", layer) for layer in preset.layers]
+            else:
+                unknown = [d for d in preset.depths if d not in spec.depths]
+                if unknown:
+                    raise UserError(f"depth {unknown[0]!r} is not known; choose from {', '.join(spec.depths)}")
+                places = [(depth, spec.depths[depth]) for depth in preset.depths]
+            cells += [
+                self._cell(preset, model, spec.d_model, depth, layer, k, seed, tokens)
+                for (depth, layer), k, seed, tokens in product(places, preset.k, preset.seeds, preset.tokens)
+            ]
+        return cells
+
+    def _cell(
+        self, preset: Grid, model: str, d_model: int, depth: str, layer: int, k: int, seed: int, tokens: int
+    ) -> SAECell:
+        return SAECell(
+            model=model,
+            layer=layer,
+            depth=depth,
+            k=k,
+            seed=seed,
+            tokens=tokens,
+            stream=preset.stream,
+            context=preset.context,
+            d_sae=preset.expansion * d_model,
+            batch_tokens=preset.batch_tokens,
+            shuffle_sequences=preset.shuffle_sequences,
+            lr=preset.lr,
+            schedule=preset.schedule,
+            warmup_steps=preset.warmup_steps,
+            decay_steps=preset.decay_steps,
+            aux_coefficient=preset.aux_coefficient,
+            dead_after_steps=preset.dead_after_steps,
+            eval_sequences=preset.eval_sequences,
+            lm_dtype=preset.lm_dtype,
+            drop_positions=preset.drop_positions,
+            max_norm_multiple=preset.max_norm_multiple,
+        )
+
+    def pack(self, cells: Sequence[Cell], preset: Grid, machine: Machine, run: RunSettings) -> list[Pack]:
+        from sweeps.sae.packs import make_packs
+
+        return make_packs([c for c in cells if isinstance(c, SAECell)], machine, run)
+
+    def threads(self, planned: Sequence[Cell], preset: Grid, machine: Machine, run: RunSettings) -> int:
+        from sweeps.sae.packs import threads
+
+        return threads([c for c in planned if isinstance(c, SAECell)], machine, run)
+
+    def run(self, pack: Pack, preset: Grid, context: Any) -> None:
+        from sweeps.sae.train import train_pack
+
+        train_pack([c for c in pack.cells if isinstance(c, SAECell)], context)
+
+    def fingerprint(self, cell: Cell, preset: Grid, run: RunSettings) -> str:
+        from sweeps.sae.origin import fingerprint
+
+        assert isinstance(cell, SAECell)
+        return fingerprint(cell, run)
+
+    def estimate(self, cells: Sequence[Cell], preset: Grid, machine: Machine, run: RunSettings) -> Estimate:
+        from sweeps.sae.estimate import estimate
+
+        return estimate([c for c in cells if isinstance(c, SAECell)], machine, run)
+
+    def pin(self, cells: Sequence[Cell], run: RunSettings) -> RunSettings:
+        from sweeps.sae.origin import pin
+
+        return pin([c for c in cells if isinstance(c, SAECell)], run)
+
+    def remarks(self, preset: Grid, run: RunSettings) -> list[str]:
+        from sweeps.sae.sources import remarks
+
+        return remarks(preset.stream, run)
+
+    def preflight(self, cells: Sequence[Cell], preset: Grid, run: RunSettings) -> list[str]:
+        from sweeps.sae.preflight import preflight
+
+        return preflight([c for c in cells if isinstance(c, SAECell)], run)
+
+    def report(self, cells: Sequence[PublishedCell], preset_name: str, preset: Grid, out: Path) -> list[str]:
+        from sweeps.sae.report import write
+
+        return write(cells, preset_name, preset, self.presets[preset_name], out)
+
+    def banner(self, preset_name: str, preset: Grid) -> list[str]:
+        from sweeps.sae.sources import banner
+
+        lines = banner(preset_name, preset.models, preset.stream)
+        steps = min(preset.tokens, default=0) // preset.batch_tokens
+        if preset.schedule == "constant" and steps < preset.warmup_steps:
+            lines.append(
+                f"the smallest budget is {steps} steps and ends inside the learning rate's warm-up of "
+                f"{preset.warmup_steps} steps"
+            )
+        return lines
+
+
+SWEEP = ProxyGap()
