@@ -12,9 +12,10 @@ import pytest
 
 from data import embeddings, molecules
 from data._csv import label_values, read_csv
-from sweeps import _topology_sources
 from sweeps.core.cells import UserError
-from sweeps.odor_topology import PRESETS, SWEEP
+from sweeps.topology import sources
+from sweeps.topology.presets import PRESETS
+from sweeps.topology.sweep import SWEEP
 
 HEAD = "smiles,name,weight,sweet,green,empty\n"
 BODY = "CCO,a,46.1,1,0,\nCCN,b,45.1,,1,\nCCC,c,44.1,0,0,\n"
@@ -159,4 +160,4 @@ def test_the_published_table_holds_no_molecule_twice(shared_data: Path) -> None:
     assert len(table.invalid) == table.repeated == 0
     assert table.blank_labels == ()
     assert [name for name, _ in table.no_labels] == ["descriptors"]
-    assert _topology_sources._label_lines(table)[0].startswith("labels: 138 columns of 0 and 1; no labels: descriptors")
+    assert sources._label_lines(table)[0].startswith("labels: 138 columns of 0 and 1; no labels: descriptors")

@@ -182,10 +182,10 @@ def test_ray_features_equal_the_local_ones_also_from_within_a_trial() -> None:
 
     @ray.remote(num_cpus=0.9)  # what a pack holds of its core
     def trial(what: str) -> np.ndarray:
-        from sweeps import _topology_sources
+        from sweeps.topology import sources
 
-        _topology_sources.SPREAD_ROWS = 100
-        return _topology_sources._features(smiles, what)
+        sources.SPREAD_ROWS = 100
+        return sources._features(smiles, what)
 
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
     try:

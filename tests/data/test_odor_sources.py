@@ -12,9 +12,10 @@ import pytest
 
 from data import molecules, odor_sources
 from data._content import file_sha256
-from sweeps._topology_sources import open_table
 from sweeps.core.cells import UserError
-from sweeps.odor_topology import PRESETS, SWEEP
+from sweeps.topology.presets import PRESETS
+from sweeps.topology.sources import open_table
+from sweeps.topology.sweep import SWEEP
 
 CURATED = "curated_GS_LF_merged_4983.csv"
 GOODSCENTS, LEFFINGWELL = "pyrfume_goodscents_molecules.csv", "pyrfume_leffingwell_molecules.csv"

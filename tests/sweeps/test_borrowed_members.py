@@ -14,14 +14,15 @@ import pytest
 
 from data import molecules
 from models import pom
-from sweeps import _topology_sources
-from sweeps._topology_run import run_pack
 from sweeps.core.cells import UserError
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
 from sweeps.launch.context import PackContext
 from sweeps.ledger.ledger import Ledger
-from sweeps.odor_topology import SWEEP, Audit, MemberCell
+from sweeps.topology import sources
+from sweeps.topology.cells import Audit, MemberCell
+from sweeps.topology.run import run_pack
+from sweeps.topology.sweep import SWEEP
 
 STEREO = ["C/C=C/CCC", "C/C=C\\CCC"]  # of a curated molecule, CC=CCCC
 NEW = ["CCOCCOCC", "CCCCCCCCCCCCCC", "CCSCCSCC"]
@@ -41,9 +42,9 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         tmp_path / "pyrfume_goodscents_molecules.csv", index=False
     )
     pd.DataFrame({"IsomericSMILES": NEW}).to_csv(tmp_path / "pyrfume_leffingwell_molecules.csv", index=False)
-    _topology_sources.open_table.cache_clear()
+    sources.open_table.cache_clear()
     yield tmp_path
-    _topology_sources.open_table.cache_clear()
+    sources.open_table.cache_clear()
 
 
 def audit(folder: Path, table: str) -> Audit:
@@ -65,7 +66,7 @@ def test_members_trained_on_the_curated_table_embed_tables_without_labels(folder
                 run_pack(list(pack.cells), preset, context)  # type: ignore[arg-type]
         (member,) = [c for c in cells if isinstance(c, MemberCell)]
         assert member.table == table
-        rows = _topology_sources.open_table(table, str(folder))
+        rows = sources.open_table(table, str(folder))
         files = [np.load(io.BytesIO(ledger.file(member.key, f"{n}.npy"))) for n in ("embedding", "trained_on")]
         assert files[0].shape == (len(rows), pom.EMBEDDING)
         (published,) = ledger.read_many([member.key])
@@ -81,7 +82,7 @@ def test_members_trained_on_the_curated_table_embed_tables_without_labels(folder
 
 
 def test_the_net_of_a_member_embeds_its_own_molecules_as_the_member_did(folder: Path) -> None:
-    rows = _topology_sources.open_table("curated", str(folder))
+    rows = sources.open_table("curated", str(folder))
     member = pom.train_member(rows.smiles, rows.labels_NL, 0, epochs=1)
     np.testing.assert_allclose(pom.embed(member.net, rows.smiles), member.embedding_NE, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(pom.embed(member.net, rows.smiles[7:9]), member.embedding_NE[7:9], rtol=1e-4, atol=1e-5)
@@ -89,8 +90,8 @@ def test_the_net_of_a_member_embeds_its_own_molecules_as_the_member_did(folder: 
 
 def test_labels_of_the_curated_table_are_in_the_fingerprints_of_what_hangs_on_them(folder: Path) -> None:
     def prints() -> list[str]:
-        _topology_sources.open_table.cache_clear()
-        for digest in (_topology_sources._label_digest, _topology_sources._table_digest):
+        sources.open_table.cache_clear()
+        for digest in (sources._label_digest, sources._table_digest):
             digest.cache_clear()
         preset = replace(audit(folder, "broader"), representations=("pom_0", "bits_r4"), metrics=())
         return [SWEEP.fingerprint(c, preset, RunSettings()) for c in SWEEP.plan(preset)]

@@ -19,16 +19,19 @@ from data import molecules
 from data._content import file_sha256
 from models import bottleneck
 from models.pom import split
-from sweeps import _topology_run, _topology_sources
-from sweeps._topology_report import write
-from sweeps._topology_run import landmark_seed, null_rows, null_seed, run_pack, run_rows
-from sweeps._topology_sources import table_name
 from sweeps.core.cells import UserError
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
 from sweeps.launch.context import PackContext
 from sweeps.ledger.ledger import Ledger
-from sweeps.odor_topology import PRESETS, SWEEP, Audit, DiagramCell, MemberCell
+from sweeps.topology import run as run_module
+from sweeps.topology import sources
+from sweeps.topology.cells import Audit, DiagramCell, MemberCell, landmark_seed, null_seed, run_rows
+from sweeps.topology.presets import PRESETS
+from sweeps.topology.report import write
+from sweeps.topology.run import null_rows, run_pack
+from sweeps.topology.sources import table_name
+from sweeps.topology.sweep import SWEEP
 
 SHAPES = Audit(
     study="audit",
@@ -168,13 +171,13 @@ def test_members_are_trials_of_their_own_and_their_diagrams_wait() -> None:
 
 def test_a_member_is_trained_once_for_all_presets(monkeypatch: pytest.MonkeyPatch) -> None:
     trained = []
-    real = _topology_run.train_member
+    real = run_module.train_member
 
     def counted(smiles: list[str], labels_NL: np.ndarray, seed: int, **settings: Any) -> Any:
         trained.append(seed)
         return real(smiles, labels_NL, seed, **settings)
 
-    monkeypatch.setattr(_topology_run, "train_member", counted)
+    monkeypatch.setattr(run_module, "train_member", counted)
     ledger = run(MEMBERS)
     assert trained == [0, 1]
     members = [c for c in ledger.read_many(sorted(ledger.done())) if c.identity["kind"] == "member"]
@@ -311,7 +314,7 @@ def test_bottlenecks_are_those_of_the_bits_with_the_seed_in_their_name(monkeypat
     assert set(top) == set(names)
     assert top["ae256_0"] != top["ae256_1"]
     bits = molecules.morgan(molecules.embedded().smiles)
-    projected = _topology_sources.matrix("embedded", "rp256_1", "")
+    projected = sources.matrix("embedded", "rp256_1", "")
     np.testing.assert_array_equal(projected, bottleneck.random_projection(bits, seed=1))
     assert projected.shape == (432, 256)
 
@@ -323,9 +326,9 @@ def test_large_tables_are_featurised_by_ray_data(monkeypatch: pytest.MonkeyPatch
     )
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
     for rows in (5_000, 50_000):
-        _topology_sources._features(["C"] * rows, "bits_r4")
+        sources._features(["C"] * rows, "bits_r4")
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False))
-    _topology_sources._features(["C"] * 50_000, "bits_r4")
+    sources._features(["C"] * 50_000, "bits_r4")
     assert asked == [(5_000, False), (50_000, True), (50_000, False)]
 
 

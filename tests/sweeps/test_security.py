@@ -146,7 +146,7 @@ def _melvq(folder: Path, target: Path) -> None:
 
 
 def _diagrams(folder: Path, target: Path) -> None:
-    from sweeps._topology_run import read_diagrams
+    from sweeps.topology.report import read_diagrams
 
     out = io.BytesIO()
     np.savez(out, lengths=np.array([1]), pairs=np.array([Bomb(target)], dtype=object))
@@ -155,13 +155,13 @@ def _diagrams(folder: Path, target: Path) -> None:
 
 def _member(folder: Path, target: Path) -> None:
     """Members of the odor model are read back as plain arrays."""
-    from sweeps import _topology_report
     from sweeps.core.cells import PublishedCell
+    from sweeps.topology import report
 
     (folder / "embedding.npy").write_bytes(numpy_bomb(target))
     identity = {"kind": "member", "representation": "pom0", "table": "t"}
     cell = PublishedCell("k", identity, pd.DataFrame({"metric": [], "value": []}), (), str(folder), {})
-    _topology_report._members([cell])
+    report._members([cell])
 
 
 def _sae(folder: Path, target: Path) -> None:

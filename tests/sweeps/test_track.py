@@ -274,7 +274,7 @@ def test_a_run_left_without_its_files_gets_them(ledger: Ledger, monkeypatch: pyt
     ("sweep", "preset"),
     [
         *[("sae.sweep", "local"), ("codec_lm", "local"), ("codec_lm", "text_local"), ("memory_cache", "local")],
-        *[("odor_topology", "audit"), ("odor_topology", "ensemble"), ("odor_topology", "utility")],
+        *[("topology.sweep", "audit"), ("topology.sweep", "ensemble"), ("topology.sweep", "utility")],
     ],
 )
 def test_names_tell_the_runs_of_a_preset_apart(sweep: str, preset: str) -> None:

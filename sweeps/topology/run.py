@@ -18,24 +18,22 @@ from analysis.distances import distance_matrix
 from analysis.persistence import h1, landmarks
 from data import molecules
 from models.pom import embed, split, train_member
-from sweeps._topology_plan import FULL_TABLE
-from sweeps._topology_sources import (
-    borrowed_rows,
-    given_embeddings,
-    kind_of,
-    matrix,
-    member_of,
-    open_table,
-    place_of,
-    trained_on,
-)
-from sweeps._topology_utility import utility_rows
 from sweeps.core.cells import Row, UserError
 from sweeps.launch.context import PackContext
-from sweeps.odor_topology import NULLS, OBSERVED, Audit, DiagramCell, MemberCell, TopologyCell, UtilityCell
-
-_NULL_SEED, _LANDMARK_SEED, _LANDMARK_NULL_SEED, _DRAW_SEED = 10_000, 500_000, 1_000, 1_000_000
-_JOINT_SEED = 2**48  # above every seed of a run's own draws
+from sweeps.topology.cells import (
+    OBSERVED,
+    Audit,
+    DiagramCell,
+    MemberCell,
+    TopologyCell,
+    UtilityCell,
+    landmark_seed,
+    member_of,
+    null_seed,
+    run_rows,
+)
+from sweeps.topology.sources import borrowed_rows, given_embeddings, matrix, open_table, place_of, trained_on
+from sweeps.topology.utility import utility_rows
 
 
 def run_pack(cells: Sequence[TopologyCell], preset: Audit, context: PackContext) -> None:
@@ -113,28 +111,6 @@ class _Sources:
         self.context.publish(cell, out, files)
 
 
-def run_rows(total: int, run: int, rows: int) -> np.ndarray:
-    """Row numbers of a run, sorted: `rows` drawn without replacement by default_rng(run), all for the full table."""
-    if run == FULL_TABLE or rows >= total:
-        return np.arange(total)
-    return np.sort(np.random.default_rng(run).choice(total, rows, replace=False))
-
-
-def null_seed(cell: DiagramCell, draw: int) -> int:
-    """Seed of a null draw: draw 0 of a run is the published one, run + 10000 · position of the null.
-
-    A joint draw has the same seed in every run, and in the full table.
-    """
-    position = NULLS[kind_of(cell.representation)].index(cell.null) + 1
-    return (_JOINT_SEED if cell.null_stream == "joint" else cell.run) + _NULL_SEED * position + _DRAW_SEED * draw
-
-
-def landmark_seed(cell: DiagramCell, draw: int) -> int:
-    """Seed of the first landmark: run + 500000, and + 1000 · position for nulls."""
-    position = 0 if cell.null == OBSERVED else NULLS[kind_of(cell.representation)].index(cell.null) + 1
-    return cell.run + _LANDMARK_SEED + _LANDMARK_NULL_SEED * position + _DRAW_SEED * draw
-
-
 def _diagrams(cell: DiagramCell, sources: _Sources, context: PackContext) -> None:
     x_ND = sources.matrix(cell.table, cell.representation)
     rows_n = run_rows(len(x_ND), cell.run, cell.rows)
@@ -204,9 +180,3 @@ def _npy(x: np.ndarray) -> bytes:
     out = io.BytesIO()
     np.save(out, x)
     return out.getvalue()
-
-
-def read_diagrams(data: bytes) -> list[np.ndarray]:
-    """Diagrams [P, 2] of a published cell's `diagrams.npz`, one a draw."""
-    with np.load(io.BytesIO(data)) as packed:
-        return list(np.split(packed["pairs"], np.cumsum(packed["lengths"])[:-1]))

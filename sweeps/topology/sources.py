@@ -6,10 +6,9 @@ Shape suffixes: N rows of a table, D columns of a representation.
 from __future__ import annotations
 
 import functools
-import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,14 +16,13 @@ from data import embeddings, molecules, odor_sources
 from data._content import file_sha256
 from data.point_clouds import CLOUDS
 from sweeps.core.cells import UserError, digest, nearest
+from sweeps.topology.cells import FILE_PREFIX, member_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from data.molecules import MoleculeTable
-    from sweeps.odor_topology import Audit, TopologyCell
-
-Kind = Literal["bits", "counts", "dense"]
+    from sweeps.topology.cells import Audit, TopologyCell
 CLOUD_ROWS = 300
 SPREAD_ROWS = 20_000  # below it a core is done (5,000 molecules: 0.6 s of bits) before Ray Data has started
 BLANK_POLICIES = ("absent", "refuse")
@@ -32,25 +30,9 @@ _SHOWN_COLUMNS = 5
 _CURATED = "curated_GS_LF_merged_4983.csv"
 _BROADER = ("pyrfume_goodscents_molecules.csv", "pyrfume_leffingwell_molecules.csv")
 _CLOUD = "cloud:"
-_FILE = "file:"
 _FROM_SOURCES = ("curated", "broader", "nonoverlap")
 _UNLABELLED = ("broader", "nonoverlap")
 _BUILT_IN = ("embedded", *_FROM_SOURCES)
-_MODEL = re.compile(r"^(pom|rp256|ae256)_(\d+)$")
-_METRICS: dict[str, tuple[str, ...]] = {
-    "bits": ("jaccard",),
-    "counts": ("tanimoto",),
-    "dense": ("euclidean", "cosine"),
-}
-METRICS = tuple(metric for own in _METRICS.values() for metric in own)
-_FIXED: dict[str, Kind] = {
-    "bits_r4": "bits",
-    "bits_r2": "bits",
-    "counts_r4": "counts",
-    "physchem": "dense",
-    "pca256": "dense",
-    "points": "dense",
-}
 
 
 def table_name(text: str) -> str:
@@ -70,7 +52,7 @@ def table_name(text: str) -> str:
 
 
 def _file_name(path: Path, sha256: str) -> str:
-    return f"{_FILE}{path.stem}-{sha256[:12]}"
+    return f"{FILE_PREFIX}{path.stem}-{sha256[:12]}"
 
 
 def place_of(preset: Audit) -> str:
@@ -113,36 +95,9 @@ def open_table(name: str, place: str) -> MoleculeTable:
         raise UserError(str(error)) from error
 
 
-def kind_of(representation: str) -> Kind:
-    """bits, counts or dense; raises UserError for an unknown name."""
-    if representation in _FIXED:
-        return _FIXED[representation]
-    if _MODEL.match(representation) or representation.startswith(_FILE):
-        return "dense"
-    known = [*_FIXED, "pom_0", "rp256_0", "ae256_0"]
-    raise UserError(
-        f"representation {representation!r} is not known{nearest(representation, known)}; choose from "
-        "bits_r4, bits_r2, counts_r4, physchem, pom_M, pca256, rp256_M, ae256_M"
-    )
-
-
-def metrics_of(representation: str, asked: tuple[str, ...]) -> tuple[str, ...]:
-    """Metrics a representation is audited under: its own, cut down to the asked ones where those apply."""
-    own = _METRICS[kind_of(representation)]
-    if representation in ("physchem", "points"):
-        own = ("euclidean",)
-    return tuple(m for m in own if not asked or m in asked)
-
-
 def n_rows(name: str, place: str) -> int:
     """Number of rows of a table."""
     return CLOUD_ROWS if name.startswith(_CLOUD) else len(open_table(name, place))
-
-
-def member_of(representation: str) -> int | None:
-    """Number of the own odor model's member, for `pom_M`."""
-    match = _MODEL.match(representation)
-    return int(match[2]) if match and match[1] == "pom" else None
 
 
 def trained_on(table: str) -> str:
@@ -182,7 +137,7 @@ def given_embeddings(preset: Audit) -> dict[str, np.ndarray]:
 
 @functools.lru_cache(maxsize=8)
 def matrix(table: str, representation: str, place: str) -> np.ndarray:
-    """The representation [N, D] of every row of a table that comes from its molecules (others: `_topology_run`)."""
+    """The representation [N, D] of every row of a table that comes from its molecules (others: `run`)."""
     if table.startswith(_CLOUD):
         return CLOUDS[table.removeprefix(_CLOUD)].sample(CLOUD_ROWS, 0)
     rows = open_table(table, place)

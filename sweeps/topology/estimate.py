@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from sweeps._topology_plan import GROWTH, cell_bytes, make_packs
-from sweeps._topology_sources import CLOUD_ROWS, kind_of, matrix, n_rows, open_table, place_of, trained_on
 from sweeps.core.cells import Estimate
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
-from sweeps.odor_topology import OBSERVED, Audit, DiagramCell, MemberCell, TopologyCell, UtilityCell
+from sweeps.topology.cells import OBSERVED, Audit, DiagramCell, MemberCell, TopologyCell, UtilityCell, kind_of
+from sweeps.topology.packs import GROWTH, cell_bytes, make_packs
+from sweeps.topology.sources import CLOUD_ROWS, matrix, n_rows, open_table, place_of, trained_on
 
 _ROWS = 400  # of the probe's distance matrices
 _MEMBER_ROWS = 512
@@ -83,7 +83,7 @@ class _Probe:
         assert isinstance(cell, UtilityCell)
         rows = n_rows(cell.table, place_of(self.preset))
         patch = self._once(("patches", cell.metric), lambda: self._patches(cell)) * rows
-        from sweeps._topology_utility import families, fold_count
+        from sweeps.topology.utility import families, fold_count
 
         for family, draws in families(cell.permutations):
             fit = self._once((family, rows), lambda: _regression(family, rows))  # noqa: B023 - called at once
@@ -96,7 +96,7 @@ class _Probe:
         return self.known[name]
 
     def _diagram(self, cell: DiagramCell, rows: int) -> float:
-        from sweeps._topology_run import filtration, finite_h1, null_rows
+        from sweeps.topology.run import filtration, finite_h1, null_rows
 
         x_nD, every_n = self._sample(cell, rows), np.arange(rows)
 

@@ -13,12 +13,11 @@ from analysis.topology_report import write_report
 from analysis.topology_tables import audit
 from analysis.topology_unit import OBSERVED, Unit
 from analysis.utility_report import ensemble_correlations
-from sweeps._topology_run import read_diagrams
-from sweeps._topology_sources import banner, given_embeddings, invalid_rows
-from sweeps._topology_utility import utility_frame
 from sweeps.core.cells import PublishedCell
 from sweeps.ledger.published import files_of
-from sweeps.odor_topology import Audit
+from sweeps.topology.cells import Audit
+from sweeps.topology.sources import banner, given_embeddings, invalid_rows
+from sweeps.topology.utility import utility_frame
 
 
 def units_of(cells: Sequence[PublishedCell]) -> list[Unit]:
@@ -82,3 +81,9 @@ def _members(cells: Sequence[PublishedCell]) -> tuple[pd.DataFrame, dict[str, np
         rows.append({"table": cell.identity["table"], "member": name, **values})
         embeddings[name] = np.load(io.BytesIO(data))
     return pd.DataFrame(rows), embeddings
+
+
+def read_diagrams(data: bytes) -> list[np.ndarray]:
+    """Diagrams [P, 2] of a published cell's `diagrams.npz`, one a draw."""
+    with np.load(io.BytesIO(data)) as packed:
+        return list(np.split(packed["pairs"], np.cumsum(packed["lengths"])[:-1]))

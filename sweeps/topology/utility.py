@@ -27,9 +27,8 @@ from analysis.utility_folds import (
 from data import molecules
 from data.molecules import MoleculeTable
 from models.pom import split
-from sweeps._topology_sources import member_of
 from sweeps.core.cells import PublishedCell, Row
-from sweeps.odor_topology import UtilityCell
+from sweeps.topology.cells import UtilityCell, member_of
 
 _TREE_FOLDS = 40  # neighbourhoods that the trees are tested on: a fit takes a hundred times as long as ridge's
 _SCORES = ("r2_geometry", "r2_topology", "r2_both", "gain", "control", "control_lo", "control_hi", "delta")

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from sweeps._topology_sources import (
+from sweeps.core.cells import UserError, nearest
+from sweeps.topology.cells import (
+    FULL_TABLE,
     METRICS,
-    check_blanks,
-    given_embeddings,
+    NULLS,
+    STUDIES,
+    Audit,
+    DiagramCell,
+    MemberCell,
+    TopologyCell,
+    UtilityCell,
     kind_of,
     member_of,
     metrics_of,
-    n_rows,
-    open_table,
-    place_of,
-    table_name,
-    trained_on,
 )
-from sweeps.core.cells import Pack, UserError, nearest
-from sweeps.core.machine import Machine
-from sweeps.core.settings import RunSettings
-from sweeps.odor_topology import NULLS, OBSERVED, STUDIES, Audit, DiagramCell, MemberCell, TopologyCell, UtilityCell
-
-FULL_TABLE = -1
-GROWTH = 2.3  # log-log slope of the H1 time in the number of rows, docs/benchmarks/topology.md
-_H1_SECONDS = 0.03  # of one diagram of 1,000 rows on one core
-_MEMBER_SECONDS = 60.0
-_UTILITY_SECONDS = 120.0
-_PROCESS_BYTES = 5 * 2**28  # an interpreter with Ray, RDKit, numba and torch loaded, and the features of a table
-_USABLE = 0.75  # share of free memory that a pack may plan with
+from sweeps.topology.sources import check_blanks, given_embeddings, n_rows, open_table, place_of, table_name, trained_on
 
 
 def plan(preset: Audit) -> list[TopologyCell]:
@@ -157,68 +148,3 @@ def _null_cells(preset: Audit, cell: Callable[..., DiagramCell], draws: int) -> 
         for null in NULLS[kind_of(own.representation)]
         for first in range(0, draws, preset.draws_per_cell)
     ]
-
-
-def _weight(cell: TopologyCell) -> float:
-    """Rough CPU-seconds of a cell, for even packs; `--plan` measures instead (see `_topology_probe`)."""
-    if isinstance(cell, DiagramCell):
-        factor = 2.0 if cell.null != OBSERVED else 1.0
-        return factor * cell.draws * _H1_SECONDS * (cell.rows / 1000) ** GROWTH
-    return _MEMBER_SECONDS if isinstance(cell, MemberCell) else _UTILITY_SECONDS
-
-
-def make_packs(cells: Sequence[TopologyCell], preset: Audit, machine: Machine, run: RunSettings) -> list[Pack]:
-    """Packs of one (table, representation), split so that every core has work and none waits long for the last.
-
-    A member of the odor model is a pack of its own, and the cells that need an unfinished member wait for the next
-    round, so that no member is trained twice.
-
-    Raises UserError when the largest distance matrix of a pack does not fit.
-    """
-    members = [c for c in cells if isinstance(c, MemberCell)]
-    untrained = {(c.table, c.representation) for c in members}
-    ready = [c for c in cells if (c.table, c.representation) not in untrained]
-    budget = max(20.0, sum(map(_weight, members + ready)) / (3 * machine.cpus))
-    groups: dict[tuple[str, str], list[list[TopologyCell]]] = {}
-    spent: dict[tuple[str, str], float] = {}
-    for cell in ready:
-        place = (cell.table, cell.representation)
-        parts = groups.setdefault(place, [[]])
-        full = run.cells_per_pack and len(parts[-1]) >= run.cells_per_pack
-        if parts[-1] and (full or spent[place] + _weight(cell) > budget):
-            parts.append([])
-            spent[place] = 0.0
-        parts[-1].append(cell)
-        spent[place] = spent.get(place, 0.0) + _weight(cell)
-    pack = partial(_pack, preset=preset, room=machine.memory_bytes * _USABLE)
-    out = [pack(f"{cell.table}-{cell.representation}-member", [cell]) for cell in members]
-    diagrams = [
-        pack(f"{table}-{representation}-{i:02d}", part)
-        for (table, representation), parts in groups.items()
-        for i, part in enumerate(parts)
-    ]
-    # the longest first, so that the cores end together; members before all, since the next round waits for them
-    return out + sorted(diagrams, key=lambda p: -sum(_weight(c) for c in p.cells if isinstance(c, TopologyCell)))
-
-
-def _pack(name: str, cells: Sequence[TopologyCell], *, preset: Audit, room: float) -> Pack:
-    largest = max(cells, key=lambda c: cell_bytes(c, preset))
-    needed = cell_bytes(largest, preset)
-    if needed > room:
-        raise UserError(
-            f"{largest.table} {largest.representation}: the distances and H1 of {_rows(largest, preset)} rows need up "
-            f"to {needed / 2**30:.1f} GiB and {room / 2**30:.1f} GiB may be used; choose fewer rows (--set rows=N, "
-            "--set full_table=false) or a larger machine"
-        )
-    return Pack(name=name.replace(":", "-"), cells=tuple(cells), memory_bytes=needed)
-
-
-def _rows(cell: TopologyCell, preset: Audit) -> int:
-    return cell.rows if isinstance(cell, DiagramCell) else n_rows(cell.table, place_of(preset))
-
-
-def cell_bytes(cell: TopologyCell, preset: Audit) -> int:
-    """Peak memory of the process that computes a cell: for all but members, that of its largest distance matrix."""
-    from analysis.persistence import predicted_bytes
-
-    return _PROCESS_BYTES + (0 if isinstance(cell, MemberCell) else predicted_bytes(_rows(cell, preset)))

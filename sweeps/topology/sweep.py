@@ -1,0 +1,65 @@
+"""The topology audit as a sweep: which module does what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sweeps.core.cells import Cell, Estimate, Pack, PublishedCell
+from sweeps.core.machine import Machine
+from sweeps.core.settings import RunSettings
+from sweeps.topology.cells import Audit, TopologyCell
+from sweeps.topology.presets import PRESETS
+
+
+class OdorTopology:
+    """The sweep behind the command line; the work is in `run`, sources in `sources`."""
+
+    name = TopologyCell.SWEEP
+    version = TopologyCell.VERSION
+    question = "does persistent H1 survive metric choice, subsampling, matched nulls and ordinary baselines?"
+    headline = "top H1"
+    named = ("representation", "table", "metric", "route", "run", "null", "first_draw", "split", "member")
+    tracked = ("target", "family")
+    default_preset = "audit"
+    presets = PRESETS
+
+    def plan(self, preset: Audit) -> Sequence[TopologyCell]:
+        from sweeps.topology.plan import plan
+
+        return plan(preset)
+
+    def pack(self, cells: Sequence[Cell], preset: Audit, machine: Machine, run: RunSettings) -> list[Pack]:
+        from sweeps.topology.packs import make_packs
+
+        return make_packs([c for c in cells if isinstance(c, TopologyCell)], preset, machine, run)
+
+    def run(self, pack: Pack, preset: Audit, context: Any) -> None:
+        from sweeps.topology.run import run_pack
+
+        run_pack([c for c in pack.cells if isinstance(c, TopologyCell)], preset, context)
+
+    def fingerprint(self, cell: Cell, preset: Audit, run: RunSettings) -> str:
+        from sweeps.topology.sources import fingerprint
+
+        assert isinstance(cell, TopologyCell)
+        return fingerprint(cell, preset)
+
+    def estimate(self, cells: Sequence[Cell], preset: Audit, machine: Machine, run: RunSettings) -> Estimate:
+        from sweeps.topology.estimate import estimate
+
+        return estimate([c for c in cells if isinstance(c, TopologyCell)], preset, machine, run)
+
+    def report(self, cells: Sequence[PublishedCell], preset_name: str, preset: Audit, out: Path) -> list[str]:
+        from sweeps.topology.report import write
+
+        return write(cells, preset_name, preset, out)
+
+    def banner(self, preset_name: str, preset: Audit) -> list[str]:
+        from sweeps.topology.sources import banner
+
+        return banner(preset)
+
+
+SWEEP = OdorTopology()
