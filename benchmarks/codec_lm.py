@@ -38,7 +38,7 @@ from models.codec_lm import CodecLM
 from models.delay import training_pair
 from models.registry import build_lm
 from models.sampling import generate
-from sweeps._train import Batch, TrainConfig, Trainer, autocast
+from sweeps.codec.loop import Batch, TrainConfig, Trainer, autocast
 
 PRESET = "speech_olmo_hybrid_a100_20m_ctx1024"
 PUBLISHED, OURS = "published", "ours"

@@ -16,7 +16,7 @@ from sweeps.ledger.ledger import Ledger
 from tests.sweeps.tiny_proxy_gap import MODEL, save_lm, save_shards, settings, tiny_grid
 
 _CLOCKS = {"tokens_per_second"}  # metrics that measure the machine, not the model
-_MODULES = {"proxy_gap": "sweeps.sae.sweep", "odor_topology": "sweeps.topology.sweep"}
+_MODULES = {"proxy_gap": "sweeps.sae.sweep", "odor_topology": "sweeps.topology.sweep", "codec_lm": "sweeps.codec.sweep"}
 
 
 @dataclass(frozen=True)

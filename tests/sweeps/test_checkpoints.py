@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from models.codec_lm import build_codec_lm
-from sweeps._train import Batch, TrainConfig, Trainer
+from sweeps.codec.loop import Batch, TrainConfig, Trainer
 from sweeps.ledger.checkpoints import WorkStore
 from sweeps.ledger.storage import Store
 from tests.sweeps.test_codec_lm import CONFIG

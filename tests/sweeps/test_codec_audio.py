@@ -12,8 +12,9 @@ from analysis.audio_distance import Embeddings, embed_set
 from data.codec import CodecSpec, EncodecCodec
 from models.codec_lm import build_codec_lm
 from models.lm_presets import scale_config
-from sweeps._codec_audio import AudioSets, EncodecLatents, _npz, coherence_window, draw, embedders
-from sweeps._codec_report import _distances, _joined
+from sweeps.codec.audio import EncodecLatents, _npz, coherence_window, draw, embedders
+from sweeps.codec.audio_sets import AudioSets
+from sweeps.codec.report import _distances, _joined
 
 
 @pytest.mark.parametrize("rate", [62.5, 75.0, 44_100 / 512])

@@ -22,11 +22,13 @@ from data.ljspeech import open_ljspeech
 from data.melvq import MelVQ, MelVQSpec
 from data.pack import TokenClips
 from data.split import side_of
-from sweeps import _codec_data, _codec_tokenise
-from sweeps._codec_report import _missing, _published, _resampled
-from sweeps._codec_run import TrainingStream
-from sweeps._lm_plan import CURVE_CLIPS
-from sweeps.codec_lm import PRESETS, SWEEP, Study, with_settings
+from sweeps.codec import tokenise
+from sweeps.codec import tokens as tokens_module
+from sweeps.codec.cell_run import TrainingStream
+from sweeps.codec.cells import CURVE_CLIPS, Study
+from sweeps.codec.presets import PRESETS
+from sweeps.codec.report import _missing, _published, _resampled
+from sweeps.codec.sweep import SWEEP, with_settings
 from sweeps.core.cells import PublishedCell, UserError
 from sweeps.core.settings import RunSettings
 
@@ -67,7 +69,7 @@ def test_the_codec_is_trained_on_the_training_side_alone(tmp_path: Path, monkeyp
     for name, side in {"plain": "", "other held-out audio": "validation", "other training audio": "train"}.items():
         monkeypatch.setenv("PLUMBLINE_CACHE", str(tmp_path / "cache" / name))
         study = study_at(layout(tmp_path / name, seed=1, side=side))
-        hashes[name] = _codec_data.open_source(study, "cpu", quiet).codec.weights_hash
+        hashes[name] = tokens_module.open_source(study, "cpu", quiet).codec.weights_hash
     assert hashes["plain"] == hashes["other held-out audio"]
     assert hashes["plain"] != hashes["other training audio"]
 
@@ -90,7 +92,7 @@ def test_a_launch_without_a_gpu_lets_actors_code_on_theirs(tmp_path: Path, monke
     monkeypatch.setitem(CODECS, "on_a_gpu", load)
     monkeypatch.setattr(codec_shards, "_make_with_ray", actors)
     study = replace(study_at(layout(tmp_path / "a")), codec="on_a_gpu", codec_weights="random")
-    _codec_data.open_source(study, "cuda", quiet, actors=1, gpus_per_actor=1)
+    tokens_module.open_source(study, "cuda", quiet, actors=1, gpus_per_actor=1)
     assert loaded_on == {"cpu"}
     assert actors_on == ["cuda"]
 
@@ -117,13 +119,13 @@ def test_a_batch_follows_from_its_step_alone(tmp_path: Path) -> None:
 def test_audio_is_never_raised_to_a_higher_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLUMBLINE_CACHE", str(tmp_path / "cache"))
     low, high = (layout(tmp_path / str(rate), rate=rate) for rate in (RATE, 32_000))
-    source = _codec_data.open_source(study_at(low), "cpu", quiet)
+    source = tokens_module.open_source(study_at(low), "cpu", quiet)
     assert (source.codec.sample_rate, source.codec.hop, source.codec.frame_rate_hz) == (RATE, 64, 62.5)
     assert dict(source.source_rates) == {RATE: N_CLIPS}
     assert source.tokens.manifest["odd"] == {"sample rate (converted)": N_CLIPS}  # not the prompts' 8 kHz
-    spec = _codec_data.melvq_spec(study_at(high), open_ljspeech(high))
+    spec = tokens_module.melvq_spec(study_at(high), open_ljspeech(high))
     assert (spec.sample_rate, spec.hop) == (16_000, 256)
-    assert _codec_data.open_source(study_at(low), "cpu", quiet).tokens.computed == 0
+    assert tokens_module.open_source(study_at(low), "cpu", quiet).tokens.computed == 0
 
 
 def test_tokens_are_kept_apart_by_all_that_decides_them(tmp_path: Path) -> None:
@@ -134,7 +136,7 @@ def test_tokens_are_kept_apart_by_all_that_decides_them(tmp_path: Path) -> None:
         {"min_s": 0.5},
         {"audio_path": str(layout(tmp_path / "b", rate=8_000))},
     ]
-    folders = {_codec_data.tokens_folder(s) for s in (study, *(replace(study, **c) for c in changed))}
+    folders = {tokens_module.tokens_folder(s) for s in (study, *(replace(study, **c) for c in changed))}
     assert len(folders) == 1 + len(changed)
     (cell, *_) = SWEEP.plan(study)
     prints = {SWEEP.fingerprint(cell, s, RunSettings()) for s in (study, replace(study, **changed[3]))}
@@ -157,7 +159,7 @@ def test_too_little_audio_for_the_codec_is_one_line(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("PLUMBLINE_CACHE", str(tmp_path / "cache"))
     study = replace(PRESETS["asterisk"], audio_path=str(layout(tmp_path / "a", rate=8_000)), holdout=0.6)
     with pytest.raises(UserError, match=r"cannot train melvq: .* frames cannot train codebook_size=1024"):
-        _codec_data.open_source(study, "cpu", quiet)
+        tokens_module.open_source(study, "cpu", quiet)
 
 
 def test_rates_come_from_readable_headers(tmp_path: Path) -> None:
@@ -219,7 +221,7 @@ def test_resampling_is_said() -> None:
     ],
 )
 def test_tokenising_refuses_in_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _codec_tokenise.main(["--tokenise", *arguments]) == 2
+    assert tokenise.main(["--tokenise", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

@@ -11,9 +11,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from sweeps._codec_halving import survivors
-from sweeps._codec_run import run_pack
-from sweeps.codec_lm import PRESETS, SWEEP, HalvedCell, LMCell
+from sweeps.codec.cells import HalvedCell, LMCell
+from sweeps.codec.halving import survivors
+from sweeps.codec.presets import PRESETS
+from sweeps.codec.run import run_pack
+from sweeps.codec.sweep import SWEEP
 from sweeps.core.cells import UserError
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings

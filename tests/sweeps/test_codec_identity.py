@@ -10,10 +10,11 @@ import pytest
 
 from data.pack import TokenClips
 from data.split import side_of
-from sweeps import _codec_data
-from sweeps._codec_data import banner, check, check_same_audio, fingerprint, open_source, tokens_folder
-from sweeps._codec_report import _published, tokens_of_one_codec
-from sweeps.codec_lm import PRESETS, SWEEP
+from sweeps.codec import tokens as tokens_module
+from sweeps.codec.presets import PRESETS
+from sweeps.codec.report import _published, tokens_of_one_codec
+from sweeps.codec.sweep import SWEEP
+from sweeps.codec.tokens import banner, check, check_same_audio, fingerprint, open_source, tokens_folder
 from sweeps.core.cells import Row, UserError
 from sweeps.core.settings import RunSettings
 from sweeps.launch.context import PackContext
@@ -23,7 +24,7 @@ from tests.sweeps.test_codec_data import layout, quiet, study_at
 
 def forget() -> None:
     """As in a new process."""
-    for known in (_codec_data._listed, _codec_data._told, _codec_data._recorded_origin):
+    for known in (tokens_module._listed, tokens_module._told, tokens_module._recorded_origin):
         known.cache_clear()
 
 

@@ -18,13 +18,16 @@ from data.synthetic_speech import SpeechSpec, write_ljspeech
 from models.codec_lm import CodecLM, build_codec_lm
 from models.delay import training_pair
 from models.lm_presets import LOCAL
-from sweeps import _codec_data
-from sweeps._codec_checkpoint import load_model, read_checkpoint
-from sweeps._codec_report import write
-from sweeps._codec_run import _CellRun, run_pack
-from sweeps._codec_sample import main as sample_main
-from sweeps._train import AnomalyError, Batch, Owner, Pace, StepStats, TrainConfig, Trainer, train
-from sweeps.codec_lm import PRESETS, SWEEP, LMCell, Study
+from sweeps.codec import tokens
+from sweeps.codec.cell_run import CellRun
+from sweeps.codec.cells import LMCell, Study
+from sweeps.codec.checkpoint import load_model, read_checkpoint
+from sweeps.codec.loop import AnomalyError, Batch, Owner, Pace, StepStats, TrainConfig, Trainer, train
+from sweeps.codec.presets import PRESETS
+from sweeps.codec.report import write
+from sweeps.codec.run import run_pack
+from sweeps.codec.sample import main as sample_main
+from sweeps.codec.sweep import SWEEP
 from sweeps.core.cells import UserError
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
@@ -339,7 +342,7 @@ def test_the_best_measurement_is_kept_published_and_sampled(
     _, cells = finished
     context = context_on(f"memory://{uuid.uuid4().hex}")
     values = iter((3.0, 3.0, 4.0, 4.0))  # raw and averaged weights at steps 3 and 6
-    monkeypatch.setattr(_CellRun, "evaluate", lambda self, model: {"val_nll": next(values)})
+    monkeypatch.setattr(CellRun, "evaluate", lambda self, model: {"val_nll": next(values)})
     kept: dict[str, torch.Tensor] = {}
     save = context.work.save
 
@@ -448,10 +451,10 @@ def test_bad_settings_are_one_line(changes: dict, message: str) -> None:
 def test_real_presets_say_what_they_miss(tmp_path: Path) -> None:
     speech = PRESETS["speech_a100"]
     with pytest.raises(UserError, match="--set audio_path=PATH"):
-        _codec_data.check(speech)
+        tokens.check(speech)
     with pytest.raises(UserError, match=r"no metadata\.csv"):
-        _codec_data.check(replace(speech, audio_path=str(tmp_path)))
+        tokens.check(replace(speech, audio_path=str(tmp_path)))
     with pytest.raises(UserError, match="needs_gpu=false"):
         run_pack(list(SWEEP.plan(speech)), speech, context_on(f"memory://{uuid.uuid4().hex}"))
     with pytest.raises(UserError, match="codec_weights"):
-        _codec_data._codec_facts("encodec", str(tmp_path / "absent.pt"))
+        tokens._codec_facts("encodec", str(tmp_path / "absent.pt"))

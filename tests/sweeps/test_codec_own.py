@@ -13,9 +13,11 @@ import pytest
 
 import data.melvq
 from data.melvq import MelVQSpec
-from sweeps import _codec_data, _codec_own
-from sweeps._codec_data import fingerprint, open_source, tokens_folder
-from sweeps.codec_lm import PRESETS, SWEEP, Study
+from sweeps.codec import own_codec, tokens
+from sweeps.codec.cells import Study
+from sweeps.codec.presets import PRESETS
+from sweeps.codec.sweep import SWEEP
+from sweeps.codec.tokens import fingerprint, open_source, tokens_folder
 from sweeps.core.cells import UserError
 from sweeps.ledger.storage import Store
 from tests.sweeps.test_codec_data import layout, quiet, study_at
@@ -31,7 +33,7 @@ def machine(number: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(data.melvq, "train", train)
     monkeypatch.setenv("PLUMBLINE_CACHE", str(folder / f"cache{number}"))
-    for known in (_codec_data._listed, _codec_data._told, _codec_data._recorded_origin):
+    for known in (tokens._listed, tokens._told, tokens._recorded_origin):
         known.cache_clear()
 
 
@@ -74,7 +76,7 @@ def test_the_first_codec_stays_when_two_nodes_train_at_once(
 ) -> None:
     ledger = Store(f"memory://{uuid.uuid4().hex}")
     machine(1, tmp_path, monkeypatch)
-    publish = _codec_own._publish
+    publish = own_codec._publish
 
     def late(store: Store, name: str, own: Path) -> None:
         other = tmp_path / "other.npz"
@@ -82,9 +84,9 @@ def test_the_first_codec_stays_when_two_nodes_train_at_once(
         publish(store, name, other)
         publish(store, name, own)
 
-    monkeypatch.setattr(_codec_own, "_publish", late)
+    monkeypatch.setattr(own_codec, "_publish", late)
     first = open_source(study, "cpu", quiet, ledger).codec.weights_hash
-    monkeypatch.setattr(_codec_own, "_publish", publish)
+    monkeypatch.setattr(own_codec, "_publish", publish)
     machine(2, tmp_path, monkeypatch)
     assert open_source(study, "cpu", quiet, ledger).codec.weights_hash == first
 

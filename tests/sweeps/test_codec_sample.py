@@ -18,9 +18,11 @@ from data.melvq import MelVQ, MelVQSpec
 from models.codec_lm import build_codec_lm
 from models.lm_presets import scale_config
 from models.sampling import Sampling, generate
-from sweeps._codec_checkpoint import FORMAT, checkpoint_facts, load_codec, load_model, read_checkpoint
-from sweeps._codec_sample import main
-from sweeps.codec_lm import PRESETS, SWEEP, LMCell
+from sweeps.codec.cells import LMCell
+from sweeps.codec.checkpoint import FORMAT, checkpoint_facts, load_codec, load_model, read_checkpoint
+from sweeps.codec.presets import PRESETS
+from sweeps.codec.sample import main
+from sweeps.codec.sweep import SWEEP
 from sweeps.core.cells import UserError
 from sweeps.ledger.storage import Store
 

@@ -14,12 +14,14 @@ import pandas as pd
 import pytest
 
 from data.pack import TokenClips
-from sweeps import _codec_data
-from sweeps._codec_report import write
-from sweeps._codec_run import run_pack
-from sweeps._codec_sample import main as sample_main
-from sweeps._codec_text import after_dropout, arm_name, shuffled_texts, with_own_text
-from sweeps.codec_lm import PRESETS, SWEEP, LMCell
+from sweeps.codec import tokens
+from sweeps.codec.cells import LMCell
+from sweeps.codec.presets import PRESETS
+from sweeps.codec.report import write
+from sweeps.codec.run import run_pack
+from sweeps.codec.sample import main as sample_main
+from sweeps.codec.sweep import SWEEP
+from sweeps.codec.texts import after_dropout, arm_name, shuffled_texts, with_own_text
 from sweeps.core.cells import UserError
 from sweeps.launch.context import PackContext
 from sweeps.ledger.ledger import Ledger
@@ -168,15 +170,15 @@ def test_texts_enter_a_cells_fingerprint_and_nothing_else_changes_without(tmp_pa
     prints = []
     for said in ("one", "two"):
         (tmp_path / "metadata.csv").write_text(f"a|{said}|{said}\nb|x|x\n")
-        _codec_data._listed.cache_clear()
-        _codec_data._recorded_origin.cache_clear()
-        prints.append({text: _codec_data.fingerprint(cell, s) for text, s, cell in prints_of(study)})
+        tokens._listed.cache_clear()
+        tokens._recorded_origin.cache_clear()
+        prints.append({text: tokens.fingerprint(cell, s) for text, s, cell in prints_of(study)})
     assert prints[0]["plain"] == prints[1]["plain"]
     assert prints[0]["text"] != prints[1]["text"]
     (tmp_path / "metadata.csv").write_text("a||\nb| | \n")
-    _codec_data._listed.cache_clear()
+    tokens._listed.cache_clear()
     with pytest.raises(UserError, match=r"none of 2 recordings at .* has a text, and text=none,bytes needs"):
-        _codec_data.check(study)
+        tokens.check(study)
 
 
 def prints_of(study):  # type: ignore[no-untyped-def]
@@ -188,7 +190,7 @@ def test_a_cell_without_text_is_what_it_was() -> None:
     pinned = replace(PRESETS["local"], lr=(4e-3,), steps=80, eval_every=40, sample_n=16)
     cell = SWEEP.plan(pinned)[0]
     assert (cell.key, SWEEP.plan(PRESETS["speech_a100"])[0].key) == PINNED_KEYS
-    assert _codec_data.fingerprint(cell, pinned)[:16] == PINNED_FINGERPRINT
+    assert tokens.fingerprint(cell, pinned)[:16] == PINNED_FINGERPRINT
     assert set(SWEEP.plan(STUDY)[0].identity()) - set(cell.identity()) == {"text", "text_dropout"}
 
 

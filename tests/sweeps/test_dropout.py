@@ -11,8 +11,9 @@ import torch
 from models.codec_lm import build_codec_lm, config_facts, config_of
 from models.layers import ResidualDropout
 from models.lm_presets import LOCAL
-from sweeps._train import Batch, TrainConfig, Trainer
-from sweeps.codec_lm import PRESETS, SWEEP
+from sweeps.codec.loop import Batch, TrainConfig, Trainer
+from sweeps.codec.presets import PRESETS
+from sweeps.codec.sweep import SWEEP
 from sweeps.core.cells import UserError
 from sweeps.core.world import World
 

@@ -12,16 +12,19 @@ import pandas as pd
 import pytest
 
 from models.lm_cost import lm_cost
-from sweeps import _memory_plan
-from sweeps._memory_plan import BASE, CACHE, PLANTED_NORMALIZED, SHARED, TOGETHER, VARIABLES, CacheCell, arms
-from sweeps._memory_report import reach, write
-from sweeps._memory_run import run_pack
+from sweeps.caching import arms as arms_module
+from sweeps.caching import cells as cells_module
+from sweeps.caching.arms import BASE, PLANTED_NORMALIZED, TOGETHER, arms
+from sweeps.caching.cells import CACHE, SHARED, VARIABLES, CacheCell
+from sweeps.caching.presets import PRESETS
+from sweeps.caching.report import reach, write
+from sweeps.caching.run import run_pack
+from sweeps.caching.sweep import SWEEP
 from sweeps.core.cells import UserError
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
 from sweeps.launch.context import PackContext
 from sweeps.ledger.ledger import Ledger
-from sweeps.memory_cache import PRESETS, SWEEP
 
 MACHINE = Machine(nodes=1, cpus=2, gpus=0, memory_bytes=8 * 2**30, hardware="test")
 LOCAL = PRESETS["local"]
@@ -152,7 +155,8 @@ def test_reach_is_the_sum_of_the_learning_rates() -> None:
 def test_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PLUMBLINE_CACHE", str(tmp_path / "cache"))
     short = {"steps": 4, "warmup_steps": 1, "eval_every": 2, "eval_clips": 6, "corpus_clips": 300, "batch_size": 8}
-    monkeypatch.setattr(_memory_plan, "_PLANTED", {**_memory_plan._PLANTED, **short})
+    for module in (arms_module, cells_module):
+        monkeypatch.setattr(module, "PLANTED_SETTING", {**cells_module.PLANTED_SETTING, **short})
     context = context_on(f"memory://{uuid.uuid4().hex}")
     cells = SWEEP.plan(TINY)
     run_pack(cells, TINY, context)

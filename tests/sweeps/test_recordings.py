@@ -15,7 +15,7 @@ from data.codec import MelVQCodec
 from data.codec_shards import save_codes
 from data.melvq import MelVQ, MelVQSpec
 from data.pack import TokenClips
-from sweeps._memory_health import clip_table, with_recordings
+from sweeps.codec.clip_tables import clip_table, with_recordings
 
 
 def test_a_clip_names_its_recording() -> None:

@@ -118,7 +118,7 @@ def _dac_package(folder: Path, target: Path) -> None:
 
 
 def _codec_sample(folder: Path, target: Path) -> None:
-    from sweeps._codec_checkpoint import read_checkpoint
+    from sweeps.codec.checkpoint import read_checkpoint
 
     read_checkpoint(torch_bomb(target), "model.pt")
 

@@ -273,7 +273,7 @@ def test_a_run_left_without_its_files_gets_them(ledger: Ledger, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("sweep", "preset"),
     [
-        *[("sae.sweep", "local"), ("codec_lm", "local"), ("codec_lm", "text_local"), ("memory_cache", "local")],
+        *[("sae.sweep", "local"), ("codec.sweep", "local"), ("codec.sweep", "text_local"), ("caching.sweep", "local")],
         *[("topology.sweep", "audit"), ("topology.sweep", "ensemble"), ("topology.sweep", "utility")],
     ],
 )

@@ -19,8 +19,10 @@ import psutil
 import pytest
 import torch
 
-from sweeps._codec_run import run_pack
-from sweeps.codec_lm import PRESETS, SWEEP, LMCell
+from sweeps.codec.cells import LMCell
+from sweeps.codec.presets import PRESETS
+from sweeps.codec.run import run_pack
+from sweeps.codec.sweep import SWEEP
 from sweeps.core.cells import Pack, UserError
 from sweeps.core.settings import RunSettings
 from sweeps.launch import workers as workers_module

@@ -18,7 +18,7 @@ from models.delay import training_pair
 from models.lm_presets import LOCAL
 from models.memory_cache import MemoryCacheConfig
 from models.text import TextConfig, encode_texts
-from sweeps._train import AnomalyError, Batch, Owner, Pace, StepStats, TrainConfig, Trainer, train
+from sweeps.codec.loop import AnomalyError, Batch, Owner, Pace, StepStats, TrainConfig, Trainer, train
 from sweeps.core.world import World
 from sweeps.launch.stop import PackStopped
 

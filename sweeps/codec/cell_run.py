@@ -1,47 +1,34 @@
-"""Trains, evaluates, samples and publishes the language models of a pack.
-
-Shapes: B clips, K codebooks, T steps.
-"""
+"""One model from its first step to its published cell."""
 
 from __future__ import annotations
 
 import json
 import math
 import tempfile
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from analysis.audio import CodebookScores
-from data.audio_io import first_of_each
-from data.pack import TokenClips, collate, epoch_batches, evaluation_batches
-from models.codebook_loss import codebook_loss
+from data.pack import TokenClips, collate, epoch_batches
 from models.codec_lm import CodecLM, CodecLMConfig, build_codec_lm, config_facts
 from models.delay import training_pair
 from models.lm_cost import lm_cost
-from sweeps._codec_audio import cell_audio
-from sweeps._codec_checkpoint import checkpoint_facts
-from sweeps._codec_data import TokenSource, check_same_audio, open_source, unigram_nll
-from sweeps._codec_halving import compete
-from sweeps._codec_text import NO_TEXT, SHUFFLED, given_texts, shuffled_texts
-from sweeps._memory_health import EVAL_BATCH, LAYER, clip_table, gate_numbers, gate_table
-from sweeps._train import AnomalyError, Batch, Owner, Pace, StepStats, TrainConfig, Trainer, autocast, train
+from sweeps.codec.audio import cell_audio
+from sweeps.codec.checkpoint import checkpoint_facts
+from sweeps.codec.clip_tables import LAYER, clip_table, gate_numbers, gate_table
+from sweeps.codec.evaluate import WEIGHTS, evaluate, nll_rows
+from sweeps.codec.loop import Batch, Owner, Pace, StepStats, TrainConfig, Trainer, train
+from sweeps.codec.texts import NO_TEXT, SHUFFLED, given_texts, shuffled_texts
+from sweeps.codec.tokens import TokenSource
 from sweeps.core.cells import Row, UserError
-from sweeps.core.world import World
 from sweeps.launch.context import PackContext
-from sweeps.launch.stop import PackStopped
 
 if TYPE_CHECKING:
-    from sweeps.codec_lm import HalvedCell, LMCell, Study
-
-WEIGHTS = ("raw", "ema")
-ALONE = World()
-_NAMED = 3  # odd recordings of each kind that are named on the screen
+    from sweeps.codec.cells import LMCell, Study
 
 
 class TrainingStream:
@@ -69,99 +56,7 @@ class TrainingStream:
         return Batch(inputs.to(self.device), targets.to(self.device), batch.real_tokens, texts)
 
 
-def evaluate(model: CodecLM, clips: TokenClips, n_clips: int, precision: str, world: World = ALONE) -> CodebookScores:
-    """Scores on held-out clips, kept by clip with its recording for the intervals; the processes share the batches."""
-    config, device = model.config, model.heads.device
-    recordings = dict(zip(clips.clip_ids, clips.recording_ids, strict=True))
-    found: dict[int, list[tuple[str, dict[str, npt.NDArray[np.float64]]]]] = {}
-    model.eval()
-    with torch.inference_mode(), autocast(device, precision):
-        for batch in evaluation_batches(clips, EVAL_BATCH, max_frames=config.max_frames, n_clips=n_clips):
-            if batch.index % world.size != world.rank:
-                continue
-            inputs, targets = training_pair(batch.codes_BKT, pad=config.pad, bos=config.bos)
-            texts = given_texts(config, batch.texts, device)
-            hidden = model.decode_embedded(model.embed(inputs.to(device)), texts)
-            for clip_id, h_TD, target_KT in zip(batch.clip_ids, hidden, targets.to(device), strict=True):
-                r = codebook_loss(h_TD[None], model.heads, target_KT[None], pad=config.pad, accuracy=True)
-                sums = {"nll": r.nll_K, "uniform": r.uniform_K, "count": r.count_K, "top1": r.top1_K, "top5": r.top5_K}
-                some = {name: values[None].cpu().numpy() for name, values in sums.items() if values is not None}
-                found.setdefault(batch.index, []).append((recordings[clip_id], some))
-    whole: dict[int, list[tuple[str, dict[str, npt.NDArray[np.float64]]]]] = {}
-    for part in world.gather(found):
-        whole |= part
-    scores = CodebookScores(config.n_codebooks)
-    for index in sorted(whole):
-        for recording, some in whole[index]:
-            scores.add(some, [recording])
-    return scores
-
-
-def run_pack(cells: Sequence[LMCell], study: Study, context: PackContext) -> None:
-    """Every cell of the pack, one after the other, on the same tokens, in each of the processes that share the work.
-
-    Raises UserError where a GPU is needed and there is none, PackStopped when the work was asked to stop.
-    """
-    if study.needs_gpu and context.device == "cpu":
-        raise UserError(
-            "this preset is sized for a GPU and this machine has none; run it where there is one, or try it here with "
-            "--set needs_gpu=false"
-        )
-    torch.set_num_threads(context.threads)
-    check_same_audio(cells[0], study, context.fingerprint(cells[0]))
-    ledger = context.ledger.store
-    source = open_source(study, context.device, lambda line: context.progress(force=True, phase=line), ledger)
-    if source.tokens.computed and source.tokens.oddities and context.world.first:
-        context.note(f"odd recordings: {first_of_each(source.tokens.oddities, _NAMED)}")
-    try:
-        sides = [TokenClips(source.tokens, side, holdout=study.holdout) for side in ("train", "validation")]
-    except ValueError as error:
-        raise UserError(f"{error}; choose another holdout or more audio") from error
-    (training, held_out), left_out = _usable(cells[0], sides, context)
-    baseline = unigram_nll(training, held_out)
-
-    def open_run(cell: LMCell) -> _CellRun:
-        return _CellRun(cell, study, source, cell.training_clips(training), held_out, context, baseline, left_out)
-
-    halved: dict[str, list[HalvedCell]] = {}
-    for cell in cells:
-        if cell.rival_seeds:
-            halved.setdefault(cell.architecture, []).append(cast("HalvedCell", cell))
-            continue
-        if context.world.sum([float(context.stopping())])[0]:
-            raise PackStopped("stopped between two cells")
-        context.progress(force=True, cell=cell.key)
-        try:
-            open_run(cell).go()
-        except AnomalyError as error:
-            if context.world.first:
-                _give_up(cell, error, context)
-    for rivals in halved.values():
-        compete(rivals, open_run, lambda cell, error: _give_up(cell, error, context), context)
-
-
-def _usable(cell: LMCell, sides: Sequence[TokenClips], context: PackContext) -> tuple[list[TokenClips], dict[str, int]]:
-    """(clips of each side that the study uses, how many others there are by reason); says so where there are some."""
-    kept, left_out = [], Counter[str]()
-    for side in sides:
-        clips, others = cell.usable_clips(side)
-        kept.append(clips)
-        left_out.update(others)
-    if left_out and context.world.first:
-        why = ", ".join(f"{n} {reason}" for reason, n in left_out.items())
-        context.note(f"text: {left_out.total()} of {sum(map(len, sides))} clips are left out for all models: {why}")
-    return kept, dict(left_out)
-
-
-def _give_up(cell: LMCell, error: AnomalyError, context: PackContext) -> None:
-    name = f"{cell.key}-anomaly"
-    batch = {"inputs": error.batch.inputs_BKT.cpu(), "targets": error.batch.targets_BKT.cpu()}
-    context.work.save(name, error.step, batch)
-    context.fail(cell, f"{error}; the batch is kept in _work/{name}")
-    context.work.drop(cell.key)
-
-
-class _CellRun(Owner):
+class CellRun(Owner):
     def __init__(
         self,
         cell: LMCell,
@@ -265,7 +160,7 @@ class _CellRun(Owner):
         if best_scores is not None:
             rows += self._score_rows(best_scores, "best")
         for kind, some in other_texts.items():
-            rows += _nll_rows(some, f"final_val_nll_{kind}", {"weights": "ema"})
+            rows += nll_rows(some, f"final_val_nll_{kind}", {"weights": "ema"})
         rows += [*self._curve_rows(), *self._static_rows(), Row("unigram_nll", self.baseline, "nats a token")]
         if rate == rate:
             rows.append(Row("tokens_per_second", rate, "tokens/s"))
@@ -365,7 +260,7 @@ class _CellRun(Owner):
     def _score_rows(self, scores: CodebookScores, weights: str) -> list[Row]:
         at = {"weights": weights}
         rows = [
-            *_nll_rows(scores, "final_val_nll", at),
+            *nll_rows(scores, "final_val_nll", at),
             Row("final_val_loss_smoothed", scores.val_loss_smoothed(), "nats a token", at),
             Row("perplexity", scores.perplexity(), "a token", at),
             Row("bits_per_second", scores.bits_per_second(self.source.codec.frame_rate_hz), "bit/s", at),
@@ -408,9 +303,3 @@ class _CellRun(Owner):
         texts = {"left_out": self.left_out} if self.study.text else {}
         content = {"content": self.source.content} if self.source.content else {}
         return {n: manifest[n] for n in wanted} | counts | texts | content
-
-
-def _nll_rows(scores: CodebookScores, metric: str, params: dict[str, str]) -> list[Row]:
-    interval = scores.val_nll_ci()
-    values = {"": scores.val_nll(), "_lo": interval.lo, "_hi": interval.hi}  # no limits for one recording
-    return [Row(metric + end, value, "nats a token", params) for end, value in values.items() if math.isfinite(value)]

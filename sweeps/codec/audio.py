@@ -20,22 +20,19 @@ import soundfile
 from filelock import FileLock
 
 from analysis.audio import coherence
-from analysis.audio_distance import Embedder, Embeddings, LogMelStatistics, embed_set
+from analysis.audio_distance import Embedder, LogMelStatistics, embed_set
 from data.codec import RANDOM, Codec, EncodecCodec
 from data.pack import TokenClips, evaluation_batches
 from models.codec_lm import CodecLM
-from models.sampling import Sampling, generate
-from sweeps._codec_data import TokenSource
-from sweeps._codec_text import arm_name, given_texts
-from sweeps._train import autocast
+from models.sampling import generate
+from sweeps.codec.audio_sets import SAMPLING
+from sweeps.codec.loop import autocast
+from sweeps.codec.texts import arm_name, given_texts
+from sweeps.codec.tokens import TokenSource
 from sweeps.core.cells import digest
 
 if TYPE_CHECKING:
-    from sweeps.codec_lm import LMCell, Study
-
-SAMPLING = Sampling(temperature=0.9, top_k=100)
-SETS = ("samples", "held_out", "training")
-_LENGTHS = ("sample_s", "coherence_window_s")
+    from sweeps.codec.cells import LMCell, Study
 _N_MELS = 16  # 32 numbers a window: a covariance that a few dozen clips can carry
 _REAL_CLIPS = 256
 _WAVS = 4
@@ -228,33 +225,3 @@ def _npz(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
     sink = io.BytesIO()
     np.savez_compressed(sink, **arrays)  # type: ignore[arg-type]
     return sink.getvalue()
-
-
-@dataclass(frozen=True)
-class AudioSets:
-    """What audio.npz of a cell holds: by embedder's name, the embeddings of each of SETS; coherences of the samples and
-    of real clips at least as long, and which recording each of these was cut from; the length of a sample and the
-    coherence's window in seconds."""
-
-    embeddings: Mapping[str, Mapping[str, Embeddings]]
-    coherence_samples: npt.NDArray[np.float64]
-    coherence_real: npt.NDArray[np.float64]
-    coherence_recording: npt.NDArray[np.int64]
-    sample_s: float
-    coherence_window_s: float
-
-    @classmethod
-    def read(cls, data: bytes) -> AudioSets:
-        """From the file's bytes; a set without two clips of a second is missing from its embedder's."""
-        with np.load(io.BytesIO(data), allow_pickle=False) as a:
-            found = {
-                str(name): {
-                    kind: Embeddings(kind, str(name), a[f"{kind}_{j}_x"], a[f"{kind}_{j}_clip"])
-                    for kind in SETS
-                    if f"{kind}_{j}_x" in a
-                }
-                for j, name in enumerate(a["embedders"])
-            }
-            real = a["coherence_real"]  # cells made before recordings were kept: each clip for itself
-            whose = a["coherence_real_recording"] if "coherence_real_recording" in a else np.arange(len(real))
-            return cls(found, a["coherence_samples"], real, whose, *(float(a[n]) for n in _LENGTHS))

@@ -7,28 +7,24 @@ nothing a model without caches has share a control.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sweeps._lm_plan import TokenStudy, columns
-from sweeps.codec_lm import LMCell, Study
+from sweeps.codec.cells import LMCell, Study, TokenStudy, columns
 from sweeps.core.cells import UserError, nearest
 
 if TYPE_CHECKING:
     from data.melvq import MelVQSpec
     from data.pack import TokenClips
-
 SHARED = ("scale", "train_clips", "lr")  # a model without caches has these too
 CACHE = ("segment", "start_layer", "gate_bias_init", "normalized_retrieval", "rank", "cumulative")
 VARIABLES = (*SHARED, *CACHE)
-BASE, TOGETHER = "base", "together"
-PLANTED_BASE, PLANTED_NORMALIZED = "recall", "recall, normalized_retrieval"
 CONTROL, CACHED = "la", "mc_la"
 _WIDE = 256  # from this width on, MLP widths stay multiples of 8
 
 _RECALL_FRAMES = 26
-_PLANTED: Mapping[str, Any] = {
+PLANTED_SETTING: Mapping[str, Any] = {
     "scale": "recall",
     "train_clips": 0,
     "lr": 3e-2,
@@ -187,74 +183,12 @@ class CacheStudy(TokenStudy):
                 raise UserError(f"{name} is empty; give at least one value, the base setting's first")
 
     def token_study(self, *, planted: bool) -> Study:
-        """What `_codec_data` and `_codec_run` need to know of this study, or of its planted task."""
+        """What `tokens` and `run` need to know of this study, or of its planted task."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         if planted:
-            own |= {name: value for name, value in _PLANTED.items() if name in own}
+            own |= {name: value for name, value in PLANTED_SETTING.items() if name in own}
             own |= {"audio_path": "", "codec_weights": "", "micro_batch": 0, "needs_gpu": False}
-            own["lr"] = (_PLANTED["lr"],)
+            own["lr"] = (PLANTED_SETTING["lr"],)
         names = {f.name for f in fields(_Study)} - {"scale", "architectures", "sample_s", "sample_n"}
         chosen = {name: value for name, value in own.items() if name in names}
         return _Study(scale="", sample_s=0.0, **chosen)
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A setting with caches: its name, the variable it changes and to what, and its cells and controls by seed."""
-
-    name: str
-    variable: str
-    value: str
-    cells: tuple[CacheCell, ...]
-    controls: tuple[CacheCell, ...]
-
-    @property
-    def planted(self) -> bool:
-        return self.cells[0].corpus == "recall"
-
-
-def arms(study: CacheStudy) -> Iterator[Arm]:
-    """The base setting, its variants, everything together, and the planted task. Raises UserError for bad values."""
-    base = {name: getattr(study, name)[0] for name in VARIABLES}
-    base |= {name: getattr(study, name) for name in _PLANTED if name not in VARIABLES}
-    yield _arm(BASE, "", "", base, base, study.seeds)
-    for variable in study.variables:
-        for value in dict.fromkeys(getattr(study, variable)[1:]):
-            if value != base[variable]:
-                yield _arm(
-                    f"{variable}={spelled(variable, value)}",
-                    variable,
-                    spelled(variable, value),
-                    base | {variable: value},
-                    base,
-                    study.seeds,
-                )
-    if study.together:
-        last = {name: getattr(study, name)[-1] for name in study.together}
-        what = ", ".join(f"{name}={spelled(name, value)}" for name, value in last.items())
-        yield _arm(TOGETHER, TOGETHER, what, base | last, base, study.seeds)
-    if study.planted:
-        planted = dict(_PLANTED)
-        yield _arm(PLANTED_BASE, "", "", planted, planted, study.seeds)
-        changed = planted | {"normalized_retrieval": True}
-        yield _arm(PLANTED_NORMALIZED, "normalized_retrieval", "True", changed, planted, study.seeds)
-
-
-def spelled(variable: str, value: Any) -> str:
-    """A value as the report prints it."""
-    if value == 0 and variable in ("rank", "train_clips"):
-        return "full" if variable == "rank" else "all"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _arm(
-    name: str, variable: str, value: str, setting: Mapping[str, Any], base: Mapping[str, Any], seeds: tuple[int, ...]
-) -> Arm:
-    control = {**setting, **{option: base[option] for option in CACHE}}
-    return Arm(
-        name,
-        variable,
-        value,
-        tuple(CacheCell(architecture=CACHED, seed=seed, **setting) for seed in seeds),
-        tuple(CacheCell(architecture=CONTROL, seed=seed, **control) for seed in seeds),
-    )

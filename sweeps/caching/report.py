@@ -11,11 +11,12 @@ import pandas as pd
 from analysis.crossed import NEEDS_SEEDS
 from analysis.memory_cache_effects import ArmData, effects, layer_means
 from analysis.memory_cache_report import write_report
-from sweeps._codec_data import PLANTED, RECALL, banner
-from sweeps._codec_report import final_scores, tokens_of_one_codec
-from sweeps._memory_health import with_recordings
-from sweeps._memory_plan import BASE, VARIABLES, Arm, CacheCell, CacheStudy, arms
-from sweeps._train import TrainConfig
+from sweeps.caching.arms import BASE, Arm, arms
+from sweeps.caching.cells import VARIABLES, CacheCell, CacheStudy
+from sweeps.codec.clip_tables import with_recordings
+from sweeps.codec.loop import TrainConfig
+from sweeps.codec.report import final_scores, tokens_of_one_codec
+from sweeps.codec.tokens import PLANTED, RECALL, banner
 from sweeps.core.cells import PublishedCell, UserError
 from sweeps.ledger.published import recorded, tables_of
 

@@ -14,8 +14,8 @@ from data.pack import TokenClips, evaluation_batches
 from models.cache_health import GateSums
 from models.codec_lm import CodecLM
 from models.delay import training_pair
-from sweeps._codec_text import RIGHT, given_texts
-from sweeps._train import autocast
+from sweeps.codec.loop import autocast
+from sweeps.codec.texts import RIGHT, given_texts
 from sweeps.ledger.published import parquet_bytes
 
 LAYER = "layer"

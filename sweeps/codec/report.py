@@ -18,16 +18,16 @@ from analysis.codec_report import REAL, interval, write_report
 from analysis.codec_results import Results, at
 from analysis.codec_text import text_effects, text_figure, text_section, verdict
 from analysis.crossed import NEEDS_SEEDS, units_mean
-from sweeps._codec_audio import SAMPLING, AudioSets
-from sweeps._codec_data import banner
-from sweeps._codec_text import NONE, RIGHT, arm_name, text_arm
-from sweeps._lm_plan import CURVE_CLIPS
-from sweeps._memory_health import with_recordings
+from sweeps.codec.audio_sets import SAMPLING, AudioSets
+from sweeps.codec.cells import CURVE_CLIPS
+from sweeps.codec.clip_tables import with_recordings
+from sweeps.codec.texts import NONE, RIGHT, arm_name, text_arm
+from sweeps.codec.tokens import banner
 from sweeps.core.cells import PublishedCell, UserError
 from sweeps.ledger.published import file_of, files_of, recorded, tables_of
 
 if TYPE_CHECKING:
-    from sweeps.codec_lm import Study
+    from sweeps.codec.cells import Study
 
 _PLAIN = ("n_parameters", "tokens_per_second", "train_tokens", "unigram_nll", "corpus_audio")
 _POINTS = ("train_loss", "val_nll", "val_nll_lo", "val_nll_hi", "val_loss_smoothed", "grad_norm")

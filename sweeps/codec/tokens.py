@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from data._content import file_sha256
 from data.split import identity_hash, side_of
-from sweeps._codec_own import codec_file
+from sweeps.codec.own_codec import codec_file
 from sweeps.core.cells import UserError, digest
 from sweeps.core.machine import user_cache
 
@@ -25,11 +25,9 @@ if TYPE_CHECKING:
     from data.codec import Codec, CodecSpec
     from data.codec_shards import Tokens
     from data.melvq import MelVQ, MelVQSpec
-    from data.pack import TokenClips
     from data.synthetic_speech import SpeechSpec
-    from sweeps.codec_lm import LMCell, Study
+    from sweeps.codec.cells import LMCell, Study
     from sweeps.ledger.storage import Store
-
 SYNTHETIC = "synthetic_speech"
 RECALL = "recall"
 ASTERISK = "asterisk"
@@ -390,16 +388,3 @@ def open_weights(codec: str, weights: str) -> Codec:
         return _codec_spec(codec, weights, "cpu").load()
     except (RuntimeError, ValueError) as error:
         raise UserError(re.sub(r"--codec (\w)", r"--set codec=\1", str(error))) from error
-
-
-def unigram_nll(train: TokenClips, held: TokenClips) -> float:
-    """Nats a token of held-out codes under each codebook's training frequencies (add-one): what an LM must beat."""
-    size = train.special.codebook_size
-    counts_KV = np.ones((train.n_codebooks, size))
-    offsets = np.arange(train.n_codebooks)[:, None] * size
-    for clip in range(len(train)):
-        codes = train.codes(clip).astype(np.int64)
-        counts_KV += np.bincount((codes + offsets).ravel(), minlength=counts_KV.size).reshape(counts_KV.shape)
-    log_p = np.log(counts_KV / counts_KV.sum(1, keepdims=True)).ravel()
-    parts = [log_p[(held.codes(c).astype(np.int64) + offsets).ravel()] for c in range(len(held))]
-    return float(-np.concatenate(parts).mean())

@@ -2,81 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sweeps.core.cells import Cell, Pack, UserError, nearest
+from sweeps.codec.cells import TokenStudy, columns
+from sweeps.core.cells import Cell, Pack
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
 
 if TYPE_CHECKING:
-    from sweeps.codec_lm import LMCell
-
-CODECS = ("melvq", "encodec", "dac")
-_FRAME_HZ = {"melvq": 62.5, "encodec": 75.0, "dac": 44_100 / 512, "symbols": 1.0}
+    from sweeps.codec.cells import LMCell
 TRACKED = ("weights", "group", "layer", "codebook")  # parameters of rows that MLflow shows, see `Sweep`
-CURVE_CLIPS = 64  # held-out clips of a measurement during training, where there are as many
 CPU_FLOPS = 16e9  # a core's rate on small models, forward and backward
 _GPU_FLOPS = 30e12  # assumed of an A100 in bfloat16; never measured
 GPU_BASIS = "an assumed 30 TFLOP/s a GPU; never measured"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenStudy:
-    """Fields of a preset that say what is trained on, and how."""
-
-    corpus: str
-    corpus_clips: int = 0
-    audio_path: str = ""  # folder or archive of the corpus
-    codec: str
-    codec_weights: str = ""  # a file, `random`, or nothing for the package's own
-    chunk_s: float = 8.0
-    min_s: float = 1.0
-    holdout: float = 0.05
-    steps: int
-    batch_size: int
-    micro_batch: int = 0  # clips of a batch held at once; 0: all
-    warmup_steps: int
-    lr_end: float = 1e-5
-    ema_decay: float = 0.999
-    precision: str = "bfloat16"
-    eval_every: int
-    eval_clips: int
-    needs_gpu: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("audio_path", "codec_weights"):  # trials run in folders of their own
-            path = getattr(self, name)
-            if path and path != "random":
-                object.__setattr__(self, name, os.path.abspath(path))
-
-    def check_source(self, corpora: Iterable[str], note: str = "") -> None:
-        """Raise UserError for a corpus that is not one of `corpora`, an unknown codec, or two that do not go together.
-
-        note: what to add to the list of corpora.
-        """
-        corpora = tuple(corpora)
-        if self.corpus not in corpora:
-            raise UserError(
-                f"corpus {self.corpus!r} is not known{nearest(self.corpus, corpora)}; "
-                f"corpora: {', '.join(corpora)}{note}"
-            )
-        if self.codec not in CODECS:
-            raise UserError(
-                f"codec {self.codec!r} is not known{nearest(self.codec, CODECS)}; codecs: {', '.join(CODECS)}"
-            )
-        if self.corpus == "synthetic_speech" and (self.codec != "melvq" or self.codec_weights):
-            raise UserError(
-                f"corpus=synthetic_speech with codec={self.codec}: synthetic_speech goes with its own melvq; choose "
-                "another corpus, or codec=melvq without codec_weights"
-            )
-
-
-def columns(config: Any, chunk_s: float, codec: str) -> int:
-    """Columns of a clip of full length, with the delay pattern, cut to the context."""
-    return min(int(chunk_s * _FRAME_HZ[codec]) + config.n_codebooks - 1, config.context)
 
 
 def packs(
@@ -141,7 +81,7 @@ class Work:
 def work(cells: Sequence[Cell], study: TokenStudy) -> Work:
     """Tokens, arithmetic, steps and memory of training `cells`, which are `LMCell`s."""
     from models.lm_cost import lm_cost
-    from sweeps.codec_lm import LMCell
+    from sweeps.codec.cells import LMCell
 
     flops, steps, tokens, memory = 0.0, 0.0, 0, 0
     for cell in cells:

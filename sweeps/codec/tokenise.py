@@ -11,7 +11,7 @@ from sweeps.core.settings import RunSettings, apply_settings
 from sweeps.launch.ray_session import connect
 
 if TYPE_CHECKING:
-    from sweeps.codec_lm import Study
+    from sweeps.codec.cells import Study
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,8 +49,8 @@ def tokenise(arguments: argparse.Namespace) -> list[str]:
     import ray
 
     from data.audio_io import first_of_each
-    from sweeps._codec_data import banner, check, open_source, tokens_folder
-    from sweeps.codec_lm import PRESETS
+    from sweeps.codec.presets import PRESETS
+    from sweeps.codec.tokens import banner, check, open_source, tokens_folder
 
     if arguments.preset not in PRESETS:
         hint = nearest(arguments.preset, PRESETS)

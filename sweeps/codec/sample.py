@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sweeps._codec_text import arm_name
+from sweeps.codec.texts import arm_name
 from sweeps.core.cells import UserError
 from sweeps.core.machine import prepare_process
 
@@ -64,8 +64,8 @@ def sample(arguments: argparse.Namespace) -> list[str]:
     import torch
 
     from models.sampling import Sampling, generate
-    from sweeps._codec_audio import wav
-    from sweeps._codec_checkpoint import load_codec, load_model, read_checkpoint
+    from sweeps.codec.audio import wav
+    from sweeps.codec.checkpoint import load_codec, load_model, read_checkpoint
 
     if not arguments.seconds > 0:
         raise UserError(f"seconds={arguments.seconds} gives no frame; choose seconds > 0")

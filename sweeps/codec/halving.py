@@ -15,12 +15,12 @@ from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from sweeps._train import AnomalyError
+from sweeps.codec.loop import AnomalyError
 from sweeps.launch.context import PackContext
 from sweeps.launch.stop import PackStopped
 
 if TYPE_CHECKING:
-    from sweeps.codec_lm import HalvedCell
+    from sweeps.codec.cells import HalvedCell
 
 
 def survivors(scores: dict[float, float], eta: int) -> list[float]:

@@ -1,0 +1,85 @@
+"""The memory-caching study as a sweep: what is planned, and which module does what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sweeps.caching.arms import arms
+from sweeps.caching.cells import VARIABLES, CacheCell, CacheStudy
+from sweeps.caching.presets import PRESETS
+from sweeps.codec.cells import CORPORA
+from sweeps.codec.packs import CPU_FLOPS, GPU_BASIS, TRACKED, packs, threads, work
+from sweeps.core.cells import Cell, Estimate, Pack, PublishedCell
+from sweeps.core.machine import Machine
+from sweeps.core.settings import RunSettings
+
+_CPU_OVERHEAD = 0.03  # seconds a step of a small model costs beside its arithmetic
+
+
+class MemoryCacheSweep:
+    """The sweep behind the command line; models are trained by `run`, the report is `report`."""
+
+    name = CacheCell.SWEEP
+    version = CacheCell.VERSION
+    question = "what opens or closes the memory-caching gate, and what is memory caching worth?"
+    headline = "nats below unigram"
+    named = ("architecture", *VARIABLES, "seed")
+    tracked = TRACKED
+    default_preset = "local"
+    presets = PRESETS
+
+    def plan(self, preset: CacheStudy) -> Sequence[CacheCell]:
+        preset.check_source(CORPORA, " (the recall task is planted=true)")
+        cells: dict[str, CacheCell] = {}
+        for arm in arms(preset):
+            for cell in (*arm.controls, *arm.cells):
+                cells.setdefault(cell.key, cell)
+        return list(cells.values())
+
+    def pack(self, cells: Sequence[Cell], preset: CacheStudy, machine: Machine, run: RunSettings) -> list[Pack]:
+        return packs([[c] for c in cells if isinstance(c, CacheCell)], preset, machine, run)
+
+    def threads(self, planned: Sequence[Cell], preset: CacheStudy, machine: Machine, run: RunSettings) -> int:
+        return threads(len(planned), preset, machine, run)
+
+    def run(self, pack: Pack, preset: CacheStudy, context: Any) -> None:
+        from sweeps.launch.workers import fit
+
+        fit("sweeps.caching.run:run_pack", pack, preset, context)
+
+    def fingerprint(self, cell: Cell, preset: CacheStudy, run: RunSettings) -> str:
+        from sweeps.codec.tokens import fingerprint
+
+        assert isinstance(cell, CacheCell)
+        return fingerprint(cell, preset.token_study(planted=cell.corpus == "recall"))
+
+    def preflight(self, cells: Sequence[Cell], preset: CacheStudy, run: RunSettings) -> None:
+        from sweeps.codec.tokens import check
+
+        check(preset.token_study(planted=False))
+
+    def estimate(self, cells: Sequence[Cell], preset: CacheStudy, machine: Machine, run: RunSettings) -> Estimate:
+        total = work(cells, preset)
+        if preset.needs_gpu:
+            seconds, basis = total.gpu_seconds(machine), GPU_BASIS
+        else:
+            seconds = (total.flops / CPU_FLOPS + total.steps * _CPU_OVERHEAD) / machine.cpus
+            basis = "16 GFLOP/s and 30 ms a step on a core, seen on one machine"
+        return Estimate(
+            tokens=total.tokens, flops=total.flops, memory_bytes=total.memory_bytes, seconds=seconds, basis=basis
+        )
+
+    def report(self, cells: Sequence[PublishedCell], preset_name: str, preset: CacheStudy, out: Path) -> list[str]:
+        from sweeps.caching.report import write
+
+        return write(cells, preset_name, preset, out)
+
+    def banner(self, preset_name: str, preset: CacheStudy) -> list[str]:
+        from sweeps.codec.tokens import PLANTED, banner
+
+        return [*banner(preset.token_study(planted=False)), *([PLANTED] if preset.planted else [])]
+
+
+SWEEP = MemoryCacheSweep()

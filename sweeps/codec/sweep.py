@@ -1,0 +1,136 @@
+"""The codec language models as a sweep: what is planned, and which module does what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from sweeps.codec.cells import CORPORA, HalvedCell, LMCell, Study, TextCell, model_config
+from sweeps.codec.packs import CPU_FLOPS, GPU_BASIS, TRACKED, packs, threads, work
+from sweeps.codec.presets import PRESETS
+from sweeps.codec.texts import NONE, arm_name
+from sweeps.core.cells import Cell, Estimate, Pack, PublishedCell, UserError
+from sweeps.core.machine import Machine
+from sweeps.core.settings import RunSettings
+
+
+def _units(cells: Sequence[Cell]) -> list[list[LMCell]]:
+    """Cells of an architecture, with or without text, and seed. Rates that compete stay together, with all seeds."""
+    units: dict[tuple[str, int], list[LMCell]] = {}
+    for cell in cells:
+        assert isinstance(cell, LMCell)
+        units.setdefault((arm_name(cell.identity()), -1 if cell.rival_seeds else cell.seed), []).append(cell)
+    return list(units.values())
+
+
+class CodecLMSweep:
+    """The sweep behind the command line; the work is in `run`, the tokens in `tokens`."""
+
+    name = LMCell.SWEEP
+    version = LMCell.VERSION
+    question = "which architecture learns audio-codec tokens best at matched size?"
+    headline = "nats below unigram"
+    named = ("architecture", "text", "lr", "seed")
+    tracked = TRACKED
+    default_preset = "local"
+    presets = PRESETS
+
+    def plan(self, preset: Study) -> Sequence[LMCell]:
+        preset.check_source(CORPORA)
+        for architecture, kind in product(preset.architectures, preset.text or (NONE,)):
+            model_config(preset.scale, architecture, text=kind != NONE)
+        varied = ("architecture", "lr", "seed")
+        shared = {f.name: getattr(preset, f.name) for f in fields(LMCell) if f.name not in varied}
+        cells = [
+            LMCell(architecture=architecture, lr=lr, seed=seed, **shared)
+            for architecture in preset.architectures
+            for lr, seed in product(preset.rates(architecture), preset.seeds)
+        ]
+        if preset.text:
+            return [
+                TextCell(**cell.identity(), text=kind, text_dropout=0.0 if kind == NONE else preset.text_dropout)
+                for cell in cells
+                for kind in dict.fromkeys(preset.text)
+            ]
+        if not preset.rungs:
+            return cells
+        return [
+            HalvedCell(
+                **cell.identity(),
+                rungs=preset.rungs,
+                eta=preset.eta,
+                rivals=preset.rates(cell.architecture),
+                seeds=preset.seeds,
+            )
+            for cell in cells
+        ]
+
+    def pack(self, cells: Sequence[Cell], preset: Study, machine: Machine, run: RunSettings) -> list[Pack]:
+        def name(number: int, group: Sequence[LMCell]) -> str:
+            return f"{arm_name(group[0].identity())}-{group[0].seed}" if preset.needs_gpu else f"pack{number}"
+
+        return packs(_units(cells), preset, machine, run, name)
+
+    def threads(self, planned: Sequence[Cell], preset: Study, machine: Machine, run: RunSettings) -> int:
+        return threads(len(_units(planned)), preset, machine, run)
+
+    def run(self, pack: Pack, preset: Study, context: Any) -> None:
+        from sweeps.launch.workers import fit
+
+        fit("sweeps.codec.run:run_pack", pack, preset, context)
+
+    def fingerprint(self, cell: Cell, preset: Study, run: RunSettings) -> str:
+        from sweeps.codec.tokens import fingerprint
+
+        assert isinstance(cell, LMCell)
+        return fingerprint(cell, preset)
+
+    def preflight(self, cells: Sequence[Cell], preset: Study, run: RunSettings) -> None:
+        from sweeps.codec.tokens import check
+
+        check(preset)
+
+    def estimate(self, cells: Sequence[Cell], preset: Study, machine: Machine, run: RunSettings) -> Estimate:
+        total = work(cells, preset)
+        seconds, basis = total.flops / (CPU_FLOPS * machine.cpus), "16 GFLOP/s a core, seen on one machine"
+        if preset.needs_gpu:
+            seconds, basis = total.gpu_seconds(machine), GPU_BASIS
+        return Estimate(
+            tokens=total.tokens,
+            flops=total.flops,
+            memory_bytes=total.memory_bytes,
+            seconds=seconds,
+            basis=f"{basis}; all clips of full length, which is an upper bound",
+        )
+
+    def report(self, cells: Sequence[PublishedCell], preset_name: str, preset: Study, out: Path) -> list[str]:
+        from sweeps.codec.report import write
+
+        whole = [c for c in cells if not (c.rows["metric"] == "stopped_at").any()]
+        if not whole:
+            raise UserError("every published cell was stopped early; run the command again to finish the others")
+        lines = write(whole, preset_name, preset, out)
+        stopped = len(cells) - len(whole)
+        return lines + ([f"halving      {stopped} cells were stopped early and are left out"] if stopped else [])
+
+    def banner(self, preset_name: str, preset: Study) -> list[str]:
+        from sweeps.codec.tokens import banner
+
+        return banner(preset)
+
+
+def with_settings(arguments: Sequence[str]) -> list[str]:
+    """The command line with `--codec-weights X`, the codecs' own spelling, written as `--set codec_weights=X`."""
+    out, name = list(arguments), "--codec-weights"
+    for i in reversed(range(len(out))):
+        if out[i].startswith(f"{name}="):
+            out[i : i + 1] = ["--set", f"codec_weights={out[i].removeprefix(name)[1:]}"]
+        elif out[i] == name and i + 1 < len(out):
+            out[i : i + 2] = ["--set", f"codec_weights={out[i + 1]}"]
+    return out
+
+
+SWEEP = CodecLMSweep()
