@@ -32,7 +32,7 @@ class CodebookScores:
     _recordings: list[str] = field(default_factory=list)
 
     def add(self, sums: Mapping[str, npt.ArrayLike], recordings: Sequence[str] = ()) -> None:
-        """Add sums [B, K] over each clip's tokens, named nll, uniform, count, top1, top5; see `models.codebook_loss`.
+        """Add sums [B, K] over each clip's tokens, named nll, uniform, count, top1, top5; see `models.codec.loss`.
 
         recordings: which recording each clip was cut from; without them each clip is taken for one of its own.
         Raises ValueError for another shape, or another number of recordings.

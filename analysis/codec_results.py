@@ -18,8 +18,8 @@ class Results:
     codebooks: architecture, lr, seed, weights, codebook, nll, top1, top5.
     clips: architecture, lr, seed, weights, clip_id, recording_id, nll (sum), tokens.
     spikes: architecture, lr, seed, group, value (steps whose gradient norm jumped).
-    gates: architecture, lr, seed, weights, clip_id, recording_id, layer, steps and the numbers of models.cache_health;
-        may be empty.
+    gates: architecture, lr, seed, weights, clip_id, recording_id, layer, steps and the numbers of
+        models.codec.cache_health; may be empty.
     audio: embedder, architecture, clips, vectors, frechet, frechet_limit with frechet_lo and _hi, kernel, and
         coherence with _lo and _hi;
         the rows REAL are training audio against held-out audio; may be empty.

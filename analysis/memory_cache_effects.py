@@ -31,7 +31,7 @@ _FAMILIES = (("worth", WORTH_WORDS), ("moved", OWN_WORDS), ("gate", GATE_WORDS),
 
 
 def layer_means(gates: pd.DataFrame) -> pd.DataFrame:
-    """Step-weighted means over clips: weights, seed, layer, and every statistic of `models.cache_health`."""
+    """Step-weighted means over clips: weights, seed, layer, and every statistic of `models.codec.cache_health`."""
     gates = gates[gates["steps"] > 0]
     names = ("weights", "seed", "layer", "clip_id", "recording_id", "steps")
     facts = [c for c in gates.columns if c not in names]

@@ -55,7 +55,7 @@ def write_report(
     Args:
         effects: from `memory_cache_effects.effects`, with the facts n_parameters, control_parameters, val_nll,
             control_val_nll, reach, spikes, cache_spikes, gradient_share and control (an id shared by arms).
-        layers: columns arm, weights, seed, layer and the statistics of `models.cache_health`, with contribution.
+        layers: columns arm, weights, seed, layer and the statistics of `models.codec.cache_health`, with contribution.
         curves: columns arm, role, seed, metric, layer, step, value, of the averaged weights.
         facts: lines on what the numbers stand on.
     """

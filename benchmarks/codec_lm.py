@@ -32,12 +32,12 @@ from torch import Tensor
 from benchmarks._memory import added_peak_mib, in_fresh_process
 from benchmarks._paired import Arm, Worker, machine, markdown_table, paired, serve, timed, write_report
 from benchmarks._sequence_baselines import gated_delta_scan
-from models import gated_delta as gated_delta_layers
-from models._bfloat16 import multiplies_bfloat16
-from models.codec_lm import CodecLM
-from models.delay import training_pair
-from models.registry import build_lm
-from models.sampling import generate
+from models.codec.delay import training_pair
+from models.codec.model import CodecLM
+from models.codec.names import build_lm
+from models.codec.sampling import generate
+from models.cpu.bfloat16 import multiplies_bfloat16
+from models.mixers import gated_delta as gated_delta_layers
 from sweeps.codec.loop import Batch, TrainConfig, Trainer, autocast
 
 PRESET = "speech_olmo_hybrid_a100_20m_ctx1024"

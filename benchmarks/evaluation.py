@@ -56,9 +56,9 @@ def make_workspace(folder: Path, sequences: int, d_sae: int) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    from models.host_lm import load_host_lm
-    from models.sae_io import save_saelens
-    from models.topk_model import SAEConfig, TopKSAE
+    from models.host.host_lm import load_host_lm
+    from models.sae.model import SAEConfig, TopKSAE
+    from models.sae.saelens import save_saelens
 
     torch.manual_seed(0)
     save_random_lm(folder / "lm", head_scale=5.0)  # logits of a few nats: rounding them must show
@@ -137,9 +137,9 @@ def peer(folder: Path) -> Any:
 
 def ours(folder: Path, dtype: str) -> Any:
     """The sweep's evaluation of every SAE; leaves its CEs in ours-<dtype>.json."""
-    from models.host_lm import load_host_lm
-    from models.sae_io import load_saelens
-    from models.topk_sae import encoder
+    from models.host.host_lm import load_host_lm
+    from models.sae.saelens import load_saelens
+    from models.sae.trainer import encoder
     from sweeps.sae.cells import SAECell
     from sweeps.sae.evaluate import Evaluation
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from benchmarks._paired import machine, markdown_table, paired, timed, write_report
 from data.molecules import embedded
-from models import pom
-from models.mol_graph import GraphBatch, Graphs, neighbour_sum
+from models.odor import member
+from models.odor.graphs import GraphBatch, Graphs, neighbour_sum
 
 WIDTH, MOLECULES, STEPS = 128, 128, 20
 PEER, OURS = "torch operators", "fused"
@@ -50,18 +50,18 @@ def sum_alone(total: NeighbourSum, graph: GraphBatch) -> Callable[[], None]:
 
 def training_step(total: NeighbourSum, graphs: Graphs, rows: np.ndarray) -> Callable[[], None]:
     torch.manual_seed(0)
-    net = pom.OdorNet(graphs.atoms.shape[1], graphs.bond_features.shape[1], 138)
+    net = member.OdorNet(graphs.atoms.shape[1], graphs.bond_features.shape[1], 138)
     optimiser = torch.optim.AdamW(net.parameters())
     target = torch.randint(2, (len(rows), 138)).float()
 
     def work() -> None:
-        setattr(pom, neighbour_sum.__name__, total)
+        setattr(member, neighbour_sum.__name__, total)
         for _ in range(STEPS):
             loss = torch.nn.functional.binary_cross_entropy_with_logits(net(graphs.batch(rows)), target)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-        setattr(pom, neighbour_sum.__name__, neighbour_sum)
+        setattr(member, neighbour_sum.__name__, neighbour_sum)
 
     return work
 

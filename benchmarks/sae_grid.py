@@ -197,8 +197,8 @@ def peer(folder: Path, which: str, sizes: argparse.Namespace) -> Callable[[], ob
 
 def ours(folder: Path, sizes: argparse.Namespace) -> tuple[Callable[[], None], dict[str, Any]]:
     """`--steps` steps of the whole grid: LM passes, the shuffle of a block, `SAEBank.step`; and facts to print."""
-    from models.host_lm import load_host_lm
-    from models.topk_sae import SAEBank, SAEConfig, bank_bytes
+    from models.host.host_lm import load_host_lm
+    from models.sae.trainer import SAEBank, SAEConfig, bank_bytes
 
     lm = load_host_lm(MODEL, lm_path=folder / "lm")
     tokens = torch.from_numpy(np.load(folder / "tokens.npy")).long()

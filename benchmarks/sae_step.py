@@ -71,7 +71,7 @@ def steps(which: str, sizes: argparse.Namespace) -> Callable[[], object]:
         peer = SAETrainer(config, sae, iter([]))
         return lambda: peer.step(batches[next(count) % BATCHES])
 
-    from models.topk_sae import SAEConfig, SparseTrainer
+    from models.sae.trainer import SAEConfig, SparseTrainer
 
     ours = SparseTrainer(
         SAEConfig(d_in=sizes.d_in, d_sae=sizes.d_sae, k=sizes.k, seed=0, dead_after_steps=window),

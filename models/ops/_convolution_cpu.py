@@ -16,8 +16,8 @@ from numba import njit
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models._float32 import exp32, read_row, write_row
-from models._threads import run_kernel, thread_shares
+from models.cpu.float32 import exp32, read_row, write_row
+from models.cpu.threads import run_kernel, thread_shares
 
 CHANNELS = 576  # three windows of four rows are 27 KiB
 

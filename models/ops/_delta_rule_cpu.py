@@ -13,8 +13,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from models._float32 import exp32, read_row, write_row
-from models._threads import run_kernel, thread_shares
+from models.cpu.float32 import exp32, read_row, write_row
+from models.cpu.threads import run_kernel, thread_shares
 from models.ops._delta_rule_torch import Backward, Rows
 
 _kernel = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "nsz", "arcp"})

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models._threads import run_kernel, thread_shares
+from models.cpu.threads import run_kernel, thread_shares
 from models.ops import _mamba1_kernels as kernels
 
 

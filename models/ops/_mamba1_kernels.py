@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from models._float32 import exp32
+from models.cpu.float32 import exp32
 
 CHUNK = 16
 WIDTH = 64  # channels of a block: four vectors of the widest registers

@@ -90,7 +90,7 @@ class CacheCell(LMCell):
         return columns(_size(self.scale), self.chunk_s, self.codec)
 
     def _cached_config(self) -> Any:
-        from models.memory_cache import MemoryCacheConfig
+        from models.mixers.memory_cache import MemoryCacheConfig
 
         try:
             cache = MemoryCacheConfig(
@@ -107,7 +107,7 @@ class CacheCell(LMCell):
 
     def lm_config(self) -> Any:
         """With caches: the size's shape with this cell's options. Without: the same, its MLP widened to match."""
-        from models.lm_cost import lm_cost, match_parameters
+        from models.codec.cost import lm_cost, match_parameters
 
         cached = self._cached_config()
         if self.architecture != CONTROL:
@@ -126,7 +126,7 @@ class CacheCell(LMCell):
 
 
 def _size(scale: str) -> Any:
-    from models.lm_presets import MC_LA_SIZES
+    from models.codec.presets import MC_LA_SIZES
 
     if scale not in MC_LA_SIZES:
         raise UserError(f"scale={scale!r} is not known{nearest(scale, MC_LA_SIZES)}; sizes: {', '.join(MC_LA_SIZES)}")

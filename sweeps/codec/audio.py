@@ -23,8 +23,8 @@ from analysis.audio import coherence
 from analysis.audio_distance import Embedder, LogMelStatistics, embed_set
 from data.codec import RANDOM, Codec, EncodecCodec
 from data.pack import TokenClips, evaluation_batches
-from models.codec_lm import CodecLM
-from models.sampling import generate
+from models.codec.model import CodecLM
+from models.codec.sampling import generate
 from sweeps.codec.audio_sets import SAMPLING
 from sweeps.codec.loop import autocast
 from sweeps.codec.texts import arm_name, given_texts

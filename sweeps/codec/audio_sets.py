@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from analysis.audio_distance import Embeddings
-from models.sampling import Sampling
+from models.codec.sampling import Sampling
 
 SAMPLING = Sampling(temperature=0.9, top_k=100)
 SETS = ("samples", "held_out", "training")

@@ -14,9 +14,9 @@ import torch
 
 from analysis.audio import CodebookScores
 from data.pack import TokenClips, collate, epoch_batches
-from models.codec_lm import CodecLM, CodecLMConfig, build_codec_lm, config_facts
-from models.delay import training_pair
-from models.lm_cost import lm_cost
+from models.codec.cost import lm_cost
+from models.codec.delay import training_pair
+from models.codec.model import CodecLM, CodecLMConfig, build_codec_lm, config_facts
 from sweeps.codec.audio import cell_audio
 from sweeps.codec.checkpoint import checkpoint_facts
 from sweeps.codec.clip_tables import LAYER, clip_table, gate_numbers, gate_table

@@ -149,7 +149,7 @@ class TextCell(LMCell):
         return model_config(self.scale, self.architecture, text=self.text != NONE, dropout=self.dropout)
 
     def usable_clips(self, clips: TokenClips) -> tuple[TokenClips, dict[str, int]]:
-        from models.lm_presets import text_config
+        from models.codec.presets import text_config
 
         try:
             max_bytes = text_config(self.scale).max_bytes
@@ -273,7 +273,7 @@ def _is_number(text: str) -> bool:
 
 
 def model_config(scale: str, architecture: str, *, text: bool = False, dropout: float = 0.0) -> Any:
-    from models.lm_presets import scale_config
+    from models.codec.presets import scale_config
 
     try:
         return replace(scale_config(scale, architecture, text=text), dropout=dropout)

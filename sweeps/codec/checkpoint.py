@@ -17,7 +17,7 @@ from sweeps.core.cells import Cell, UserError
 
 if TYPE_CHECKING:
     from data.codec import Codec
-    from models.codec_lm import CodecLM
+    from models.codec.model import CodecLM
 
 FORMAT = "2"
 
@@ -67,7 +67,7 @@ def load_model(state: dict[str, Any], weights: str) -> CodecLM:
 
     Raises UserError for weights that do not fit their configuration.
     """
-    from models.codec_lm import CodecLMConfig, build_codec_lm, config_of
+    from models.codec.model import CodecLMConfig, build_codec_lm, config_of
 
     config = json.loads(state["config"])
     unknown = sorted(set(config) - {f.name for f in fields(CodecLMConfig)})

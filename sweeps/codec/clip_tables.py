@@ -11,9 +11,9 @@ import torch
 from analysis.audio import CodebookScores
 from data.audio_io import recording_of
 from data.pack import TokenClips, evaluation_batches
-from models.cache_health import GateSums
-from models.codec_lm import CodecLM
-from models.delay import training_pair
+from models.codec.cache_health import GateSums
+from models.codec.delay import training_pair
+from models.codec.model import CodecLM
 from sweeps.codec.loop import autocast
 from sweeps.codec.texts import RIGHT, given_texts
 from sweeps.ledger.published import parquet_bytes
@@ -58,7 +58,7 @@ def with_recordings(clips: pd.DataFrame) -> pd.DataFrame:
 
 
 def gate_table(models: Mapping[str, CodecLM], clips: TokenClips, n_clips: int, precision: str) -> bytes:
-    """Parquet with a row for each kind of weights, held-out clip and layer with caches; see models.cache_health."""
+    """Parquet with a row per kind of weights, held-out clip and layer with caches; see models.codec.cache_health."""
     records: list[dict[str, Any]] = []
     recordings = dict(zip(clips.clip_ids, clips.recording_ids, strict=True))
     for weights, model in models.items():

@@ -11,9 +11,9 @@ import torch
 
 from analysis.audio import CodebookScores
 from data.pack import evaluation_batches
-from models.codebook_loss import codebook_loss
-from models.codec_lm import CodecLM
-from models.delay import training_pair
+from models.codec.delay import training_pair
+from models.codec.loss import codebook_loss
+from models.codec.model import CodecLM
 from sweeps.codec.clip_tables import EVAL_BATCH
 from sweeps.codec.loop import autocast
 from sweeps.codec.texts import given_texts

@@ -27,11 +27,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from data.split import identity_hash
-from models._allocator import keep_freed_memory
-from models._bfloat16 import multiplies_bfloat16
-from models.codec_lm import CodecLM, config_facts
-from models.lm_cost import names_by_group
-from models.text import Texts
+from models.codec.cost import names_by_group
+from models.codec.model import CodecLM, config_facts
+from models.codec.text import Texts
+from models.cpu.allocator import keep_freed_memory
+from models.cpu.bfloat16 import multiplies_bfloat16
 from sweeps.core.world import World
 from sweeps.launch.stop import PackStopped
 

@@ -80,7 +80,7 @@ class Work:
 
 def work(cells: Sequence[Cell], study: TokenStudy) -> Work:
     """Tokens, arithmetic, steps and memory of training `cells`, which are `LMCell`s."""
-    from models.lm_cost import lm_cost
+    from models.codec.cost import lm_cost
     from sweeps.codec.cells import LMCell
 
     flops, steps, tokens, memory = 0.0, 0.0, 0, 0

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from data.codec import Codec
-    from models.codec_lm import CodecLM
-    from models.text import Texts
+    from models.codec.model import CodecLM
+    from models.codec.text import Texts
 
 _CHECKPOINT = "model.pt"
 
@@ -63,7 +63,7 @@ def sample(arguments: argparse.Namespace) -> list[str]:
     """Write `n` WAV files into `out`; returns what to print. Raises UserError and ValueError (bad sampling values)."""
     import torch
 
-    from models.sampling import Sampling, generate
+    from models.codec.sampling import Sampling, generate
     from sweeps.codec.audio import wav
     from sweeps.codec.checkpoint import load_codec, load_model, read_checkpoint
 
@@ -107,7 +107,7 @@ def sample(arguments: argparse.Namespace) -> list[str]:
 
 def _texts(model: CodecLM, text: str | None, n: int) -> tuple[Texts | None, list[str]]:
     """(the text for each of n samples, lines on what the samples are given)."""
-    from models.text import encode_texts
+    from models.codec.text import encode_texts
 
     if model.config.text is None:
         if text is not None:

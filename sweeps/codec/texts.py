@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import torch
 
     from data.pack import TokenClips
-    from models.codec_lm import CodecLMConfig
-    from models.text import Texts
+    from models.codec.model import CodecLMConfig
+    from models.codec.text import Texts
 
 NONE, BYTES = "none", "bytes"
 KINDS = (NONE, BYTES)
@@ -44,7 +44,7 @@ def with_own_text(
 
     Raises UserError when fewer than two are left: one cannot be given the text of another.
     """
-    from models.text import text_bytes
+    from models.codec.text import text_bytes
 
     size = np.array([len(text_bytes(text.strip())) for text in clips.texts])
     reasons = {
@@ -95,6 +95,6 @@ def shuffled_texts(clips: TokenClips) -> list[str]:
 
 def given_texts(config: CodecLMConfig, texts: Sequence[str], device: torch.device | str) -> Texts | None:
     """What a model is given beside a batch: None without text conditioning."""
-    from models.text import encode_texts
+    from models.codec.text import encode_texts
 
     return None if config.text is None else encode_texts(texts, config.text.max_bytes).to(device)

@@ -7,11 +7,11 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from models.registry import HOST_LMS
+from models.host.specs import HOST_LMS
 from sweeps.core.cells import Cell, UserError
 
 if TYPE_CHECKING:
-    from models.topk_sae import SAEConfig
+    from models.sae.trainer import SAEConfig
 
 DEPTHS = ("early", "mid", "late")
 _TOKEN_CHOICE = ("drop_positions", "max_norm_multiple")
@@ -140,7 +140,7 @@ class Grid:
 
 def sae_config(cell: SAECell, d_in: int) -> SAEConfig:
     """The trainer's configuration for a cell; raises UserError."""
-    from models.topk_sae import SAEConfig  # here: a plan does without torch, which it imports
+    from models.sae.trainer import SAEConfig  # here: a plan does without torch, which it imports
 
     try:
         return SAEConfig(

@@ -22,8 +22,8 @@ _NOMINAL_FLOPS = 5e10  # a CPU core, when nothing is measured
 
 def estimate(cells: Sequence[SAECell], machine: Machine, run: RunSettings) -> Estimate:
     """Passes, tokens, FLOPs, memory and time to finish `cells` on this machine."""
-    from models.host_lm import lm_flops_per_token
-    from models.topk_sae import step_flops
+    from models.host.host_lm import lm_flops_per_token
+    from models.sae.trainer import step_flops
     from sweeps.sae.cells import SAECell, sae_config
 
     if not cells:
@@ -82,8 +82,8 @@ def _probe(cell: SAECell, d_in: int, threads: int, run: RunSettings) -> tuple[fl
         return _NOMINAL_FLOPS * threads, _NOMINAL_FLOPS * threads
     import torch
 
-    from models._threads import torch_threads
-    from models.topk_sae import SparseTrainer, step_flops
+    from models.cpu.threads import torch_threads
+    from models.sae.trainer import SparseTrainer, step_flops
     from sweeps.sae.cells import sae_config
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -102,8 +102,8 @@ def _probe(cell: SAECell, d_in: int, threads: int, run: RunSettings) -> tuple[fl
 def _pretraining(models: Collection[str], run: RunSettings) -> dict[str, float]:
     """CPU-seconds to make the stand-ins among `models` that are not in the cache."""
     from data import embedded_text
-    from models.registry import HOST_LMS
-    from models.standin_lm import pretraining_seconds
+    from models.host.specs import HOST_LMS
+    from models.host.standin import pretraining_seconds
 
     names = [m for m in sorted(models) if not run.lm_path and HOST_LMS[m].origin == "standin"]
     seconds = {name: pretraining_seconds(name, embedded_text.fingerprint()) for name in names}

@@ -18,8 +18,8 @@ from analysis.fidelity import SequenceSums
 from analysis.geometry import CovarianceSums
 from analysis.variance import LAYER_COLUMNS, ControlledErrors, Controls, VarianceSums
 from data.pile import TokenStream
-from models.sae_io import save_saelens
-from models.topk_sae import TopKSAE, encoder
+from models.sae.saelens import save_saelens
+from models.sae.trainer import TopKSAE, encoder
 from sweeps.core.cells import Row, UserError
 from sweeps.launch.context import PackContext
 from sweeps.ledger.published import parquet_bytes
@@ -27,7 +27,7 @@ from sweeps.sae.text import TextCheck
 from sweeps.sae.tokens import kept_tokens, leaves_out
 
 if TYPE_CHECKING:
-    from models.host_lm import HostLM
+    from models.host.host_lm import HostLM
     from sweeps.sae.cells import SAECell
 
 _CHUNK = 8  # sequences evaluated at once

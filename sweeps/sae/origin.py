@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from data import embedded_text
 from data._listing import is_hidden
 from data.pile import PILE_HUB, CorruptShard, StreamUnavailable, TokenStream
-from models.registry import HOST_LMS
+from models.host.specs import HOST_LMS
 from sweeps.core.cells import UserError, digest
 from sweeps.core.machine import user_cache
 from sweeps.core.settings import RunSettings
@@ -82,7 +82,7 @@ def _origins(cell: SAECell, run: RunSettings) -> tuple[str, str]:
 @functools.cache
 def _lm_origin(model: str, lm_path: str, hub_commits: tuple[str, ...]) -> str:
     if lm_path:
-        from models._weights import directory_of
+        from models.host.weights import directory_of
 
         try:
             folder = directory_of(model, lm_path)
@@ -92,7 +92,7 @@ def _lm_origin(model: str, lm_path: str, hub_commits: tuple[str, ...]) -> str:
         return "file " + _hash_files(sorted([*weights, folder / "config.json"]))
     spec = HOST_LMS[model]
     if spec.origin == "standin":
-        from models.standin_lm import RECIPES
+        from models.host.standin import RECIPES
 
         return f"standin {digest(repr((spec, RECIPES[model])))} {embedded_text.fingerprint()}"
     if spec.origin == "gguf":

@@ -11,15 +11,15 @@ from sweeps.core.machine import HEADROOM, Machine
 from sweeps.core.settings import RunSettings
 
 if TYPE_CHECKING:
-    from models.host_lm import HostLMSpec
-    from models.topk_sae import SAEConfig
+    from models.host.host_lm import HostLMSpec
+    from models.sae.trainer import SAEConfig
     from sweeps.sae.cells import SAECell
 _PROCESS_BYTES = 3 * 2**29  # an interpreter with torch, transformers and Ray loaded
 _USABLE = 0.75  # share of free memory that packs may plan with
 
 
 def spec_of(cell: SAECell, run: RunSettings) -> HostLMSpec:
-    from models.host_lm import host_lm_spec
+    from models.host.host_lm import host_lm_spec
 
     try:
         return host_lm_spec(cell.model, run.lm_path or None)
@@ -29,7 +29,7 @@ def spec_of(cell: SAECell, run: RunSettings) -> HostLMSpec:
 
 def pack_bytes(cells: Sequence[SAECell], run: RunSettings) -> int:
     """Peak memory of one pack: process, LM, SAEs with their training state, one shuffle block, evaluation."""
-    from models.topk_sae import bank_bytes
+    from models.sae.trainer import bank_bytes
     from sweeps.sae.cells import sae_config
 
     first, spec = cells[0], spec_of(cells[0], run)

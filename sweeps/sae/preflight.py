@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from data.pile import PILE_HUB, CorruptShard, StreamUnavailable, TokenStream
-from models.registry import HOST_LMS
+from models.host.specs import HOST_LMS
 from sweeps.core.cells import UserError
 from sweeps.core.settings import RunSettings
 from sweeps.sae.origin import HUB_SECONDS
@@ -28,7 +28,7 @@ def preflight(cells: Sequence[SAECell], run: RunSettings) -> list[str]:
 
     Raises UserError where weights or text are out of reach, do not fit, or fall short.
     """
-    from models.host_lm import LMUnavailable, check_checkpoint, host_lm_spec
+    from models.host.host_lm import LMUnavailable, check_checkpoint, host_lm_spec
 
     lines: list[str] = []
     try:

@@ -13,7 +13,7 @@ from analysis import published
 from analysis.proxy_gap_report import measure, write_report
 from analysis.proxy_gap_variance import answer
 from analysis.variance import LAYER_COLUMNS
-from models.registry import HOST_LMS
+from models.host.specs import HOST_LMS
 from sweeps.core.cells import PublishedCell
 from sweeps.ledger.published import recorded, tables_of
 from sweeps.sae.sources import banner

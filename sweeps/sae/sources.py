@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from data import embedded_text
 from data._listing import skipped_line
 from data.pile import EMBEDDED, PILE_HUB, CorruptShard, StreamUnavailable, TokenStream
-from models.registry import HOST_LMS
+from models.host.specs import HOST_LMS
 from sweeps.core.cells import UserError
 from sweeps.core.settings import RunSettings
 from sweeps.sae.origin import at_commit, pinned_commits
 
 if TYPE_CHECKING:
-    from models.host_lm import HostLM
+    from models.host.host_lm import HostLM
     from sweeps.sae.cells import SAECell
 
 
@@ -23,7 +23,7 @@ def open_lm(cell: SAECell, run: RunSettings, device: str, progress: Callable[[st
     """The cell's language model on the device; stand-ins are pretrained on first use, with `progress`, and cached."""
     import torch
 
-    from models.host_lm import Corpus, LMUnavailable, load_host_lm
+    from models.host.host_lm import Corpus, LMUnavailable, load_host_lm
 
     try:
         return load_host_lm(

@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from models.registry import HOST_LMS
+from models.host.specs import HOST_LMS
 from sweeps.core.cells import Cell, Estimate, Pack, PublishedCell, UserError, nearest
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from data.pile import CorruptShard
-from models.topk_sae import SAEBank, SAEConfig, SparseTrainer
+from models.sae.trainer import SAEBank, SAEConfig, SparseTrainer
 from sweeps.core.cells import Row, UserError, digest
 from sweeps.core.machine import hardware, user_cache
 from sweeps.launch.context import PackContext
@@ -33,7 +33,7 @@ from sweeps.sae.sources import corrupt, open_lm, open_stream
 from sweeps.sae.tokens import kept_tokens, leaves_out, replace_dropped
 
 if TYPE_CHECKING:
-    from models.host_lm import HostLM
+    from models.host.host_lm import HostLM
     from sweeps.sae.cells import SAECell
 _LM_BATCH = 16  # sequences a forward pass while activations are collected
 _CURVE_POINTS = 64  # an octave of steps: the same points whatever budgets a run has

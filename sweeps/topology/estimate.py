@@ -120,7 +120,7 @@ class _Probe:
 
     def _member(self, cell: MemberCell) -> float:
         """Seconds of a member: its start and each epoch, measured on a part of the table and scaled to the whole."""
-        from models.pom import default_batch_size, train_member
+        from models.odor.member import default_batch_size, train_member
 
         rows = open_table(trained_on(cell.table), place_of(self.preset))
         step = max(1, len(rows) // _MEMBER_ROWS)

@@ -17,7 +17,7 @@ from analysis.audit import top1_quantile
 from analysis.distances import distance_matrix
 from analysis.persistence import h1, landmarks
 from data import molecules
-from models.pom import embed, split, train_member
+from models.odor.member import embed, split, train_member
 from sweeps.core.cells import Row, UserError
 from sweeps.launch.context import PackContext
 from sweeps.topology.cells import (

@@ -143,7 +143,7 @@ def matrix(table: str, representation: str, place: str) -> np.ndarray:
     rows = open_table(table, place)
     if representation in molecules.FEATURES:
         return _features(rows.smiles, representation)
-    from models import bottleneck
+    from models.odor import bottleneck
 
     method, _, seed = representation.partition("_")
     return bottleneck.METHODS[method](_features(rows.smiles, "bits_r4"), seed=int(seed or 0))

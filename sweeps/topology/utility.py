@@ -26,7 +26,7 @@ from analysis.utility_folds import (
 )
 from data import molecules
 from data.molecules import MoleculeTable
-from models.pom import split
+from models.odor.member import split
 from sweeps.core.cells import PublishedCell, Row
 from sweeps.topology.cells import UtilityCell, member_of
 

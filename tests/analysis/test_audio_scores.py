@@ -10,7 +10,7 @@ from scipy import stats
 
 from analysis.audio import CodebookScores, code_histograms, coherence
 from analysis.bootstrap import bootstrap_ci
-from models.codebook_loss import codebook_loss
+from models.codec.loss import codebook_loss
 
 K, V, PAD = 3, 11, 10
 

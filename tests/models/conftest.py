@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from models.codec_lm import CodecLM, CodecLMConfig, build_codec_lm
-from models.memory_cache import MemoryCacheConfig
+from models.codec.model import CodecLM, CodecLMConfig, build_codec_lm
+from models.mixers.memory_cache import MemoryCacheConfig
 
 CACHE = MemoryCacheConfig(segment=5, start_layer=2, gate_bias_init=0.5)
 LINEAR: dict[str, Any] = {"mixer": "linear_attention"}

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 FAULTS = """
 import ctypes, resource, sys
-from models._allocator import keep_freed_memory
+from models.cpu.allocator import keep_freed_memory
 
 c = ctypes.CDLL(None)
 c.malloc.restype, c.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models._bfloat16 import Linear, attention, linear, product
-from models.delay import training_pair
+from models.codec.delay import training_pair
+from models.cpu.bfloat16 import Linear, attention, linear, product
 
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu"}
 

@@ -7,7 +7,7 @@ import pytest
 from scipy.spatial.distance import pdist
 from sklearn.linear_model import LinearRegression
 
-from models import bottleneck
+from models.odor import bottleneck
 
 
 def _low_rank(n: int = 90, d: int = 20, rank: int = 4) -> np.ndarray:

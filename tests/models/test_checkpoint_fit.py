@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
-from models import _weights
-from models.host_lm import check_checkpoint, load_host_lm
+from models.host import weights
+from models.host.host_lm import check_checkpoint, load_host_lm
 
 Weights = dict[str, Tensor]
 SIZES: dict[str, Any] = dict(
@@ -149,5 +149,5 @@ def test_what_a_quantised_file_lacks_is_refused_before_it_is_kept(
     with pytest.raises(
         ValueError, match=r"does not fit LlamaForCausalLM of smollm2-135m: 1 missing \(model\.norm\.weight"
     ):
-        _weights.dequantise(tmp_path)
+        weights.dequantise(tmp_path)
     assert not list(tmp_path.iterdir())

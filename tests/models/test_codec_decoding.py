@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from models._decode_products import pack, padded, product
-from models._decode_step import CompiledStep
-from models._decoding import Backend, decoding, decoding_backend
-from models.codec_lm import CodecLM
-from models.registry import build_lm
-from models.sampling import Sampling, draw, generate
+from models.codec.compiled.products import pack, padded, product
+from models.codec.compiled.step import CompiledStep
+from models.codec.decoding import Backend, decoding, decoding_backend
+from models.codec.model import CodecLM
+from models.codec.names import build_lm
+from models.codec.sampling import Sampling, draw, generate
 
 ODD = {"d_model": 40, "d_ff": 50, "head_k": 5, "head_v": 9, "n_kv_heads": 1}  # nothing divides by 16
 STEPS = 9
@@ -151,8 +151,8 @@ def test_backends_draw_the_same_samples(tiny_codec_lm):
 
 _SAMPLE = """
 import torch
-from models.registry import build_lm
-from models.sampling import generate
+from models.host.specs import build_lm
+from models.codec.sampling import generate
 torch.set_num_threads(1)
 made = generate(build_lm("local_olmo_hybrid"), 60, batch=3, backend="numba", seed=5)
 print(made.codes.tolist(), [x.hex() for x in made.log_probability.tolist()])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.delay import delay, training_pair, undelay
+from models.codec.delay import delay, training_pair, undelay
 
 
 @settings(max_examples=30, deadline=None)

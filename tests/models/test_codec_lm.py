@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.codec_lm import build_codec_lm
-from models.delay import training_pair
-from models.memory_cache import MemoryCacheConfig
+from models.codec.delay import training_pair
+from models.codec.model import build_codec_lm
+from models.mixers.memory_cache import MemoryCacheConfig
 
 
 def test_no_gradient_flows_from_an_output_to_a_later_step(codec_architecture, tiny_codec_lm, codec_tokens):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.codebook_loss import codebook_loss
+from models.codec.loss import codebook_loss
 
 PAD = 11
 

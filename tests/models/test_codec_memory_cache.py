@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models.cache_health import GateSums, gate_sums
-from models.linear_attention import LinearAttention
-from models.mamba import Mamba
-from models.memory_cache import CachedLinearAttention, CachedOutput, MemoryCacheConfig
+from models.codec.cache_health import GateSums, gate_sums
+from models.mixers.linear_attention import LinearAttention
+from models.mixers.mamba import Mamba
+from models.mixers.memory_cache import CachedLinearAttention, CachedOutput, MemoryCacheConfig
 
 D, H, S, T = 12, 3, 4, 15
 

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import Attention
-from models.gated_delta import GatedDeltaNet, SimpleDeltaNet
-from models.layers import FusedLinear, GatedHeadNorm, inverse_softplus
-from models.linear_attention import LinearAttention
-from models.mamba import Mamba, Mamba2
+from models.mixers.attention import Attention
+from models.mixers.base import FusedLinear, GatedHeadNorm, inverse_softplus
+from models.mixers.gated_delta import GatedDeltaNet, SimpleDeltaNet
+from models.mixers.linear_attention import LinearAttention
+from models.mixers.mamba import Mamba, Mamba2
 
 D, T = 24, 19
 

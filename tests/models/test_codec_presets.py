@@ -9,10 +9,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.codec_lm import build_codec_lm
-from models.lm_cost import lm_cost, match_parameters, names_by_group
-from models.lm_presets import MC_LA_48M, SCALES, SPEECH, scale_config
-from models.registry import CODEC_LMS, build_lm, lm_config
+from models.codec.cost import lm_cost, match_parameters, names_by_group
+from models.codec.model import build_codec_lm
+from models.codec.names import CODEC_LMS, build_lm, lm_config
+from models.codec.presets import MC_LA_48M, SCALES, SPEECH, scale_config
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models._decoding import decoding_weights
-from models.codec_lm import CodecLM
-from models.delay import training_pair
-from models.sampling import Sampling, filtered_logits, generate
+from models.codec.decoding import decoding_weights
+from models.codec.delay import training_pair
+from models.codec.model import CodecLM
+from models.codec.sampling import Sampling, filtered_logits, generate
 
 LOGITS = torch.log(torch.tensor([0.5, 0.25, 0.15, 0.1]))
 

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models.codec_lm import CodecLM, build_codec_lm, config_facts, config_of
-from models.lm_cost import lm_cost, names_by_group
-from models.lm_presets import LOCAL, SCALES, scale_config, text_config
-from models.registry import lm_config
-from models.sampling import Sampling, generate
-from models.text import PAD, TextConfig, Texts, encode_texts, text_bytes
+from models.codec.cost import lm_cost, names_by_group
+from models.codec.model import CodecLM, build_codec_lm, config_facts, config_of
+from models.codec.names import lm_config
+from models.codec.presets import LOCAL, SCALES, scale_config, text_config
+from models.codec.sampling import Sampling, generate
+from models.codec.text import PAD, TextConfig, Texts, encode_texts, text_bytes
 
 TEXT = TextConfig(width=16, n_layers=2, n_heads=2, d_ff=24, max_bytes=40, blocks=(1, 3))
 SAID = ("a cat", "two dogs ran off")

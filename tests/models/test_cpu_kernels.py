@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from numba import njit
 
-from models._float32 import exp32, read_row, write_row
-from models._threads import torch_threads
-from models.codebook_loss import codebook_loss
-from models.gated_delta import GatedDeltaNet
-from models.layers import GatedHeadNorm, RMSNorm, SwiGLU
+from models.codec.loss import codebook_loss
+from models.cpu.float32 import exp32, read_row, write_row
+from models.cpu.threads import torch_threads
+from models.mixers.base import GatedHeadNorm, RMSNorm, SwiGLU
+from models.mixers.gated_delta import GatedDeltaNet
 
 
 def randn(seed, *shape):

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
-from models.host_lm import HostLM, check_layer, host_lm_spec, lm_flops_per_token, load_host_lm
-from models.registry import HOST_LMS
+from models.host.host_lm import HostLM, check_layer, host_lm_spec, lm_flops_per_token, load_host_lm
+from models.host.specs import HOST_LMS
 
 B, T = 3, 40
 
@@ -186,8 +186,8 @@ def test_gradients_do_not_depend_on_the_batch(lm, tokens_BT):
 def test_loss_in_tiles_equals_full_logits(lm, tokens_BT, monkeypatch):
     expected = _reference_loss(lm.model(tokens_BT).logits, tokens_BT)
     torch.testing.assert_close(_loss(lm, tokens_BT), expected, rtol=1e-5, atol=1e-6)
-    monkeypatch.setattr("models._next_token_loss._ROWS", 16)  # uneven tails both ways
-    monkeypatch.setattr("models._next_token_loss._COLUMNS", 50)
+    monkeypatch.setattr("models.host.next_token_loss._ROWS", 16)  # uneven tails both ways
+    monkeypatch.setattr("models.host.next_token_loss._COLUMNS", 50)
     torch.testing.assert_close(_loss(lm, tokens_BT), expected, rtol=1e-5, atol=1e-6)
     _, _, g_small = lm.loss_and_gradients(tokens_BT, [1])
     monkeypatch.undo()
@@ -205,7 +205,7 @@ def test_bf16_logits_stay_near_float32(lm, tokens_BT):
 def test_bf16_logits_are_the_same_where_products_of_bf16_would_be_emulated(lm, tokens_BT, monkeypatch):
     losses = []
     for has in (True, False):
-        monkeypatch.setattr("models._next_token_loss.multiplies_bfloat16", lambda device, has=has: has)
+        monkeypatch.setattr("models.host.next_token_loss.multiplies_bfloat16", lambda device, has=has: has)
         losses.append(_loss(lm, tokens_BT, logits_dtype=torch.bfloat16))
     torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=1e-5)
 
@@ -243,7 +243,7 @@ def test_directory_that_is_not_the_named_model_is_refused(tmp_path):
 
 
 def test_hub_model_without_network_names_what_works(tmp_path, monkeypatch):
-    from models.host_lm import LMUnavailable
+    from models.host.host_lm import LMUnavailable
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(LMUnavailable, match="--preset local"):

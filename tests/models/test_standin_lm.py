@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from models import standin_lm
-from models._cache import cached_directory
-from models.host_lm import Corpus, load_host_lm
-from models.standin_lm import Recipe, ngram_cross_entropies, pretrained, train
+from models.host import standin
+from models.host.cache import cached_directory
+from models.host.host_lm import Corpus, load_host_lm
+from models.host.standin import Recipe, ngram_cross_entropies, pretrained, train
 
 ROOT = Path(__file__).resolve().parents[2]
 # after "a" comes "b" or "c" in turn: one byte of context leaves ln 2 every other byte, two leave nothing
@@ -37,9 +37,9 @@ def test_pretraining_beats_the_bigram_it_starts_from():
 
 def test_bigram_start_reaches_the_bigram_cross_entropy():
     torch.manual_seed(0)
-    model = standin_lm.build_model("standin-small")
+    model = standin.build_model("standin-small")
     tokens_N = torch.from_numpy(PATTERN.astype(np.int64))
-    standin_lm._fit_bigram(model, tokens_N, 150)
+    standin._fit_bigram(model, tokens_N, 150)
     logits_NV = model.lm_head(model.gpt_neox.final_layer_norm(model.gpt_neox.embed_in(tokens_N[:-1])))
     ce = torch.nn.functional.cross_entropy(logits_NV, tokens_N[1:]).item()
     assert math.log(2) / 2 - 1e-3 <= ce < math.log(2) / 2 + 0.02
@@ -68,7 +68,7 @@ def test_ngram_cross_entropies_have_their_closed_forms():
 
 
 def test_loaded_stand_in_is_the_cached_one_and_is_made_once(tmp_path, monkeypatch):
-    monkeypatch.setitem(standin_lm.RECIPES, "standin-small", Recipe(phases=((2, 2, 16),), warmup=1, bigram_steps=5))
+    monkeypatch.setitem(standin.RECIPES, "standin-small", Recipe(phases=((2, 2, 16),), warmup=1, bigram_steps=5))
     calls = []
 
     def tokens() -> tuple[np.ndarray, np.ndarray]:
@@ -107,7 +107,7 @@ def test_two_processes_build_once(tmp_path):
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from models._cache import cached_directory
+from models.host.cache import cached_directory
 root = Path({str(tmp_path)!r})
 def build(target):
     with open(root / "builds", "a") as f:
@@ -125,7 +125,7 @@ print((cached_directory(root, "lm", build) / "weights").read_text())
 def test_seconds_of_pretraining_are_foreseen_until_it_is_cached(tmp_path, monkeypatch):
     """Timed by a clock that only steps of training move, by a made-up price each."""
     clock = {"now": 0.0}
-    fit_bigram, fit_blocks = standin_lm._fit_bigram, standin_lm._fit_blocks
+    fit_bigram, fit_blocks = standin._fit_bigram, standin._fit_blocks
 
     def bigram(model, train_N, steps):
         clock["now"] += 0.25 * steps
@@ -135,12 +135,12 @@ def test_seconds_of_pretraining_are_foreseen_until_it_is_cached(tmp_path, monkey
         clock["now"] += sum(steps * (2.0 + batch * context) for steps, batch, context in recipe.phases)
         return fit_blocks(name, model, train_N, recipe, progress)
 
-    monkeypatch.setitem(standin_lm.RECIPES, "standin-small", TINY)
-    monkeypatch.setattr(standin_lm, "_fit_bigram", bigram)
-    monkeypatch.setattr(standin_lm, "_fit_blocks", blocks)
-    monkeypatch.setattr(standin_lm.time, "process_time", lambda: clock["now"])
-    foreseen = standin_lm.pretraining_seconds("standin-small", "text", cache_dir=tmp_path)
+    monkeypatch.setitem(standin.RECIPES, "standin-small", TINY)
+    monkeypatch.setattr(standin, "_fit_bigram", bigram)
+    monkeypatch.setattr(standin, "_fit_blocks", blocks)
+    monkeypatch.setattr(standin.time, "process_time", lambda: clock["now"])
+    foreseen = standin.pretraining_seconds("standin-small", "text", cache_dir=tmp_path)
     began = clock["now"]
     pretrained("standin-small", "text", lambda: (PATTERN, PATTERN[:1024]), cache_dir=tmp_path, progress=quiet)
     assert foreseen == pytest.approx(clock["now"] - began)
-    assert standin_lm.pretraining_seconds("standin-small", "text", cache_dir=tmp_path) == 0.0
+    assert standin.pretraining_seconds("standin-small", "text", cache_dir=tmp_path) == 0.0

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.topk_sae import SAEBank, SAEConfig, SparseTrainer, bank_bytes, step_flops
+from models.sae.trainer import SAEBank, SAEConfig, SparseTrainer, bank_bytes, step_flops
 
 ROOT = Path(__file__).resolve().parents[2]
 
 MEASURE = """
 import ctypes, sys, psutil, torch
 torch.set_num_threads(1)
-from models.topk_sae import SAEBank, SAEConfig, bank_bytes
+from models.sae.trainer import SAEBank, SAEConfig, bank_bytes
 backend = sys.argv[1]
 
 def resident():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numba import njit
 
-from models.topk_intrinsics import BLOCK, add_weighted, block_dots, weighted_sum
+from models.sae.intrinsics import BLOCK, add_weighted, block_dots, weighted_sum
 
 ROWS, BASE_ROWS = 23, 3  # the sums start at row BASE_ROWS of the array
 

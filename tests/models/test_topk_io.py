@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.sae_io import UNPROCESSED, load_saelens, sae_lens_version, save_saelens
-from models.topk_sae import SAEConfig, SparseTrainer, TopKSAE
+from models.sae.saelens import UNPROCESSED, load_saelens, sae_lens_version, save_saelens
+from models.sae.trainer import SAEConfig, SparseTrainer, TopKSAE
 
 METADATA = {
     "model_name": "pythia-70m",

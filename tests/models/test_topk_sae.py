@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from models.topk_sae import SAEConfig, TopKSAE, encoder
-from models.topk_screen import ScreenedEncoder
+from models.sae.screen import ScreenedEncoder
+from models.sae.trainer import SAEConfig, TopKSAE, encoder
 
 CONFIG = SAEConfig(d_in=24, d_sae=96, k=6, seed=3)
 
@@ -56,7 +56,7 @@ def test_chunks_and_leading_shape_do_not_matter(monkeypatch: pytest.MonkeyPatch)
     sae = random_sae()
     x = torch.randn(4, 7, 24)
     whole = sae(x)
-    monkeypatch.setattr("models.topk_model.SCORE_BYTES", 3 * 4 * 96)
+    monkeypatch.setattr("models.sae.model.SCORE_BYTES", 3 * 4 * 96)
     torch.testing.assert_close(sae(x), whole, rtol=1e-5, atol=1e-4)
     assert whole.shape == x.shape
     idx, _ = sae.encode(x)

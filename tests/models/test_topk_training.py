@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.topk_engines import PARAMETERS, grouped_topk
-from models.topk_sae import SAEBank, SAEConfig, SparseTrainer, TopKSAE
+from models.sae.engines import PARAMETERS, grouped_topk
+from models.sae.trainer import SAEBank, SAEConfig, SparseTrainer, TopKSAE
 
 ROOT = Path(__file__).resolve().parents[2]
 SPARSE = ["torch", "numba"]
@@ -184,7 +184,7 @@ import sys, torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads({threads})
 from test_topk_training import activations
-from models.topk_sae import SAEConfig, SparseTrainer
+from models.sae.trainer import SAEConfig, SparseTrainer
 state = torch.load({path!r}, weights_only=True)
 trainer = SparseTrainer(SAEConfig(**state["config"]), backend="dense", n_threads=1)
 trainer.load_state_dict(state)
@@ -315,7 +315,7 @@ def test_activations_that_int8_cannot_hold_turn_the_screen_to_bfloat16_and_back(
 ) -> None:
     """One enormous coordinate a token leaves nothing of the others in eight bits: the support stays exact, the engine
     screens in bfloat16 for a while, and a copy that resumes in between does the same."""
-    monkeypatch.setattr("models.topk_screen.HOLD_STEPS", 3)
+    monkeypatch.setattr("models.sae.screen.HOLD_STEPS", 3)
     config = config_of(d_in=64, d_sae=1024, k=4)
     trainer = SparseTrainer(config, backend="numba", n_threads=1)
     x = activations(128, 64, 5)

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from data import molecules
-from models import pom
+from models.odor import member as member_module
 from sweeps.core.cells import UserError
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
@@ -68,7 +68,7 @@ def test_members_trained_on_the_curated_table_embed_tables_without_labels(folder
         assert member.table == table
         rows = sources.open_table(table, str(folder))
         files = [np.load(io.BytesIO(ledger.file(member.key, f"{n}.npy"))) for n in ("embedding", "trained_on")]
-        assert files[0].shape == (len(rows), pom.EMBEDDING)
+        assert files[0].shape == (len(rows), member_module.EMBEDDING)
         (published,) = ledger.read_many([member.key])
         values = published.rows.set_index("metric")["value"]
         assert values["rows_of_training_table"] == seen
@@ -83,9 +83,11 @@ def test_members_trained_on_the_curated_table_embed_tables_without_labels(folder
 
 def test_the_net_of_a_member_embeds_its_own_molecules_as_the_member_did(folder: Path) -> None:
     rows = sources.open_table("curated", str(folder))
-    member = pom.train_member(rows.smiles, rows.labels_NL, 0, epochs=1)
-    np.testing.assert_allclose(pom.embed(member.net, rows.smiles), member.embedding_NE, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(pom.embed(member.net, rows.smiles[7:9]), member.embedding_NE[7:9], rtol=1e-4, atol=1e-5)
+    member = member_module.train_member(rows.smiles, rows.labels_NL, 0, epochs=1)
+    np.testing.assert_allclose(member_module.embed(member.net, rows.smiles), member.embedding_NE, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        member_module.embed(member.net, rows.smiles[7:9]), member.embedding_NE[7:9], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_labels_of_the_curated_table_are_in_the_fingerprints_of_what_hangs_on_them(folder: Path) -> None:

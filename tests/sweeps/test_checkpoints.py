@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.codec_lm import build_codec_lm
+from models.codec.model import build_codec_lm
 from sweeps.codec.loop import Batch, TrainConfig, Trainer
 from sweeps.ledger.checkpoints import WorkStore
 from sweeps.ledger.storage import Store

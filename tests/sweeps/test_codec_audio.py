@@ -10,8 +10,8 @@ import pytest
 from analysis.audio import coherence
 from analysis.audio_distance import Embeddings, embed_set
 from data.codec import CodecSpec, EncodecCodec
-from models.codec_lm import build_codec_lm
-from models.lm_presets import scale_config
+from models.codec.model import build_codec_lm
+from models.codec.presets import scale_config
 from sweeps.codec.audio import EncodecLatents, _npz, coherence_window, draw, embedders
 from sweeps.codec.audio_sets import AudioSets
 from sweeps.codec.report import _distances, _joined

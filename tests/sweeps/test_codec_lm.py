@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from data.synthetic_speech import SpeechSpec, write_ljspeech
-from models.codec_lm import CodecLM, build_codec_lm
-from models.delay import training_pair
-from models.lm_presets import LOCAL
+from models.codec.delay import training_pair
+from models.codec.model import CodecLM, build_codec_lm
+from models.codec.presets import LOCAL
 from sweeps.codec import tokens
 from sweeps.codec.cell_run import CellRun
 from sweeps.codec.cells import LMCell, Study

@@ -15,9 +15,9 @@ import torch
 
 from data.codec import Codec, CodecSpec, MelVQCodec
 from data.melvq import MelVQ, MelVQSpec
-from models.codec_lm import build_codec_lm
-from models.lm_presets import scale_config
-from models.sampling import Sampling, generate
+from models.codec.model import build_codec_lm
+from models.codec.presets import scale_config
+from models.codec.sampling import Sampling, generate
 from sweeps.codec.cells import LMCell
 from sweeps.codec.checkpoint import FORMAT, checkpoint_facts, load_codec, load_model, read_checkpoint
 from sweeps.codec.presets import PRESETS

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models.codec_lm import build_codec_lm, config_facts, config_of
-from models.layers import ResidualDropout
-from models.lm_presets import LOCAL
+from models.codec.model import build_codec_lm, config_facts, config_of
+from models.codec.presets import LOCAL
+from models.mixers.base import ResidualDropout
 from sweeps.codec.loop import Batch, TrainConfig, Trainer
 from sweeps.codec.presets import PRESETS
 from sweeps.codec.sweep import SWEEP

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from models.lm_cost import lm_cost
+from models.codec.cost import lm_cost
 from sweeps.caching import arms as arms_module
 from sweeps.caching import cells as cells_module
 from sweeps.caching.arms import BASE, PLANTED_NORMALIZED, TOGETHER, arms

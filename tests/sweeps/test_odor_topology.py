@@ -17,8 +17,8 @@ import pytest
 from analysis import utility, utility_folds, utility_models
 from data import molecules
 from data._content import file_sha256
-from models import bottleneck
-from models.pom import split
+from models.odor import bottleneck
+from models.odor.member import split
 from sweeps.core.cells import UserError
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings

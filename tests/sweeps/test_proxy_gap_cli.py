@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from analysis import published
-from models.sae_io import load_saelens
+from models.sae.saelens import load_saelens
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
 from sweeps.launch import command as command_module

@@ -14,10 +14,10 @@ import pandas as pd
 import pytest
 import torch
 
-from models.host_lm import HostLM
-from models.registry import HOST_LMS
-from models.standin_lm import build_model
-from models.topk_sae import SparseTrainer
+from models.host.host_lm import HostLM
+from models.host.specs import HOST_LMS
+from models.host.standin import build_model
+from models.sae.trainer import SparseTrainer
 from sweeps.core.cells import UserError
 from sweeps.core.settings import RunSettings
 from sweeps.launch.context import PackContext

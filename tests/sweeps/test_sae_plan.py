@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from models.topk_sae import bank_bytes, step_flops
+from models.sae.trainer import bank_bytes, step_flops
 from sweeps.core.cells import Pack, UserError
 from sweeps.core.machine import HEADROOM, Machine
 from sweeps.core.settings import RunSettings

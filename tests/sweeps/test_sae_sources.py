@@ -149,8 +149,8 @@ def test_a_repository_that_moves_on_is_read_at_the_commit_of_the_start(
 
     from data import pile
     from data.pile import TokenStream
-    from models.host_lm import load_host_lm
-    from models.registry import HOST_LMS
+    from models.host.host_lm import load_host_lm
+    from models.host.specs import HOST_LMS
 
     monkeypatch.setitem(HOST_LMS, "pythia-70m", replace(HOST_LMS["pythia-70m"], **TINY))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
@@ -214,7 +214,7 @@ def test_a_checkpoint_that_does_not_fit_ends_the_launch_before_any_pack_and_in_a
 ) -> None:
     from safetensors.torch import load_file, save_file
 
-    from models.registry import HOST_LMS
+    from models.host.specs import HOST_LMS
 
     monkeypatch.setitem(HOST_LMS, "pythia-70m", replace(HOST_LMS["pythia-70m"], **TINY))
     folder = save_model(tmp_path / "lm", 0)

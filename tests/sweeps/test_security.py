@@ -165,7 +165,7 @@ def _member(folder: Path, target: Path) -> None:
 
 
 def _sae(folder: Path, target: Path) -> None:
-    from models.sae_io import load_saelens
+    from models.sae.saelens import load_saelens
 
     config = {"architecture": "topk", "d_in": 4, "d_sae": 8, "k": 2}
     (folder / "cfg.json").write_text(json.dumps(config))

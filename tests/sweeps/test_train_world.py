@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from models.codec_lm import build_codec_lm
+from models.codec.model import build_codec_lm
 from sweeps.core.world import World
 from tests.sweeps.world_job import CONFIG, STEPS, batch_at, run, trainer
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from models.registry import HOST_LMS
+from models.host.specs import HOST_LMS
 
 MODEL = "standin-small"
 

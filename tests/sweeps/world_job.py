@@ -13,11 +13,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import torch.distributed as dist
 
-from models.codec_lm import build_codec_lm
-from models.delay import training_pair
-from models.lm_presets import LOCAL
-from models.memory_cache import MemoryCacheConfig
-from models.text import TextConfig, encode_texts
+from models.codec.delay import training_pair
+from models.codec.model import build_codec_lm
+from models.codec.presets import LOCAL
+from models.codec.text import TextConfig, encode_texts
+from models.mixers.memory_cache import MemoryCacheConfig
 from sweeps.codec.loop import AnomalyError, Batch, Owner, Pace, StepStats, TrainConfig, Trainer, train
 from sweeps.core.world import World
 from sweeps.launch.stop import PackStopped

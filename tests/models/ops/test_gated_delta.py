@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models._threads import torch_threads
+from models.cpu.threads import torch_threads
 from models.ops import _delta_rule_chunked, _delta_rule_torch, gated_delta, gated_delta_step
 from models.ops._delta_rule_torch import unit_lower_inverse
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models._threads import torch_threads
+from models.cpu.threads import torch_threads
 from models.ops import _mamba2_chunked, selective_scan, selective_scan_step, ssd, ssd_step
 
 Inputs = dict[str, Tensor]

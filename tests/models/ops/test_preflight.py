@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.gated_delta import GatedDeltaNet, SimpleDeltaNet
-from models.layers import Mixer
-from models.linear_attention import LinearAttention
+from models.mixers.base import Mixer
+from models.mixers.gated_delta import GatedDeltaNet, SimpleDeltaNet
+from models.mixers.linear_attention import LinearAttention
 from models.ops import delta_rule, gated_delta, preflight
 from models.ops._delta_rule_chunked import chunked_gated_delta
 from models.ops._preflight_check import RESULTS, TRIALS, Case, compare, draw_inputs, relative_rms

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models._threads import torch_threads
+from models.cpu.threads import torch_threads
 from models.ops import short_conv, short_conv_step
 
 

@@ -1,0 +1,146 @@
+"""Next-token cross-entropy straight from final hidden states, without the [B, T, V] logits.
+
+Shape suffixes: B sequences, T tokens, D d_model, V vocabulary, N = B·(T−1) predictions; a tile of the logits is
+R predictions by C vocabulary entries.
+
+    CE_n = log Σ_v exp(h_n · W_v) − h_n · W_{y_n}          dCE_n/dh_n = softmax(h_n Wᵀ) W − W_{y_n}
+
+Logits exist one tile at a time in one reused buffer that stays in cache; the normaliser and the gradient are
+summed over tiles with a running maximum (Milakov & Gimelshein 2018, "Online normalizer calculation for softmax").
+They are kept in bits (h scaled by log₂e), because exp2 costs half of exp.
+
+With bfloat16 logits only the normaliser is rounded, and as little as can be: the mean row of W is taken out first
+(softmax does not see a constant added to every logit of a token; small logits round to small errors), and the
+target's term is the exact float32 dot product in the sum as in the numerator, so that it cannot be off in one
+and not in the other.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.cpu.bfloat16 import multiplies_bfloat16
+
+_ROWS, _COLUMNS = 1024, 2048  # a tile: 8 MiB of float32
+_LOG2_E = 1.0 / math.log(2.0)
+
+
+class NextTokenLoss:
+    """The unembedding of one model with its tile. Not thread-safe: one call at a time."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        if head.bias is not None:
+            raise ValueError("the unembedding has a bias; NextTokenLoss covers bias-free heads only")
+        self._weight_VD: Tensor = head.weight.detach().float()
+        self._mean_D: Tensor = self._weight_VD.mean(0)
+        self._centred_bf16_VD: Tensor | None = None
+        self._tiles: dict[torch.dtype, Tensor] = {}
+
+    @property
+    def _tile_shape(self) -> tuple[int, int]:
+        # a CPU wants the tile in cache, an accelerator wants few launches
+        scale = 1 if self._weight_VD.device.type == "cpu" else 4
+        return scale * _ROWS, scale * _COLUMNS
+
+    def __call__(self, hidden_BTD: Tensor, tokens_BT: Tensor, *, logits_dtype: torch.dtype) -> Tensor:
+        """Summed CE of each sequence's T−1 predictions, [B] nats; differentiable in ``hidden_BTD``."""
+        return _SummedLoss.apply(hidden_BTD, tokens_BT, self, logits_dtype)
+
+    def of_constant(self, hidden_D: Tensor, tokens_BT: Tensor) -> Tensor:
+        """Summed CE of each sequence, [B] nats, when every position has the same final hidden state."""
+        log_p_V = (self._weight_VD @ hidden_D.float()).log_softmax(0)
+        return -log_p_V[tokens_BT[:, 1:]].sum(1)
+
+    def rows(
+        self, hidden_ND: Tensor, targets_N: Tensor, logits_dtype: torch.dtype, *, with_gradient: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """CE of each prediction [N], and its gradient in ``hidden_ND`` when asked for."""
+        if logits_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"logits_dtype={logits_dtype} is not supported; choose float32 or bfloat16")
+        loss_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)
+        grad_ND = torch.empty_like(hidden_ND, dtype=torch.float32) if with_gradient else None
+        height, _ = self._tile_shape
+        for start in range(0, len(hidden_ND), height):
+            rows = slice(start, start + height)
+            grad_RD = None if grad_ND is None else grad_ND[rows].zero_()
+            h_RD = hidden_ND[rows].float() * _LOG2_E
+            loss_N[rows] = self._row_of_tiles(h_RD, targets_N[rows], logits_dtype, grad_RD)
+        return loss_N, grad_ND
+
+    def _row_of_tiles(
+        self, h_RD: Tensor, target_R: Tensor, logits_dtype: torch.dtype, grad_RD: Tensor | None
+    ) -> Tensor:
+        rounded = logits_dtype != torch.float32
+        target_R1 = torch.empty_like(h_RD[:, :1])
+        if rounded:
+            target_R1 = (h_RD * (self._weight_VD[target_R] - self._mean_D)).sum(1, keepdim=True)
+        peak_R1 = torch.full_like(target_R1, -math.inf)
+        sums_R1 = torch.zeros_like(target_R1)
+        _, width = self._tile_shape
+        for first in range(0, len(self._weight_VD), width):
+            bits_RC = self._tile(h_RD, first, logits_dtype)
+            inside = ((target_R >= first) & (target_R < first + bits_RC.shape[1])).nonzero().squeeze(1)
+            column = target_R[inside] - first
+            if rounded:
+                bits_RC[inside, column] = target_R1[inside, 0]
+            else:
+                target_R1[inside, 0] = bits_RC[inside, column]
+            higher_R1 = torch.maximum(peak_R1, bits_RC.amax(1, keepdim=True))
+            shrink_R1 = torch.exp2(peak_R1 - higher_R1)
+            mass_RC = bits_RC.sub_(higher_R1).exp2_()
+            sums_R1.mul_(shrink_R1).add_(mass_RC.sum(1, keepdim=True))
+            if grad_RD is not None:
+                grad_RD.mul_(shrink_R1).addmm_(mass_RC, self._weight_VD[first : first + width])
+            peak_R1 = higher_R1
+        if grad_RD is not None:
+            grad_RD.div_(sums_R1).sub_(self._weight_VD[target_R])
+        return (sums_R1.log2_() + (peak_R1 - target_R1)).squeeze(1) * math.log(2.0)
+
+    def _tile(self, h_RD: Tensor, first: int, logits_dtype: torch.dtype) -> Tensor:
+        """Logits in bits of all rows and a tile's width of vocabulary from ``first`` on, float32 [R, C]."""
+        columns = slice(first, min(first + self._tile_shape[1], len(self._weight_VD)))
+        shape = (len(h_RD), columns.stop - columns.start)
+        bits_RC = self._buffer(torch.float32, shape)
+        if logits_dtype == torch.float32:
+            return torch.mm(h_RD, self._weight_VD[columns].T, out=bits_RC)
+        if self._centred_bf16_VD is None:
+            self._centred_bf16_VD = (self._weight_VD - self._mean_D).bfloat16()
+        low_RC = self._buffer(torch.bfloat16, shape)
+        low_RD, weight_DC = h_RD.bfloat16(), self._centred_bf16_VD[columns].T
+        if multiplies_bfloat16(h_RD.device):
+            torch.mm(low_RD, weight_DC, out=low_RC)
+        else:  # as `bfloat16.product` has it, in this buffer: a new one for each tile takes a fifth longer
+            low_RC.copy_(torch.mm(low_RD.float(), weight_DC.float(), out=bits_RC))
+        return bits_RC.copy_(low_RC)
+
+    def _buffer(self, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
+        if dtype not in self._tiles:
+            self._tiles[dtype] = self._weight_VD.new_empty(math.prod(self._tile_shape), dtype=dtype)
+        return self._tiles[dtype][: shape[0] * shape[1]].view(shape)
+
+
+class _SummedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_BTD: Tensor, tokens_BT: Tensor, head: NextTokenLoss, logits_dtype: torch.dtype
+    ) -> Tensor:
+        B, T, D = hidden_BTD.shape
+        hidden_ND = hidden_BTD[:, :-1].reshape(-1, D)
+        with_gradient = ctx.needs_input_grad[0]
+        loss_N, grad_ND = head.rows(hidden_ND, tokens_BT[:, 1:].reshape(-1), logits_dtype, with_gradient=with_gradient)
+        if with_gradient:
+            ctx.save_for_backward(grad_ND)
+            ctx.dtype = hidden_BTD.dtype
+        return loss_N.view(B, T - 1).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad_ND,) = ctx.saved_tensors
+        (scale_B,) = grad_outputs
+        B, D = len(scale_B), grad_ND.shape[1]
+        grad_BTD = grad_ND.view(B, -1, D) * scale_B[:, None, None]
+        return nn.functional.pad(grad_BTD, (0, 0, 0, 1)).to(ctx.dtype), None, None, None

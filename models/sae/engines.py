@@ -1,0 +1,365 @@
+"""One training step of a TopK SAE, the dense way and the sparse way in torch operations.
+
+Shape suffixes: B tokens, D = d_in, M = d_sae, k active features, K > k screened candidates, E = B·k entries.
+
+With n = ‖W_dec‖ by rows, a = W_enc (x − b_dec) + b_enc, h = relu(a) on the k largest a·n of a token, and the loss
+L = Σ_b ‖x̂_b − x_b‖² / B, the gradients need the active entries alone (g = ∂L/∂x̂ = 2 (x̂ − x) / B):
+
+    ∂W_dec[j] = Σ_b h_bj g_b        dh_bj = (g_b · W_dec[j]) [h_bj > 0]       ∂W_enc[j] = Σ_b dh_bj (x_b − b_dec)
+    ∂b_enc[j] = Σ_b dh_bj           ∂b_dec = Σ_b g_b − W_encᵀ ∂b_enc
+
+The norms scale h up in the encoder and down in the decoder, so their own gradient is exactly zero. The auxiliary
+loss (Gao et al. 2024, appendix A.2; SAELens' variant without variance normalisation) lets the n_aux dead features
+with the largest a·n reconstruct e = x − x̂, without bias and without relu:
+L_aux = c · min(#dead / n_aux, 1) · Σ_b ‖Σ_j a_bj W_dec[j] − e_b‖² / B, with e held constant.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch.nn import functional as F
+
+from models.cpu.bfloat16 import multiplies_bfloat16
+from models.sae.model import SAEConfig, TopKSAE, row_chunks
+
+Backend = Literal["numba", "torch", "dense"]
+PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
+CERTIFICATE = 5.0  # screening errors (root mean square of the row) that must fit between k-th score and screen floor
+
+
+class Scratch:
+    """Named buffers that live as long as the bank and grow to the largest request.
+
+    Large temporaries made anew in each step cost more in page faults than in arithmetic, hence their reuse; SAEs
+    that train one after another on the same machine share one Scratch.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self._flat: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+    def take(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Uninitialised contiguous tensor of `shape`; the next `take` of the same name overwrites it."""
+        size = math.prod(shape)
+        flat = self._flat.get((name, dtype))
+        if flat is None or flat.numel() < size:
+            self._flat.pop((name, dtype), None)
+            flat = self._flat[name, dtype] = torch.empty(size, dtype=dtype, device=self.device)
+        return flat[:size].view(shape)
+
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(flat.nbytes for flat in self._flat.values())
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What one pass over a batch says besides the gradients."""
+
+    mse: float  # Σ ‖x̂ − x‖² / B
+    aux: float  # the weighted auxiliary loss
+    active: int  # entries with h > 0
+    fired_M: torch.Tensor  # bool, features with h > 0 for some token
+    rescreened: int  # rows (main and auxiliary) that were scored again in float32 because the screen was too close
+
+
+def n_candidates(k: int, features: int, least: int = 16) -> int:
+    """Candidates K that a screen keeps for k wanted: a margin of max(least, k·least/64), a multiple of 4.
+
+    A wider margin costs a few dot products, a narrow one a full float32 scoring of every row it leaves in doubt.
+    """
+    return min(features, -(-(k + max(least, k * least // 64)) // 4) * 4)
+
+
+class Engine:
+    """Gradients of one SAE on one batch, and its Adam step; the subclasses differ in how they get the gradients.
+
+    `exp_avg` and `exp_avg_sq` are Adam's moments by parameter name, updated in place.
+    """
+
+    name: Backend
+
+    def __init__(
+        self,
+        sae: TopKSAE,
+        config: SAEConfig,
+        exp_avg: dict[str, torch.Tensor],
+        exp_avg_sq: dict[str, torch.Tensor],
+        scratch: Scratch,
+    ) -> None:
+        self.sae, self.config, self.scratch = sae, config, scratch
+        self.exp_avg, self.exp_avg_sq = exp_avg, exp_avg_sq
+
+    @cached_property
+    def _adam(self) -> torch.optim.Adam:
+        parameters = [getattr(self.sae, name) for name in PARAMETERS]
+        return torch.optim.Adam(parameters, betas=self.config.betas, eps=self.config.eps, fused=True)
+
+    def grad(self, name: str) -> torch.Tensor:
+        """Gradient buffer of a parameter, valid from `gradients` to the next use of the scratch."""
+        return self.scratch.take(f"grad.{name}", *getattr(self.sae, name).shape)
+
+    def gradient(self, name: str) -> torch.Tensor:
+        """The whole gradient of a parameter, for comparison (an engine may leave rows of `grad` unwritten)."""
+        return self.grad(name)
+
+    def gradients(self, x_BD: torch.Tensor, dead: torch.Tensor | None) -> Losses:
+        """Fill the gradient buffers for the batch x; `dead` holds the indices of dead features, or None."""
+        raise NotImplementedError
+
+    def grad_norm(self) -> float:
+        """Euclidean norm of the whole gradient."""
+        return float(torch.nn.utils.get_total_norm([self.grad(name) for name in PARAMETERS]))
+
+    def update(self, lr: float, step: int, grad_norm: float) -> None:
+        """Clip the gradient to `clip_norm` and take Adam's step number `step` (from 1) with rate `lr`."""
+        parameters = [getattr(self.sae, name) for name in PARAMETERS]
+        for name, parameter in zip(PARAMETERS, parameters, strict=True):
+            parameter.grad = self.grad(name)
+            self._adam.state[parameter] = {
+                "step": torch.tensor(float(step - 1), device=parameter.device),
+                "exp_avg": self.exp_avg[name],
+                "exp_avg_sq": self.exp_avg_sq[name],
+            }
+        total = torch.tensor(grad_norm, device=parameters[0].device)
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, total)
+        self._adam.param_groups[0]["lr"] = lr
+        self._adam.step()
+        for parameter in parameters:
+            parameter.grad = None
+
+    def refresh(self) -> None:
+        """Recompute what is derived from the weights after they were changed from outside."""
+
+    def derived_state(self) -> dict[str, torch.Tensor]:
+        """Derived values that a resumed run needs to go on bit for bit."""
+        return {}
+
+    def load_derived_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Counterpart of `derived_state`."""
+        self.refresh()
+
+    def aux_plan(self, dead: torch.Tensor) -> tuple[int, float]:
+        """Dead features a token may use, and the weight of the auxiliary loss, given the dead ones."""
+        n_aux = self.config.n_aux
+        return min(n_aux, len(dead)), self.config.aux_coefficient * min(len(dead) / n_aux, 1.0)
+
+
+class DenseEngine(Engine):
+    """The reference: the equations over all features, differentiated by autograd. Slow, and sure."""
+
+    name: Backend = "dense"
+
+    def gradients(self, x_BD: torch.Tensor, dead: torch.Tensor | None) -> Losses:
+        leaves = {name: getattr(self.sae, name).detach().requires_grad_() for name in PARAMETERS}
+        with torch.enable_grad():
+            W_enc, W_dec, b_enc, b_dec = (leaves[name] for name in PARAMETERS)
+            xc = x_BD - b_dec if self.config.apply_b_dec_to_input else x_BD
+            norm = W_dec.norm(dim=-1) if self.config.rescale_acts_by_decoder_norm else torch.ones_like(b_enc)
+            scores = (xc @ W_enc.T + b_enc) * norm
+            top = scores.topk(self.config.k, dim=-1, sorted=False)
+            h = torch.zeros_like(scores).scatter(-1, top.indices, top.values.relu())
+            x_hat = (h / norm) @ W_dec + b_dec
+            mse = (x_hat - x_BD).square().sum(-1).mean()
+            aux = torch.zeros_like(mse)
+            if dead is not None:
+                k_aux, weight = self.aux_plan(dead)
+                residual = (x_BD - x_hat).detach()
+                dead_top = scores[:, dead].topk(k_aux, dim=-1, sorted=False)
+                a = torch.zeros_like(scores).scatter(-1, dead[dead_top.indices], dead_top.values)
+                aux = weight * ((a / norm) @ W_dec - residual).square().sum(-1).mean()
+            grads = torch.autograd.grad(mse + aux, list(leaves.values()))
+        for name, grad in zip(leaves, grads, strict=True):
+            self.grad(name).copy_(grad)
+        active = h > 0
+        return Losses(mse.item(), aux.item(), int(active.sum()), active.any(dim=0), 0)
+
+
+def screen_dtype(device: torch.device) -> torch.dtype:
+    """Precision of the torch backend's screen: bfloat16 where the device multiplies it natively, else float32."""
+    native = device.type in ("cuda", "cpu") and multiplies_bfloat16(device)
+    return torch.bfloat16 if native else torch.float32
+
+
+def dots(x_BD: torch.Tensor, W_MD: torch.Tensor, idx_Bk: torch.Tensor) -> torch.Tensor:
+    """[B, k] of x_b · W[idx_bq], in float32, without gathering the rows."""
+    rows, k = idx_Bk.shape
+    offsets = torch.arange(0, rows * k, k, device=x_BD.device)
+    bag = torch.arange(rows, device=x_BD.device).repeat_interleave(k)
+    out = torch.ops.aten._embedding_bag_per_sample_weights_backward(x_BD, W_MD, idx_Bk.flatten(), offsets, bag, 0)
+    return out.view(rows, k)
+
+
+def grouped_topk(scores_RM: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and indices [R, k] of the k largest of each row, in no particular order.
+
+    `topk` visits every score several times. The k largest lie in the k groups with the largest maxima, so that it is
+    asked for groups first and for their members then, in all about 2·√(k·M) scores a row.
+    """
+    rows, features = scores_RM.shape
+    size = 2 ** max(0, round(math.log2(features / k) / 2))
+    if size == 1 or features % size:
+        values, indices = scores_RM.topk(k, dim=-1, sorted=False)
+        return values, indices
+    groups = features // size
+    members = scores_RM.view(rows, size, groups)
+    best_Rk = members.amax(1).topk(k, dim=-1, sorted=False).indices
+    inside = members.gather(2, best_Rk[:, None, :].expand(rows, size, k)).flatten(1)
+    values, at_Rk = inside.topk(k, dim=-1, sorted=False)
+    return values, best_Rk.gather(1, at_Rk % k) + at_Rk // k * groups
+
+
+def exact_topk(
+    sae: TopKSAE, xc_BD: torch.Tensor, norm_M: torch.Tensor, k: int, live: torch.Tensor | None
+) -> torch.Tensor:
+    """Indices [B, k] of the k largest float32 a·n, leaving out the features `live` when given."""
+    idx = torch.empty(len(xc_BD), k, dtype=torch.int64, device=xc_BD.device)
+    for rows in row_chunks(len(xc_BD), 4 * sae.d_sae):
+        scores = torch.addmm(sae.b_enc, xc_BD[rows], sae.W_enc.T).mul_(norm_M)
+        if live is not None:
+            scores.index_fill_(1, live, -torch.inf)
+        idx[rows] = scores.topk(k, dim=-1, sorted=False).indices
+    return idx
+
+
+class TorchEngine(Engine):
+    """The sparse step in torch operations alone, for any device.
+
+    `screen_dtype` is the precision of the [B, d_sae] product that finds the candidates: bfloat16 where the device
+    multiplies it natively. Candidates are scored again in float32, and a row whose screen leaves less than
+    CERTIFICATE times its own measured error between the k-th score and the first one left out is scored in full,
+    so that the support is the dense step's.
+    """
+
+    name: Backend = "torch"
+
+    def __init__(
+        self,
+        sae: TopKSAE,
+        config: SAEConfig,
+        exp_avg: dict[str, torch.Tensor],
+        exp_avg_sq: dict[str, torch.Tensor],
+        scratch: Scratch,
+        screen_dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        super().__init__(sae, config, exp_avg, exp_avg_sq, scratch)
+        self.screen_dtype = screen_dtype
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+
+    @torch.no_grad()
+    def gradients(self, x_BD: torch.Tensor, dead: torch.Tensor | None) -> Losses:
+        sae, rows = self.sae, len(x_BD)
+        xc = sae.centred(x_BD)
+        norm = sae.decoder_norms()
+        screens = self._screen(xc, norm, dead)
+        idx, a, rescreened = self._select(xc, norm, screens[0], self.config.k, None)
+        h = a.relu_()
+        fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=x_BD.device)
+        fired[idx[h > 0]] = True
+        g = F.embedding_bag(idx, sae.W_dec, mode="sum", per_sample_weights=h).add_(sae.b_dec).sub_(x_BD)
+        mse = float(g.square().sum()) / rows
+        residual = g.neg() if dead is not None else None
+        g.mul_(2 / rows)
+        self._scatter(idx, h, g, xc, relu=True)
+        g_sum = g.sum(0)
+        aux = 0.0
+        if dead is not None and residual is not None:
+            k_aux, weight = self.aux_plan(dead)
+            live = torch.ones(sae.d_sae, dtype=torch.bool, device=x_BD.device)
+            live[dead] = False
+            idx, a, again = self._select(xc, norm, screens[1], k_aux, live.nonzero().flatten())
+            rescreened += again
+            g = F.embedding_bag(idx, sae.W_dec, mode="sum", per_sample_weights=a).sub_(residual)
+            aux = weight * float(g.square().sum()) / rows
+            g.mul_(2 * weight / rows)
+            self._scatter(idx, a, g, xc, relu=False)
+        grad_b_dec = self.grad("b_dec").copy_(g_sum)
+        if self.config.apply_b_dec_to_input:
+            grad_b_dec.sub_(self.grad("b_enc") @ sae.W_enc)
+        return Losses(mse, aux, int((h > 0).sum()), fired, rescreened)
+
+    def _screen(
+        self, xc_BD: torch.Tensor, norm_M: torch.Tensor, dead: torch.Tensor | None
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Candidates [B, K] and their low-precision scores: of all features, then of the dead ones."""
+        sae, rows = self.sae, len(xc_BD)
+        exact = self.screen_dtype == torch.float32
+        wanted = [(self.config.k, sae.d_sae)]
+        if dead is not None:
+            wanted.append((self.aux_plan(dead)[0], len(dead)))
+        sizes = [k if exact else n_candidates(k, features) for k, features in wanted]
+        device = xc_BD.device
+        found = [
+            (torch.empty(rows, K, dtype=torch.int64, device=device), torch.empty(rows, K, device=device)) for K in sizes
+        ]
+        W = self.scratch.take("screen.W", sae.d_sae, sae.d_in, dtype=self.screen_dtype)
+        torch.mul(sae.W_enc, norm_M[:, None], out=W)
+        bias = (sae.b_enc * norm_M).to(self.screen_dtype)
+        x = xc_BD.to(self.screen_dtype)
+        for chunk in row_chunks(rows, W.element_size() * sae.d_sae):
+            scores = self.scratch.take("screen.scores", chunk.stop - chunk.start, sae.d_sae, dtype=W.dtype)
+            torch.addmm(bias, x[chunk], W.T, out=scores)
+            for (cand, values), K, features in zip(found, sizes, (None, dead), strict=False):
+                best, at = grouped_topk(scores if features is None else scores[:, features], K)
+                cand[chunk] = at if features is None else features[at]
+                values[chunk] = best.float()
+        return found
+
+    def _select(
+        self,
+        xc_BD: torch.Tensor,
+        norm_M: torch.Tensor,
+        screen: tuple[torch.Tensor, torch.Tensor],
+        k: int,
+        live: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Support [B, k] and its a [B, k] from the screened candidates; and how many rows were scored in full."""
+        sae, (cand, screened) = self.sae, screen
+        a = dots(xc_BD, sae.W_enc, cand).add_(sae.b_enc[cand])
+        features = sae.d_sae if live is None else sae.d_sae - len(live)
+        if cand.shape[1] == k:
+            return cand, a, 0
+        scores = a * norm_M[cand]
+        top = scores.topk(k, dim=-1, sorted=False)
+        idx, a = cand.gather(1, top.indices), a.gather(1, top.indices)
+        if cand.shape[1] == features:
+            return idx, a, 0
+        error = (scores - screened).square().mean(-1).sqrt()
+        gap = top.values.amin(-1) - screened.amin(-1)
+        close = (gap < CERTIFICATE * error).nonzero().flatten()
+        if len(close):
+            idx[close] = exact_topk(sae, xc_BD[close], norm_M, k, live)
+            a[close] = dots(xc_BD[close], sae.W_enc, idx[close]).add_(sae.b_enc[idx[close]])
+        return idx, a, len(close)
+
+    def _scatter(
+        self, idx_Bk: torch.Tensor, h_Bk: torch.Tensor, g_BD: torch.Tensor, xc_BD: torch.Tensor, *, relu: bool
+    ) -> None:
+        """Sum the entries into the gradients of W_dec, W_enc and b_enc: the main ones, with relu, come first, and the
+        auxiliary ones are added to them."""
+        W_dec, M, (rows, k) = self.sae.W_dec, self.sae.d_sae, idx_Bk.shape
+        feature, order = torch.sort(idx_Bk.flatten(), stable=True)
+        starts = torch.zeros(M + 1, dtype=torch.int64, device=feature.device)
+        torch.cumsum(torch.bincount(feature, minlength=M), 0, out=starts[1:])
+        token, h = order // k, h_Bk.flatten()[order]
+        # a bag a feature: the table that is read at random is g, smaller than W_dec by B / d_sae
+        dh = torch.ops.aten._embedding_bag_per_sample_weights_backward(W_dec, g_BD, token, starts[:-1], feature, 0)
+        if relu:
+            dh.mul_(h > 0)
+        for name, values, dense in (("W_dec", h, g_BD), ("W_enc", dh, xc_BD)):
+            entries = torch.sparse_csr_tensor(starts, token, values, (M, rows), check_invariants=False)
+            grad = self.grad(name)
+            if relu:
+                torch.mm(entries, dense, out=grad)
+            else:
+                torch.addmm(grad, entries, dense, out=grad)
+        grad_b = self.grad("b_enc")
+        if relu:
+            grad_b.zero_()
+        grad_b.index_add_(0, feature, dh)
