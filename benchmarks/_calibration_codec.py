@@ -17,13 +17,13 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import stats
 
-from analysis.audio import CodebookScores
-from analysis.audio_distance import Embeddings, frechet_distance, frechet_of_gaussians
-from analysis.codec_contrasts import Arms, arm_resamples, choose_lr
-from analysis.codec_results import at
-from analysis.codec_text import SHUFFLED, WORTH, text_effects
+from analysis.caching.effects import NO_EVIDENCE, verdicts
+from analysis.codec.audio_distance import Embeddings, frechet_distance, frechet_of_gaussians
+from analysis.codec.contrasts import Arms, arm_resamples, choose_lr
+from analysis.codec.results import at
+from analysis.codec.scores import CodebookScores
+from analysis.codec.texts import SHUFFLED, WORTH, text_effects
 from analysis.crossed import Effect, units_mean
-from analysis.memory_cache_effects import NO_EVIDENCE, verdicts
 from analysis.multiplicity import ALPHA
 from analysis.recordings import difference_effect
 from benchmarks._calibration import Statement, Tally, covers, grid

@@ -13,8 +13,8 @@ import pandas as pd
 from scipy import stats
 
 from analysis.bootstrap import Floats
-from analysis.cells import SequenceTables
-from analysis.proxies import demean_within, leaderboard
+from analysis.sae.cells import SequenceTables
+from analysis.sae.leaderboard import demean_within, leaderboard
 from benchmarks._calibration import Setting, Statement, Tally, covers, grid
 from benchmarks._calibration_sae import losses, sequence_table
 

@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 
 from analysis.bootstrap import Floats
-from analysis.budget import Censored, KStar, k_star, k_star_interval
-from analysis.cells import SequenceTables
-from analysis.contrasts import METRICS, configuration_means, model_deltas
-from analysis.fidelity import SEQUENCE_COLUMNS
-from analysis.proxy_gap_tables import direction
+from analysis.sae.budget import Censored, KStar, k_star, k_star_interval
+from analysis.sae.cells import SequenceTables
+from analysis.sae.contrasts import METRICS, configuration_means, model_deltas
+from analysis.sae.fidelity import SEQUENCE_COLUMNS
+from analysis.sae.tables import direction
 from benchmarks._calibration import Setting, Statement, Tally, grid
 
 _CE, _R2, _TOKENS, _AT_ONCE = 0.4, 0.8, 256, 250

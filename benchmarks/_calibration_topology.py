@@ -14,15 +14,15 @@ from collections.abc import Callable
 import numpy as np
 from scipy import stats
 
-from analysis.audit import beats_nulls, mean_interval, pooled_ratio, top1, top1_ratio
-from analysis.distances import euclidean
 from analysis.multiplicity import ALPHA
-from analysis.nulls import permute_columns
-from analysis.persistence import h1
 from analysis.thresholds import QUANTILE, threshold
-from analysis.topology_tables import audit
-from analysis.topology_unit import FULL_TABLE, Unit
-from analysis.universal_null import universal_null
+from analysis.topology.distances import euclidean
+from analysis.topology.null_tests import beats_nulls, mean_interval, pooled_ratio, top1_ratio
+from analysis.topology.nulls import permute_columns
+from analysis.topology.persistence import h1
+from analysis.topology.tables import audit
+from analysis.topology.unit import FULL_TABLE, Unit, top1
+from analysis.topology.universal_null import universal_null
 from benchmarks._calibration import Statement, Tally, covers, grid
 
 NAMES = ("bits_r4", "bits_r2", "counts_r4", "physchem", "pom_0", "pom_1", "pom_2", "pom_3")

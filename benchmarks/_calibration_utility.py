@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.spatial.distance import cdist
 
-from analysis import utility
 from analysis.multiplicity import ALPHA, holm_list
-from analysis.utility import Utility
-from analysis.utility_folds import folds
+from analysis.topology import utility
+from analysis.topology.utility import Utility
+from analysis.topology.utility_folds import folds
 from benchmarks._calibration import Statement, Tally, grid
 
 _PRINTED = "topology report, Utility"

@@ -23,9 +23,9 @@ import pandas as pd
 from scipy import stats
 
 from analysis.bootstrap import ce_rec_ci
-from analysis.cells import SequenceTables
-from analysis.fidelity import LOSSES, TOKEN_SUMS
-from analysis.proxies import PROXIES, leaderboard
+from analysis.sae.cells import SequenceTables
+from analysis.sae.fidelity import LOSSES, TOKEN_SUMS
+from analysis.sae.leaderboard import PROXIES, leaderboard
 from benchmarks._paired import machine, markdown_table, paired, timed, write_report
 
 SEQUENCES, RESAMPLES, TOKENS = 200, 5_000, 256

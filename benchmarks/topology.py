@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 from ripser import ripser
 from sklearn.metrics import pairwise_distances
 
-from analysis import distances, nulls
-from analysis.persistence import h1, landmarks
+from analysis.topology import distances, nulls
+from analysis.topology.persistence import h1, landmarks
 from benchmarks._paired import Paired, machine, markdown_table, paired, timed, write_report
 
 PEER, OURS = "published", "plumbline"

@@ -16,7 +16,7 @@ from sweeps.core.cells import UserError, nearest
 
 if TYPE_CHECKING:
     from data.melvq import MelVQSpec
-    from data.pack import TokenClips
+    from data.token_batches import TokenClips
 SHARED = ("scale", "train_clips", "lr")  # a model without caches has these too
 CACHE = ("segment", "start_layer", "gate_bias_init", "normalized_retrieval", "rank", "cumulative")
 VARIABLES = (*SHARED, *CACHE)

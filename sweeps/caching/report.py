@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from analysis.caching.effects import ArmData, effects, layer_means
+from analysis.caching.report import write_report
 from analysis.crossed import NEEDS_SEEDS
-from analysis.memory_cache_effects import ArmData, effects, layer_means
-from analysis.memory_cache_report import write_report
 from sweeps.caching.arms import BASE, Arm, arms
 from sweeps.caching.cells import VARIABLES, CacheCell, CacheStudy
 from sweeps.codec.clip_tables import with_recordings

@@ -19,10 +19,10 @@ import numpy.typing as npt
 import soundfile
 from filelock import FileLock
 
-from analysis.audio import coherence
-from analysis.audio_distance import Embedder, LogMelStatistics, embed_set
+from analysis.codec.audio_distance import Embedder, LogMelStatistics, embed_set
+from analysis.codec.scores import coherence
 from data.codec import RANDOM, Codec, EncodecCodec
-from data.pack import TokenClips, evaluation_batches
+from data.token_batches import TokenClips, evaluation_batches
 from models.codec.model import CodecLM
 from models.codec.sampling import generate
 from sweeps.codec.audio_sets import SAMPLING
@@ -91,7 +91,7 @@ def cell_audio(
     The model's samples start from nothing; they are drawn with the cell's seed. With text conditioning they are given
     texts of held-out clips, and samples.txt holds those of the WAVs, a line each.
     """
-    from analysis.codec_plots import spectrogram_png  # here: matplotlib takes seconds that a worker without sound saves
+    from analysis.codec.plots import spectrogram_png  # here: matplotlib takes seconds that a worker without sound saves
 
     codec = source.codec
     frames = sample_frames(codec, model, study.sample_s)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from analysis.audio_distance import Embeddings
+from analysis.codec.audio_distance import Embeddings
 from models.codec.sampling import Sampling
 
 SAMPLING = Sampling(temperature=0.9, top_k=100)

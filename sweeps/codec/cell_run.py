@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from analysis.audio import CodebookScores
-from data.pack import TokenClips, collate, epoch_batches
+from analysis.codec.scores import CodebookScores
+from data.token_batches import TokenClips, collate, epoch_batches
 from models.codec.cost import lm_cost
 from models.codec.delay import training_pair
 from models.codec.model import CodecLM, CodecLMConfig, build_codec_lm, config_facts

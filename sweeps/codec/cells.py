@@ -13,7 +13,7 @@ from sweeps.core.cells import Cell, UserError, nearest
 
 if TYPE_CHECKING:
     from data.melvq import MelVQSpec
-    from data.pack import TokenClips
+    from data.token_batches import TokenClips
 ARCHITECTURES = ("olmo_hybrid", "gdn", "transformer", "mamba", "mamba2", "hybrid_1_3", "la", "mc_la", "mc_mamba")
 CORPORA = ("synthetic_speech", "asterisk", "ljspeech", "fma")
 

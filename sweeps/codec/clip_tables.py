@@ -8,9 +8,9 @@ from typing import Any
 import pandas as pd
 import torch
 
-from analysis.audio import CodebookScores
+from analysis.codec.scores import CodebookScores
 from data.audio_io import recording_of
-from data.pack import TokenClips, evaluation_batches
+from data.token_batches import TokenClips, evaluation_batches
 from models.codec.cache_health import GateSums
 from models.codec.delay import training_pair
 from models.codec.model import CodecLM

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from analysis.audio import CodebookScores
-from data.pack import evaluation_batches
+from analysis.codec.scores import CodebookScores
+from data.token_batches import evaluation_batches
 from models.codec.delay import training_pair
 from models.codec.loss import codebook_loss
 from models.codec.model import CodecLM
@@ -21,7 +21,7 @@ from sweeps.core.cells import Row
 from sweeps.core.world import World
 
 if TYPE_CHECKING:
-    from data.pack import TokenClips
+    from data.token_batches import TokenClips
 
 
 def unigram_nll(train: TokenClips, held: TokenClips) -> float:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from analysis.audio_distance import LEAST_CLIPS, Embeddings, frechet_distance, kernel_distance
-from analysis.codec_contrasts import choose_lr
-from analysis.codec_published import Published
-from analysis.codec_report import REAL, interval, write_report
-from analysis.codec_results import Results, at
-from analysis.codec_text import text_effects, text_figure, text_section, verdict
+from analysis.codec.audio_distance import LEAST_CLIPS, Embeddings, frechet_distance, kernel_distance
+from analysis.codec.contrasts import choose_lr
+from analysis.codec.published import Published
+from analysis.codec.report import REAL, interval, write_report
+from analysis.codec.results import Results, at
+from analysis.codec.texts import text_effects, text_figure, text_section, verdict
 from analysis.crossed import NEEDS_SEEDS, units_mean
 from sweeps.codec.audio_sets import SAMPLING, AudioSets
 from sweeps.codec.cells import CURVE_CLIPS
@@ -233,7 +233,7 @@ def write(cells: Sequence[PublishedCell], preset_name: str, study: Study, out: P
 
 
 def _text_effects(results: Results, study: Study) -> pd.DataFrame:
-    """See `analysis.codec_text.text_effects`; no row without a model with text."""
+    """See `analysis.codec.texts.text_effects`; no row without a model with text."""
     if results.texts.empty:
         return pd.DataFrame()
     chosen = choose_lr(results.models)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from data.audio_io import first_of_each
-from data.pack import TokenClips
+from data.token_batches import TokenClips
 from sweeps.codec.cell_run import CellRun
 from sweeps.codec.evaluate import unigram_nll
 from sweeps.codec.halving import compete

@@ -16,7 +16,7 @@ from sweeps.core.cells import UserError
 if TYPE_CHECKING:
     import torch
 
-    from data.pack import TokenClips
+    from data.token_batches import TokenClips
     from models.codec.model import CodecLMConfig
     from models.codec.text import Texts
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from analysis.budget import FeatureCounts
-from analysis.cells import CELL_COLUMNS, IDENTITY, cell_record
-from analysis.fidelity import SequenceSums
-from analysis.geometry import CovarianceSums
-from analysis.variance import LAYER_COLUMNS, ControlledErrors, Controls, VarianceSums
-from data.pile import TokenStream
+from analysis.sae.budget import FeatureCounts
+from analysis.sae.cells import CELL_COLUMNS, IDENTITY, cell_record
+from analysis.sae.fidelity import SequenceSums
+from analysis.sae.geometry import CovarianceSums
+from analysis.sae.variance import LAYER_COLUMNS, ControlledErrors, Controls, VarianceSums
+from data.token_stream import TokenStream
 from models.sae.saelens import save_saelens
 from models.sae.trainer import TopKSAE, encoder
 from sweeps.core.cells import Row, UserError

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from data import embedded_text
 from data._listing import is_hidden
-from data.pile import PILE_HUB, CorruptShard, StreamUnavailable, TokenStream
+from data.token_stream import PILE_HUB, CorruptShard, StreamUnavailable, TokenStream
 from models.host.specs import HOST_LMS
 from sweeps.core.cells import UserError, digest
 from sweeps.core.machine import user_cache

@@ -41,7 +41,7 @@ def pack_bytes(cells: Sequence[SAECell], run: RunSettings) -> int:
     lm = spec.n_parameters * (2 if first.lm_dtype == "bfloat16" else 4)
     block = layers * first.shuffle_sequences * first.context * width * 4
     evaluation = 2 * layers * first.eval_sequences * first.context * width * 4
-    # beside each layer's covariance: the first four tokens of a sequence and the longest of all (analysis.variance)
+    # beside each layer's covariance: the first four tokens of a sequence and the longest of all (analysis.sae.variance)
     apart = first.eval_sequences * (4 + 0.02 * first.context)
     covariance = spec.n_layers * (width * width * 8 + int(apart) * width * 4)
     return _PROCESS_BYTES + lm + block + evaluation + covariance + bank_bytes(saes, first.batch_tokens)

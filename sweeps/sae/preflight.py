@@ -7,7 +7,7 @@ import urllib.request
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from data.pile import PILE_HUB, CorruptShard, StreamUnavailable, TokenStream
+from data.token_stream import PILE_HUB, CorruptShard, StreamUnavailable, TokenStream
 from models.host.specs import HOST_LMS
 from sweeps.core.cells import UserError
 from sweeps.core.settings import RunSettings

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from analysis import published
-from analysis.proxy_gap_report import measure, write_report
-from analysis.proxy_gap_variance import answer
-from analysis.variance import LAYER_COLUMNS
+from analysis.sae import published
+from analysis.sae.report import measure, write_report
+from analysis.sae.variance import LAYER_COLUMNS
+from analysis.sae.variance_tables import answer
 from models.host.specs import HOST_LMS
 from sweeps.core.cells import PublishedCell
 from sweeps.ledger.published import recorded, tables_of

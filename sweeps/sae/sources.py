@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from data import embedded_text
 from data._listing import skipped_line
-from data.pile import EMBEDDED, PILE_HUB, CorruptShard, StreamUnavailable, TokenStream
+from data.token_stream import EMBEDDED, PILE_HUB, CorruptShard, StreamUnavailable, TokenStream
 from models.host.specs import HOST_LMS
 from sweeps.core.cells import UserError
 from sweeps.core.settings import RunSettings

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from data.pile import HeldOutText, TokenStream
+from data.token_stream import HeldOutText, TokenStream
 from sweeps.core.cells import UserError
 
 MOST_TRAINED_ON = 0.02

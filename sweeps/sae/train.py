@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from data.pile import CorruptShard
+from data.token_stream import CorruptShard
 from models.sae.trainer import SAEBank, SAEConfig, SparseTrainer
 from sweeps.core.cells import Row, UserError, digest
 from sweeps.core.machine import hardware, user_cache

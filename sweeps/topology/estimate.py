@@ -139,9 +139,9 @@ class _Probe:
 
     def _patches(self, cell: UtilityCell) -> float:
         """Seconds a row: its patch, both blocks."""
-        from analysis import utility
-        from analysis.distances import distance_matrix
-        from analysis.persistence import h1
+        from analysis.topology import utility
+        from analysis.topology.distances import distance_matrix
+        from analysis.topology.persistence import h1
 
         x_ND = np.asarray(self._sample(cell, _ROWS))
         distance_NN = distance_matrix(x_ND, cell.metric)
@@ -157,8 +157,8 @@ class _Probe:
 
 def _regression(family: str, rows: int) -> float:
     """Seconds of one fit of the three targets on the features of both blocks."""
-    from analysis import utility
-    from analysis.utility_models import FAMILIES
+    from analysis.topology import utility
+    from analysis.topology.utility_models import FAMILIES
 
     rng = np.random.default_rng(0)
     x = rng.normal(size=(rows, len(utility.GEOMETRY) + len(utility.TOPOLOGY)))

@@ -79,6 +79,6 @@ def _rows(cell: TopologyCell, preset: Audit) -> int:
 
 def cell_bytes(cell: TopologyCell, preset: Audit) -> int:
     """Peak memory of the process that computes a cell: for all but members, that of its largest distance matrix."""
-    from analysis.persistence import predicted_bytes
+    from analysis.topology.persistence import predicted_bytes
 
     return _PROCESS_BYTES + (0 if isinstance(cell, MemberCell) else predicted_bytes(_rows(cell, preset)))

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis.topology_report import write_report
-from analysis.topology_tables import audit
-from analysis.topology_unit import OBSERVED, Unit
-from analysis.utility_report import ensemble_correlations
+from analysis.topology.report import write_report
+from analysis.topology.tables import audit
+from analysis.topology.unit import OBSERVED, Unit
+from analysis.topology.utility_report import ensemble_correlations
 from sweeps.core.cells import PublishedCell
 from sweeps.ledger.published import files_of
 from sweeps.topology.cells import Audit

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from analysis import nulls
-from analysis.audit import top1_quantile
-from analysis.distances import distance_matrix
-from analysis.persistence import h1, landmarks
+from analysis.topology import nulls
+from analysis.topology.distances import distance_matrix
+from analysis.topology.null_tests import top1_quantile
+from analysis.topology.persistence import h1, landmarks
 from data import molecules
 from models.odor.member import embed, split, train_member
 from sweeps.core.cells import Row, UserError

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import pandas as pd
 
-from analysis import utility
-from analysis.distances import distance_matrix
-from analysis.persistence import h1
-from analysis.utility_folds import (
+from analysis.topology import utility
+from analysis.topology.distances import distance_matrix
+from analysis.topology.persistence import h1
+from analysis.topology.utility_folds import (
     FOLDS,
     REPEATS,
     Fold,

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.budget import rate_bits, rate_bits_entropy
-from analysis.cells import AUDIT_COLUMNS, CELL_COLUMNS, ce_rec_interval
-from analysis.fidelity import SEQUENCE_COLUMNS, metrics_from_table
-from analysis.variance import LAYER_COLUMNS
+from analysis.sae.budget import rate_bits, rate_bits_entropy
+from analysis.sae.cells import AUDIT_COLUMNS, CELL_COLUMNS, ce_rec_interval
+from analysis.sae.fidelity import SEQUENCE_COLUMNS, metrics_from_table
+from analysis.sae.variance import LAYER_COLUMNS
 
 LAYERS = {
     "pythia-70m": (512, 6, (1, 3, 5)),

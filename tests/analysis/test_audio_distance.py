@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 from scipy.linalg import sqrtm
 
-from analysis.audio_distance import (
+from analysis.codec.audio_distance import (
     Embeddings,
     LogMelStatistics,
     _ClipMoments,

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 
-from analysis.audio import CodebookScores, code_histograms, coherence
 from analysis.bootstrap import bootstrap_ci
+from analysis.codec.scores import CodebookScores, code_histograms, coherence
 from models.codec.loss import codebook_loss
 
 K, V, PAD = 3, 11, 10

@@ -9,20 +9,20 @@ import pytest
 from ripser import ripser
 from scipy import stats
 
-from analysis import audit, power, verdict
-from analysis.distances import euclidean, jaccard
-from analysis.nulls import fixed_margin, gaussian, permute_columns
-from analysis.persistence import h1
+from analysis.topology import null_tests, power, unit, verdict
+from analysis.topology.distances import euclidean, jaccard
+from analysis.topology.nulls import fixed_margin, gaussian, permute_columns
+from analysis.topology.persistence import h1
 
 
 def _top1_of_points(rng: np.random.Generator, n: int = 25) -> float:
-    return audit.top1(ripser(rng.normal(size=(n, 3)), maxdim=1)["dgms"][1])
+    return unit.top1(ripser(rng.normal(size=(n, 3)), maxdim=1)["dgms"][1])
 
 
 def test_under_a_true_null_the_monte_carlo_p_is_uniform() -> None:
     rng = np.random.default_rng(0)
     pool = np.array([_top1_of_points(rng) for _ in range(240 * 20)]).reshape(240, 20)
-    p_values = np.array([audit.monte_carlo_p(row[0], row[1:]) for row in pool])
+    p_values = np.array([null_tests.monte_carlo_p(row[0], row[1:]) for row in pool])
     # p lives on the grid 1/20 … 1; a uniform jitter below each grid value makes the law continuous
     jittered = p_values - rng.uniform(0, 1 / 20, p_values.size)
     assert stats.kstest(jittered, "uniform").pvalue > 0.01
@@ -36,8 +36,8 @@ def test_p_is_uniform_through_the_whole_chain_when_the_null_made_the_data(null: 
     p_values = []
     for test in range(200):
         x_ND = null(rng.random((24, 40)) < rng.beta(1, 3, 40), 10_000 + test)
-        top = [audit.top1(h1(jaccard(x))) for x in (x_ND, *(null(x_ND, 100 * test + b) for b in range(19)))]
-        p_values.append(audit.monte_carlo_p(top[0], np.array(top[1:])))
+        top = [unit.top1(h1(jaccard(x))) for x in (x_ND, *(null(x_ND, 100 * test + b) for b in range(19)))]
+        p_values.append(null_tests.monte_carlo_p(top[0], np.array(top[1:])))
     jittered = np.array(p_values) - rng.uniform(0, 1 / 20, 200)
     assert stats.kstest(jittered, "uniform").pvalue > 0.01
 
@@ -45,27 +45,27 @@ def test_p_is_uniform_through_the_whole_chain_when_the_null_made_the_data(null: 
 def test_the_calibration_check_notices_a_small_shift() -> None:
     rng = np.random.default_rng(1)
     pool = rng.normal(size=(240, 20))
-    shifted = np.array([audit.monte_carlo_p(row[0] + 0.4, row[1:]) for row in pool])
+    shifted = np.array([null_tests.monte_carlo_p(row[0] + 0.4, row[1:]) for row in pool])
     assert stats.kstest(shifted - rng.uniform(0, 1 / 20, 240), "uniform").pvalue < 0.01
 
 
 def test_top1_ignores_loops_that_never_die() -> None:
-    assert audit.top1(np.array([[0.1, 0.5], [0.2, np.inf], [0.3, 0.4]])) == pytest.approx(0.4)
-    assert audit.top1(np.empty((0, 2))) == 0.0
+    assert unit.top1(np.array([[0.1, 0.5], [0.2, np.inf], [0.3, 0.4]])) == pytest.approx(0.4)
+    assert unit.top1(np.empty((0, 2))) == 0.0
 
 
 def test_monte_carlo_p_counts_ties_and_is_never_zero() -> None:
     null = np.array([1.0, 2.0, 3.0, 3.0])
-    assert audit.monte_carlo_p(3.0, null) == pytest.approx(3 / 5)
-    assert audit.monte_carlo_p(9.0, null) == pytest.approx(1 / 5)
-    assert audit.monte_carlo_p(0.0, null) == 1.0
+    assert null_tests.monte_carlo_p(3.0, null) == pytest.approx(3 / 5)
+    assert null_tests.monte_carlo_p(9.0, null) == pytest.approx(1 / 5)
+    assert null_tests.monte_carlo_p(0.0, null) == 1.0
 
 
 def test_every_null_must_be_beaten() -> None:
     rng = np.random.default_rng(0)
     observed = np.array([3.0, 3.2])
     drawn = {"easy": rng.uniform(0, 1, (2, 199)), "hard": rng.uniform(2.5, 3.5, (2, 199))}
-    result = audit.beats_nulls(observed, drawn, joint=True)
+    result = null_tests.beats_nulls(observed, drawn, joint=True)
     assert result.null == "hard"
     assert result.p == result.p_by_null["hard"] > result.p_by_null["easy"] == pytest.approx(1 / 200)
     assert result.p_lo < result.p < result.p_hi
@@ -73,16 +73,16 @@ def test_every_null_must_be_beaten() -> None:
 
 def test_runs_are_averaged_draw_by_draw() -> None:
     null_RB = np.array([[0.0, 4.0, 2.0], [4.0, 0.0, 2.5]])
-    assert audit.beats_nulls([2.1, 2.1], {"n": null_RB}, joint=True).p == pytest.approx((1 + 1) / 4)
+    assert null_tests.beats_nulls([2.1, 2.1], {"n": null_RB}, joint=True).p == pytest.approx((1 + 1) / 4)
 
 
 def test_draws_of_each_runs_own_are_merged_by_twice_the_average_p() -> None:
     null_RB = np.array([[0.0, 4.0, 2.0, 1.0], [0.0, 1.0, 2.0, 1.5]])
-    test = audit.beats_nulls([3.0, 3.0], {"n": null_RB})
+    test = null_tests.beats_nulls([3.0, 3.0], {"n": null_RB})
     assert test.p == pytest.approx(2 * (2 / 5 + 1 / 5) / 2)
     assert np.isnan(test.p_lo)
     assert test.least_p == pytest.approx(2 / 5)
-    assert audit.beats_nulls([3.0], {"n": null_RB[:1]}).p == pytest.approx(2 / 5)
+    assert null_tests.beats_nulls([3.0], {"n": null_RB[:1]}).p == pytest.approx(2 / 5)
 
 
 def runs_of_one_table(rng: np.random.Generator, draws: int, shared: float = 0.9) -> np.ndarray:
@@ -98,7 +98,7 @@ def test_overlapping_runs_do_not_reject_a_true_null_too_often(joint: bool) -> No
     for _ in range(400):
         observed = runs_of_one_table(rng, 1)[:, 0]
         null_RB = runs_of_one_table(rng, 99) if joint else rng.normal(size=(8, 99))
-        rejected += audit.beats_nulls(observed, {"n": null_RB}, joint=joint).p <= 0.05
+        rejected += null_tests.beats_nulls(observed, {"n": null_RB}, joint=joint).p <= 0.05
     assert rejected / 400 <= 0.065 + 0.02
 
 
@@ -106,7 +106,7 @@ def test_one_subsample_that_is_like_the_null_keeps_eight_from_beating_it() -> No
     """The physicochemical descriptors: p = .01 .05 .09 .01 .02 .22 .01 .83 by subsample."""
     share = np.array([0.01, 0.05, 0.09, 0.01, 0.02, 0.22, 0.01, 0.83])
     null_RB = np.tile(np.arange(99) / 99.0, (8, 1))
-    test = audit.beats_nulls(1 - share + 1e-3, {"n": null_RB})
+    test = null_tests.beats_nulls(1 - share + 1e-3, {"n": null_RB})
     assert test.p == pytest.approx(2 * share.mean(), abs=0.02)
     assert test.p > 0.05
 
@@ -115,7 +115,7 @@ def test_ratio_is_the_published_one() -> None:
     rng = np.random.default_rng(2)
     observed = rng.uniform(1, 2, 8)
     nulls = {"a": rng.uniform(0, 1, 8), "b": rng.uniform(0, 0.5, 8)}
-    result = audit.top1_ratio(observed, nulls)
+    result = null_tests.top1_ratio(observed, nulls)
     bar = np.quantile(nulls["a"], 0.95)
     assert result.value == pytest.approx(observed.mean() / bar)
     assert result.threshold == pytest.approx(bar)
@@ -128,7 +128,7 @@ def test_ratio_is_the_published_one() -> None:
 def test_ratio_interval_covers_the_true_ratio(draws: int) -> None:
     rng = np.random.default_rng(3)
     truth = 2.0 / stats.expon.ppf(0.95)
-    results = [audit.top1_ratio([2.0], {"n": rng.exponential(size=draws)}) for _ in range(200)]
+    results = [null_tests.top1_ratio([2.0], {"n": rng.exponential(size=draws)}) for _ in range(200)]
     assert np.mean([r.lo <= truth <= r.hi for r in results]) >= 0.93 - 2 * np.sqrt(0.93 * 0.07 / 200)
     assert all((r.lo == 0) == (draws < 72) for r in results)  # no upper limit of the threshold from fewer
 
@@ -144,27 +144,27 @@ def test_ratio_interval_covers_runs_and_clustered_draws() -> None:
             name: 1 + 0.1 * (0.4 * run_R1 + 0.5 * rng.normal(size=(1, 60)) + np.sqrt(0.59) * rng.normal(size=(8, 60)))
             for name in "ab"
         }
-        ratio = audit.top1_ratio(2.0 + 0.2 * (rng.exponential(size=8) - 1), nulls)
+        ratio = null_tests.top1_ratio(2.0 + 0.2 * (rng.exponential(size=8) - 1), nulls)
         covered += ratio.lo <= truth <= ratio.hi
     assert covered / 200 >= 0.93 - 2 * np.sqrt(0.93 * 0.07 / 200)
 
 
 def test_ratio_of_diagrams_without_loops() -> None:
-    assert audit.top1_ratio([0.0], {"n": np.zeros(4)}).value == 1.0
-    endless = audit.top1_ratio([1.0], {"n": np.zeros(4)})
+    assert null_tests.top1_ratio([0.0], {"n": np.zeros(4)}).value == 1.0
+    endless = null_tests.top1_ratio([1.0], {"n": np.zeros(4)})
     assert endless.value == endless.hi == np.inf
     assert endless.lo == 0  # a loop may come with the next draw
-    assert audit.top1_ratio([0.0], {"n": np.ones(4)}).value == 0.0
+    assert null_tests.top1_ratio([0.0], {"n": np.ones(4)}).value == 0.0
 
 
 def test_pooled_ratio_uses_every_loop_of_the_null() -> None:
     diagrams = [np.array([[0.0, 1.0], [0.0, 0.2]]), np.array([[0.0, 0.4], [0.1, np.inf]]), np.empty((0, 2))]
-    result = audit.pooled_ratio([3.0, 1.0], {"n": {0: diagrams}})
+    result = null_tests.pooled_ratio([3.0, 1.0], {"n": {0: diagrams}})
     assert result.threshold == pytest.approx(np.quantile([1.0, 0.2, 0.4], 0.95))
     assert result.value == pytest.approx(2.0 / result.threshold)
     assert result.draws == 3
     with pytest.raises(ValueError, match="have a null without loops"):
-        audit.pooled_ratio([1.0], {"n": {0: [np.empty((0, 2))]}})
+        null_tests.pooled_ratio([1.0], {"n": {0: [np.empty((0, 2))]}})
 
 
 def test_life_in_quantiles_of_the_distances_does_not_change_with_their_scale() -> None:
@@ -174,28 +174,28 @@ def test_life_in_quantiles_of_the_distances_does_not_change_with_their_scale() -
     for power_of in (0.5, 1.0, 2.0):
         moved_NN = distance_NN**power_of
         pairs = h1(moved_NN)
-        shares.append(audit.top1_quantile(pairs, moved_NN))
-        tops.append(audit.top1(pairs))
+        shares.append(null_tests.top1_quantile(pairs, moved_NN))
+        tops.append(unit.top1(pairs))
     assert shares == pytest.approx([shares[0]] * 3, abs=2e-3)
     assert 0 < shares[0] < 1
     assert max(tops) / min(tops) > 1.2
-    assert audit.top1_quantile(np.empty((0, 2)), distance_NN) == 0.0
+    assert null_tests.top1_quantile(np.empty((0, 2)), distance_NN) == 0.0
 
 
 def test_bad_values_are_one_line_errors() -> None:
     with pytest.raises(ValueError, match="give finite values"):
-        audit.monte_carlo_p(1.0, np.array([]))
+        null_tests.monte_carlo_p(1.0, np.array([]))
     with pytest.raises(ValueError, match="observed has 2 values, 1 not finite"):
-        audit.top1_ratio([1.0, np.nan], {"n": np.ones(3)})
+        null_tests.top1_ratio([1.0, np.nan], {"n": np.ones(3)})
     with pytest.raises(ValueError, match="0 nulls"):
-        audit.top1_ratio([1.0], {})
+        null_tests.top1_ratio([1.0], {})
     with pytest.raises(ValueError, match=r"shape \[3, 5\] for 2 observed runs"):
-        audit.beats_nulls([1.0, 2.0], {"n": np.ones((3, 5))})
+        null_tests.beats_nulls([1.0, 2.0], {"n": np.ones((3, 5))})
 
 
 @pytest.mark.parametrize(("alpha", "tests"), [(0.05, 1), (0.05, 6), (0.01, 3), (0.03, 7)])
 def test_draws_needed_is_the_first_number_that_suffices(alpha: float, tests: int) -> None:
-    draws = audit.draws_needed(alpha, tests)
+    draws = null_tests.draws_needed(alpha, tests)
     assert tests / (draws + 1) < alpha
     assert tests / draws >= alpha
 
@@ -204,21 +204,21 @@ def test_advice_says_what_is_decided_and_what_is_lacking() -> None:
     rng = np.random.default_rng(5)
     null_RB = rng.gamma(20, 0.05, (8, 50))
     observed = np.quantile(null_RB, 0.95) * rng.normal(1, 0.05, 8)
-    test = audit.beats_nulls(observed, {"n": null_RB}, joint=True)
-    unsure = power.advice(audit.top1_ratio(observed, {"n": null_RB}), test, runs=8)
+    test = null_tests.beats_nulls(observed, {"n": null_RB}, joint=True)
+    unsure = power.advice(null_tests.top1_ratio(observed, {"n": null_RB}), test, runs=8)
     assert unsure.startswith("ratio undecided: 95% interval 0.")
     assert "holds 1 with 8 runs and 400 null draws worth" in unsure
-    assert "ratio decided" in power.advice(audit.top1_ratio(3 * observed, {"n": null_RB}), test, runs=8)
-    few = power.advice(audit.top1_ratio(observed, {"n": null_RB[:, :1]}), test, runs=8, tests=3)
+    assert "ratio decided" in power.advice(null_tests.top1_ratio(3 * observed, {"n": null_RB}), test, runs=8)
+    few = power.advice(null_tests.top1_ratio(observed, {"n": null_RB[:, :1]}), test, runs=8, tests=3)
     assert "95% interval – to" in few
     assert "an upper limit of the threshold needs ≥ 72" in few
     assert few.endswith("p < 0.05 over 3 tests needs ≥ 60 null draws, there are 50")
-    assert "it needs ≥ 2 runs" in power.advice(audit.top1_ratio(observed[:1], {"n": null_RB}), test, runs=1)
+    assert "it needs ≥ 2 runs" in power.advice(null_tests.top1_ratio(observed[:1], {"n": null_RB}), test, runs=1)
 
 
 def test_draws_needed_refuses_nonsense() -> None:
     with pytest.raises(ValueError, match="alpha=1, tests=1"):
-        audit.draws_needed(1)
+        null_tests.draws_needed(1)
 
 
 def test_the_whole_chain_tells_a_circle_from_a_blob() -> None:
@@ -228,10 +228,10 @@ def test_the_whole_chain_tells_a_circle_from_a_blob() -> None:
     found = {}
     for name, x_ND in (("circle", circle), ("blob", rng.normal(size=(60, 3)))):
         nulls = {
-            null.__name__: np.array([[audit.top1(h1(euclidean(null(x_ND, seed)))) for seed in range(39)]])
+            null.__name__: np.array([[unit.top1(h1(euclidean(null(x_ND, seed)))) for seed in range(39)]])
             for null in (permute_columns, gaussian)
         }
-        test = audit.beats_nulls([audit.top1(h1(euclidean(x_ND)))], nulls)
+        test = null_tests.beats_nulls([unit.top1(h1(euclidean(x_ND)))], nulls)
         found[name] = verdict.criteria(p_adjusted=test.p, share_above=1.0)
     assert verdict.judge("circle", found, ["blob"]).label == "real, not found in baselines"
     assert verdict.judge("blob", found, ["circle"]).label == "not distinguishable"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.budget import Censored, FeatureCounts, k_star, k_star_interval, rate_bits, rate_bits_entropy
+from analysis.sae.budget import Censored, FeatureCounts, k_star, k_star_interval, rate_bits, rate_bits_entropy
 
 
 def test_uniform_rate():

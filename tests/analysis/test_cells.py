@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from analysis import cells as cells_module
 from analysis.bootstrap import count_blocks
-from analysis.budget import FeatureCounts, rate_bits
-from analysis.cells import CELL_COLUMNS, SequenceTables, cell_record, prepare_cells, tokens_label
-from analysis.fidelity import SequenceSums
-from analysis.geometry import CovarianceSums
+from analysis.sae import cells as cells_module
+from analysis.sae.budget import FeatureCounts, rate_bits
+from analysis.sae.cells import CELL_COLUMNS, SequenceTables, cell_record, prepare_cells, tokens_label
+from analysis.sae.fidelity import SequenceSums
+from analysis.sae.geometry import CovarianceSums
 
 IDENTITY = {"model": "m", "layer": 3, "depth": "mid", "k": 4, "seed": 0, "tokens": 1000, "cell_key": "abc"}
 

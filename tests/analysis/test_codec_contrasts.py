@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from analysis.codec_contrasts import arm_resamples, choose_lr
+from analysis.codec.contrasts import arm_resamples, choose_lr
 
 
 def clip_table(nll: dict[tuple[str, int], np.ndarray], tokens: np.ndarray) -> pd.DataFrame:

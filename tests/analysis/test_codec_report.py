@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.codec_contrasts import choose_lr
-from analysis.codec_published import Published, published_section
-from analysis.codec_report import REAL, interval, write_report
-from analysis.codec_results import Results
+from analysis.codec.contrasts import choose_lr
+from analysis.codec.published import Published, published_section
+from analysis.codec.report import REAL, interval, write_report
+from analysis.codec.results import Results
 
 NAMES = ("olmo_hybrid", "transformer", "mc_la")
 LEVEL = {"olmo_hybrid": 5.0, "transformer": 5.2, "mc_la": 5.4}

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.codec_text import NO_TEXT, REST, SHUFFLED, WORTH, text_effects, text_section, verdict
+from analysis.codec.texts import NO_TEXT, REST, SHUFFLED, WORTH, text_effects, text_section, verdict
 from analysis.crossed import NEEDS_SEEDS
 
 N, TOKENS = 60, 100

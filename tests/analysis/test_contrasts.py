@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.cells import SequenceTables, prepare_cells
-from analysis.contrasts import configuration_means, model_deltas
 from analysis.crossed import CrossedArms, crossed_mean
-from analysis.proxy_gap_tables import direction
+from analysis.sae.cells import SequenceTables, prepare_cells
+from analysis.sae.contrasts import configuration_means, model_deltas
+from analysis.sae.tables import direction
 
 
 def _means(grid, sequences=None):

@@ -7,8 +7,8 @@ import pytest
 from ripser import ripser
 from scipy import stats
 
-from analysis import diagram_stability as stability
-from analysis.universal_null import universal_null
+from analysis.topology import stability
+from analysis.topology.universal_null import universal_null
 
 
 def _diagram(x_ND: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy.spatial.distance import cdist, pdist, squareform
 from sklearn.metrics import pairwise_distances
 
-from analysis import distances
+from analysis.topology import distances
 
 
 @pytest.mark.parametrize("d", [1, 7, 63, 64, 65, 500])

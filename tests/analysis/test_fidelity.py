@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from analysis import fidelity
+from analysis.sae import fidelity
 
 BATCH_METRICS = ("r2", "r2_legacy", "r2_energy", "mse", "cosine", "relative_error", "nmse")
 

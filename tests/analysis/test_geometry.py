@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.geometry import CovarianceSums, participation_ratio
+from analysis.sae.geometry import CovarianceSums, participation_ratio
 
 
 def _cloud(eigenvalues, n: int = 400, seed: int = 0) -> torch.Tensor:

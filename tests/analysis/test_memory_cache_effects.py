@@ -10,15 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from analysis.caching.effects import ArmData, effects, layer_means, openness_movement, verdicts
+from analysis.caching.report import headline, write_report
 from analysis.crossed import NEEDS_SEEDS, Effect, crossed_mean
-from analysis.memory_cache_effects import (
-    ArmData,
-    effects,
-    layer_means,
-    openness_movement,
-    verdicts,
-)
-from analysis.memory_cache_report import headline, write_report
 from analysis.recordings import likelihood_differences
 
 FACTS = {

@@ -10,7 +10,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy import stats
 
-from analysis import nulls
+from analysis.topology import nulls
 
 SIGNIFICANCE = 1e-4  # of the tests of laws below; the seeds are fixed, so they pass or fail for good
 

@@ -10,8 +10,8 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.spatial.distance import pdist, squareform
 
-from analysis import distances
-from analysis.persistence import h1, landmarks, predicted_bytes
+from analysis.topology import distances
+from analysis.topology.persistence import h1, landmarks, predicted_bytes
 
 
 def bits(rng, n):

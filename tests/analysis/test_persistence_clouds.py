@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from analysis.distances import distance_matrix
-from analysis.persistence import h1
+from analysis.topology.distances import distance_matrix
+from analysis.topology.persistence import h1
 
 
 def torus(n: int, seed: int) -> np.ndarray:

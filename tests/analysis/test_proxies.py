@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from analysis import published
-from analysis.cells import SequenceTables, prepare_cells
-from analysis.proxies import available_proxies, demean_within, leaderboard, midranks, pearson
+from analysis.sae import published
+from analysis.sae.cells import SequenceTables, prepare_cells
+from analysis.sae.leaderboard import available_proxies, demean_within, leaderboard, midranks, pearson
 
 MODELS = ("pythia-70m", "pythia-160m", "pythia-410m")
 

@@ -6,11 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import published
-from analysis.cells import CELL_COLUMNS
-from analysis.proxy_gap_plots import FIGURES
-from analysis.proxy_gap_report import compose, confounds, glance, measure, write_report
-from analysis.proxy_gap_study import interval, markdown, number
+from analysis.sae import published
+from analysis.sae.cells import CELL_COLUMNS
+from analysis.sae.measured import interval, number
+from analysis.sae.plots import FIGURES
+from analysis.sae.report import compose, confounds, glance, measure, write_report
+from analysis.sae.tables import markdown
 
 FACTS = {"language models": "synthetic grid | no model was run"}
 SMALL = {"n_resamples": 60}

@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.cells import AUDIT_COLUMNS
-from analysis.proxy_gap_report import compose, glance, measure
-from analysis.proxy_gap_variance import answer, controls, definition_check, flags, layers, scale_parts
-from analysis.variance import LAYER_COLUMNS
+from analysis.sae.cells import AUDIT_COLUMNS
+from analysis.sae.report import compose, glance, measure
+from analysis.sae.variance import LAYER_COLUMNS
+from analysis.sae.variance_tables import answer, controls, definition_check, flags, layers, scale_parts
 
 SMALL = {"n_resamples": 50}
 

@@ -7,9 +7,9 @@ import csv
 import numpy as np
 import pytest
 
-from analysis import nulls
-from analysis.distances import jaccard
-from analysis.persistence import h1
+from analysis.topology import nulls
+from analysis.topology.distances import jaccard
+from analysis.topology.persistence import h1
 
 NULLS = (nulls.fixed_margin, nulls.bernoulli, nulls.permute_columns)
 

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import topology_report
-from analysis.diagram_stability import match
-from analysis.topology_tables import COLUMNS, UNIVERSAL_COLUMNS, audit
-from analysis.topology_unit import FULL_TABLE, Unit
+from analysis.topology import report
+from analysis.topology.stability import match
+from analysis.topology.tables import COLUMNS, UNIVERSAL_COLUMNS, audit
+from analysis.topology.unit import FULL_TABLE, Unit
 
 
 def diagram(top: float, rng: np.random.Generator, birth: float = 0.3, loops: int = 12) -> np.ndarray:
@@ -137,12 +137,10 @@ def test_checkpoints_of_a_model_are_matched_on_the_same_rows() -> None:
 
 
 def test_report_has_the_checkpoints_and_the_pooled_ratio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(topology_report, "topology_plots", MagicMock())
+    monkeypatch.setattr(report, "plots", MagicMock())
     units = [unit(f"pom_{m}", 0.4, draws=1, seed=m) for m in range(2)]
     result, empty = audit(units), pd.DataFrame()
-    topology_report.write_report(
-        units, result, tmp_path, preset="x", facts=[], members=empty, correlations=empty, utility=empty
-    )
+    report.write_report(units, result, tmp_path, preset="x", facts=[], members=empty, correlations=empty, utility=empty)
     text = (tmp_path / "report.md").read_text()
     matched, others = text.split("## Matching over checkpoints")[1].split("## Universal null")
     relative = value(result, "pom_*", "checkpoint_bottleneck_relative")

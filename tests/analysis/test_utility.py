@@ -14,7 +14,7 @@ from sklearn.model_selection import RepeatedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from analysis import utility, utility_folds, utility_models
+from analysis.topology import utility, utility_folds, utility_models
 
 
 def _h1(distance: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 from scipy.spatial.distance import pdist
 
-from analysis.utility_report import agreement_lines, ensemble_correlations, utility_section
+from analysis.topology.utility_report import agreement_lines, ensemble_correlations, utility_section
 
 NAN = float("nan")
 PLACE = {"table": "t", "representation": "bits", "metric": "jaccard", "neighbours": 40}

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from analysis.fidelity import SequenceSums
-from analysis.geometry import CovarianceSums
-from analysis.variance import (
+from analysis.sae.fidelity import SequenceSums
+from analysis.sae.geometry import CovarianceSums
+from analysis.sae.variance import (
     CONTROLS,
     LAYER_COLUMNS,
     SINK_SHARE,

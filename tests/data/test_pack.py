@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.codec_shards import Tokens
-from data.pack import (
+from data.split import side_of
+from data.token_batches import (
     SpecialTokens,
     TokenBatch,
     TokenClips,
@@ -20,7 +21,6 @@ from data.pack import (
     evaluation_batches,
     plan_epoch,
 )
-from data.split import side_of
 
 
 def write_tokens(folder: Path, lengths: list[list[int]], k: int = 2, v: int = 16, worst: int | None = None) -> Tokens:

@@ -13,8 +13,8 @@ import pytest
 
 from data import embedded_text
 from data._content import content_of
-from data._shards import held_out_rows
-from data.pile import EMBEDDED, PILE_HUB, CorruptShard, Position, StreamUnavailable, TokenStream
+from data.token_shards import held_out_rows
+from data.token_stream import EMBEDDED, PILE_HUB, CorruptShard, Position, StreamUnavailable, TokenStream
 
 ROW_LENGTH, T, ROWS = 24, 8, (70, 1, 130)
 
@@ -189,10 +189,10 @@ def test_corrupt_shard_is_named_or_skipped_with_a_gap(parquet, tmp_path, damage)
         rows = [list(range(ROW_LENGTH))] * 30 + [cell]
         pq.write_table(pa.table({"tokens": pa.array(rows, pa.list_(pa.int32()))}), path)
     fatal = TokenStream(source=str(tmp_path), context=T, holdout_every=4)
-    from data import _shards, pile
+    from data import token_shards, token_stream
 
-    pile._open.cache_clear()
-    _shards._n_rows.cache_clear()
+    token_stream._open.cache_clear()
+    token_shards._n_rows.cache_clear()
     with pytest.raises(CorruptShard, match="train-00000-of-00003"):
         read(fatal)
     lenient = TokenStream(source=str(tmp_path), context=T, holdout_every=4, on_corrupt="skip")

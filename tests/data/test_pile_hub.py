@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.pile import PILE_HUB, StreamUnavailable, TokenStream
+from data.token_stream import PILE_HUB, StreamUnavailable, TokenStream
 
 _spec = importlib.util.spec_from_file_location("hub_server", Path(__file__).with_name("hub_server.py"))
 assert _spec is not None
@@ -32,11 +32,11 @@ def hub(tmp_path, monkeypatch):
     with hub_server.HubServer(tmp_path).running() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        from data import pile
+        from data import token_stream
 
-        pile._open.cache_clear()
+        token_stream._open.cache_clear()
         yield server
-        pile._open.cache_clear()
+        token_stream._open.cache_clear()
 
 
 def test_hub_gives_the_sequences_of_the_local_files_by_ranges(hub, tmp_path):

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.pile import EMBEDDED, CorruptShard, TokenStream
+from data.token_stream import EMBEDDED, CorruptShard, TokenStream
 
 ROOT = str(Path(__file__).resolve().parents[2])
 T = 16

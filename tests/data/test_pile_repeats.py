@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.pile import HeldOutText, TokenStream
+from data.token_stream import HeldOutText, TokenStream
 from sweeps.core.cells import UserError
 from sweeps.core.settings import RunSettings
 from sweeps.sae import preflight
@@ -33,10 +33,10 @@ def shard(tmp_path: Path) -> Path:
 
 
 def open_(folder: Path, **fields: int) -> TokenStream:
-    from data import _shards, pile
+    from data import token_shards, token_stream
 
-    pile._open.cache_clear()
-    _shards._n_rows.cache_clear()
+    token_stream._open.cache_clear()
+    token_shards._n_rows.cache_clear()
     return TokenStream(source=str(folder), **{"context": T, "holdout_every": 4, **fields})  # type: ignore[arg-type]
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from data.codec_shards import open_tokens
-from data.pack import TokenClips
 from data.planted_recall import RecallSpec, Symbols, recall_clip, recall_tokens
+from data.token_batches import TokenClips
 
 SPEC = RecallSpec(n_symbols=5, n_streams=3, segment=4, n_segments=3)
 

@@ -17,7 +17,7 @@ from data.codec_shards import tokenise
 from data.fma import open_fma
 from data.ljspeech import open_ljspeech
 from data.melvq import MelVQSpec, train
-from data.pack import TokenClips
+from data.token_batches import TokenClips
 from sweeps.core.machine import user_cache
 
 SPEECH = MelVQSpec(sample_rate=8_000, hop=128, n_mels=40, n_codebooks=4, codebook_size=64)

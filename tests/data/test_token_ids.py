@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data._token_ids import bad_id
-from data.pile import CorruptShard, TokenStream
+from data.token_ids import bad_id
+from data.token_stream import CorruptShard, TokenStream
 
 GOOD = [list(range(12))] * 5
 

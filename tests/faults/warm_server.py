@@ -32,7 +32,7 @@ def _serve() -> None:
 
     import analysis
     import sweeps.launch.workers
-    from data.pile import TokenStream
+    from data.token_stream import TokenStream
 
     for package in (analysis, sweeps):
         for part in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):

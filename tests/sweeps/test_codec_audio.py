@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from analysis.audio import coherence
-from analysis.audio_distance import Embeddings, embed_set
+from analysis.codec.audio_distance import Embeddings, embed_set
+from analysis.codec.scores import coherence
 from data.codec import CodecSpec, EncodecCodec
 from models.codec.model import build_codec_lm
 from models.codec.presets import scale_config

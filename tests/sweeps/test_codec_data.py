@@ -13,15 +13,15 @@ import pytest
 import soundfile
 import torch
 
-from analysis.codec_published import Published
+from analysis.codec.published import Published
 from data import codec_shards
 from data.audio_io import AudioSet, sample_rates
 from data.codec import CODECS, CodecSpec, MelVQCodec
 from data.codec_shards import ShardPlan
 from data.ljspeech import open_ljspeech
 from data.melvq import MelVQ, MelVQSpec
-from data.pack import TokenClips
 from data.split import side_of
+from data.token_batches import TokenClips
 from sweeps.codec import tokenise
 from sweeps.codec import tokens as tokens_module
 from sweeps.codec.cell_run import TrainingStream

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from data.pack import TokenClips
 from data.split import side_of
+from data.token_batches import TokenClips
 from sweeps.codec import tokens as tokens_module
 from sweeps.codec.presets import PRESETS
 from sweeps.codec.report import _published, tokens_of_one_codec

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data.pack import TokenClips
+from data.token_batches import TokenClips
 from sweeps.codec import tokens
 from sweeps.codec.cells import LMCell
 from sweeps.codec.presets import PRESETS

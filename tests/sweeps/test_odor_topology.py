@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from analysis import utility, utility_folds, utility_models
+from analysis.topology import utility, utility_folds, utility_models
 from data import molecules
 from data._content import file_sha256
 from models.odor import bottleneck

@@ -18,8 +18,8 @@ from types import SimpleNamespace
 import pytest
 
 from data import _launched
-from data._source import _ReadShard
 from data.codec_shards import _ShardMaker
+from data.shard_reader import _ReadShard
 from sweeps.core import limits as process_limits
 from sweeps.core import machine as machine_module
 from sweeps.core.cells import Pack, UserError

@@ -19,7 +19,7 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis import published
+from analysis.sae import published
 from models.sae.saelens import load_saelens
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings

@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from analysis.audio import CodebookScores
+from analysis.codec.scores import CodebookScores
 from data.audio_io import recording_of
 from data.codec import MelVQCodec
 from data.codec_shards import save_codes
 from data.melvq import MelVQ, MelVQSpec
-from data.pack import TokenClips
+from data.token_batches import TokenClips
 from sweeps.codec.clip_tables import clip_table, with_recordings
 
 

@@ -147,8 +147,8 @@ def test_a_repository_that_moves_on_is_read_at_the_commit_of_the_start(
     """Weights and text of another commit of the same sizes come up between the plan and two reads."""
     import torch
 
-    from data import pile
-    from data.pile import TokenStream
+    from data import token_stream
+    from data.token_stream import TokenStream
     from models.host.host_lm import load_host_lm
     from models.host.specs import HOST_LMS
 
@@ -163,7 +163,7 @@ def test_a_repository_that_moves_on_is_read_at_the_commit_of_the_start(
     with hub_server.HubServer(shards[0], models[0]).running() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         _be_the_hub(monkeypatch, hub.url)
-        for cached in (pile._open, origin._lm_origin, origin._stream_origin):
+        for cached in (token_stream._open, origin._lm_origin, origin._stream_origin):
             cached.cache_clear()
         run = origin.pin([cell], RunSettings())
         assert run.hub_commits == (f"EleutherAI/pythia-70m@{'a' * 40}", f"{DATASET}@{'a' * 40}")
@@ -172,7 +172,7 @@ def test_a_repository_that_moves_on_is_read_at_the_commit_of_the_start(
         assert names[0] == unpinned
         first = sources.open_stream(cell, run).eval_sequences(4)
         hub.move_on("d" * 40, shards[1], models[1])
-        for cached in (pile._open, origin._lm_origin, origin._stream_origin):
+        for cached in (token_stream._open, origin._lm_origin, origin._stream_origin):
             cached.cache_clear()  # as a worker on another node begins
         lm = sources.open_lm(cell, run, "cpu", print)
         second = sources.open_stream(cell, run).eval_sequences(4)

@@ -1,0 +1,302 @@
+"""The cells table of the proxy gap: its columns, one row a cell, and the order in which reports list them.
+
+Shape suffixes: C cells, S sequences, R resamples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from analysis.bootstrap import Floats, count_blocks
+from analysis.crossed import Component, Effect, effects, ratio_influence, skew_factor, units_component
+from analysis.sae.budget import FeatureCounts, rate_bits
+from analysis.sae.fidelity import LOSSES, SEQUENCE_COLUMNS, SequenceSums
+from analysis.sae.variance import CONTROLS
+
+IDENTITY = ("model", "layer", "depth", "k", "seed", "tokens")
+# R² and PR without the tokens and directions that own the variance; older ledgers lack them
+AUDIT_COLUMNS = ("r2_no_sinks", "pr_no_sinks", "sst_share_first", "sst_share_top1pct", *CONTROLS[1:])
+CELL_COLUMNS = (
+    *IDENTITY,
+    *("r2", "r2_legacy", "r2_energy", "ce_rec", "ce_rec_lo", "ce_rec_hi", "ce_loss_score", "mse", "cosine"),
+    *("relative_error", "alive", "swd", "abs_gdelta", "nmse", "rate_bits", "rate_bits_entropy"),
+    *("pr", "pr_deflated", *LOSSES, "d_model", "d_sae", "cell_key", *AUDIT_COLUMNS),
+)
+CONFIGURATION = ("model", "depth", "layer", "k", "tokens")
+# Fewer sequences leave 95% intervals below .93: R² hangs on the few sequences with the longest activations.
+MIN_SEQUENCES = {"ce_rec": 8, "r2": 32}
+_DEPTHS = {"early": 0, "mid": 1, "late": 2}
+
+
+def cell_record(
+    identity: Mapping[str, object],
+    sums: SequenceSums,
+    features: FeatureCounts,
+    geometry: Mapping[str, float],
+) -> dict[str, object]:
+    """One row of the cells table, keys CELL_COLUMNS.
+
+    Args:
+        identity: model, layer, depth, k, seed, tokens and cell_key.
+        sums: the evaluated sequences, with their losses.
+        features: what fired on the same tokens.
+        geometry: `pr` and `pr_deflated` of the hooked layer (`CovarianceSums.summary`), and AUDIT_COLUMNS
+            (`VarianceSums.summary`, `ControlledErrors.metrics`); those that are not given are NaN.
+    """
+    table = sums.table()
+    absent = int(table[list(LOSSES)].isna().any(axis=1).sum())
+    if absent:
+        raise ValueError(f"{absent} of {len(table)} sequences have no losses; call add_losses for every sequence")
+    k = int(str(identity["k"]))
+    interval = ce_rec_interval(table)
+    values: dict[str, object] = {
+        **identity,
+        **sums.metrics(),
+        "ce_rec_lo": interval.lo,
+        "ce_rec_hi": interval.hi,
+        "alive": features.alive(),
+        "rate_bits": rate_bits(features.d_sae, k),
+        "rate_bits_entropy": features.rate_bits_entropy(k),
+        "pr": geometry["pr"],
+        "pr_deflated": geometry["pr_deflated"],
+        "d_model": sums.mean_D.numel(),
+        "d_sae": features.d_sae,
+        **{name: geometry.get(name, float("nan")) for name in AUDIT_COLUMNS},
+    }
+    return {name: values[name] for name in CELL_COLUMNS}
+
+
+def ce_rec_interval(table: pd.DataFrame) -> Effect:
+    """CE_rec of one trained SAE for other sequences; NaN limits where `needs` says what they would need.
+
+    Args:
+        table: one row per evaluated sequence, columns `fidelity.SEQUENCE_COLUMNS`.
+    """
+    return _trained(_METRICS["ce_rec"].influence(_summands(table)))[0]
+
+
+def _trained(influence_CS: Floats) -> list[Effect]:
+    """CE_rec of trained SAEs that share their sequences, for other sequences."""
+    values, needs = influence_CS.mean(axis=1).tolist(), needs_sequences("ce_rec", influence_CS.shape[1])
+    if needs:
+        return [Effect(value, math.nan, math.nan, math.nan, needs) for value in values]
+    return effects(values, [[sequence_component(row)] for row in influence_CS])
+
+
+def needs_sequences(metric: str, sequences: int) -> str:
+    """What an interval over sequences would need, empty where there are enough of them."""
+    least = MIN_SEQUENCES[metric]
+    return "" if sequences >= least else f"needs ≥ {least} evaluated sequences"
+
+
+def sequence_component(mean_S: Floats, twice: float = 0.0) -> Component:
+    """Variance of a mean over sequences, widened for their skewness; `twice` as in `crossed.units_component`."""
+    plain = units_component(mean_S, twice)
+    return Component(plain.variance * skew_factor(mean_S) ** 2, plain.df)
+
+
+def prepare_cells(cells: pd.DataFrame) -> pd.DataFrame:
+    """The cells in report order (model by width, layer, k, tokens, seed), contract columns first.
+
+    AUDIT_COLUMNS that an older ledger lacks are NaN. Raises ValueError on other missing columns and on two rows of the
+    same cell.
+    """
+    cells = cells.assign(**{c: float("nan") for c in AUDIT_COLUMNS if c not in cells.columns})
+    missing = [c for c in CELL_COLUMNS if c not in cells.columns]
+    if missing:
+        raise ValueError(f"the cells table lacks columns {missing}; build its rows with cells.cell_record")
+    if cells.empty:
+        raise ValueError("the cells table is empty; finish at least one cell before reporting")
+    twice = cells.duplicated(list(IDENTITY)) | cells.duplicated("cell_key")
+    if twice.any():
+        raise ValueError(f"cells {cells.loc[twice, 'cell_key'].tolist()[:5]} occur twice; keep one row a cell")
+    extra = [c for c in cells.columns if c not in CELL_COLUMNS]
+    ordered = cells[[*CELL_COLUMNS, *extra]].sort_values(["d_model", "model", "layer", "k", "tokens", "seed"])
+    return ordered.reset_index(drop=True)
+
+
+def models_of(cells: pd.DataFrame) -> list[str]:
+    """Models from narrow to wide."""
+    return cells.sort_values(["d_model", "model"])["model"].drop_duplicates().tolist()
+
+
+def depths_of(cells: pd.DataFrame) -> list[str]:
+    """Depth names: early, mid, late, then any others by name."""
+    return sorted(cells["depth"].unique(), key=lambda depth: (_DEPTHS.get(depth, len(_DEPTHS)), depth))
+
+
+def tokens_label(tokens: float) -> str:
+    """10000000 → "10M", 1048576 → "1.049M", 250000 → "250k", 512 → "512"."""
+    for unit, suffix in ((1_000_000, "M"), (1_000, "k")):
+        if tokens >= unit:
+            return f"{tokens / unit:.4g}{suffix}"
+    return f"{tokens:.0f}"
+
+
+@dataclass(frozen=True)
+class _Ratio:
+    """A metric as base + sign · Σ top / Σ bottom over the evaluated sequences."""
+
+    base: float
+    sign: float
+    top: str
+    bottom: str
+
+    def value(self, sums: Mapping[str, Floats]) -> Floats:
+        return self.base + self.sign * (sums[self.top] / sums[self.bottom])
+
+    def influence(self, columns: Mapping[str, Floats]) -> Floats:
+        """Arrays (rows, S) whose row means are the metric: each sequence's linearised influence on it."""
+        return self.base + self.sign * ratio_influence(columns[self.top], columns[self.bottom])
+
+
+# Later metrics join here.
+_METRICS = {
+    "r2": _Ratio(1.0, -1.0, "sse", "sst"),
+    "cosine": _Ratio(0.0, 1.0, "cos_sum", "n_tokens"),
+    "nmse": _Ratio(0.0, 1.0, "sse", "sum_sq"),
+    "swd": _Ratio(0.0, 1.0, "swd_sum", "n_tokens"),
+    "abs_gdelta": _Ratio(0.0, 1.0, "abs_sum", "n_tokens"),
+    "ce_rec": _Ratio(2.0, -1.0, "loss_recon", "loss_orig"),
+}
+
+
+class SequenceTables:
+    """The evaluated sequences of many cells, ready for paired resampling.
+
+    Cells evaluated on the same sequences (all cells of a model; all models that share a tokenizer) share
+    every resample. R² keeps each sequence's Σ‖a − ā‖² around the mean of the whole evaluation set: the
+    mean is not drawn again.
+    """
+
+    def __init__(self, cells: pd.DataFrame, sequences: Mapping[str, pd.DataFrame] | pd.DataFrame | None) -> None:
+        self._cells = cells
+        self._groups: dict[tuple[int, ...], list[int]] = {}
+        tables = _by_key(sequences)
+        absent = [key for key in cells["cell_key"] if key not in tables]
+        if tables and absent:
+            raise ValueError(
+                f"cells {absent[:5]} (of {len(absent)}) have no sequence table; give one for all or for none"
+            )
+        self._columns: list[dict[str, Floats]] = []
+        for row, key in enumerate(cells["cell_key"]):
+            if not tables:
+                break
+            columns = _summands(_checked(key, tables[key]))
+            self._groups.setdefault(tuple(columns["sequence"].astype(np.int64).tolist()), []).append(row)
+            self._columns.append(columns)
+
+    @property
+    def given(self) -> bool:
+        """Whether there are sequence tables."""
+        return bool(self._columns)
+
+    def influence(self, metric: str) -> list[Floats]:
+        """Each cell's row of the sequences' linearised influence on a metric (its mean is the metric).
+
+        Without sequence tables a row holds the cell's own value alone.
+        """
+        if not self._columns:
+            return [np.array([value]) for value in self._cells[metric].to_numpy(float)]
+        ratio, result = _METRICS[metric], [np.empty(0)] * len(self._cells)
+        for rows in self._groups.values():
+            stacked = {c: np.stack([self._columns[r][c] for r in rows]) for c in (ratio.top, ratio.bottom)}
+            for row, influence_S in zip(rows, ratio.influence(stacked), strict=True):
+                result[row] = influence_S
+        return result
+
+    def ce_rec_intervals(self) -> list[Effect] | None:
+        """`ce_rec_interval` of every cell; None without sequence tables."""
+        if not self._columns:
+            return None
+        influence = self.influence("ce_rec")
+        result: dict[int, Effect] = {}
+        for rows in self._groups.values():
+            result |= dict(zip(rows, _trained(np.stack([influence[r] for r in rows])), strict=True))
+        return [result[row] for row in range(len(self._cells))]
+
+    @property
+    def sequence_set(self) -> npt.NDArray[np.int64]:
+        """A number per cell; equal for cells that were evaluated on the same sequences."""
+        result = np.zeros(len(self._cells), dtype=np.int64)
+        for number, rows in enumerate(self._groups.values()):
+            result[rows] = number
+        return result
+
+    @property
+    def sequence_counts(self) -> npt.NDArray[np.int64]:
+        """How many sequences each cell was evaluated on; 0 without sequence tables."""
+        result = np.zeros(len(self._cells), dtype=np.int64)
+        for ids, rows in self._groups.items():
+            result[rows] = len(ids)
+        return result
+
+    def blocks(
+        self, metrics: Sequence[str], *, n_resamples: int, seed: int, block: int = 250
+    ) -> Iterator[dict[str, Floats]]:
+        """Each metric of every cell in every sequence resample, (R, C) arrays a block of R at a time.
+
+        Without sequence tables every resample repeats the cell's own value.
+        """
+        size = len(self._cells)
+        if not self._columns:
+            for start in range(0, n_resamples, block):
+                shape = (min(block, n_resamples - start), size)
+                yield {name: np.broadcast_to(self._cells[name].to_numpy(float), shape) for name in metrics}
+            return
+        needed = sorted({column for name in metrics for column in (_METRICS[name].top, _METRICS[name].bottom)})
+        stacked = [
+            (rows, np.stack([np.stack([self._columns[r][c] for r in rows], axis=1) for c in needed], axis=1))
+            for rows in self._groups.values()
+        ]
+        draws = [
+            count_blocks(len(ids), n_resamples, [seed, position], block) for position, ids in enumerate(self._groups)
+        ]
+        for counts in zip(*draws, strict=True):
+            result = {name: np.empty((len(counts[0]), size)) for name in metrics}
+            for (rows, columns_SMC), counts_RS in zip(stacked, counts, strict=True):
+                flat = counts_RS @ columns_SMC.reshape(len(columns_SMC), -1)
+                sums = dict(zip(needed, np.moveaxis(flat.reshape(len(counts_RS), len(needed), -1), 1, 0), strict=True))
+                for name in metrics:
+                    result[name][:, rows] = _METRICS[name].value(sums)
+            yield result
+
+
+def _summands(table: pd.DataFrame) -> dict[str, Floats]:
+    """What the metrics' sums run over, by sequence: token sums as they are, mean losses times the sequence's tokens."""
+    columns_CS = table[list(SEQUENCE_COLUMNS)].to_numpy(float).T
+    columns_CS = np.ascontiguousarray(columns_CS[:, np.argsort(columns_CS[0], kind="stable")])
+    columns = dict(zip(SEQUENCE_COLUMNS, columns_CS, strict=True))
+    return columns | {name: columns["n_tokens"] * columns[name] for name in LOSSES}
+
+
+def _checked(key: str, table: pd.DataFrame) -> pd.DataFrame:
+    missing = [c for c in SEQUENCE_COLUMNS if c not in table.columns]
+    if missing:
+        raise ValueError(f"the sequence table of cell {key} lacks columns {missing}; save SequenceSums.table() whole")
+    if table["sequence"].duplicated().any() or table.empty:
+        raise ValueError(f"cell {key} has {len(table)} rows for {table['sequence'].nunique()} sequences; one row each")
+    return table
+
+
+def _by_key(sequences: Mapping[str, pd.DataFrame] | pd.DataFrame | None) -> dict[str, pd.DataFrame]:
+    if sequences is None:
+        return {}
+    if isinstance(sequences, pd.DataFrame):
+        return {str(key): table for key, table in sequences.groupby("cell_key", sort=False)}
+    return dict(sequences)
+
+
+def configurations(cells: pd.DataFrame) -> tuple[pd.DataFrame, list[npt.NDArray[np.int64]]]:
+    """The distinct (model, depth, layer, k, tokens) in report order and the rows (seeds) of each."""
+    codes = cells.groupby(list(CONFIGURATION), sort=False).ngroup().to_numpy()
+    rows = [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
+    table = cells.loc[[r[0] for r in rows], [*CONFIGURATION, "d_model"]].reset_index(drop=True)
+    table["n_seeds"] = [len(r) for r in rows]
+    return table, rows
