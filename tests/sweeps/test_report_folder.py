@@ -13,7 +13,7 @@ from sweeps.core.cells import Row
 from sweeps.launch import command
 from sweeps.launch.report_folder import put_in_place
 from sweeps.ledger.ledger import Ledger
-from tests.sweeps.test_launch import Main, main  # noqa: F401 - a fixture
+from tests.sweeps.launch.test_launch import Main, main  # noqa: F401 - a fixture
 
 
 def made(root: Path, **files: str) -> Path:

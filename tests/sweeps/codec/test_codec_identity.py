@@ -19,7 +19,7 @@ from sweeps.core.cells import Row, UserError
 from sweeps.core.settings import RunSettings
 from sweeps.launch.context import PackContext
 from sweeps.ledger.ledger import Ledger
-from tests.sweeps.test_codec_data import layout, quiet, study_at
+from tests.sweeps.codec.test_codec_data import layout, quiet, study_at
 
 
 def forget() -> None:

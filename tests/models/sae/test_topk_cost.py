@@ -11,7 +11,7 @@ import torch
 
 from models.sae.trainer import SAEBank, SAEConfig, SparseTrainer, bank_bytes, step_flops
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 MEASURE = """
 import ctypes, sys, psutil, torch

@@ -15,7 +15,7 @@ from models.codec.model import build_codec_lm
 from sweeps.codec.loop import Batch, TrainConfig, Trainer
 from sweeps.ledger.checkpoints import WorkStore
 from sweeps.ledger.storage import Store
-from tests.sweeps.test_codec_lm import CONFIG
+from tests.sweeps.codec.test_codec_lm import CONFIG
 
 
 @pytest.fixture(params=["local", "memory"])

@@ -30,7 +30,7 @@ from sweeps.launch import command, failure, ray_session, same_code, tune
 from sweeps.launch.pack_queue import Queue
 from sweeps.ledger import storage as storage_module
 from sweeps.ledger.ledger import Ledger
-from tests.sweeps.test_launch import Main, main  # noqa: F401 - a fixture
+from tests.sweeps.launch.test_launch import Main, main  # noqa: F401 - a fixture
 
 GIB = 2**30
 

@@ -16,7 +16,7 @@ from models.host.cache import cached_directory
 from models.host.host_lm import Corpus, load_host_lm
 from models.host.standin import Recipe, ngram_cross_entropies, pretrained, train
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 # after "a" comes "b" or "c" in turn: one byte of context leaves ln 2 every other byte, two leave nothing
 PATTERN = np.tile(np.frombuffer(b"abac", np.uint8), 500).astype(np.uint16)
 TINY = Recipe(phases=((40, 8, 16), (5, 4, 32)), warmup=5, bigram_steps=150)

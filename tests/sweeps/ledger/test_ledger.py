@@ -23,7 +23,7 @@ from sweeps.ledger.claims import Claims
 from sweeps.ledger.ledger import Ledger
 from sweeps.ledger.storage import Store, with_errno
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @dataclass(frozen=True, kw_only=True)

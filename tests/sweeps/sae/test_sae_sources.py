@@ -111,7 +111,7 @@ def test_leaving_out_corrupt_shards_makes_other_cells(commits: dict[str, str], t
         assert strict[1] != lenient[1]
 
 
-_spec = importlib.util.spec_from_file_location("hub_server", Path(__file__).parents[1] / "data" / "hub_server.py")
+_spec = importlib.util.spec_from_file_location("hub_server", Path(__file__).parents[2] / "data" / "hub_server.py")
 assert _spec is not None
 assert _spec.loader is not None
 hub_server = importlib.util.module_from_spec(_spec)

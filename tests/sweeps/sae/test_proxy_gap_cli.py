@@ -31,7 +31,7 @@ from sweeps.sae.report import is_the_studys
 from sweeps.sae.sweep import SWEEP
 from tests.sweeps.tiny_proxy_gap import MODEL, save_lm, save_shards, settings, tiny_grid
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 HUB_SERVER = ROOT / "tests" / "data" / "hub_server.py"
 COLUMNS = [
     *("model", "layer", "depth", "k", "seed", "tokens", "r2", "r2_legacy", "r2_energy", "ce_rec", "ce_rec_lo"),

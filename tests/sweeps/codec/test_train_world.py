@@ -14,7 +14,7 @@ from models.codec.model import build_codec_lm
 from sweeps.core.world import World
 from tests.sweeps.world_job import CONFIG, STEPS, batch_at, run, trainer
 
-JOB = Path(__file__).with_name("world_job.py")
+JOB = Path(__file__).parents[1] / "world_job.py"
 
 
 @pytest.fixture(scope="module")

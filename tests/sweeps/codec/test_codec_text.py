@@ -25,7 +25,7 @@ from sweeps.codec.texts import after_dropout, arm_name, shuffled_texts, with_own
 from sweeps.core.cells import UserError
 from sweeps.launch.context import PackContext
 from sweeps.ledger.ledger import Ledger
-from tests.sweeps.test_codec_lm import TINY, context_on, killed_and_continued
+from tests.sweeps.codec.test_codec_lm import TINY, context_on, killed_and_continued
 
 STUDY = replace(TINY, architectures=("transformer",), text=("none", "bytes"), text_dropout=0.5, sample_s=0.0)
 

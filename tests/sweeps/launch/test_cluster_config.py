@@ -19,7 +19,7 @@ from sweeps.launch import pods
 from sweeps.launch.pods import Cluster
 from sweeps.sae.sweep import SWEEP
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from sweeps.launch.context import PackContext
 from sweeps.launch.failure import death, last_failure
 from sweeps.ledger.ledger import Ledger
 
-TOY = Path(__file__).with_name("toy_sweep.py")
+TOY = Path(__file__).parents[1] / "toy_sweep.py"
 MEMORY = """ray.exceptions.OutOfMemoryError: 1 worker(s) were killed due to the node running low on memory. \
 Memory on the node (IP: 10.0.0.2, ID: 0fb4dc8e) was 22.90GB used / 23.54GB limit (0.972812)
 OOM kill reason: Memory usage 24588734336B exceeded threshold of 24012676915B (95.0% of 25276502016B limit)

@@ -14,7 +14,7 @@ import pytest
 from sweeps.launch.stop import StopFlag, Stopper
 from sweeps.ledger.storage import Store
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = """
 import signal, sys, time, weakref
 from sweeps.launch.stop import listen

@@ -13,7 +13,7 @@ from sweeps.core.names import checked
 from sweeps.ledger.ledger import Ledger
 from sweeps.ledger.published import file_of
 from sweeps.ledger.storage import Store
-from tests.sweeps.test_publication import Point, ledger_of
+from tests.sweeps.ledger.test_publication import Point, ledger_of
 
 NAMES = ("/etc/x", "../x", "a/../../x", "a//b", "a/./b", "", ".", "..", "a\\b", "a\0b", "a\nb", "C:\\x", "a/")
 

@@ -15,7 +15,7 @@ import soundfile
 from data.synthetic_speech import SpeechSpec, utterance
 from tests.sweeps.mlflow_runs import runs_of_cells
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.slow
 
 

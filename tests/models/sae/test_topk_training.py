@@ -12,7 +12,7 @@ import torch
 from models.sae.engines import PARAMETERS, grouped_topk
 from models.sae.trainer import SAEBank, SAEConfig, SparseTrainer, TopKSAE
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SPARSE = ["torch", "numba"]
 
 

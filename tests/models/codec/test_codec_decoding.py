@@ -162,7 +162,7 @@ print(made.codes.tolist(), [x.hex() for x in made.log_probability.tolist()])
 @pytest.mark.slow
 def test_a_process_that_compiles_and_one_that_loads_the_kernels_draw_the_same(tmp_path):
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     said = [
         subprocess.run(
             [sys.executable, "-c", _SAMPLE], env=environment, cwd=root, capture_output=True, text=True, check=True

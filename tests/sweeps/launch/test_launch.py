@@ -29,7 +29,7 @@ from sweeps.ledger.ledger import Ledger
 from tests.sweeps.mlflow_runs import runs_of_cells
 from tests.sweeps.toy_sweep import Square, Toy, ToySweep
 
-TOY = Path(__file__).with_name("toy_sweep.py")
+TOY = Path(__file__).parents[1] / "toy_sweep.py"
 
 
 def command(*arguments: str) -> list[str]:

@@ -30,7 +30,7 @@ from sweeps.launch.context import PackContext
 from sweeps.ledger.checkpoints import WorkStore
 from sweeps.ledger.ledger import Ledger
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SETTINGS = {
     "architectures": ("transformer",),
     "lr": (2e-3,),
@@ -237,7 +237,7 @@ def test_more_workers_than_the_cluster_can_hold_are_refused(
 
 @pytest.mark.slow
 def test_bad_input_is_not_retried_and_a_deadly_cell_is_given_up_alone(tmp_path: Path) -> None:
-    toy = Path(__file__).with_name("toy_sweep.py")
+    toy = Path(__file__).parents[1] / "toy_sweep.py"
     settings = ("n=1,2,3,4", "deadly=2", "bad=4", "pack_size=4", "max_retries=1", "on_workers=true")
     arguments = [part for setting in (*settings, f"scratch={tmp_path}") for part in ("--set", setting)]
     job = subprocess.run(
@@ -255,7 +255,7 @@ def test_bad_input_is_not_retried_and_a_deadly_cell_is_given_up_alone(tmp_path: 
 
 @pytest.mark.slow
 def test_sigterm_of_a_trial_ends_it_at_a_safe_point_and_a_retry_goes_on(tmp_path: Path) -> None:
-    toy = Path(__file__).with_name("toy_sweep.py")
+    toy = Path(__file__).parents[1] / "toy_sweep.py"
     settings = ("n=1,2,3,4,5,6,7,8", "pack_size=8", "seconds=1", f"scratch={tmp_path}")
     job = subprocess.Popen(
         [sys.executable, str(toy), *(part for setting in settings for part in ("--set", setting))],

@@ -124,7 +124,7 @@ def test_gpu_types_are_checked_whether_or_not_a_plan_asks() -> None:
 def test_plan_shows_what_the_ledger_says_was_spent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
     monkeypatch.chdir(tmp_path)
     from toy_sweep import Square
 

@@ -20,7 +20,7 @@ from sweeps.codec.sweep import SWEEP
 from sweeps.codec.tokens import fingerprint, open_source, tokens_folder
 from sweeps.core.cells import UserError
 from sweeps.ledger.storage import Store
-from tests.sweeps.test_codec_data import layout, quiet, study_at
+from tests.sweeps.codec.test_codec_data import layout, quiet, study_at
 
 TRAIN = data.melvq.train
 
