@@ -1,11 +1,16 @@
-"""The arrows of the design: data, models and analysis never import each other; nothing shadows a package."""
+"""The arrows of the design: data, models and analysis never import each other; imports go
+down the floors of `sweeps`; nothing shadows a package."""
 
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
+import re
 import subprocess
 import sys
+from collections import Counter
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -34,9 +39,82 @@ def test_rooms_import_no_other_room(room: str) -> None:
 
 
 def test_no_sweep_module_shadows_a_package() -> None:
-    stems = {p.stem for p in (ROOT / "sweeps").glob("*.py")} - {"__init__"}
+    folder = ROOT / "sweeps"
+    rooms = {p.name for p in folder.iterdir() if (p / "__init__.py").is_file()}
+    stems = {p.stem for p in folder.glob("*.py")} - {"__init__"} | rooms
     assert "proxy_gap" in stems
     assert [s for s in stems if s in sys.stdlib_module_names or importlib.util.find_spec(s)] == []
+
+
+FLOORS = {"core": 0, "ledger": 1, "launch": 2, "sae": 3, "topology": 3, "codec": 3, "caching": 4}
+COMMANDS = 5
+MOST_MODULES = 24  # of a room
+BY_NAME = re.compile(r"(sweeps(?:\.\w+)+):\w+")  # a function that the workers find by its module's name
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the four packages, by its name."""
+    files = [file for package in ROOMS for file in (ROOT / package).rglob("*.py")]
+    return {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f for f in files}
+
+
+@functools.cache
+def arrows() -> dict[str, set[str]]:
+    """What each module imports: at its head, in functions, under TYPE_CHECKING and as a function's name in a text."""
+    known = modules()
+    out: dict[str, set[str]] = {name: set() for name in known}
+    for name, file in known.items():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            found: list[str] = []
+            if isinstance(node, ast.Import):
+                found = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                parts = [f"{node.module}.{alias.name}" for alias in node.names]
+                found = [part if part in known else node.module for part in parts]
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found = [match[1] for match in BY_NAME.finditer(node.value)]
+            out[name] |= {one for one in found if one in known and one != name}
+    return out
+
+
+def room(module: str) -> str:
+    """`sweeps.ledger` of `sweeps.ledger.claims`; a module at the head of its package is of no room."""
+    return ".".join(module.split(".")[:2]) if module.count(".") > 1 else module.split(".")[0]
+
+
+def floor(module: str) -> int:
+    parts = module.split(".")
+    return FLOORS[parts[1]] if len(parts) > 2 else COMMANDS
+
+
+def test_modules_import_in_no_circle() -> None:
+    TopologicalSorter(arrows()).prepare()  # raises CycleError, which names the circle
+
+
+def test_rooms_import_in_no_circle() -> None:
+    between: dict[str, set[str]] = {}
+    for module, imported_ones in arrows().items():
+        between.setdefault(room(module), set()).update({room(m) for m in imported_ones} - {room(module)})
+    TopologicalSorter(between).prepare()
+
+
+def test_imports_inside_sweeps_go_down() -> None:
+    rooms = {p.name for p in (ROOT / "sweeps").iterdir() if (p / "__init__.py").is_file()}
+    assert rooms == set(FLOORS)
+    for module, imported_ones in arrows().items():
+        for other in (m for m in imported_ones if m.startswith("sweeps.") and m.count(".") > 1):
+            if module.startswith("sweeps.") and room(module) != room(other):
+                assert floor(module) > floor(other), f"{module} imports {other}, which is not below it"
+
+
+def test_core_imports_nothing_else_of_the_project() -> None:
+    outside = {(m, o) for m, some in arrows().items() if room(m) == "sweeps.core" for o in some if room(o) != room(m)}
+    assert outside == set()
+
+
+def test_rooms_are_small() -> None:
+    sizes = Counter(room(module) for module in modules() if module.count(".") > 1)
+    assert {name: size for name, size in sizes.items() if size > MOST_MODULES} == {}
 
 
 def test_files_are_of_one_idea() -> None:
