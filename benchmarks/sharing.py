@@ -47,14 +47,16 @@ def launched(folder: Path, launches: int, arguments: list[str], env: Mapping[str
     command = [sys.executable, str(TOY), "--storage", str(folder / "ledger"), *arguments]
     began, running = time.perf_counter(), []
     for number, core in zip(range(launches), sorted(os.sched_getaffinity(0)), strict=False):
-        with open(folder / f"out-{number}.txt", "w") as out:
+        with open(folder / f"out-{number}.txt", "w", encoding="utf-8") as out:
             process = subprocess.Popen(command, cwd=folder, env=dict(env), stdout=out, stderr=subprocess.STDOUT)
         psutil.Process(process.pid).cpu_affinity([core])  # long before it counts its cores and starts Ray
         running.append(process)
     codes = [process.wait() for process in running]
     wall_s = time.perf_counter() - began
     if any(codes):
-        raise RuntimeError(f"exit codes {codes}:\n" + "\n".join(p.read_text() for p in sorted(folder.glob("out-*"))))
+        raise RuntimeError(
+            f"exit codes {codes}:\n" + "\n".join(p.read_text(encoding="utf-8") for p in sorted(folder.glob("out-*")))
+        )
     ledger = Ledger(str(folder / "ledger"), "toy", "1")
     metas = [ledger.read(key).meta for key in ledger.done()]
     work_s = max(m["published_unix"] for m in metas) - min(m["pack_started_unix"] for m in metas)

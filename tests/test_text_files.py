@@ -1,4 +1,4 @@
-"""Text files are read as UTF-8 and cut at line feeds, whatever the locale and Unicode call a line."""
+"""Text files are cut at line feeds alone, whatever Unicode calls a line; test_architecture looks at encodings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import numpy as np
 from data.embeddings import load
 
 ROOT = Path(__file__).resolve().parents[1]
-PLACES = ("data", "models", "analysis", "sweeps", "benchmarks")
 
 
 def calls(*places: str) -> Iterator[tuple[str, str, ast.Call]]:
@@ -22,22 +21,6 @@ def calls(*places: str) -> Iterator[tuple[str, str, ast.Call]]:
                 if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
                     name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
                     yield f"{file.relative_to(ROOT)}:{node.lineno}", name, node
-
-
-def is_plain_open(node: ast.Call) -> bool:
-    """`open(path)` or `open(path, "r…")` of the built-in function, in text mode."""
-    mode = node.args[1] if len(node.args) > 1 else next((k.value for k in node.keywords if k.arg == "mode"), None)
-    return isinstance(node.func, ast.Name) and not (isinstance(mode, ast.Constant) and "b" in str(mode.value))
-
-
-def test_no_text_is_read_or_written_in_the_locales_encoding() -> None:
-    bare = [
-        where
-        for where, name, node in calls(*PLACES)
-        if (name in ("read_text", "write_text") or (name == "open" and is_plain_open(node)))
-        and not any(k.arg == "encoding" for k in node.keywords)
-    ]
-    assert bare == []
 
 
 def test_no_reader_of_data_cuts_lines_as_unicode_does() -> None:

@@ -34,7 +34,7 @@ class Tiny:
     @property
     def home(self) -> str:
         """The module that holds SWEEP."""
-        return self.module or f"sweeps.{self.name}"
+        return self.module or _MODULES[self.name]
 
     def ledger(self, storage: str) -> Ledger:
         """The ledger of launches on `storage`."""
