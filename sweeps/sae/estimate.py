@@ -3,77 +3,107 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
-from sweeps.core.cells import Estimate
+from sweeps.core.cells import Estimate, Pack
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
 from sweeps.launch.screen import duration
+from sweeps.sae.cells import SAECell, sae_config
 from sweeps.sae.packs import make_packs, shared_passes, spec_of, steps_of
 
-if TYPE_CHECKING:
-    from sweeps.sae.cells import SAECell
 _LM_EFFICIENCY = 0.6  # of the matmul rate that a whole transformer block reaches
 _STEP_TOUCHES = 14  # a dense step reads and writes both matrices, their moments, and reads their gradients
 _NOMINAL_FLOPS = 5e10  # a CPU core, when nothing is measured
+_EVALUATION_PASSES = 4  # in forward passes over the held-out text that all SAEs of a pack share: one, and its backward
 
 
 def estimate(cells: Sequence[SAECell], machine: Machine, run: RunSettings) -> Estimate:
     """Passes, tokens, FLOPs, memory and time to finish `cells` on this machine."""
-    from models.host.host_lm import lm_flops_per_token
-    from models.sae.trainer import step_flops
-    from sweeps.sae.cells import SAECell, sae_config
-
     if not cells:
         return Estimate(seconds=0.0, basis="nothing to do")
     packs = make_packs(cells, machine, run)
-    tokens, flops, traffic, busy = 0, 0.0, 0.0, 0.0
-    measured: dict[tuple[Any, ...], tuple[float, float]] = {}
-    for pack in packs:
-        part = [c for c in pack.cells if isinstance(c, SAECell)]
-        first = part[0]
-        spec = spec_of(first, run)
-        deepest = max(c.layer for c in part)
-        longest = max(c.tokens for c in part)
-        forward = partial(lm_flops_per_token, first.model, context=first.context, lm_path=run.lm_path or None)
-        evaluated = first.eval_sequences * first.context
-        lm = longest * forward(deepest) + 4 * evaluated * forward(None)
-        for cell in part:
-            lm += evaluated * (forward(None) - forward(cell.layer))
-        train = step_bytes = 0.0
-        for own in (own for shared in shared_passes(part).values() for own in shared.values()):
-            config = sae_config(own[0], spec.d_model)
-            train += step_flops(config, first.batch_tokens) * steps_of(own, config)
-            step_bytes += _STEP_TOUCHES * 4 * spec.d_model * config.d_sae * steps_of(own, config)
-        tokens += longest
-        flops += lm + train
-        weights = spec.n_parameters * (2 if first.lm_dtype == "bfloat16" else 4)
-        traffic += weights * (longest / (first.shuffle_sequences * first.context) + 4)
-        traffic += step_bytes
-        kind = (first.model, first.d_sae, first.batch_tokens, pack.cpus)
-        if kind not in measured:
-            measured[kind] = _probe(first, spec.d_model, int(pack.cpus), run)
-        lm_rate, sae_rate = measured[kind]
-        busy += lm / lm_rate + train / sae_rate
-    abreast = min(
-        len(packs), machine.gpus or machine.nodes * max(1, machine.cpus // machine.nodes // int(packs[0].cpus))
-    )
+    work = [_work(pack, run) for pack in packs]
+    per_node = max(1, machine.cpus // machine.nodes // int(packs[0].cpus))
+    at_once = min(len(packs), machine.gpus or machine.nodes * per_node)
     first_use = _pretraining({c.model for c in cells}, run) if run.probe else {}
-    seconds = busy / abreast + sum(first_use.values()) / min(abreast, max(1, len(first_use)))
+    pretraining = sum(first_use.values()) / min(at_once, max(1, len(first_use)))
     probed = "calibrated by a short probe; arithmetic alone, small models took twice as long with starts and waits"
-    basis = probed if run.probe else f"assuming {_NOMINAL_FLOPS:.0e} FLOP/s a core, not measured"
     return Estimate(
         lm_passes=len(packs),
-        tokens=tokens,
-        flops=flops,
-        bytes=traffic,
+        tokens=sum(w.tokens for w in work),
+        flops=sum(w.lm_flops + w.sae_flops for w in work),
+        bytes=sum(w.traffic for w in work),
         memory_bytes=max(p.memory_bytes for p in packs),
         shared=tuple(f"{name} is pretrained first, about {duration(s)} h:m:s" for name, s in first_use.items()),
-        seconds=seconds,
-        basis=basis,
+        seconds=_busy_seconds(packs, work, run) / at_once + pretraining,
+        basis=probed if run.probe else f"assuming {_NOMINAL_FLOPS:.0e} FLOP/s a core, not measured",
     )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What one pack computes; `traffic` in bytes to and from memory."""
+
+    tokens: int
+    lm_flops: float
+    sae_flops: float
+    traffic: float
+
+
+def _work(pack: Pack, run: RunSettings) -> _Work:
+    from models.sae.trainer import step_flops
+
+    cells = _cells(pack)
+    first, width, longest = cells[0], spec_of(cells[0], run).d_model, max(c.tokens for c in cells)
+    sae_flops, traffic = 0.0, _weight_bytes(first, longest, run)
+    for trajectories in shared_passes(cells).values():
+        for own in trajectories.values():
+            config = sae_config(own[0], width)
+            steps = steps_of(own, config)
+            sae_flops += step_flops(config, first.batch_tokens) * steps
+            traffic += _STEP_TOUCHES * 4 * width * config.d_sae * steps
+    return _Work(longest, _lm_flops(cells, longest, run), sae_flops, traffic)
+
+
+def _lm_flops(cells: Sequence[SAECell], tokens: int, run: RunSettings) -> float:
+    """FLOPs of a pack's language model: training up to the deepest layer, evaluation through all of them."""
+    from models.host.host_lm import lm_flops_per_token
+
+    first = cells[0]
+
+    def forward(layer: int | None) -> float:
+        return lm_flops_per_token(first.model, layer, context=first.context, lm_path=run.lm_path or None)
+
+    evaluated = first.eval_sequences * first.context
+    unpatched = _EVALUATION_PASSES * evaluated * forward(None)
+    patched = sum(evaluated * (forward(None) - forward(cell.layer)) for cell in cells)
+    return tokens * forward(max(c.layer for c in cells)) + unpatched + patched
+
+
+def _weight_bytes(cell: SAECell, tokens: int, run: RunSettings) -> float:
+    """Traffic of the language model's weights: once per shuffle block, and in the evaluation's passes."""
+    weights = spec_of(cell, run).n_parameters * (2 if cell.lm_dtype == "bfloat16" else 4)
+    return weights * (tokens / (cell.shuffle_sequences * cell.context) + _EVALUATION_PASSES)
+
+
+def _busy_seconds(packs: Sequence[Pack], work: Sequence[_Work], run: RunSettings) -> float:
+    """Seconds of all packs one after another; each kind of pack is measured once."""
+    rates: dict[tuple[object, ...], tuple[float, float]] = {}
+    seconds = 0.0
+    for pack, own in zip(packs, work, strict=True):
+        cell = _cells(pack)[0]
+        kind = (cell.model, cell.d_sae, cell.batch_tokens, pack.cpus)
+        if kind not in rates:
+            rates[kind] = _probe(cell, spec_of(cell, run).d_model, int(pack.cpus), run)
+        lm_rate, sae_rate = rates[kind]
+        seconds += own.lm_flops / lm_rate + own.sae_flops / sae_rate
+    return seconds
+
+
+def _cells(pack: Pack) -> list[SAECell]:
+    return [c for c in pack.cells if isinstance(c, SAECell)]
 
 
 def _probe(cell: SAECell, d_in: int, threads: int, run: RunSettings) -> tuple[float, float]:
@@ -84,7 +114,6 @@ def _probe(cell: SAECell, d_in: int, threads: int, run: RunSettings) -> tuple[fl
 
     from models.cpu.threads import torch_threads
     from models.sae.trainer import SparseTrainer, step_flops
-    from sweeps.sae.cells import sae_config
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch_threads(threads):
@@ -110,7 +139,7 @@ def _pretraining(models: Collection[str], run: RunSettings) -> dict[str, float]:
     return {name: s for name, s in seconds.items() if s}
 
 
-def _seconds(work: Any, threads: int, repeats: int = 5) -> float:
+def _seconds(work: Callable[[], object], threads: int, repeats: int = 5) -> float:
     """Least seconds of `work`: on a CPU those that `threads` cores computed, so other load does not count."""
     import torch
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from sweeps.core.cells import Pack, UserError
 from sweeps.core.machine import HEADROOM, Machine
 from sweeps.core.settings import RunSettings
+from sweeps.sae.cells import SAECell, sae_config
 
 if TYPE_CHECKING:
     from models.host.host_lm import HostLMSpec
     from models.sae.trainer import SAEConfig
-    from sweeps.sae.cells import SAECell
 _PROCESS_BYTES = 3 * 2**29  # an interpreter with torch, transformers and Ray loaded
 _USABLE = 0.75  # share of free memory that packs may plan with
 
@@ -30,7 +31,6 @@ def spec_of(cell: SAECell, run: RunSettings) -> HostLMSpec:
 def pack_bytes(cells: Sequence[SAECell], run: RunSettings) -> int:
     """Peak memory of one pack: process, LM, SAEs with their training state, one shuffle block, evaluation."""
     from models.sae.trainer import bank_bytes
-    from sweeps.sae.cells import sae_config
 
     first, spec = cells[0], spec_of(cells[0], run)
     width = spec.d_model
@@ -80,32 +80,17 @@ def _split(trajectories: list[list[SAECell]], parts: int) -> list[list[SAECell]]
 
 
 def make_packs(cells: Sequence[SAECell], machine: Machine, run: RunSettings) -> list[Pack]:
-    """One pack a (model, stream) where it fits; more where memory, `cells_per_pack` or idle devices ask for it.
+    """One pack per (model, stream) where it fits; more where memory, `cells_per_pack` or idle devices ask for it.
 
     Raises UserError when a single SAE does not fit.
     """
-    groups = [list(g.values()) for g in shared_passes(cells).values()]
-    wanted = _shares([len(g) for g in groups], max(len(groups), machine.gpus or machine.nodes))
-    cores = max(1, machine.cpus // machine.nodes)
-    free = _device_bytes(machine, run) * _USABLE
-    most = 1 if machine.gpus else _placed(cores, run.threads) if run.threads else cores
-
-    def on_a_node(packs: int) -> int:
-        return min(most, -(-packs // machine.nodes))
-
-    together = on_a_node(sum(wanted))
-    while True:
-        parts = _split_all(groups, wanted, free / together, together, run)
-        sizes = [pack_bytes(part, run) for part in parts]
-        abreast = on_a_node(len(parts))
-        # with a set number of threads Ray runs all of `abreast` at once: memory must hold them, or be shared by more
-        if not run.threads or abreast <= together or abreast * max(sizes) <= free:
-            break
-        together = abreast
+    node = _Node.of(machine, run)
+    parts, sizes, sharing = _fitting_parts(cells, machine, node, run)
     if machine.gpus:
         cpus = threads(cells, machine, run)
     else:
-        cpus = run.threads or _threads(cores, abreast, held=max(together, int(free // max(sizes))))
+        held = max(sharing, int(node.free // max(sizes)))
+        cpus = run.threads or _threads(node.cores, node.at_once(len(parts)), held)
     return [
         Pack(
             name=f"{part[0].model}-{i:02d}",
@@ -116,6 +101,43 @@ def make_packs(cells: Sequence[SAECell], machine: Machine, run: RunSettings) -> 
         )
         for i, (part, size) in enumerate(zip(parts, sizes, strict=True))
     ]
+
+
+@dataclass(frozen=True)
+class _Node:
+    """What one node of the machine offers to packs."""
+
+    nodes: int  # of the machine
+    cores: int
+    free: float  # bytes that its packs may plan with: of the node's memory, or of a GPU's
+    most: int  # packs that it can run at once
+
+    @classmethod
+    def of(cls, machine: Machine, run: RunSettings) -> _Node:
+        cores = max(1, machine.cpus // machine.nodes)
+        most = 1 if machine.gpus else _placed(cores, run.threads) if run.threads else cores
+        return cls(machine.nodes, cores, _device_bytes(machine, run) * _USABLE, most)
+
+    def at_once(self, packs: int) -> int:
+        """Packs that this node runs at once when all nodes together have `packs`."""
+        return min(self.most, -(-packs // self.nodes))
+
+
+def _fitting_parts(
+    cells: Sequence[SAECell], machine: Machine, node: _Node, run: RunSettings
+) -> tuple[list[list[SAECell]], list[int], int]:
+    """(the cells of every pack, the bytes of every pack, how many packs share the memory of a node)."""
+    groups = [list(g.values()) for g in shared_passes(cells).values()]
+    wanted = _shares([len(g) for g in groups], max(len(groups), machine.gpus or machine.nodes))
+    sharing = node.at_once(sum(wanted))
+    while True:
+        parts = _split_all(groups, wanted, node.free / sharing, sharing, run)
+        sizes = [pack_bytes(part, run) for part in parts]
+        at_once = node.at_once(len(parts))
+        # with a set number of threads Ray runs all of `at_once`: memory must hold them, or be shared by more
+        if not run.threads or at_once <= sharing or at_once * max(sizes) <= node.free:
+            return parts, sizes, sharing
+        sharing = at_once
 
 
 def threads(planned: Sequence[SAECell], machine: Machine, run: RunSettings) -> int:
