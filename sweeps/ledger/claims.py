@@ -1,9 +1,25 @@
 """Claims with leases, so that two launches on one ledger never do the same work.
 
-A launch renews one lease file. Its claims are one entry of a numbered log: entry n names the launch and every key it
-holds, and is made by creating a file that must not exist, which exactly one launch can do. Whoever wants to claim
-reads the entries first, so the number orders all claims; a hundred thousand claims cost a listing, a read of the
-other launches' entries and one write. The claims of a launch end with its lease.
+A launch renews one lease file and its claims end with that lease. The claims themselves are entries of a numbered log
+(`_claims/GROUP/N.json`). An entry names a launch and every key that the launch holds. It is made by creating a file
+that must not exist, which exactly one launch can do for each number.
+
+What always holds of the log:
+
+1. The highest entry is never removed, so the highest number never falls. A launch removes its own old entry only after
+   its new one is the highest; an entry of a dead launch is removed only below the highest; a launch that ends replaces
+   its entry by an empty one.
+2. An entry counts as a claim only if its number is the highest when its author lists the log again. Its author has
+   therefore read every entry below it, and the author of any later entry reads it. (An author with an old listing may
+   create a number anew that was removed below the highest. The second listing shows that; the author removes the entry
+   and claims again.)
+3. An entry names no key that a live launch held by the entries below it.
+
+It follows that the last entry that names a key decides (`holders`): its launch holds the key while it is alive, and no
+other launch does. A launch that was taken for dead and lives after all finds its keys in a later entry, and has lost
+them (`decide`).
+
+A claim of a hundred thousand keys costs one listing, a read of each entry not read before, and one write.
 """
 
 from __future__ import annotations
@@ -15,7 +31,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -61,7 +77,7 @@ def _process_runs(lease: Mapping[str, Any]) -> bool | None:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """One entry of the log: a launch and every key it held when it wrote it, with their fingerprints."""
 
     launch: str
@@ -69,12 +85,14 @@ class _Entry:
     keys: dict[str, str]  # {key: fingerprint, shortened; empty where the group has none}
 
     def encoded(self) -> bytes:
+        """JSON; neighbouring keys of one fingerprint (usually all) share its text."""
         runs = [[mark, len(list(some))] for mark, some in groupby(self.keys.values())]
         entry = {"launch": self.launch, "nonce": self.nonce, "keys": list(self.keys), "fingerprints": runs}
         return json.dumps(entry).encode()
 
     @classmethod
-    def decoded(cls, entry: Mapping[str, Any]) -> _Entry:
+    def decoded(cls, entry: Mapping[str, Any]) -> Entry:
+        """Inverse of `encoded`; an entry of a program that knew no fingerprints has empty ones."""
         marks = [mark for mark, count in entry.get("fingerprints", ()) for _ in range(count)]
         marks += [""] * (len(entry["keys"]) - len(marks))
         return cls(entry["launch"], entry["nonce"], dict(zip(entry["keys"], marks, strict=True)))
@@ -84,7 +102,7 @@ class _Entry:
 class _Log:
     """What this launch knows of one group of claims: the entries read so far, and what it holds itself."""
 
-    entries: dict[int, _Entry] = field(default_factory=dict)  # by number
+    entries: dict[int, Entry] = field(default_factory=dict)  # by number
     mine: dict[str, str] = field(default_factory=dict)  # {key: fingerprint}
     foreign: dict[str, str] = field(default_factory=dict)  # {key: launch} held elsewhere for another fingerprint
     number: int = -1  # of this launch's own entry
@@ -92,26 +110,43 @@ class _Log:
 
 
 @dataclass(frozen=True)
-class _Standing:
-    """Who holds what at a moment: the last entry that names a key decides, and counts while its launch is alive."""
+class Decision:
+    """What a launch gets of the keys it wants, and what its next entry must name."""
 
-    newest: int  # number of the last entry, -1 where there is none
-    holders: dict[str, str]  # {key: launch}
-    marks: dict[str, str]  # {key: fingerprint, as the holder's entry has it}
-    alive: dict[str, bool]
-
-    def others(self, keys: Sequence[str], own: str) -> dict[str, str]:
-        """{key: launch} of the keys that a live launch other than `own` holds."""
-        held = {key: self.holders.get(key, own) for key in keys}
-        return {key: launch for key, launch in held.items() if launch != own and self.alive[launch]}
-
-    def foreign(self, others: Mapping[str, str], marks: Mapping[str, str]) -> dict[str, str]:
-        """{key: launch} of those among `others` that are computed from something else than `marks` say."""
-        return {k: who for k, who in others.items() if marks[k] and self.marks[k] not in ("", marks[k])}
+    ours: list[str]  # wanted keys that no other live launch holds, in their order
+    others: dict[str, str]  # {key: live launch that holds it}, the rest of the wanted keys
+    foreign: dict[str, str]  # those of `others` that are computed for another fingerprint
+    mine: dict[str, str]  # {key: fingerprint} of all that the launch holds now
+    recorded: bool  # the log already names the launch as the holder of every key of `ours`
 
 
-def _marks(keys: Sequence[str], fingerprints: Mapping[str, str] | None) -> dict[str, str]:
-    return {key: (fingerprints or {}).get(key, "")[:_MARK] for key in keys}
+def holders(entries: Mapping[int, Entry]) -> dict[str, Entry]:
+    """{key: the last entry that names it}; `entries` by number. Dead launches count here like live ones."""
+    last: dict[str, Entry] = {}
+    for number in sorted(entries):
+        last.update(dict.fromkeys(entries[number].keys, entries[number]))
+    return last
+
+
+def decide(
+    own: str,
+    wanted: Mapping[str, str],
+    mine: Mapping[str, str],
+    held: Mapping[str, Entry],
+    alive: Mapping[str, bool],
+) -> Decision:
+    """Divide the keys that launch `own` wants between it and the other live launches.
+
+    wanted: {key: fingerprint, "" where it has none}. mine: {key: fingerprint} that `own` believes it holds.
+    held: of `holders`. alive: {launch: whether it lives}, for every launch in `held`.
+    """
+    others = {k: held[k].launch for k in wanted if k in held and held[k].launch != own and alive[held[k].launch]}
+    foreign = {k: launch for k, launch in others.items() if wanted[k] and held[k].keys[k] not in ("", wanted[k])}
+    ours = [k for k in wanted if k not in others]
+    # what a later entry of another launch names is lost, also if that launch has died since
+    kept = {k: mark for k, mark in mine.items() if k not in held or held[k].launch == own}
+    recorded = all(k in held and held[k].launch == own for k in ours)
+    return Decision(ours, others, foreign, kept | {k: wanted[k] for k in ours}, recorded)
 
 
 class Claims:
@@ -195,50 +230,37 @@ class Claims:
         `fingerprints` of the keys travel with the claim, and `foreign` tells who computes a key from something else.
         The number of requests depends on the number of launches, never on the number of keys.
         """
-        wanted = list(keys)
-        marks = _marks(wanted, fingerprints)
+        wanted = _marks(keys, fingerprints)
         with self._lock:
             log = self._logs.setdefault(group, _Log())
             while True:
-                standing = self._stand(group, log)
-                others = standing.others(wanted, self.launch_id)
-                log.foreign = standing.foreign(others, marks)
-                ours = [k for k in wanted if k not in others]
-                # what another launch took over while this one seemed dead is lost
-                kept = {k: mark for k, mark in log.mine.items() if standing.holders.get(k) in (None, self.launch_id)}
-                log.mine = kept | {k: marks[k] for k in ours}
-                held = all(standing.holders.get(k) == self.launch_id for k in ours)
-                if held or self._append(group, log, standing.newest + 1):
-                    self._tidy(group, log, standing.alive)
-                    return ours, others
+                newest, alive = self._read_launches(group, log)
+                decision = decide(self.launch_id, wanted, log.mine, holders(log.entries), alive)
+                log.foreign, log.mine = decision.foreign, decision.mine
+                if decision.recorded or self._append(group, log, newest + 1):
+                    self._tidy(group, log, alive)
+                    return decision.ours, decision.others
 
     def held(
         self, keys: Iterable[str], group: str = "cells", fingerprints: Mapping[str, str] | None = None
     ) -> dict[str, str]:
         """{key: other live launch that holds it}, without claiming anything; `foreign` is brought up to date."""
-        wanted = list(keys)
+        wanted = _marks(keys, fingerprints)
         with self._lock:
             log = self._logs.setdefault(group, _Log())
-            standing = self._stand(group, log)
-            others = standing.others(wanted, self.launch_id)
-            log.foreign = standing.foreign(others, _marks(wanted, fingerprints))
-            return others
+            _, alive = self._read_launches(group, log)
+            decision = decide(self.launch_id, wanted, log.mine, holders(log.entries), alive)
+            log.foreign = decision.foreign
+            return decision.others
 
-    def _stand(self, group: str, log: _Log) -> _Standing:
-        """Bring the log up to date, and ask who of its launches is alive."""
+    def _read_launches(self, group: str, log: _Log) -> tuple[int, dict[str, bool]]:
+        """Bring the log up to date; returns its highest number and {launch that holds a key: whether it is alive}."""
         newest = self._read_log(group, log)
-        alive = {self.launch_id: True}
-        holders: dict[str, str] = {}
-        marks: dict[str, str] = {}
-        for number in sorted(log.entries):
-            launch, keys = log.entries[number].launch, log.entries[number].keys
-            if keys and launch not in alive:
-                alive[launch] = self.alive(launch)
-            holders.update(dict.fromkeys(keys, launch))
-            marks.update(keys)
-            log.shared |= bool(keys) and launch != self.launch_id and alive[launch]
+        holding = dict.fromkeys(log.entries[n].launch for n in sorted(log.entries) if log.entries[n].keys)
+        alive = {launch: launch == self.launch_id or self.alive(launch) for launch in holding}
+        log.shared |= any(lives for launch, lives in alive.items() if launch != self.launch_id)
         log.shared |= 0 <= log.number != newest
-        return _Standing(newest, holders, marks, alive)
+        return newest, alive
 
     def overtaken(self, group: str) -> bool:
         """Whether another launch claimed in the group after this one did; one listing."""
@@ -272,24 +294,26 @@ class Claims:
         for number in names.keys() - log.entries.keys():
             entry = self.store.read_json(f"_claims/{group}/{names[number]}")
             if entry is not None:  # another launch removes entries of dead launches
-                log.entries[number] = _Entry.decoded(entry)
+                log.entries[number] = Entry.decoded(entry)
         return max(names, default=-1)
 
     def _append(self, group: str, log: _Log, number: int) -> bool:
         """Write this launch's keys as entry `number`; False when that place in the order is not ours."""
-        entry = _Entry(self.launch_id, uuid.uuid4().hex, dict(log.mine))
+        entry = Entry(self.launch_id, uuid.uuid4().hex, dict(log.mine))
         if not self.store.create(_entry(group, number), entry.encoded()):
             made = self.store.read_json(_entry(group, number))
             if made is None or made["nonce"] != entry.nonce:  # the same nonce: a retried create met its own first try
                 return False
-        before, log.number = log.number, number
-        if before >= 0:
-            self.store.remove_file(_entry(group, before))
-            log.entries.pop(before, None)
-        # an entry below the highest one was removed and made again from an old listing: it orders nothing
         if self._read_log(group, log) != number:
+            # removed below the highest entry and made anew from an old listing: it orders nothing
+            self.store.remove_file(_entry(group, number))
+            log.entries.pop(number, None)
             return False
         log.entries[number] = entry
+        before, log.number = log.number, number
+        if before >= 0:  # only now: until here the old entry keeps the keys
+            self.store.remove_file(_entry(group, before))
+            log.entries.pop(before, None)
         return True
 
     def _tidy(self, group: str, log: _Log, alive: dict[str, bool]) -> None:
@@ -311,8 +335,13 @@ class Claims:
             self.store.remove_file(_lease(self.launch_id))
             for group, log in list(self._logs.items()):  # another thread may be claiming
                 if log.number >= 0:
-                    ended = _Entry(self.launch_id, "", {})
+                    ended = Entry(self.launch_id, "", {})
                     self.store.replace(_entry(group, log.number), ended.encoded())
+
+
+def _marks(keys: Iterable[str], fingerprints: Mapping[str, str] | None) -> dict[str, str]:
+    """{key: its fingerprint as a claim carries it}."""
+    return {key: (fingerprints or {}).get(key, "")[:_MARK] for key in keys}
 
 
 def _lease(launch_id: str) -> str:
