@@ -14,9 +14,10 @@ from analysis.crossed import NEEDS_SEEDS
 from sweeps.caching.arms import BASE, Arm, arms
 from sweeps.caching.cells import VARIABLES, CacheCell, CacheStudy
 from sweeps.codec.clip_tables import with_recordings
+from sweeps.codec.corpora import PLANTED, RECALL
 from sweeps.codec.loop import TrainConfig
 from sweeps.codec.report import final_scores, tokens_of_one_codec
-from sweeps.codec.tokens import PLANTED, RECALL, banner
+from sweeps.codec.tokens import banner
 from sweeps.core.cells import PublishedCell, UserError
 from sweeps.ledger.published import recorded, tables_of
 

@@ -77,7 +77,8 @@ class MemoryCacheSweep:
         return write(cells, preset_name, preset, out)
 
     def banner(self, preset_name: str, preset: CacheStudy) -> list[str]:
-        from sweeps.codec.tokens import PLANTED, banner
+        from sweeps.codec.corpora import PLANTED
+        from sweeps.codec.tokens import banner
 
         return [*banner(preset.token_study(planted=False)), *([PLANTED] if preset.planted else [])]
 

@@ -26,9 +26,9 @@ from data.token_batches import TokenClips, evaluation_batches
 from models.codec.model import CodecLM
 from models.codec.sampling import generate
 from sweeps.codec.audio_sets import SAMPLING
+from sweeps.codec.corpora import TokenSource
 from sweeps.codec.loop import autocast
 from sweeps.codec.texts import arm_name, given_texts
-from sweeps.codec.tokens import TokenSource
 from sweeps.core.cells import digest
 
 if TYPE_CHECKING:

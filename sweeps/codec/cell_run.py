@@ -20,10 +20,10 @@ from models.codec.model import CodecLM, CodecLMConfig, build_codec_lm, config_fa
 from sweeps.codec.audio import cell_audio
 from sweeps.codec.checkpoint import checkpoint_facts
 from sweeps.codec.clip_tables import LAYER, clip_table, gate_numbers, gate_table
+from sweeps.codec.corpora import TokenSource
 from sweeps.codec.evaluate import WEIGHTS, evaluate, nll_rows
 from sweeps.codec.loop import Batch, Owner, Pace, StepStats, TrainConfig, Trainer, train
 from sweeps.codec.texts import NO_TEXT, SHUFFLED, given_texts, shuffled_texts
-from sweeps.codec.tokens import TokenSource
 from sweeps.core.cells import Row, UserError
 from sweeps.launch.context import PackContext
 

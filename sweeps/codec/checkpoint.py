@@ -12,7 +12,7 @@ import json
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
-from sweeps.codec.tokens import open_weights
+from sweeps.codec.codec_choice import open_weights
 from sweeps.core.cells import Cell, UserError
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from data.ljspeech import open_ljspeech
 from data.melvq import MelVQ, MelVQSpec
 from data.split import side_of
 from data.token_batches import TokenClips
-from sweeps.codec import tokenise
+from sweeps.codec import codec_choice, tokenise
 from sweeps.codec import tokens as tokens_module
 from sweeps.codec.cell_run import TrainingStream
 from sweeps.codec.cells import CURVE_CLIPS, Study
@@ -123,7 +123,7 @@ def test_audio_is_never_raised_to_a_higher_rate(tmp_path: Path, monkeypatch: pyt
     assert (source.codec.sample_rate, source.codec.hop, source.codec.frame_rate_hz) == (RATE, 64, 62.5)
     assert dict(source.source_rates) == {RATE: N_CLIPS}
     assert source.tokens.manifest["odd"] == {"sample rate (converted)": N_CLIPS}  # not the prompts' 8 kHz
-    spec = tokens_module.melvq_spec(study_at(high), open_ljspeech(high))
+    spec = codec_choice.melvq_spec(study_at(high), open_ljspeech(high))
     assert (spec.sample_rate, spec.hop) == (16_000, 256)
     assert tokens_module.open_source(study_at(low), "cpu", quiet).tokens.computed == 0
 

@@ -10,7 +10,7 @@ import pytest
 
 from data.split import side_of
 from data.token_batches import TokenClips
-from sweeps.codec import tokens as tokens_module
+from sweeps.codec import corpora
 from sweeps.codec.presets import PRESETS
 from sweeps.codec.report import _published, tokens_of_one_codec
 from sweeps.codec.sweep import SWEEP
@@ -24,7 +24,7 @@ from tests.sweeps.codec.test_codec_data import layout, quiet, study_at
 
 def forget() -> None:
     """As in a new process."""
-    for known in (tokens_module._listed, tokens_module._told, tokens_module._recorded_origin):
+    for known in (corpora.listed, corpora.with_content, corpora.recorded_origin):
         known.cache_clear()
 
 

@@ -18,7 +18,7 @@ from data.synthetic_speech import SpeechSpec, write_ljspeech
 from models.codec.delay import training_pair
 from models.codec.model import CodecLM, build_codec_lm
 from models.codec.presets import LOCAL
-from sweeps.codec import tokens
+from sweeps.codec import codec_choice, tokens
 from sweeps.codec.cell_run import CellRun
 from sweeps.codec.cells import LMCell, Study
 from sweeps.codec.checkpoint import load_model, read_checkpoint
@@ -457,4 +457,4 @@ def test_real_presets_say_what_they_miss(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="needs_gpu=false"):
         run_pack(list(SWEEP.plan(speech)), speech, context_on(f"memory://{uuid.uuid4().hex}"))
     with pytest.raises(UserError, match="codec_weights"):
-        tokens._codec_facts("encodec", str(tmp_path / "absent.pt"))
+        codec_choice.weights_identity("encodec", str(tmp_path / "absent.pt"))

@@ -13,7 +13,7 @@ import pytest
 
 import data.melvq
 from data.melvq import MelVQSpec
-from sweeps.codec import own_codec, tokens
+from sweeps.codec import corpora, own_codec
 from sweeps.codec.cells import Study
 from sweeps.codec.presets import PRESETS
 from sweeps.codec.sweep import SWEEP
@@ -33,7 +33,7 @@ def machine(number: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(data.melvq, "train", train)
     monkeypatch.setenv("PLUMBLINE_CACHE", str(folder / f"cache{number}"))
-    for known in (tokens._listed, tokens._told, tokens._recorded_origin):
+    for known in (corpora.listed, corpora.with_content, corpora.recorded_origin):
         known.cache_clear()
 
 

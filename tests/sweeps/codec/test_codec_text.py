@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from data.token_batches import TokenClips
-from sweeps.codec import tokens
+from sweeps.codec import corpora, tokens
 from sweeps.codec.cells import LMCell
 from sweeps.codec.presets import PRESETS
 from sweeps.codec.report import write
@@ -170,13 +170,13 @@ def test_texts_enter_a_cells_fingerprint_and_nothing_else_changes_without(tmp_pa
     prints = []
     for said in ("one", "two"):
         (tmp_path / "metadata.csv").write_text(f"a|{said}|{said}\nb|x|x\n")
-        tokens._listed.cache_clear()
-        tokens._recorded_origin.cache_clear()
+        corpora.listed.cache_clear()
+        corpora.recorded_origin.cache_clear()
         prints.append({text: tokens.fingerprint(cell, s) for text, s, cell in prints_of(study)})
     assert prints[0]["plain"] == prints[1]["plain"]
     assert prints[0]["text"] != prints[1]["text"]
     (tmp_path / "metadata.csv").write_text("a||\nb| | \n")
-    tokens._listed.cache_clear()
+    corpora.listed.cache_clear()
     with pytest.raises(UserError, match=r"none of 2 recordings at .* has a text, and text=none,bytes needs"):
         tokens.check(study)
 
