@@ -108,7 +108,9 @@ def launch(
         mock.patch.object(command_module, "run_packs", packs),
         contextlib.redirect_stdout(io.StringIO()),
     ):
-        ended = command_module.main("toy_sweep", [*arguments, *(text for s in grid for text in ("--set", s))])
+        ended = command_module.main(
+            importlib.import_module("toy_sweep").SWEEP, [*arguments, *(text for s in grid for text in ("--set", s))]
+        )
     assert ended == code, f"exit code {ended}"
     return Counting.counts - before
 

@@ -110,6 +110,7 @@ def plan(n: int, folder: Path) -> dict[str, Any]:
     """`--plan` of the proxy gap on a cluster of 1,000 nodes, screen output included."""
     from sweeps.core.machine import Machine
     from sweeps.launch import command as command_module
+    from sweeps.sae.sweep import SWEEP
 
     cluster = Machine(
         nodes=NODES, cpus=NODES * 64, gpus=NODES * GPUS_A_NODE, memory_bytes=512 * 2**30, hardware="simulated"
@@ -119,7 +120,7 @@ def plan(n: int, folder: Path) -> dict[str, Any]:
     arguments = ["--plan", "--preset", "fast2", "--storage", str(folder / "empty")]
     arguments += [text for setting in settings for text in ("--set", setting)]
     with mock.patch.object(Machine, "here", return_value=cluster), contextlib.redirect_stdout(io.StringIO()) as out:
-        code = command_module.main("sweeps.sae.sweep", arguments)
+        code = command_module.main(SWEEP, arguments)
     assert code == 0
     lines = out.getvalue().splitlines()
     return {"cells": sum("  to do  " in line for line in lines)}

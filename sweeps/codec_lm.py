@@ -16,7 +16,10 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # in place of this folder, whose rooms are no packages
-    from sweeps.codec.sweep import with_settings
+    from sweeps.launch.same_code import own_code
+
+    own_code()  # before the sweep is imported, so that it is the digest of what runs
+    from sweeps.codec.sweep import SWEEP, with_settings
     from sweeps.launch.command import main
 
     names = {argument.split("=")[0] for argument in sys.argv[1:]}
@@ -28,4 +31,4 @@ if __name__ == "__main__":
         from sweeps.codec.tokenise import main as tokenise
 
         sys.exit(tokenise(with_settings(sys.argv[1:])))
-    sys.exit(main("sweeps.codec.sweep", with_settings(sys.argv[1:])))
+    sys.exit(main(SWEEP, with_settings(sys.argv[1:])))

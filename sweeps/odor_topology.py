@@ -12,6 +12,10 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # in place of this folder, whose rooms are no packages
-    from sweeps.launch.command import main
+    from sweeps.launch.same_code import own_code
 
-    sys.exit(main("sweeps.topology.sweep"))
+    own_code()  # before the sweep is imported, so that it is the digest of what runs
+    from sweeps.launch.command import main
+    from sweeps.topology.sweep import SWEEP
+
+    sys.exit(main(SWEEP))

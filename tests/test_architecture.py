@@ -6,7 +6,6 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
-import re
 import subprocess
 import sys
 from collections import Counter
@@ -49,7 +48,6 @@ def test_no_sweep_module_shadows_a_package() -> None:
 FLOORS = {"core": 0, "ledger": 1, "launch": 2, "sae": 3, "topology": 3, "codec": 3, "caching": 4}
 COMMANDS = 5
 MOST_MODULES = 24  # of a room
-BY_NAME = re.compile(r"(sweeps(?:\.\w+)+):\w+")  # a function that the workers find by its module's name
 
 
 def modules() -> dict[str, Path]:
@@ -60,7 +58,7 @@ def modules() -> dict[str, Path]:
 
 @functools.cache
 def arrows() -> dict[str, set[str]]:
-    """What each module imports: at its head, in functions, under TYPE_CHECKING and as a function's name in a text."""
+    """What each module imports: at its head, in functions and under TYPE_CHECKING."""
     known = modules()
     out: dict[str, set[str]] = {name: set() for name in known}
     for name, file in known.items():
@@ -71,8 +69,6 @@ def arrows() -> dict[str, set[str]]:
             elif isinstance(node, ast.ImportFrom) and node.module:
                 parts = [f"{node.module}.{alias.name}" for alias in node.names]
                 found = [part if part in known else node.module for part in parts]
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found = [match[1] for match in BY_NAME.finditer(node.value)]
             out[name] |= {one for one in found if one in known and one != name}
     return out
 

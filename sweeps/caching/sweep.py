@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from sweeps.caching.arms import arms
 from sweeps.caching.cells import VARIABLES, CacheCell, CacheStudy
 from sweeps.caching.presets import PRESETS
 from sweeps.codec.cells import CORPORA
 from sweeps.codec.packs import CPU_FLOPS, GPU_BASIS, TRACKED, packs, threads, work
-from sweeps.core.cells import Cell, Estimate, Pack, PublishedCell
+from sweeps.core.cells import Estimate, Pack, PublishedCell
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
+from sweeps.launch.context import PackContext
+from sweeps.launch.sweep import Sweep
 
 _CPU_OVERHEAD = 0.03  # seconds a step of a small model costs beside its arithmetic
 
 
-class MemoryCacheSweep:
+class MemoryCacheSweep(Sweep[CacheCell, CacheStudy]):
     """The sweep behind the command line; models are trained by `run`, the report is `report`."""
 
     name = CacheCell.SWEEP
@@ -38,29 +39,32 @@ class MemoryCacheSweep:
                 cells.setdefault(cell.key, cell)
         return list(cells.values())
 
-    def pack(self, cells: Sequence[Cell], preset: CacheStudy, machine: Machine, run: RunSettings) -> list[Pack]:
-        return packs([[c] for c in cells if isinstance(c, CacheCell)], preset, machine, run)
+    def pack(
+        self, cells: Sequence[CacheCell], preset: CacheStudy, machine: Machine, run: RunSettings
+    ) -> list[Pack[CacheCell]]:
+        return packs([[c] for c in cells], preset, machine, run)
 
-    def threads(self, planned: Sequence[Cell], preset: CacheStudy, machine: Machine, run: RunSettings) -> int:
+    def threads(self, planned: Sequence[CacheCell], preset: CacheStudy, machine: Machine, run: RunSettings) -> int:
         return threads(len(planned), preset, machine, run)
 
-    def run(self, pack: Pack, preset: CacheStudy, context: Any) -> None:
+    def run(self, pack: Pack[CacheCell], preset: CacheStudy, context: PackContext) -> None:
+        from sweeps.caching.run import run_pack
         from sweeps.launch.workers import fit
 
-        fit("sweeps.caching.run:run_pack", pack, preset, context)
+        fit(run_pack, pack, preset, context)
 
-    def fingerprint(self, cell: Cell, preset: CacheStudy, run: RunSettings) -> str:
+    def fingerprint(self, cell: CacheCell, preset: CacheStudy, run: RunSettings) -> str:
         from sweeps.codec.tokens import fingerprint
 
-        assert isinstance(cell, CacheCell)
         return fingerprint(cell, preset.token_study(planted=cell.corpus == "recall"))
 
-    def preflight(self, cells: Sequence[Cell], preset: CacheStudy, run: RunSettings) -> None:
+    def preflight(self, cells: Sequence[CacheCell], preset: CacheStudy, run: RunSettings) -> list[str]:
         from sweeps.codec.tokens import check
 
         check(preset.token_study(planted=False))
+        return []
 
-    def estimate(self, cells: Sequence[Cell], preset: CacheStudy, machine: Machine, run: RunSettings) -> Estimate:
+    def estimate(self, cells: Sequence[CacheCell], preset: CacheStudy, machine: Machine, run: RunSettings) -> Estimate:
         total = work(cells, preset)
         if preset.needs_gpu:
             seconds, basis = total.gpu_seconds(machine), GPU_BASIS

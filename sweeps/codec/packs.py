@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from sweeps.codec.cells import TokenStudy, columns
-from sweeps.core.cells import Cell, Pack
+from sweeps.codec.cells import LMCell, TokenStudy, columns
+from sweeps.core.cells import Pack
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
 
-if TYPE_CHECKING:
-    from sweeps.codec.cells import LMCell
 TRACKED = ("weights", "group", "layer", "codebook")  # parameters of rows that MLflow shows, see `Sweep`
 CPU_FLOPS = 16e9  # a core's rate on small models, forward and backward
 _GPU_FLOPS = 30e12  # assumed of an A100 in bfloat16; never measured
@@ -78,14 +75,12 @@ class Work:
         return self.flops / (_GPU_FLOPS * max(1, machine.gpus))
 
 
-def work(cells: Sequence[Cell], study: TokenStudy) -> Work:
-    """Tokens, arithmetic, steps and memory of training `cells`, which are `LMCell`s."""
+def work(cells: Sequence[LMCell], study: TokenStudy) -> Work:
+    """Tokens, arithmetic, steps and memory of training `cells`."""
     from models.codec.cost import lm_cost
-    from sweeps.codec.cells import LMCell
 
     flops, steps, tokens, memory = 0.0, 0.0, 0, 0
     for cell in cells:
-        assert isinstance(cell, LMCell)
         config = cell.lm_config()
         length = columns(config, cell.chunk_s, cell.codec)
         cost = lm_cost(config, length)

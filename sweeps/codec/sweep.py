@@ -6,27 +6,27 @@ from collections.abc import Sequence
 from dataclasses import fields
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from sweeps.codec.cells import CORPORA, HalvedCell, LMCell, Study, TextCell, model_config
 from sweeps.codec.packs import CPU_FLOPS, GPU_BASIS, TRACKED, packs, threads, work
 from sweeps.codec.presets import PRESETS
 from sweeps.codec.texts import NONE, arm_name
-from sweeps.core.cells import Cell, Estimate, Pack, PublishedCell, UserError
+from sweeps.core.cells import Estimate, Pack, PublishedCell, UserError
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
+from sweeps.launch.context import PackContext
+from sweeps.launch.sweep import Sweep
 
 
-def _units(cells: Sequence[Cell]) -> list[list[LMCell]]:
+def _units(cells: Sequence[LMCell]) -> list[list[LMCell]]:
     """Cells of an architecture, with or without text, and seed. Rates that compete stay together, with all seeds."""
     units: dict[tuple[str, int], list[LMCell]] = {}
     for cell in cells:
-        assert isinstance(cell, LMCell)
         units.setdefault((arm_name(cell.identity()), -1 if cell.rival_seeds else cell.seed), []).append(cell)
     return list(units.values())
 
 
-class CodecLMSweep:
+class CodecLMSweep(Sweep[LMCell, Study]):
     """The sweep behind the command line; the work is in `run`, the tokens in `tokens`."""
 
     name = LMCell.SWEEP
@@ -68,32 +68,33 @@ class CodecLMSweep:
             for cell in cells
         ]
 
-    def pack(self, cells: Sequence[Cell], preset: Study, machine: Machine, run: RunSettings) -> list[Pack]:
+    def pack(self, cells: Sequence[LMCell], preset: Study, machine: Machine, run: RunSettings) -> list[Pack[LMCell]]:
         def name(number: int, group: Sequence[LMCell]) -> str:
             return f"{arm_name(group[0].identity())}-{group[0].seed}" if preset.needs_gpu else f"pack{number}"
 
         return packs(_units(cells), preset, machine, run, name)
 
-    def threads(self, planned: Sequence[Cell], preset: Study, machine: Machine, run: RunSettings) -> int:
+    def threads(self, planned: Sequence[LMCell], preset: Study, machine: Machine, run: RunSettings) -> int:
         return threads(len(_units(planned)), preset, machine, run)
 
-    def run(self, pack: Pack, preset: Study, context: Any) -> None:
+    def run(self, pack: Pack[LMCell], preset: Study, context: PackContext) -> None:
+        from sweeps.codec.run import run_pack
         from sweeps.launch.workers import fit
 
-        fit("sweeps.codec.run:run_pack", pack, preset, context)
+        fit(run_pack, pack, preset, context)
 
-    def fingerprint(self, cell: Cell, preset: Study, run: RunSettings) -> str:
+    def fingerprint(self, cell: LMCell, preset: Study, run: RunSettings) -> str:
         from sweeps.codec.tokens import fingerprint
 
-        assert isinstance(cell, LMCell)
         return fingerprint(cell, preset)
 
-    def preflight(self, cells: Sequence[Cell], preset: Study, run: RunSettings) -> None:
+    def preflight(self, cells: Sequence[LMCell], preset: Study, run: RunSettings) -> list[str]:
         from sweeps.codec.tokens import check
 
         check(preset)
+        return []
 
-    def estimate(self, cells: Sequence[Cell], preset: Study, machine: Machine, run: RunSettings) -> Estimate:
+    def estimate(self, cells: Sequence[LMCell], preset: Study, machine: Machine, run: RunSettings) -> Estimate:
         total = work(cells, preset)
         seconds, basis = total.flops / (CPU_FLOPS * machine.cpus), "16 GFLOP/s a core, seen on one machine"
         if preset.needs_gpu:

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,6 +65,10 @@ class Cell:
         return " ".join(f"{name}={value}" for name, value in self.identity().items())
 
 
+CellT = TypeVar("CellT", bound=Cell)
+_OfPack = TypeVar("_OfPack", bound=Cell, covariant=True)
+
+
 @dataclass(frozen=True)
 class Row:
     """One measured number of the tidy long table; parameters are columns, never parts of the name."""
@@ -76,7 +80,7 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pack:
+class Pack(Generic[_OfPack]):
     """Cells that run together as one Tune trial, with the share of the machine that the trial holds.
 
     workers: processes of Ray Train that do the pack's work and hold that share together, evenly; the trial itself
@@ -84,7 +88,7 @@ class Pack:
     """
 
     name: str
-    cells: tuple[Cell, ...]
+    cells: tuple[_OfPack, ...]
     cpus: float = 1.0
     gpus: float = 0.0
     memory_bytes: int = 0

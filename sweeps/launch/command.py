@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import os
 import re
 import shlex
@@ -21,8 +20,9 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Generic
 
-from sweeps.core.cells import Cell, Pack, UserError, nearest
+from sweeps.core.cells import Cell, CellT, Pack, UserError, nearest
 from sweeps.core.machine import Machine, check_folder, git_commit, prepare_process
 from sweeps.core.settings import RunSettings, apply_settings
 from sweeps.launch.address import check as check_address
@@ -34,7 +34,7 @@ from sweeps.launch.report_folder import put_in_place, say_partial, say_settings
 from sweeps.launch.same_code import OTHER_CODE, own_code
 from sweeps.launch.screen import Board, duration, quantity
 from sweeps.launch.stop import Stopper
-from sweeps.launch.sweep import Sweep
+from sweeps.launch.sweep import PresetT, Sweep
 from sweeps.launch.tracking import Tracker, default_uri, normal_uri, sqlite_file
 from sweeps.launch.tune import Job, run_packs
 from sweeps.ledger.claims import Claims
@@ -50,7 +50,7 @@ _LEFT_OUT = "report       left out, as are the copies in MLflow: the same comman
 _CLOSE_SECONDS = 60.0  # ... and one that an error ended: a new database takes some seconds to make
 
 
-def parser(sweep: Sweep) -> argparse.ArgumentParser:
+def parser(sweep: Sweep[Any, Any]) -> argparse.ArgumentParser:
     """The command line of a sweep."""
     p = argparse.ArgumentParser(
         prog=f"python sweeps/{sweep.name}.py",
@@ -72,22 +72,25 @@ def parser(sweep: Sweep) -> argparse.ArgumentParser:
     return p
 
 
-def main(module: str, argv: Sequence[str] | None = None) -> int:
-    """Run the sweep that `module` names as SWEEP; returns the exit code."""
+def main(sweep: Sweep[CellT, PresetT], argv: Sequence[str] | None = None) -> int:
+    """Run the sweep; returns the exit code.
+
+    A script that imports its sweep from this checkout calls `own_code` before it does, so that the launch's digest is
+    that of the code it runs, whatever changes on disk meanwhile.
+    """
     if argv is None:
         hide_arguments()
     try:
         prepare_process()
     except UserError as error:
-        print(f"{module}: {one_line(error)}", file=sys.stderr)
+        print(f"{sweep.name}: {one_line(error)}", file=sys.stderr)
         return 2
     own_code()
-    sweep: Sweep = importlib.import_module(module).SWEEP
     arguments = parser(sweep).parse_args(clean_arguments(sys.argv[1:] if argv is None else argv))
     stopper = Stopper()
     stopper.install()
     try:
-        return _Launch(module, sweep, arguments, stopper).go()
+        return _Launch(sweep, arguments, stopper).go()
     except UserError as error:
         print(f"{sweep.name}: {one_line(error)}", file=sys.stderr)
         return 2
@@ -99,14 +102,16 @@ def main(module: str, argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-class _Launch:
+class _Launch(Generic[CellT, PresetT]):
     """One invocation: what was asked, what is planned, what the ledger already holds."""
 
-    def __init__(self, module: str, sweep: Sweep, arguments: argparse.Namespace, stopper: Stopper) -> None:
+    def __init__(self, sweep: Sweep[CellT, PresetT], arguments: argparse.Namespace, stopper: Stopper) -> None:
         if arguments.preset not in sweep.presets:
             hint = nearest(arguments.preset, sweep.presets)
             raise UserError(f"preset {arguments.preset!r} is not known{hint}; presets: {', '.join(sweep.presets)}")
-        self.module, self.sweep, self.arguments, self.stopper = module, sweep, arguments, stopper
+        self.sweep, self.arguments, self.stopper = sweep, arguments, stopper
+        self.preset: PresetT
+        self.run: RunSettings
         self.preset, self.run = apply_settings(arguments.set, sweep.presets[arguments.preset], RunSettings())
         arguments.storage = given(arguments.storage, "--storage")
         self.storage = normal_storage(arguments.storage)
@@ -120,7 +125,7 @@ class _Launch:
         self._verified: set[str] = set()  # finished cells whose fingerprint was looked at
         self.out = Path(arguments.report_dir).expanduser() / sweep.name / arguments.preset
 
-    def _planned(self) -> list[Cell]:
+    def _planned(self) -> list[CellT]:
         cells = list({cell.key: cell for cell in self.sweep.plan(self.preset)}.values())  # a grid may name one twice
         if not cells:
             raise UserError("the plan has no cells; give every grid field at least one value")
@@ -178,9 +183,9 @@ class _Launch:
             print(line)
         print("nothing was run")
 
-    def _rounds(self, missing: list[Cell], machine: Machine) -> list[Pack]:
+    def _rounds(self, missing: list[CellT], machine: Machine) -> list[Pack[CellT]]:
         """The packs of every round to come."""
-        packs: list[Pack] = []
+        packs: list[Pack[CellT]] = []
         while missing:
             fresh = self.sweep.pack(missing, self.preset, machine, self.run)
             taken = {cell.key for pack in fresh for cell in pack.cells}
@@ -189,19 +194,17 @@ class _Launch:
         return packs
 
     def _print_banner(self) -> None:
-        lines = list(self.sweep.banner(self.arguments.preset, self.preset))
+        lines = self.sweep.banner(self.arguments.preset, self.preset)
         for name in ("lm_path", "stream_path"):
             if path := getattr(self.run, name):
                 lines.append(f"{name}: read from {path} instead")
-        if remarks := getattr(self.sweep, "remarks", None):
-            lines += remarks(self.preset, self.run)
-        for line in lines:
+        for line in (*lines, *self.sweep.remarks(self.preset, self.run)):
             print(f"  {line}")
 
     def _check_report_folder(self) -> None:
         check_folder(self.out, "the folder for reports", "choose another with --report-dir DIR")
 
-    def _check_places(self, missing: list[Cell]) -> None:
+    def _check_places(self, missing: list[CellT]) -> None:
         """Raise UserError for a place that cannot be written and a cluster that is gone, before work is spent."""
         self.ledger.store.check_writable()
         self._check_report_folder()
@@ -218,13 +221,12 @@ class _Launch:
         started = time.monotonic()
         print(f"{self.sweep.name} --preset {self.arguments.preset} → {self.ledger.store.uri}")
         self._print_banner()
-        if missing and (preflight := getattr(self.sweep, "preflight", None)):
-            for line in preflight(missing, self.preset, self.run) or ():
+        if missing:
+            for line in self.sweep.preflight(missing, self.preset, self.run):
                 print(f"  {line}")
-        if pin := getattr(self.sweep, "pin", None):
-            self.run = pin(self.cells, self.run)
-            for entry in self.run.hub_commits:
-                print(f"  from the hub: {entry}")
+        self.run = self.sweep.pin(self.cells, self.run)
+        for entry in self.run.hub_commits:
+            print(f"  from the hub: {entry}")
         fingerprints = {c.key: self.sweep.fingerprint(c, self.preset, self.run) for c in self.cells}
         if self.arguments.retry_failed:
             self.ledger.check(self.done)
@@ -235,7 +237,7 @@ class _Launch:
         if self.arguments.retry_failed:
             self.ledger.forget_failures(self.failures)
             self.failures = {}
-        board = Board(self.sweep.name, len(self.cells), getattr(self.sweep, "headline", "value"))
+        board = Board(self.sweep.name, len(self.cells), self.sweep.headline)
         board.already(len(self.done))
         claims = Claims(self.ledger.store)
         try:
@@ -256,8 +258,8 @@ class _Launch:
             claims,
             artifact_mb=self.run.mlflow_artifact_mb,
             say=board.say,
-            named=getattr(self.sweep, "named", ()),
-            tracked=getattr(self.sweep, "tracked", ()),
+            named=self.sweep.named,
+            tracked=self.sweep.tracked,
         )
         tracker.start(
             {"preset": self.arguments.preset, "cells": len(self.cells), "storage": self.storage},
@@ -377,8 +379,8 @@ class _Launch:
 
     def _settle_threads(self, machine: Machine) -> None:
         """Threads of a pack follow from the whole plan: an interrupted run goes on with as many as it began with."""
-        if not self.run.threads and (threads := getattr(self.sweep, "threads", None)):
-            self.run = replace(self.run, threads=threads(self.whole, self.preset, machine, self.run))
+        if not self.run.threads:
+            self.run = replace(self.run, threads=self.sweep.threads(self.whole, self.preset, machine, self.run))
 
     def _say_other_threads(self, board: Board) -> None:
         """A change of threads since the cells that are done: another machine, or a setting."""
@@ -399,7 +401,7 @@ class _Launch:
             watch.note(keys)
 
         job = Job(
-            module=self.module,
+            sweep=self.sweep,
             preset=self.preset,
             run=self.run,
             storage=self.storage,
@@ -495,7 +497,7 @@ class _Watch:
         self._thread.join()
 
 
-def _chosen(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
+def _chosen(cells: Sequence[CellT], only: Sequence[str]) -> list[CellT]:
     """Cells whose key starts with one of the texts; raises UserError for a text that no key can start with."""
     for text in only:
         if not re.fullmatch(r"[0-9a-f]{1,16}", text):

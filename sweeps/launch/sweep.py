@@ -1,4 +1,4 @@
-"""What the machinery needs of a sweep.
+"""What the machinery needs of a sweep: the base class of all of them.
 
 Only identity lives in a cell (what is computed). Where and how it runs (paths, devices, addresses) is
 `settings.RunSettings` and never enters a key.
@@ -6,66 +6,93 @@ Only identity lives in a cell (what is computed). Where and how it runs (paths, 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Generic, TypeVar
 
-from sweeps.core.cells import Cell, Estimate, Pack, PublishedCell
+from sweeps.core.cells import CellT, Estimate, Pack, PublishedCell
+from sweeps.core.machine import Machine
+from sweeps.core.settings import RunSettings
+from sweeps.launch.context import PackContext
 
-if TYPE_CHECKING:
-    from sweeps.core.machine import Machine
-    from sweeps.core.settings import RunSettings
-    from sweeps.launch.context import PackContext
+PresetT = TypeVar("PresetT")
 
 
-class Sweep(Protocol):
-    """What `command.main` needs of a sweep. `report` touches neither Ray nor a checkpoint.
+class Sweep(ABC, Generic[CellT, PresetT]):
+    """A question, its presets (frozen dataclass values) and what is computed for a cell. `command.main` runs it.
 
-    Seven more are used where a sweep has them: `headline`, the name of the number that `progress(best=…)` carries,
-    `named`, the fields of a cell that name its run in MLflow (without them it is called by its key),
-    `tracked`, the parameters of rows that MLflow gets as `metric/value` (rows with others are in the ledger alone),
-    `threads(planned, preset, machine, run)`, the CPU threads of a pack, as they follow from all planned cells (never
-    from those that are missing, or an interrupted run would go on with another number and other last bits),
-    `remarks(preset, run)`, lines on the files that the settings name, for the banner,
-    `preflight(cells, preset, run)`, which raises UserError before Ray starts when data or weights are out of reach or
-    do not fit, and returns lines on what else it found (or None), and
-    `pin(cells, run)`, which returns the settings with the commits of what is read from the Hugging Face hub.
+    The object keeps nothing between calls: it travels to the workers, by the name of its class where they can import
+    that, else (a class of the script that was started) with its code.
+
+    headline: the name of the number that `progress(best=…)` carries. named: the fields of a cell that name its run in
+    MLflow; without them the run is called by the cell's key. tracked: the parameters of rows that MLflow gets as
+    `metric/value`; rows with other parameters are in the ledger alone.
     """
 
     name: str
     version: str
     question: str
     default_preset: str
-    presets: Mapping[str, Any]
+    presets: Mapping[str, PresetT]
+    headline: str = "value"
+    named: Sequence[str] = ()
+    tracked: Sequence[str] = ()
 
-    def plan(self, preset: Any) -> Sequence[Cell]:
-        """All cells of a preset (a frozen dataclass value); raises UserError for a preset that makes no sense."""
-        ...
+    @abstractmethod
+    def plan(self, preset: PresetT) -> Sequence[CellT]:
+        """All cells of a preset; raises UserError for a preset that makes no sense."""
 
-    def pack(self, cells: Sequence[Cell], preset: Any, machine: Machine, run: RunSettings) -> list[Pack]:
+    @abstractmethod
+    def pack(self, cells: Sequence[CellT], preset: PresetT, machine: Machine, run: RunSettings) -> list[Pack[CellT]]:
         """Group cells that share work within the memory and devices of the machine.
 
         Cells that need the results of others may be left out, never all of them: packing is asked for again with
         what is left once the returned packs have ended.
         """
-        ...
 
-    def run(self, pack: Pack, preset: Any, context: PackContext) -> None:
+    @abstractmethod
+    def run(self, pack: Pack[CellT], preset: PresetT, context: PackContext) -> None:
         """Compute every cell of the pack and publish each as soon as it is finished."""
-        ...
 
-    def fingerprint(self, cell: Cell, preset: Any, run: RunSettings) -> str:
+    @abstractmethod
+    def fingerprint(self, cell: CellT, preset: PresetT, run: RunSettings) -> str:
         """Digest of all that decides the cell's numbers, the content of its data and weights included."""
-        ...
 
-    def estimate(self, cells: Sequence[Cell], preset: Any, machine: Machine, run: RunSettings) -> Estimate:
+    @abstractmethod
+    def estimate(self, cells: Sequence[CellT], preset: PresetT, machine: Machine, run: RunSettings) -> Estimate:
         """Work left in `cells`."""
-        ...
 
-    def report(self, cells: Sequence[PublishedCell], preset_name: str, preset: Any, out: Path) -> list[str]:
-        """Write the report into the folder `out`; return lines to print (headline numbers, caveats)."""
-        ...
+    @abstractmethod
+    def report(self, cells: Sequence[PublishedCell], preset_name: str, preset: PresetT, out: Path) -> list[str]:
+        """Write the report into the folder `out`; return lines to print (headline numbers, caveats).
 
-    def banner(self, preset_name: str, preset: Any) -> list[str]:
+        Touches neither Ray nor a checkpoint.
+        """
+
+    @abstractmethod
+    def banner(self, preset_name: str, preset: PresetT) -> list[str]:
         """What this run stands on, in plain words: real or stand-in models, data and weights."""
-        ...
+
+    def threads(self, planned: Sequence[CellT], preset: PresetT, machine: Machine, run: RunSettings) -> int:
+        """CPU threads of a pack, 0 (the default) for what `pack` gives it.
+
+        They follow from all planned cells, never from those that are missing, or an interrupted run would go on with
+        another number and other last bits.
+        """
+        return 0
+
+    def remarks(self, preset: PresetT, run: RunSettings) -> list[str]:
+        """Lines on the files that the settings name, for the banner; by default none."""
+        return []
+
+    def preflight(self, cells: Sequence[CellT], preset: PresetT, run: RunSettings) -> list[str]:
+        """Look, before Ray starts, whether the data and weights of missing cells are within reach and fit.
+
+        Returns lines on what else was found; raises UserError. By default nothing is looked at.
+        """
+        return []
+
+    def pin(self, cells: Sequence[CellT], run: RunSettings) -> RunSettings:
+        """The settings with the commits of what is read from the Hugging Face hub; by default nothing is."""
+        return run

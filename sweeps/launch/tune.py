@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import shutil
 import tempfile
@@ -12,10 +11,10 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, cast
 
 from sweeps.core import limits as process_limits
-from sweeps.core.cells import Cell, Pack, UserError
+from sweeps.core.cells import Cell, CellT, Pack, UserError
 from sweeps.core.machine import HEADROOM, prepare_process
 from sweeps.core.settings import RunSettings
 from sweeps.launch.context import PackContext
@@ -24,6 +23,7 @@ from sweeps.launch.pack_queue import Queue
 from sweeps.launch.same_code import other_code
 from sweeps.launch.screen import Board
 from sweeps.launch.stop import PackStopped, listen, terminated, working
+from sweeps.launch.sweep import PresetT, Sweep
 from sweeps.ledger.ledger import Ledger
 from sweeps.ledger.logins import VARIABLE as LOGINS
 from sweeps.ledger.logins import without_password
@@ -32,15 +32,20 @@ _BUCKETS = 64  # objects that the packs of a launch travel in
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class Job(Generic[CellT, PresetT]):
     """What all packs of a launch share. fingerprints: of every planned cell, by key."""
 
-    module: str
-    preset: Any
+    sweep: Sweep[CellT, PresetT]
+    preset: PresetT
     run: RunSettings
     storage: str
     launch_id: str
     fingerprints: Mapping[str, str]
+
+    def fingerprint(self, cell: Cell) -> str:
+        """That of a planned cell, or of one that a planned cell needs (`--only` chose the latter alone)."""
+        known = self.fingerprints.get(cell.key)
+        return known or self.sweep.fingerprint(cast("CellT", cell), self.preset, self.run)
 
 
 def run_packs(job: Job, queue: Queue, board: Board, published: Callable[[list[str]], None]) -> dict[str, str]:
@@ -241,7 +246,7 @@ def _board_callback(
     return BoardCallback()
 
 
-def run_one(job: Job, pack: Pack, report: Any) -> None:
+def run_one(job: Job[CellT, PresetT], pack: Pack[CellT], report: Callable[[dict[str, Any]], None]) -> None:
     """Body of a trial, in its worker process: set the threads, run what is not yet published, sort the errors."""
     prepare_process()
     if (line := other_code()) is not None:  # files changed since this worker began
@@ -250,7 +255,7 @@ def run_one(job: Job, pack: Pack, report: Any) -> None:
     threads = max(1, int(pack.cpus))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
-    sweep = importlib.import_module(job.module).SWEEP
+    sweep = job.sweep
     ledger = Ledger(job.storage, sweep.name, sweep.version)
     done = ledger.done(cell.key for cell in pack.cells)
     cells = tuple(cell for cell in pack.cells if cell.key not in done)
@@ -259,8 +264,7 @@ def run_one(job: Job, pack: Pack, report: Any) -> None:
         job.run,
         threads=threads,
         device="cuda" if pack.gpus else "cpu",
-        # a cell outside the plan is one that a planned cell needs (`--only` chose the latter alone)
-        fingerprint=lambda cell: job.fingerprints.get(cell.key) or sweep.fingerprint(cell, job.preset, job.run),
+        fingerprint=job.fingerprint,
         report=lambda state: report({"progress": state}),
         launch_id=job.launch_id,
         pack=pack.name,

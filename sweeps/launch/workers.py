@@ -8,7 +8,6 @@ starts the group again when a worker dies; a cell that keeps killing its workers
 from __future__ import annotations
 
 import asyncio
-import importlib
 import json
 import os
 import tempfile
@@ -20,6 +19,7 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 import ray
+import ray.cloudpickle as pickle
 import torch.distributed as dist
 from ray.experimental import internal_kv
 from ray.train.torch import TorchConfig
@@ -37,13 +37,14 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from sweeps.core.cells import Pack, UserError
+from sweeps.core.cells import CellT, Pack, UserError
 from sweeps.core.machine import HEADROOM
 from sweeps.core.world import World
 from sweeps.launch.context import PackContext
 from sweeps.launch.failure import PERMANENT, SYSTEM_ERROR, death, one_line, refusal
 from sweeps.launch.same_code import other_code
 from sweeps.launch.stop import PackStopped, listen, lower_flag, raise_flag, terminated, working
+from sweeps.launch.sweep import PresetT
 from sweeps.ledger.logins import VARIABLE as LOGINS
 
 _RELAY_SECONDS = 1.0
@@ -57,8 +58,10 @@ class WorkersFailed(ValueError):
     """The workers ended more often than `max_retries` allows, before any cell was begun."""
 
 
-def fit(job: str, pack: Pack, preset: Any, context: PackContext) -> None:
-    """Run `job` (`module:function`, called with cells, preset and context) in the pack's workers.
+def fit(
+    job: Callable[[list[CellT], PresetT, PackContext], None], pack: Pack[CellT], preset: PresetT, context: PackContext
+) -> None:
+    """Run `job`, called with cells, preset and context, in the pack's workers.
 
     Each worker's context says which of how many it is. Raises UserError for what a retry cannot change, PackStopped
     when the work was stopped, WorkersFailed.
@@ -198,7 +201,13 @@ class _Config(TorchConfig):
 
 
 def _trainer(
-    job: str, pack: Pack, cells: list[Any], preset: Any, context: PackContext, board: _Board, folder: str
+    job: Callable[[list[CellT], PresetT, PackContext], None],
+    pack: Pack[CellT],
+    cells: list[CellT],
+    preset: PresetT,
+    context: PackContext,
+    board: _Board,
+    folder: str,
 ) -> _Trainer:
     workers, least = pack.workers, context.run.min_workers or pack.workers
     resources = {"CPU": max(0.01, pack.cpus * HEADROOM / workers)}
@@ -208,7 +217,7 @@ def _trainer(
         _work,
         train_loop_config={
             "logins": _Logins(os.environ.get(LOGINS, "")),  # first: the context opens the ledger as it arrives
-            "job": job,
+            "job": pickle.dumps(job),  # sealed until the worker knows that it has the launch's code
             "cells": cells,
             "preset": preset,
             "context": context,
@@ -256,7 +265,6 @@ def _know(known: str) -> _Logins:
 
 def _work(config: dict[str, Any]) -> str:
     """What each worker does: the whole job, in step with the others."""
-    module, _, name = config["job"].partition(":")
     board = _Board(config["board"])
     if board.error() is not None:
         return "failed"
@@ -264,7 +272,7 @@ def _work(config: dict[str, Any]) -> str:
         board.fail(line)
         return "failed"
     world = World.join()
-    planned, preset = config["cells"], config["preset"]
+    planned, preset, job = config["cells"], config["preset"], pickle.loads(config["job"])
     if world.first:
         _Reserved(config["context"].stop_name).note()
     with closing(config["context"].for_worker(world, config["threads"], board.put)) as context:
@@ -273,7 +281,7 @@ def _work(config: dict[str, Any]) -> str:
         over = world.share(published | failed.keys())  # before this group was started again
         context.progress(published=context.published + len(published))
         cells = [c for c in planned if c.key not in over]
-        return _outcome(lambda: getattr(importlib.import_module(module), name)(cells, preset, context), world, board)
+        return _outcome(lambda: job(cells, preset, context), world, board)
 
 
 def _outcome(run: Callable[[], None], world: World, board: _Board) -> str:

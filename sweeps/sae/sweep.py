@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from models.host.specs import HOST_LMS
-from sweeps.core.cells import Cell, Estimate, Pack, PublishedCell, UserError, nearest
+from sweeps.core.cells import Estimate, Pack, PublishedCell, UserError, nearest
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
+from sweeps.launch.context import PackContext
+from sweeps.launch.sweep import Sweep
 from sweeps.sae.cells import Grid, SAECell
 from sweeps.sae.presets import PRESETS
 
 
-class ProxyGap:
+class ProxyGap(Sweep[SAECell, Grid]):
     """The sweep behind the command line; the work is in `train`, `evaluate` and `packs`."""
 
     name = SAECell.SWEEP
@@ -74,46 +75,45 @@ class ProxyGap:
             max_norm_multiple=preset.max_norm_multiple,
         )
 
-    def pack(self, cells: Sequence[Cell], preset: Grid, machine: Machine, run: RunSettings) -> list[Pack]:
+    def pack(self, cells: Sequence[SAECell], preset: Grid, machine: Machine, run: RunSettings) -> list[Pack[SAECell]]:
         from sweeps.sae.packs import make_packs
 
-        return make_packs([c for c in cells if isinstance(c, SAECell)], machine, run)
+        return make_packs(cells, machine, run)
 
-    def threads(self, planned: Sequence[Cell], preset: Grid, machine: Machine, run: RunSettings) -> int:
+    def threads(self, planned: Sequence[SAECell], preset: Grid, machine: Machine, run: RunSettings) -> int:
         from sweeps.sae.packs import threads
 
-        return threads([c for c in planned if isinstance(c, SAECell)], machine, run)
+        return threads(planned, machine, run)
 
-    def run(self, pack: Pack, preset: Grid, context: Any) -> None:
+    def run(self, pack: Pack[SAECell], preset: Grid, context: PackContext) -> None:
         from sweeps.sae.train import train_pack
 
-        train_pack([c for c in pack.cells if isinstance(c, SAECell)], context)
+        train_pack(pack.cells, context)
 
-    def fingerprint(self, cell: Cell, preset: Grid, run: RunSettings) -> str:
+    def fingerprint(self, cell: SAECell, preset: Grid, run: RunSettings) -> str:
         from sweeps.sae.origin import fingerprint
 
-        assert isinstance(cell, SAECell)
         return fingerprint(cell, run)
 
-    def estimate(self, cells: Sequence[Cell], preset: Grid, machine: Machine, run: RunSettings) -> Estimate:
+    def estimate(self, cells: Sequence[SAECell], preset: Grid, machine: Machine, run: RunSettings) -> Estimate:
         from sweeps.sae.estimate import estimate
 
-        return estimate([c for c in cells if isinstance(c, SAECell)], machine, run)
+        return estimate(cells, machine, run)
 
-    def pin(self, cells: Sequence[Cell], run: RunSettings) -> RunSettings:
+    def pin(self, cells: Sequence[SAECell], run: RunSettings) -> RunSettings:
         from sweeps.sae.origin import pin
 
-        return pin([c for c in cells if isinstance(c, SAECell)], run)
+        return pin(cells, run)
 
     def remarks(self, preset: Grid, run: RunSettings) -> list[str]:
         from sweeps.sae.sources import remarks
 
         return remarks(preset.stream, run)
 
-    def preflight(self, cells: Sequence[Cell], preset: Grid, run: RunSettings) -> list[str]:
+    def preflight(self, cells: Sequence[SAECell], preset: Grid, run: RunSettings) -> list[str]:
         from sweeps.sae.preflight import preflight
 
-        return preflight([c for c in cells if isinstance(c, SAECell)], run)
+        return preflight(cells, run)
 
     def report(self, cells: Sequence[PublishedCell], preset_name: str, preset: Grid, out: Path) -> list[str]:
         from sweeps.sae.report import write

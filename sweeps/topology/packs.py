@@ -58,7 +58,7 @@ def make_packs(cells: Sequence[TopologyCell], preset: Audit, machine: Machine, r
         for i, part in enumerate(parts)
     ]
     # the longest first, so that the cores end together; members before all, since the next round waits for them
-    return out + sorted(diagrams, key=lambda p: -sum(_weight(c) for c in p.cells if isinstance(c, TopologyCell)))
+    return out + sorted(diagrams, key=lambda p: -sum(_weight(c) for c in p.cells))
 
 
 def _pack(name: str, cells: Sequence[TopologyCell], *, preset: Audit, room: float) -> Pack:

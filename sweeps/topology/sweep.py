@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from sweeps.core.cells import Cell, Estimate, Pack, PublishedCell
+from sweeps.core.cells import Estimate, Pack, PublishedCell
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
+from sweeps.launch.context import PackContext
+from sweeps.launch.sweep import Sweep
 from sweeps.topology.cells import Audit, TopologyCell
 from sweeps.topology.presets import PRESETS
 
 
-class OdorTopology:
+class OdorTopology(Sweep[TopologyCell, Audit]):
     """The sweep behind the command line; the work is in `run`, sources in `sources`."""
 
     name = TopologyCell.SWEEP
@@ -30,26 +31,27 @@ class OdorTopology:
 
         return plan(preset)
 
-    def pack(self, cells: Sequence[Cell], preset: Audit, machine: Machine, run: RunSettings) -> list[Pack]:
+    def pack(
+        self, cells: Sequence[TopologyCell], preset: Audit, machine: Machine, run: RunSettings
+    ) -> list[Pack[TopologyCell]]:
         from sweeps.topology.packs import make_packs
 
-        return make_packs([c for c in cells if isinstance(c, TopologyCell)], preset, machine, run)
+        return make_packs(cells, preset, machine, run)
 
-    def run(self, pack: Pack, preset: Audit, context: Any) -> None:
+    def run(self, pack: Pack[TopologyCell], preset: Audit, context: PackContext) -> None:
         from sweeps.topology.run import run_pack
 
-        run_pack([c for c in pack.cells if isinstance(c, TopologyCell)], preset, context)
+        run_pack(pack.cells, preset, context)
 
-    def fingerprint(self, cell: Cell, preset: Audit, run: RunSettings) -> str:
+    def fingerprint(self, cell: TopologyCell, preset: Audit, run: RunSettings) -> str:
         from sweeps.topology.sources import fingerprint
 
-        assert isinstance(cell, TopologyCell)
         return fingerprint(cell, preset)
 
-    def estimate(self, cells: Sequence[Cell], preset: Audit, machine: Machine, run: RunSettings) -> Estimate:
+    def estimate(self, cells: Sequence[TopologyCell], preset: Audit, machine: Machine, run: RunSettings) -> Estimate:
         from sweeps.topology.estimate import estimate
 
-        return estimate([c for c in cells if isinstance(c, TopologyCell)], preset, machine, run)
+        return estimate(cells, preset, machine, run)
 
     def report(self, cells: Sequence[PublishedCell], preset_name: str, preset: Audit, out: Path) -> list[str]:
         from sweeps.topology.report import write

@@ -85,7 +85,7 @@ def _launch(order: dict[str, Any]) -> int:
     machine = Machine(nodes=1, cpus=order["cpus"], gpus=0, memory_bytes=8 * 2**30, hardware="a machine of the tests")
     command.connect = lambda *a: machine  # type: ignore[assignment]
     command.run_packs = _in_process  # type: ignore[assignment]
-    return command.main(order["module"], order["arguments"])
+    return command.main(importlib.import_module(order["module"]).SWEEP, order["arguments"])
 
 
 def _in_process(
@@ -109,10 +109,9 @@ def _in_process(
     return errors
 
 
-def _fit(job: str, pack: Any, preset: Any, context: Any) -> None:
+def _fit(job: Callable[..., None], pack: Any, preset: Any, context: Any) -> None:
     """Stands in for the workers of Ray Train: the job in this process."""
-    module, _, name = job.partition(":")
-    getattr(importlib.import_module(module), name)(list(pack.cells), preset, context)
+    job(list(pack.cells), preset, context)
 
 
 def _announce_calls() -> None:

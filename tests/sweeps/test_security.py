@@ -253,7 +253,7 @@ def test_a_login_in_the_environment_is_kept_as_one_on_the_command_line_is(
     from sweeps.launch import command as command_module
     from sweeps.launch.stop import Stopper
 
-    launch = command_module._Launch("locked_sweep", SWEEP, command_module.parser(SWEEP).parse_args([]), Stopper())
+    launch = command_module._Launch(SWEEP, command_module.parser(SWEEP).parse_args([]), Stopper())
     assert launch.storage == launch.arguments.storage == "locked://vault/ledger"
     assert launch.tracking_uri == "http://host:5000"
     assert launch.done == set()

@@ -12,10 +12,10 @@ from sweeps.core.settings import RunSettings
 
 
 @pytest.mark.parametrize("cpus", [2, 16])
-@pytest.mark.parametrize("name", ["codec_lm", "memory_cache", "proxy_gap"])
-def test_the_last_missing_cell_gets_as_many_threads_as_all(name: str, cpus: int) -> None:
+@pytest.mark.parametrize("room", ["codec", "caching", "sae"])
+def test_the_last_missing_cell_gets_as_many_threads_as_all(room: str, cpus: int) -> None:
     """Before, the last of 16 processors' cells got 16 threads where each had had one."""
-    sweep = importlib.import_module(f"sweeps.{name}").SWEEP
+    sweep = importlib.import_module(f"sweeps.{room}.sweep").SWEEP
     preset = sweep.presets[sweep.default_preset]
     machine = Machine(nodes=1, cpus=cpus, gpus=0, memory_bytes=64 * 2**30, hardware="simulated")
     cells = sweep.plan(preset)

@@ -6,10 +6,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -17,6 +17,7 @@ from sweeps.core.cells import Cell, Estimate, Pack, PublishedCell, Row, UserErro
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
 from sweeps.launch.context import PackContext
+from sweeps.launch.sweep import Sweep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,50 +41,49 @@ class Toy:
     scratch: str = ""
 
 
-class ToySweep:
+class ToySweep(Sweep[Square, Toy]):
     name = "toy"
     version = "1"
     question = "what is the square of a number?"
     headline = "square"
     default_preset = "small"
-    presets: ClassVar[dict[str, Toy]] = {"small": Toy(), "many": Toy(n=tuple(range(200)), pack_size=50)}
+    presets: Mapping[str, Toy] = {"small": Toy(), "many": Toy(n=tuple(range(200)), pack_size=50)}
 
-    def plan(self, preset: Toy) -> Sequence[Cell]:
+    def plan(self, preset: Toy) -> list[Square]:
         if any(n < 0 for n in preset.n):
             raise UserError(f"n={min(preset.n)} is negative; choose n >= 0")
         return [Square(n=n) for n in preset.n]
 
-    def pack(self, cells: Sequence[Cell], preset: Toy, machine: Machine, run: RunSettings) -> list[Pack]:
+    def pack(self, cells: Sequence[Square], preset: Toy, machine: Machine, run: RunSettings) -> list[Pack[Square]]:
         size = preset.pack_size
         workers = run.workers if preset.on_workers else 0
         starts = range(0, len(cells), size)
         return [Pack(name=f"pack{i}", cells=tuple(cells[i : i + size]), workers=workers) for i in starts]
 
-    def run(self, pack: Pack, preset: Toy, context: PackContext) -> None:
+    def run(self, pack: Pack[Square], preset: Toy, context: PackContext) -> None:
         if pack.workers:
             from sweeps.launch.workers import fit
 
-            fit("toy_sweep:work", pack, preset, context)
+            fit(work, pack, preset, context)
         else:
             work(pack.cells, preset, context)
 
-    def fingerprint(self, cell: Cell, preset: Toy, run: RunSettings) -> str:
+    def fingerprint(self, cell: Square, preset: Toy, run: RunSettings) -> str:
         return digest([cell.key, preset.salt])
 
-    def estimate(self, cells: Sequence[Cell], preset: Toy, machine: Machine, run: RunSettings) -> Estimate:
+    def estimate(self, cells: Sequence[Square], preset: Toy, machine: Machine, run: RunSettings) -> Estimate:
         return Estimate(seconds=preset.seconds * len(cells), basis="sleeping")
 
-    def report(self, cells: Sequence[PublishedCell], preset_name: str, preset: Any, out: Path) -> list[str]:
+    def report(self, cells: Sequence[PublishedCell], preset_name: str, preset: Toy, out: Path) -> list[str]:
         (out / "report.md").write_text("\n".join(f"{c.identity['n']} {c.rows.value[0]}" for c in cells))
         return [f"sum          {sum(c.rows.value[0] for c in cells):.0f}"]
 
-    def banner(self, preset_name: str, preset: Any) -> list[str]:
+    def banner(self, preset_name: str, preset: Toy) -> list[str]:
         return ["a toy for the machinery's tests"]
 
 
-def work(cells: Sequence[Cell], preset: Toy, context: PackContext) -> None:
+def work(cells: Sequence[Square], preset: Toy, context: PackContext) -> None:
     for done, cell in enumerate(cells):
-        assert isinstance(cell, Square)
         if preset.scratch:
             with open(Path(preset.scratch, f"{cell.n}.tries"), "a") as f:
                 f.write("x")
@@ -109,5 +109,4 @@ SWEEP = ToySweep()
 if __name__ == "__main__":
     from sweeps.launch.command import main
 
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # the workers must find this module too
-    sys.exit(main("toy_sweep"))
+    sys.exit(main(SWEEP))

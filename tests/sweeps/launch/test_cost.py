@@ -126,7 +126,7 @@ def test_plan_shows_what_the_ledger_says_was_spent(
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
     monkeypatch.chdir(tmp_path)
-    from toy_sweep import Square
+    from toy_sweep import SWEEP, Square
 
     from sweeps.launch import command
 
@@ -136,7 +136,7 @@ def test_plan_shows_what_the_ledger_says_was_spent(
     for n, seconds in ((1, 3600.0), (2, 7200.0)):
         ledger.publish(Square(n=n), [Row("square", n * n)], {}, {**work, "pack_seconds": seconds, "fingerprint": "f"})
     arguments = ["--plan", "--set", "n=1,2,3", "--set", "seconds=3600", "--set", "price_per_hour=2"]
-    assert command.main("toy_sweep", arguments) == 0
+    assert command.main(SWEEP, arguments) == 0
     out = capsys.readouterr().out
     assert "cost         1.00 machine hours to finish = 2.00" in out
     assert "spent        1.00 machine hours in 1 packs that published = 2.00" in out
@@ -144,5 +144,5 @@ def test_plan_shows_what_the_ledger_says_was_spent(
     assert "LM passes" not in out
     ledger.done()
     ledger.compact([Square(n=n).key for n in (1, 2)])
-    assert command.main("toy_sweep", arguments) == 0
+    assert command.main(SWEEP, arguments) == 0
     assert "spent        1.00 machine hours in 1 packs" in capsys.readouterr().out

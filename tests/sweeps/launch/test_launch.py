@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -61,7 +62,7 @@ def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
     def call(*arguments: str) -> Outcome:
         capsys.readouterr()
-        code = command_module.main("toy_sweep", list(arguments))
+        code = command_module.main(importlib.import_module("toy_sweep").SWEEP, list(arguments))
         return Outcome(code, *capsys.readouterr())
 
     yield call

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import pickle
@@ -184,7 +185,7 @@ def job_in(folder: Path) -> tune.Job:
     import toy_sweep
 
     return tune.Job(
-        module="toy_sweep",
+        sweep=toy_sweep.SWEEP,
         preset=toy_sweep.Toy(),
         run=RunSettings(),
         storage=str(folder / "l"),
@@ -473,6 +474,6 @@ def test_printing_never_fails(encoding: str, main: Main, monkeypatch: pytest.Mon
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", screen)
         patch.setattr(sys, "stderr", screen)
-        assert command.main("toy_sweep", ["--set", "n=1"]) == 1  # its head has an arrow
+        assert command.main(importlib.import_module("toy_sweep").SWEEP, ["--set", "n=1"]) == 1  # its head has an arrow
     screen.flush()
     assert b"toy --preset small ? " in screen.buffer.getvalue()  # type: ignore[attr-defined]

@@ -91,7 +91,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def main(*arguments: str) -> int:
-    return command_module.main("sweeps.sae.sweep", list(arguments))
+    return command_module.main(SWEEP, list(arguments))
 
 
 def test_command_line_is_frozen() -> None:
