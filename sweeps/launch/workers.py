@@ -19,7 +19,6 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 import ray
-import ray.cloudpickle as pickle
 import torch.distributed as dist
 from ray.experimental import internal_kv
 from ray.train.torch import TorchConfig
@@ -217,7 +216,7 @@ def _trainer(
         _work,
         train_loop_config={
             "logins": _Logins(os.environ.get(LOGINS, "")),  # first: the context opens the ledger as it arrives
-            "job": pickle.dumps(job),  # sealed until the worker knows that it has the launch's code
+            "job": job,
             "cells": cells,
             "preset": preset,
             "context": context,
@@ -272,7 +271,7 @@ def _work(config: dict[str, Any]) -> str:
         board.fail(line)
         return "failed"
     world = World.join()
-    planned, preset, job = config["cells"], config["preset"], pickle.loads(config["job"])
+    planned, preset, job = config["cells"], config["preset"], config["job"]
     if world.first:
         _Reserved(config["context"].stop_name).note()
     with closing(config["context"].for_worker(world, config["threads"], board.put)) as context:

@@ -52,10 +52,10 @@ class _Work:
     traffic: float
 
 
-def _work(pack: Pack, run: RunSettings) -> _Work:
+def _work(pack: Pack[SAECell], run: RunSettings) -> _Work:
     from models.sae.trainer import step_flops
 
-    cells = _cells(pack)
+    cells = pack.cells
     first, width, longest = cells[0], spec_of(cells[0], run).d_model, max(c.tokens for c in cells)
     sae_flops, traffic = 0.0, _weight_bytes(first, longest, run)
     for trajectories in shared_passes(cells).values():
@@ -88,22 +88,18 @@ def _weight_bytes(cell: SAECell, tokens: int, run: RunSettings) -> float:
     return weights * (tokens / (cell.shuffle_sequences * cell.context) + _EVALUATION_PASSES)
 
 
-def _busy_seconds(packs: Sequence[Pack], work: Sequence[_Work], run: RunSettings) -> float:
+def _busy_seconds(packs: Sequence[Pack[SAECell]], work: Sequence[_Work], run: RunSettings) -> float:
     """Seconds of all packs one after another; each kind of pack is measured once."""
     rates: dict[tuple[object, ...], tuple[float, float]] = {}
     seconds = 0.0
     for pack, own in zip(packs, work, strict=True):
-        cell = _cells(pack)[0]
+        cell = pack.cells[0]
         kind = (cell.model, cell.d_sae, cell.batch_tokens, pack.cpus)
         if kind not in rates:
             rates[kind] = _probe(cell, spec_of(cell, run).d_model, int(pack.cpus), run)
         lm_rate, sae_rate = rates[kind]
         seconds += own.lm_flops / lm_rate + own.sae_flops / sae_rate
     return seconds
-
-
-def _cells(pack: Pack) -> list[SAECell]:
-    return [c for c in pack.cells if isinstance(c, SAECell)]
 
 
 def _probe(cell: SAECell, d_in: int, threads: int, run: RunSettings) -> tuple[float, float]:
