@@ -107,8 +107,9 @@ class SAECell(Cell):
 
     @functools.cached_property
     def _trajectory(self) -> tuple[Any, ...]:
-        plain = tuple(v for name, v in self.identity().items() if name not in ("tokens", *_TOKEN_CHOICE))
-        return plain + tuple((name, v) for name, v in self.identity().items() if name in _TOKEN_CHOICE)
+        fields = self.identity()
+        plain = tuple(v for name, v in fields.items() if name not in ("tokens", *_TOKEN_CHOICE))
+        return plain + tuple((name, v) for name, v in fields.items() if name in _TOKEN_CHOICE)
 
 
 @dataclass(frozen=True, kw_only=True)
