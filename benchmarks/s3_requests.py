@@ -2,10 +2,9 @@
 
 S3 is moto's server in this process, which s3fs talks to over HTTP; every request is counted there. The toy sweep of
 the tests runs by its real command line, but its packs in this process instead of on Ray. Numbers per cell are
-differences between two sizes of grid, so that what a launch costs once is not in them. --checkout measures another
-state of the code (`git worktree add DIR COMMIT`).
+differences between two sizes of grid, so that what a launch costs once is not in them.
 
-    python benchmarks/s3_requests.py [--quick] [--checkout DIR]
+    python benchmarks/s3_requests.py [--quick]
 """
 
 from __future__ import annotations
@@ -15,9 +14,8 @@ import argparse
 import contextlib
 import importlib
 import io
-import json
+import logging
 import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -30,6 +28,8 @@ from typing import Any, ClassVar
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "sweeps")]
+
 BUCKET = "plumbline"
 SIZES = 8, 24  # cells; few enough that a launch looks at each marker instead of listing
 WAITING = 32  # cells that another launch holds
@@ -55,6 +55,7 @@ def server() -> Iterator[str]:
     """The S3 server; yields the URI of a bucket."""
     from moto.moto_server import threaded_moto_server as moto
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it prints a line per request
     plain = moto.DomainDispatcherApplication
     with mock.patch.object(moto, "DomainDispatcherApplication", lambda *a: Counting(plain(*a))):
         running = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -69,24 +70,15 @@ def server() -> Iterator[str]:
     running.stop()
 
 
-def in_process(*arguments: Any) -> dict[str, str]:
-    """Stands in for `run_packs`, of this state of the code and of commit 3342e6e: the packs one by one, here."""
+def in_process(job: Any, queue: Any, board: Any, published: Callable[[list[str]], None]) -> dict[str, str]:
+    """Stands in for `run_packs`: the packs one by one, in this process."""
     from sweeps.launch.tune import run_one
-
-    published = arguments[-1]
 
     def report(result: dict[str, Any]) -> None:
         published(result["progress"].get("keys", []))
 
-    run_pack: Callable[..., None] = run_one
-    if len(arguments) == 4:
-        job, queue = arguments[:2]
-        while (pack := queue.next()) is not None:
-            run_pack(job, pack, report)
-    else:
-        module, packs, preset, run, storage, fingerprints, launch = arguments[:7]
-        for pack in packs:
-            run_pack(module, pack, preset, run, storage, fingerprints, launch, report)
+    while (pack := queue.next()) is not None:
+        run_one(job, pack, report)
     return {}
 
 
@@ -99,9 +91,7 @@ def launch(
 
     machine = Machine(nodes=1, cpus=1, gpus=0, memory_bytes=2**33, hardware="a simulated machine")
     grid = [f"n={','.join(map(str, range(cells)))}", "pack_size=1"]
-    arguments = ["--storage", storage, "--tracking-uri", f"sqlite:///{folder}/mlflow.db"]
-    if "--report-dir" in command_module.parser(importlib.import_module("toy_sweep").SWEEP).format_help():
-        arguments += ["--report-dir", str(folder)]
+    arguments = ["--storage", storage, "--tracking-uri", f"sqlite:///{folder}/mlflow.db", "--report-dir", str(folder)]
     before = Counting.counts.copy()
     with (
         mock.patch.object(command_module, "connect", return_value=machine),
@@ -165,7 +155,7 @@ def watchers(storage: str, seconds: float, flags: Sequence[str]) -> dict[str, fl
     try:
         return rate(seconds)
     finally:
-        getattr(flag, "close", flag._seen.set)()  # there was no way to close one at commit 3342e6e
+        flag.close()
         time.sleep(1.5)
 
 
@@ -199,7 +189,7 @@ def driver(storage: str, folder: Path, seconds: float, *, others: bool) -> dict[
 
 
 def idle(storage: str, folder: Path, seconds: float) -> dict[str, dict[str, float]]:
-    """{process: {request: number per second}}; packs are run last, since those of commit 3342e6e leave threads."""
+    """{process: {request: number per second}}; packs are run last: threads that they left would be counted, too."""
     out = {
         "worker whose pack computes": watchers(f"{storage}/a", seconds, ["launch"]),
         "worker of Ray Train that computes": watchers(f"{storage}/b", seconds, ["launch", "launch-pack"]),
@@ -221,20 +211,8 @@ def main() -> None:
     """Print one line for each thing measured."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     p.add_argument("--quick", action="store_true", help="watch for a few seconds only")
-    p.add_argument("--checkout", default=str(ROOT), metavar="DIR", help="the code to measure; default: this")
-    p.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     a = p.parse_args()
-    seconds = 5.0 if a.quick else 20.0
-    if a.measure:
-        print(json.dumps(measure(seconds)))
-        return
-    code = Path(a.checkout).resolve()
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(code), str(code / "tests" / "sweeps")])}
-    command = [sys.executable, "-P", __file__, "--measure", *(["--quick"] if a.quick else [])]
-    done = subprocess.run(command, env=env, capture_output=True, encoding="utf-8")
-    if done.returncode:
-        sys.exit(done.stderr[-3000:])
-    for per, found in json.loads(done.stdout.splitlines()[-1]).items():
+    for per, found in measure(5.0 if a.quick else 20.0).items():
         for name, counts in found.items():
             kinds = "  ".join(f"{kind} {n:.2f}" for kind, n in counts.items())
             print(f"{name:46} {sum(counts.values()):6.2f} per {per}:  {kinds}")
