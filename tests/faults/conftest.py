@@ -11,8 +11,6 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).with_name("site"))]
 
-sys.path.append(str(Path(__file__).parents[1] / "sweeps"))  # the toy sweep
-
 import objectstore  # noqa: E402
 from fault_rig import ROOT, Launches, Survived  # noqa: E402
 from fault_sweeps import SWEEPS  # noqa: E402

@@ -98,7 +98,7 @@ def codec_lm(sources: Path, **changes: object) -> Tiny:
 def toy(sources: Path, **changes: object) -> Tiny:
     """Twelve squares, a pack each: for faults that have to do with the machinery alone."""
     grid: dict[str, object] = {"n": ",".join(map(str, range(12))), "pack_size": 1, "max_retries": 9}
-    return Tiny("toy", tuple(settings(**grid | changes)), "toy_sweep")
+    return Tiny("toy", tuple(settings(**grid | changes)), "tests.sweeps.toy_sweep")
 
 
 SWEEPS: dict[str, Callable[..., Tiny]] = {

@@ -105,7 +105,13 @@ class Bench:
         self.count += 1
         arguments = [*self.tiny.arguments, "--storage", self.storage, "--tracking-uri", uri or self.uri, *more]
         return self.warm.start(
-            self.folder, self.tiny.home, arguments, self.launches.plan, self._out(self.count), lease, cpus
+            self.folder,
+            self.tiny.home.removeprefix("tests.sweeps."),
+            arguments,
+            self.launches.plan,
+            self._out(self.count),
+            lease,
+            cpus,
         )
 
     def launch(
