@@ -21,6 +21,7 @@ from filelock import FileLock
 
 from analysis.codec.audio_distance import Embedder, LogMelStatistics, embed_set
 from analysis.codec.scores import coherence
+from data._atomic import write_whole
 from data.codec import RANDOM, Codec, EncodecCodec
 from data.token_batches import TokenClips, evaluation_batches
 from models.codec.model import CodecLM
@@ -173,52 +174,52 @@ def _embedded(
 def _real_arrays(
     source: TokenSource, study: Study, held_out: TokenClips, training: TokenClips, frames: int
 ) -> Mapping[str, npt.NDArray[Any]]:
-    """Embeddings of held-out and of as many training clips, and coherences of all long ones: made once a token set."""
+    """Embeddings of held-out and of as many training clips, and coherences of all long ones.
+
+    Made once per token set, and kept beside it under a name that follows from all that decides them.
+    """
     codec, with_these = source.codec, embedders(source.codec)
     n = min(_REAL_CLIPS, study.eval_clips, len(held_out), len(training))
     window = coherence_window(frames, codec.frame_rate_hz)
-    facts = [
-        study.holdout,
-        n,
-        frames,
-        *window.values(),
-        codec.weights_hash,
-        [e.name for e in with_these],
-        len(training),
-        "by recording",
-        *(["clips with a text of their own"] if study.text else []),
-    ]
+    names = [e.name for e in with_these]
+    facts = [study.holdout, n, frames, *window.values(), codec.weights_hash, names, len(training), "by recording"]
+    facts += ["clips with a text of their own"] if study.text else []
     place = Path(source.tokens.folder).parent / f"real-{digest(facts)[:16]}.npz"
     with FileLock(f"{place}.lock"):
         if place.is_file():
             with np.load(place, allow_pickle=False) as stored:
                 return dict(stored)
         arrays: dict[str, npt.NDArray[Any]] = {
-            "embedders": np.array([e.name for e in with_these]),
+            "embedders": np.array(names),
             "sample_s": np.array(frames / codec.frame_rate_hz),
             "coherence_window_s": np.array(window["window_s"]),
         }
-        long: list[npt.NDArray[np.uint16]] = []
-        whose: list[str] = []
         for kind, clips in (("held_out", held_out), ("training", training)):
-            recordings = dict(zip(clips.clip_ids, clips.recording_ids, strict=True))
-            batches = list(evaluation_batches(clips, 1, max_frames=frames, n_clips=n))
-            chosen = [
-                codes_KT[:, : int(length)].numpy().astype(np.uint16)
-                for batch in batches
-                for codes_KT, length in zip(batch.codes_BKT, batch.length_B, strict=True)
-            ]
-            cut_from = [recordings[name] for batch in batches for name in batch.clip_ids]
-            arrays |= _embedded(kind, list(_decoded(codec, chosen)), with_these, cut_from)
-            lengthy = [c for c in range(len(clips)) if clips.n_frames_C[c] >= frames][:_REAL_CLIPS]
-            long += [clips.codes(c)[:, :frames] for c in lengthy]
-            whose += [clips.recording_ids[c] for c in lengthy]
+            codes, recordings = _openings(clips, frames, n)
+            arrays |= _embedded(kind, list(_decoded(codec, codes)), with_these, recordings)
+        long, whose = _long_clips((held_out, training), frames)
         arrays["coherence_real"] = _coherences(long, codec, frames)
         arrays["coherence_real_recording"] = np.unique(whose, return_inverse=True)[1].astype(np.int64)
-        aside = place.with_suffix(".tmp")
-        aside.write_bytes(_npz(arrays))
-        aside.replace(place)
+        write_whole(place, _npz(arrays))
     return arrays
+
+
+def _openings(clips: TokenClips, frames: int, n: int) -> tuple[list[npt.NDArray[np.uint16]], list[str]]:
+    """(the first `frames` frames of n clips as codes_KT, the recording of each)."""
+    recordings = dict(zip(clips.clip_ids, clips.recording_ids, strict=True))
+    batches = list(evaluation_batches(clips, 1, max_frames=frames, n_clips=n))
+    codes = [
+        codes_KT[:, : int(length)].numpy().astype(np.uint16)
+        for batch in batches
+        for codes_KT, length in zip(batch.codes_BKT, batch.length_B, strict=True)
+    ]
+    return codes, [recordings[name] for batch in batches for name in batch.clip_ids]
+
+
+def _long_clips(sides: Sequence[TokenClips], frames: int) -> tuple[list[npt.NDArray[np.uint16]], list[str]]:
+    """(clips of each side that are at least `frames` long, cut to that, 256 per side at most; their recordings)."""
+    long = [(clips, c) for clips in sides for c in np.flatnonzero(clips.n_frames_C >= frames)[:_REAL_CLIPS]]
+    return [clips.codes(c)[:, :frames] for clips, c in long], [clips.recording_ids[c] for clips, c in long]
 
 
 def _npz(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +56,17 @@ class TrainingStream:
         inputs, targets = training_pair(batch.codes_BKT, pad=self.config.pad, bos=self.config.bos)
         texts = given_texts(self.config, self.cell.texts_at(step, batch.texts), self.device)
         return Batch(inputs.to(self.device), targets.to(self.device), batch.real_tokens, texts)
+
+
+@dataclass(frozen=True)
+class _Final:
+    """Measurements after training: of each of WEIGHTS, of the best averaged weights, and of averaged ones given other
+    texts than the clips' own, by kind."""
+
+    scores: Mapping[str, CodebookScores]
+    best: CodecLM | None
+    best_scores: CodebookScores | None
+    other_texts: Mapping[str, CodebookScores]
 
 
 class CellRun(Owner):
@@ -144,40 +157,54 @@ class CellRun(Owner):
             )
 
     def publish(self, rate: float) -> None:
-        """Evaluate in all processes; sample and publish in the first."""
+        """Evaluate in all processes; sample and publish in the first. rate: real tokens per second, or NaN."""
         cell, context = self.cell, self.context
         context.progress(force=True, phase=f"{cell.architecture}: evaluating and sampling")
-        models = dict(zip(WEIGHTS, (self.trainer.model, self.trainer.ema), strict=True))
-        scores = {w: self._scores(model, cell.eval_clips) for w, model in models.items()}
-        best = self._best()
-        best_scores = None if best is None else self._scores(best, cell.eval_clips)
-        other_texts = self._scores_with_other_texts()
+        final = self._evaluate_all()
         if not context.world.first:
             return
-        rows = []  # MLflow's compare page opens on the first of them
+        rows, files = self._final_rows(final, rate), self._files(final)
+        with tempfile.TemporaryDirectory() as folder:  # the weights of large models are not held a second time
+            weights = self._checkpoint(final.best, Path(folder, "model.pt"))
+            context.publish(cell, rows, files | {"model.pt": weights})
+        context.work.drop(cell.key)
+
+    def _evaluate_all(self) -> _Final:
+        n_clips = self.cell.eval_clips
+        of = {w: self._scores(m, n_clips) for w, m in zip(WEIGHTS, (self.trainer.model, self.trainer.ema), strict=True)}
+        best = self._best()
+        best_scores = None if best is None else self._scores(best, n_clips)
+        return _Final(of, best, best_scores, self._scores_with_other_texts())
+
+    def _final_rows(self, final: _Final, rate: float) -> list[Row]:
+        """All rows of the cell; MLflow's compare page opens on the first of them."""
+        rows = []
         for weights in reversed(WEIGHTS):
-            rows += self._score_rows(scores[weights], weights)
-        if best_scores is not None:
-            rows += self._score_rows(best_scores, "best")
-        for kind, some in other_texts.items():
-            rows += nll_rows(some, f"final_val_nll_{kind}", {"weights": "ema"})
+            rows += self._score_rows(final.scores[weights], weights)
+        if final.best_scores is not None:
+            rows += self._score_rows(final.best_scores, "best")
+        for kind, scores in final.other_texts.items():
+            rows += nll_rows(scores, f"final_val_nll_{kind}", {"weights": "ema"})
         rows += [*self._curve_rows(), *self._static_rows(), Row("unigram_nll", self.baseline, "nats a token")]
-        if rate == rate:
+        if not math.isnan(rate):
             rows.append(Row("tokens_per_second", rate, "tokens/s"))
-        if self.trainer.step_count < cell.steps:
+        if self.trainer.step_count < self.cell.steps:
             rows.append(Row("stopped_at", self.trainer.step_count, "steps"))
-        files: dict[str, bytes | Path] = {}
-        files["clips.parquet"] = clip_table(scores, self.held_out, cell.eval_clips, other_texts)
+        return rows
+
+    def _files(self, final: _Final) -> dict[str, bytes | Path]:
+        """All files of the cell but its weights."""
+        cell, trainer = self.cell, self.trainer
+        files: dict[str, bytes | Path] = {
+            "clips.parquet": clip_table(final.scores, self.held_out, cell.eval_clips, final.other_texts)
+        }
         if self.config.memory_cache is not None:
-            models["start"] = build_codec_lm(self.config, device=context.device, seed=cell.seed)
+            start = build_codec_lm(self.config, device=self.context.device, seed=cell.seed)
+            models = {**dict(zip(WEIGHTS, (trainer.model, trainer.ema), strict=True)), "start": start}
             files["gates.parquet"] = gate_table(models, self.held_out, cell.eval_clips, cell.precision)
         if self.study.sample_s > 0:
-            files |= cell_audio(self.trainer.ema, cell, self.study, self.source, self.held_out, self.stream.clips)
-        files["tokens.json"] = json.dumps(self._tokens(), indent=1).encode()
-        with tempfile.TemporaryDirectory() as folder:  # the weights of large models are not held a second time
-            files["model.pt"] = self._checkpoint(best, Path(folder, "model.pt"))
-            context.publish(cell, rows, files)
-        context.work.drop(cell.key)
+            files |= cell_audio(trainer.ema, cell, self.study, self.source, self.held_out, self.stream.clips)
+        return files | {"tokens.json": json.dumps(self._tokens(), indent=1).encode()}
 
     def _best(self) -> CodecLM | None:
         """Averaged weights of the best measurement; None where that is the last one, or was not saved."""

@@ -43,48 +43,65 @@ def final_scores(rows: pd.DataFrame) -> pd.DataFrame:
 
 def results_of(cells: Sequence[PublishedCell]) -> Results:
     """The tables of all published cells; the generated audio of each architecture's best learning rate."""
-    models, curves, codebooks, clips, spikes, gates, texts = [], [], [], [], [], [], []
-    gated = [cell for cell in cells if "gates.parquet" in cell.files]
-    for cell, table in zip(cells, tables_of(cells, "clips.parquet"), strict=True):
-        rows, who, table = cell.rows, _who(cell), with_recordings(table)
-        books = rows[rows["codebook"].notna()].assign(metric=lambda t: t["metric"].str.removeprefix("codebook_"))
-        wide = books.pivot_table(index=["weights", "codebook"], columns="metric", values="value").reset_index()
-        codebooks.append(wide.assign(**who))
-        record: dict[str, Any] = {**who, "cell_key": cell.key}
-        plain = rows[rows["metric"].isin(_PLAIN)]
-        record |= dict(zip(plain["metric"], plain["value"], strict=True))
-        per_column = rows.loc[rows["metric"] == "flops_per_column", "value"].iloc[0]
-        record["flops_per_token"] = per_column / wide["codebook"].nunique()
-        for row in final_scores(rows).to_dict("records"):
-            record[f"{row['metric'].removeprefix('final_')}_{row['weights']}"] = row["value"]
-        models.append(record)
-        points = rows[rows["step"].notna() & rows["metric"].isin(_POINTS)]
-        curves.append(points[["metric", "weights", "group", "step", "value"]].assign(**who))
-        jumps = rows[rows["metric"] == "grad_spikes"]
-        spikes.append(jumps[["group", "value"]].assign(**who))
-        if "text" in table:
-            texts.append(table[table["weights"] == "ema"].assign(**who))
-            table = table[table["text"] == RIGHT].drop(columns="text")
-        clips.append(table.assign(**who))
-    for cell, table in zip(gated, tables_of(gated, "gates.parquet"), strict=True):
-        gates.append(with_recordings(table).assign(**_who(cell)))
-    frame = pd.DataFrame(models)
+    models = pd.DataFrame([_model(cell) for cell in cells])
+    clips = _tables(cells, "clips.parquet")
     return Results(
-        models=frame,
-        curves=pd.concat(curves, ignore_index=True),
-        codebooks=pd.concat(codebooks, ignore_index=True),
-        clips=pd.concat(clips, ignore_index=True),
-        spikes=pd.concat(spikes, ignore_index=True),
-        gates=pd.concat(gates, ignore_index=True) if gates else pd.DataFrame(),
-        audio=_audio_table(_chosen(cells, frame)),
+        models=models,
+        curves=_stacked([_curve(cell) for cell in cells]),
+        codebooks=_stacked([_codebooks(cell) for cell in cells]),
+        clips=_stacked([t[t["text"] == RIGHT].drop(columns="text") if "text" in t else t for t in clips]),
+        spikes=_stacked([_spikes(cell) for cell in cells]),
+        gates=_stacked(_tables([cell for cell in cells if "gates.parquet" in cell.files], "gates.parquet")),
+        audio=_audio_table(_chosen(cells, models)),
         samples=(),
-        texts=pd.concat(texts, ignore_index=True) if texts else pd.DataFrame(),
+        texts=_stacked([t[t["weights"] == "ema"] for t in clips if "text" in t]),
     )
+
+
+def _stacked(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def _tables(cells: Sequence[PublishedCell], file: str) -> list[pd.DataFrame]:
+    """A table by clip of each cell, with what tells its model from others."""
+    tables = tables_of(cells, file)
+    return [with_recordings(table).assign(**_who(cell)) for cell, table in zip(cells, tables, strict=True)]
 
 
 def _who(cell: PublishedCell) -> dict[str, Any]:
     """What tells a model from others; its architecture as `arm_name` has it."""
     return {name: cell.identity[name] for name in _TUNED} | {"architecture": arm_name(cell.identity)}
+
+
+def _model(cell: PublishedCell) -> dict[str, Any]:
+    """One record per model: its size and speed, and each final score of each kind of weights."""
+    rows = cell.rows
+    plain = rows[rows["metric"].isin(_PLAIN)]
+    per_column = rows.loc[rows["metric"] == "flops_per_column", "value"].iloc[0]
+    record = {**_who(cell), "cell_key": cell.key, **dict(zip(plain["metric"], plain["value"], strict=True))}
+    record["flops_per_token"] = per_column / rows["codebook"].nunique()
+    for row in final_scores(rows).to_dict("records"):
+        record[f"{row['metric'].removeprefix('final_')}_{row['weights']}"] = row["value"]
+    return record
+
+
+def _curve(cell: PublishedCell) -> pd.DataFrame:
+    """Measurements during training."""
+    points = cell.rows[cell.rows["step"].notna() & cell.rows["metric"].isin(_POINTS)]
+    return points[["metric", "weights", "group", "step", "value"]].assign(**_who(cell))
+
+
+def _codebooks(cell: PublishedCell) -> pd.DataFrame:
+    """One row per kind of weights and codebook, a column per score."""
+    rows = cell.rows[cell.rows["codebook"].notna()]
+    rows = rows.assign(metric=rows["metric"].str.removeprefix("codebook_"))
+    wide = rows.pivot_table(index=["weights", "codebook"], columns="metric", values="value").reset_index()
+    return wide.assign(**_who(cell))
+
+
+def _spikes(cell: PublishedCell) -> pd.DataFrame:
+    """How often the gradient of each group of parameters jumped."""
+    return cell.rows.loc[cell.rows["metric"] == "grad_spikes", ["group", "value"]].assign(**_who(cell))
 
 
 def _shown(cells: Sequence[PublishedCell]) -> Iterator[tuple[str, PublishedCell]]:
@@ -190,32 +207,42 @@ def write(cells: Sequence[PublishedCell], preset_name: str, study: Study, out: P
     """
     out.mkdir(parents=True, exist_ok=True)
     tokens = tokens_of_one_codec(cells)
-    names = {c.identity["architecture"] for c in cells}
-    tried = {name: study.rates(name) for name in names} if study.rungs else None
-    results, samples = results_of(cells), []
-    for name, cell in _shown(_chosen(cells, results.models)):
-        (out / f"{name}.png").write_bytes(file_of(cell, "spectrogram.png"))
-        wavs = ["sample.wav", *sorted(f for f in cell.files if f.startswith("samples/"))]
-        for i, file in enumerate(wavs):
-            (out / f"{name}-{i}.wav").write_bytes(file_of(cell, file))
-        if "samples.txt" in cell.files:
-            (out / f"{name}.txt").write_bytes(file_of(cell, "samples.txt"))
-        (out / "reference.wav").write_bytes(file_of(cell, "reference.wav"))
-        samples.append((name, f"{name}.png"))
+    results = results_of(cells)
     effects = _text_effects(results, study)
     if len(effects):
         effects.to_csv(out / "texts.csv", index=False)
         text_figure(effects, out / "texts.png")
+    names = {c.identity["architecture"] for c in cells}
     main = write_report(
-        replace(results, samples=samples),
+        replace(results, samples=_write_samples(_chosen(cells, results.models), out)),
         out,
         preset=preset_name,
         facts=_facts(cells, tokens[0], study),
         audio_facts=_audio_facts(cells, results, study),
         published=_published(study, tokens[0]["audio_s"]),
-        tried=tried,
+        tried={name: study.rates(name) for name in names} if study.rungs else None,
         texts=text_section(effects, _text_facts(tokens[0], study), "texts.png") if len(effects) else [],
     )
+    return [*banner(study), *_headline(main), *([f"text         {verdict(effects)}"] if len(effects) else [])]
+
+
+def _write_samples(cells: Sequence[PublishedCell], out: Path) -> list[tuple[str, str]]:
+    """Copy each architecture's spectrogram, WAVs and texts into `out`; returns (architecture, spectrogram's file)."""
+    samples = []
+    for name, cell in _shown(cells):
+        copies = {f"{name}.png": "spectrogram.png", "reference.wav": "reference.wav"}
+        wavs = ["sample.wav", *sorted(f for f in cell.files if f.startswith("samples/"))]
+        copies |= {f"{name}-{i}.wav": file for i, file in enumerate(wavs)}
+        if "samples.txt" in cell.files:
+            copies[f"{name}.txt"] = "samples.txt"
+        for copy, file in copies.items():
+            (out / copy).write_bytes(file_of(cell, file))
+        samples.append((name, f"{name}.png"))
+    return samples
+
+
+def _headline(main: pd.DataFrame) -> list[str]:
+    """A line per architecture in the report's order, what the order is worth, and what a model must beat."""
     lines = [
         f"val_nll      {interval(r['val_nll'], r['lo'], r['hi'], 4)} {r['architecture']} (lr {r['lr']:g}"
         + (f", the {r['edge']} tried)" if r["edge"] in ("lowest", "highest") else ")")
@@ -224,12 +251,7 @@ def write(cells: Sequence[PublishedCell], preset_name: str, study: Study, out: P
     if len(main) > 1 and (main["n_seeds"] < 2).any():
         one = main.loc[main["n_seeds"] < 2, "architecture"]
         lines.append(f"differences  not tested for {', '.join(one)}: {NEEDS_SEEDS}; the order above is no finding")
-    return [
-        *banner(study),
-        *lines,
-        f"unigram      {main['unigram_nll'].iloc[0]:.4f} nats a token: what a model must beat",
-        *([f"text         {verdict(effects)}"] if len(effects) else []),
-    ]
+    return [*lines, f"unigram      {main['unigram_nll'].iloc[0]:.4f} nats a token: what a model must beat"]
 
 
 def _text_effects(results: Results, study: Study) -> pd.DataFrame:
