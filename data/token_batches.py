@@ -44,10 +44,6 @@ class SpecialTokens:
         return self.codebook_size + 1
 
     @property
-    def eos(self) -> int:
-        return self.codebook_size + 2
-
-    @property
     def vocabulary(self) -> int:
         return self.codebook_size + 3
 

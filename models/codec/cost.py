@@ -25,11 +25,6 @@ class LMCost:
     flops_per_token: float
     text: int = 0
 
-    @property
-    def memory_cache_share(self) -> float:
-        """Share of all parameters that memory caching adds: its overhead."""
-        return self.memory_cache / self.parameters
-
 
 @lru_cache(maxsize=256)
 def lm_cost(config: CodecLMConfig, context: int | None = None) -> LMCost:

@@ -20,18 +20,21 @@ from models.codec.text import Texts
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a token is drawn from its logits, in this order.
+    """How a token is drawn from its logits, in this order, and how many samples are drawn for each one kept.
 
     repetition_penalty: logits of tokens seen before in the same codebook are divided by it when positive and
     multiplied when negative (Keskar et al. 2019, CTRL, arXiv 1909.05858); 1 is off. temperature: divides the logits;
     0 takes the likeliest token. top_k: keeps the k likeliest. top_p: keeps the smallest set of likeliest tokens whose
     probability reaches p (Holtzman et al. 2020, arXiv 1904.09751).
+
+    best_of: samples drawn for each one kept, by log_probability. Likelihood favours repetitive audio.
     """
 
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
     repetition_penalty: float = 1.0
+    best_of: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -42,6 +45,8 @@ class Sampling:
             raise ValueError(f"top_p={self.top_p} is outside (0, 1]")
         if self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty={self.repetition_penalty}; choose > 0, 1 for none")
+        if self.best_of < 1:
+            raise ValueError(f"best_of={self.best_of}; choose best_of >= 1")
 
 
 def filtered_logits(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
@@ -102,7 +107,6 @@ def generate(
     *,
     prompt: Tensor | None = None,
     batch: int = 1,
-    best_of: int = 1,
     sampling: Sampling | None = None,
     seed: int = 0,
     backend: Backend = "auto",
@@ -117,27 +121,27 @@ def generate(
         n_frames: new frames, at least 1.
         prompt: [B, K, T0] codes below codebook_size, or None for `batch` samples from nothing.
         batch: number of samples without a prompt.
-        best_of: samples drawn for each one kept, by log_probability. Likelihood favours repetitive audio.
-        sampling: how tokens are drawn; temperature 1 without filters when None.
+        sampling: how tokens are drawn, and samples kept; temperature 1 without filters when None.
         seed: of the random draws; the same seed, model, device and backend give the same samples.
         backend: "numba" takes the steps in compiled kernels, for float32 models on a CPU; "torch" with the model's own
             operations, anywhere; "auto" is numba where it can be. Both compute the same function; in an autocast
             region both round the weights, but only torch the activations.
-        texts: one a sample (before best_of), for a model with text conditioning; None: samples without a text.
+        texts: one per kept sample, for a model with text conditioning; None: samples without a text.
 
     Raises:
         ValueError: a prompt longer than the context or too long for it with the new frames, a code outside the
             codebook, a wrong number of codebooks or texts, counts below 1, texts for a model without a text encoder,
             or a backend that cannot serve this model.
     """
-    for name, value in (("n_frames", n_frames), ("batch", batch), ("best_of", best_of)):
+    for name, value in (("n_frames", n_frames), ("batch", batch)):
         if value < 1:
             raise ValueError(f"{name}={value}; choose {name} >= 1")
     prompt = _checked_prompt(model.config, prompt, batch, n_frames)
-    device = model.heads.device
+    sampling = sampling or Sampling()
+    device, best_of = model.heads.device, sampling.best_of
     prompt = prompt.to(device).long().repeat_interleave(best_of, 0)
     texts = None if texts is None else texts.to(device).repeated(best_of)
-    decoder = _Decoder(model.config, prompt, n_frames, sampling or Sampling(), seed)
+    decoder = _Decoder(model.config, prompt, n_frames, sampling, seed)
     taken_by = decoding_backend(model, backend)
     reading = decoding(model, decoder.known(), decoder.columns, taken_by, texts)
     with torch.inference_mode(), reading as (logits, step):

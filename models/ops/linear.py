@@ -10,7 +10,7 @@ last column), N chunks, C chunk length, G = R*H, M = G*N, L complete segments.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,14 @@ LONGEST_CHUNK = 128
 SHORTEST_CHUNK = 16
 
 State = tuple[Tensor, Tensor]
+
+
+class Reading(TypedDict, total=False):
+    """How the state is read: see `linear_attention`, whose defaults these options have."""
+
+    scale: float
+    normalize: bool
+    eps: float
 
 
 def elu_feature_map(x: Tensor) -> Tensor:
@@ -69,7 +77,7 @@ def linear_attention(
     """
     _check(q, k, v, initial_state, impl)
     if impl == "recurrent":
-        o, final, _ = _recurrent(q, k, v, initial_state, scale, normalize, eps, None, True)
+        o, final, _ = _recurrent(q, k, v, initial_state, scale=scale, normalize=normalize, eps=eps)
         return o, final
     S, z = _start(q, k, v, initial_state)
     o, S, z, _, _ = _ChunkedLinearAttention.apply(q, k, v, S, z, scale, normalize, eps, CHUNK, None, True)
@@ -84,16 +92,15 @@ def linear_attention_segments(
     segment: int,
     cumulative: bool = True,
     initial_state: State | None = None,
-    scale: float = 1.0,
-    normalize: bool = True,
-    eps: float = 1e-6,
     impl: str = "auto",
+    **reading: Unpack[Reading],
 ) -> tuple[Tensor, State, State]:
     """`linear_attention` that also returns the states that memory caching keeps.
 
     Args:
         segment: tokens a segment; at most 128, or with a divisor between 16 and 128.
         cumulative: return the state after each segment; False: what each segment alone added to it.
+        reading: scale, normalize and eps, as in `linear_attention`.
 
     Returns:
         o, the final (S, z) and the cached (S [B, L, H, K, V], z [B, L, H, K]) of the L = T // segment complete
@@ -105,11 +112,10 @@ def linear_attention_segments(
     _check(q, k, v, initial_state, impl)
     chunk = _segment_chunk(segment)
     if impl == "recurrent":
-        return _recurrent(q, k, v, initial_state, scale, normalize, eps, segment, cumulative)
+        return _recurrent(q, k, v, initial_state, segment, cumulative, **reading)
     S, z = _start(q, k, v, initial_state)
-    o, S, z, S_cached, z_cached = _ChunkedLinearAttention.apply(
-        q, k, v, S, z, scale, normalize, eps, chunk, segment, cumulative
-    )
+    options = *_with_defaults(**reading), chunk, segment, cumulative
+    o, S, z, S_cached, z_cached = _ChunkedLinearAttention.apply(q, k, v, S, z, *options)
     return o, (S, z), (S_cached, z_cached)
 
 
@@ -134,6 +140,10 @@ def linear_attention_step(
         if normalize:
             o = o / ((q_BH1K.squeeze(2) * z).sum(-1, keepdim=True) + eps)
     return o.to(v.dtype), (S, z)
+
+
+def _with_defaults(*, scale: float = 1.0, normalize: bool = True, eps: float = 1e-6) -> tuple[float, bool, float]:
+    return scale, normalize, eps
 
 
 def _segment_chunk(segment: int) -> int:
@@ -178,18 +188,16 @@ def _recurrent(
     k: Tensor,
     v: Tensor,
     initial_state: State | None,
-    scale: float,
-    normalize: bool,
-    eps: float,
-    segment: int | None,
-    cumulative: bool,
+    segment: int | None = None,
+    cumulative: bool = True,
+    **reading: Unpack[Reading],
 ) -> tuple[Tensor, State, State]:
     """The defining recurrence, token by token."""
     state = last_boundary = _start(q, k, v, initial_state)
     outputs: list[Tensor] = []
     S_cached, z_cached = [state[0][:, None][:, :0]], [state[1][:, None][:, :0]]
     for t in range(k.shape[1]):
-        o_t, state = linear_attention_step(q[:, t], k[:, t], v[:, t], state, scale=scale, normalize=normalize, eps=eps)
+        o_t, state = linear_attention_step(q[:, t], k[:, t], v[:, t], state, **reading)
         outputs.append(o_t)
         if segment is not None and (t + 1) % segment == 0:
             S, z = state if cumulative else (state[0] - last_boundary[0], state[1] - last_boundary[1])

@@ -77,6 +77,7 @@ def sample(arguments: argparse.Namespace) -> list[str]:
         top_k=arguments.top_k or None,
         top_p=None if arguments.top_p == 1 else arguments.top_p,
         repetition_penalty=arguments.repetition_penalty,
+        best_of=arguments.best_of,
     )
     prompt, lines = None, [codec.caveat] if codec.caveat else []
     texts, told = _texts(model, arguments.text, arguments.n)
@@ -89,7 +90,6 @@ def sample(arguments: argparse.Namespace) -> list[str]:
         max(1, round(arguments.seconds * codec.frame_rate_hz)),
         prompt=prompt,
         batch=arguments.n,
-        best_of=arguments.best_of,
         sampling=sampling,
         seed=arguments.seed,
         texts=texts,

@@ -64,7 +64,7 @@ def batches(clips: TokenClips, seed: int, *, epoch: int = 0, frames: int | None 
 
 def test_special_tokens_follow_the_codes() -> None:
     special = SpecialTokens(1024)
-    assert (special.pad, special.bos, special.eos, special.vocabulary) == (1024, 1025, 1026, 1027)
+    assert (special.pad, special.bos, special.vocabulary) == (1024, 1025, 1027)
 
 
 @settings(max_examples=40, deadline=None)

@@ -38,7 +38,7 @@ def test_memory_caching_sizes_and_overheads(preset, parameters, overhead, cached
     config = lm_config(preset)
     cost = lm_cost(config)
     assert cost.parameters == pytest.approx(parameters, rel=0.005)
-    assert cost.memory_cache_share == pytest.approx(overhead, rel=0.005)
+    assert cost.memory_cache / cost.parameters == pytest.approx(overhead, rel=0.005)
     without = lm_cost(replace(config, memory_cache=None))
     assert cost.parameters - without.parameters == cost.memory_cache
     names = [n for n, _ in build_lm(preset, device="meta").named_parameters() if ".gate.bias" in n]

@@ -110,7 +110,7 @@ def test_best_of_n_keeps_the_likeliest_of_the_same_draws(tiny_codec_lm):
     model = tiny_codec_lm("mamba2")
     prompt = torch.randint(0, 13, (2, 3, 2), generator=torch.Generator().manual_seed(0))
     every = generate(model, 6, prompt=prompt.repeat_interleave(5, 0), seed=9)
-    best = generate(model, 6, prompt=prompt, best_of=5, seed=9)
+    best = generate(model, 6, prompt=prompt, sampling=Sampling(best_of=5), seed=9)
     scores = every.log_probability.view(2, 5)
     assert torch.equal(best.log_probability, scores.max(1).values)
     assert torch.equal(best.codes, every.codes.view(2, 5, 3, 8)[torch.arange(2), scores.argmax(1)])
