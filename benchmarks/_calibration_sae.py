@@ -14,8 +14,8 @@ import pandas as pd
 from analysis.bootstrap import Floats
 from analysis.sae.budget import Censored, KStar, k_star, k_star_interval
 from analysis.sae.cells import SequenceTables
+from analysis.sae.columns import SEQUENCE_COLUMNS
 from analysis.sae.contrasts import METRICS, configuration_means, model_deltas
-from analysis.sae.fidelity import SEQUENCE_COLUMNS
 from analysis.sae.tables import direction
 from benchmarks._calibration import Setting, Statement, Tally, grid
 

@@ -24,7 +24,7 @@ from scipy import stats
 
 from analysis.bootstrap import ce_rec_ci
 from analysis.sae.cells import SequenceTables
-from analysis.sae.fidelity import LOSSES, TOKEN_SUMS
+from analysis.sae.columns import LOSSES, TOKEN_SUMS
 from analysis.sae.leaderboard import PROXIES, leaderboard
 from benchmarks._paired import machine, markdown_table, paired, timed, write_report
 

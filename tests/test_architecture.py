@@ -147,3 +147,12 @@ def without_encoding(file: Path) -> list[str]:
 def test_text_has_an_encoding() -> None:
     files = [file for room in (*ROOMS, "benchmarks") for file in (ROOT / room).rglob("*.py")]
     assert [call for file in files for call in without_encoding(file)] == []
+
+
+def test_reports_of_saes_and_topology_load_neither_torch_nor_ray() -> None:
+    script = (
+        "import sys; import sweeps.launch.command, sweeps.sae.report, sweeps.topology.report; "
+        "print([name for name in ('torch', 'ray', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, encoding="utf-8", check=True)
+    assert done.stdout.strip() == "[]"

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 VALUE_BITS = 8  # the study quantises each active value to one byte
 
@@ -44,6 +47,8 @@ class FeatureCounts:
         if d_sae < 1:
             raise ValueError(f"d_sae={d_sae} must be >= 1")
         self.d_sae = d_sae
+        import torch  # here: reports, which count nothing, do without it
+
         self._counts_F = torch.zeros(d_sae, dtype=torch.int64)
 
     def update(self, index_NK: torch.Tensor, value_NK: torch.Tensor | None = None) -> None:
@@ -56,7 +61,7 @@ class FeatureCounts:
         index = index_NK.reshape(-1)
         if value_NK is not None:
             index = index[value_NK.reshape(-1) > 0]
-        counts = torch.bincount(index, minlength=self.d_sae)
+        counts = index.bincount(minlength=self.d_sae)
         if counts.numel() > self.d_sae:
             raise ValueError(f"feature index {int(index.max())} is outside [0, d_sae={self.d_sae})")
         self._counts_F = self._counts_F.to(counts.device) + counts

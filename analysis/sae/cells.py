@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -16,19 +17,11 @@ import pandas as pd
 from analysis.bootstrap import Floats, count_blocks
 from analysis.crossed import Component, Effect, effects, ratio_influence, skew_factor, units_component
 from analysis.sae.budget import FeatureCounts, rate_bits
-from analysis.sae.fidelity import LOSSES, SEQUENCE_COLUMNS, SequenceSums
-from analysis.sae.variance import CONTROLS
+from analysis.sae.columns import AUDIT_COLUMNS, CELL_COLUMNS, CONFIGURATION, IDENTITY, LOSSES, SEQUENCE_COLUMNS
 
-IDENTITY = ("model", "layer", "depth", "k", "seed", "tokens")
-# R² and PR without the tokens and directions that own the variance; older ledgers lack them
-AUDIT_COLUMNS = ("r2_no_sinks", "pr_no_sinks", "sst_share_first", "sst_share_top1pct", *CONTROLS[1:])
-CELL_COLUMNS = (
-    *IDENTITY,
-    *("r2", "r2_legacy", "r2_energy", "ce_rec", "ce_rec_lo", "ce_rec_hi", "ce_loss_score", "mse", "cosine"),
-    *("relative_error", "alive", "swd", "abs_gdelta", "nmse", "rate_bits", "rate_bits_entropy"),
-    *("pr", "pr_deflated", *LOSSES, "d_model", "d_sae", "cell_key", *AUDIT_COLUMNS),
-)
-CONFIGURATION = ("model", "depth", "layer", "k", "tokens")
+if TYPE_CHECKING:
+    from analysis.sae.fidelity import SequenceSums
+
 # Fewer sequences leave 95% intervals below .93: R² hangs on the few sequences with the longest activations.
 MIN_SEQUENCES = {"ce_rec": 8, "r2": 32}
 _DEPTHS = {"early": 0, "mid": 1, "late": 2}
@@ -76,7 +69,7 @@ def ce_rec_interval(table: pd.DataFrame) -> Effect:
     """CE_rec of one trained SAE for other sequences; NaN limits where `needs` says what they would need.
 
     Args:
-        table: one row per evaluated sequence, columns `fidelity.SEQUENCE_COLUMNS`.
+        table: one row per evaluated sequence, columns `columns.SEQUENCE_COLUMNS`.
     """
     return _trained(_METRICS["ce_rec"].influence(_summands(table)))[0]
 

@@ -16,13 +16,12 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
+from analysis.sae.columns import LOSSES, SEQUENCE_COLUMNS, TOKEN_SUMS
+
 Array = torch.Tensor | npt.NDArray[np.floating]
 Losses = torch.Tensor | npt.NDArray[np.floating] | Sequence[float] | float
 
 RELATIVE_ERROR_EPS = 1e-10  # the study's guard in ‖a − â‖ / (‖a‖ + eps)
-TOKEN_SUMS = ("sse", "sst", "sum_sq", "cos_sum", "rel_sum", "swd_sum", "abs_sum", "legacy_sum")
-LOSSES = ("loss_orig", "loss_recon", "loss_zero")
-SEQUENCE_COLUMNS = ("sequence", "n_tokens", *LOSSES, *TOKEN_SUMS)
 
 
 def _double(x: Array | Losses) -> torch.Tensor:

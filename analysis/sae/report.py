@@ -17,12 +17,12 @@ from analysis.sae import tables
 from analysis.sae import tables as details
 from analysis.sae import variance_tables as variance
 from analysis.sae.cells import SequenceTables, depths_of, prepare_cells, tokens_label
+from analysis.sae.columns import LAYER_COLUMNS
 from analysis.sae.contrasts import configuration_means, model_deltas
 from analysis.sae.leaderboard import leaderboard
 from analysis.sae.measured import Study, measured, study_name
 from analysis.sae.plots import write_figures
 from analysis.sae.tables import markdown
-from analysis.sae.variance import LAYER_COLUMNS
 
 SEED = 0
 N_RESAMPLES = 400
@@ -69,11 +69,11 @@ def measure(
     """Everything that the report prints or draws, computed.
 
     Args:
-        cells: one row per cell, columns `cells.CELL_COLUMNS` (more are kept).
+        cells: one row per cell, columns `columns.CELL_COLUMNS` (more are kept).
         sequences: the evaluated sequences by cell_key (or one frame with that column), columns
-            `fidelity.SEQUENCE_COLUMNS`; None leaves intervals to seeds alone, and the report says so.
+            `columns.SEQUENCE_COLUMNS`; None leaves intervals to seeds alone, and the report says so.
         geometry: one row per layer, columns GEOMETRY_COLUMNS and, unless an older ledger lacks them,
-            variance.LAYER_COLUMNS; None leaves the sections out.
+            columns.LAYER_COLUMNS; None leaves the sections out.
         published: whether the preset is one of the study's, so that its numbers are printed with ours.
         n_resamples: of the sequences, for the leaderboard.
     Raises:

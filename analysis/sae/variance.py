@@ -20,24 +20,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from analysis.sae.columns import (
+    CONTROLS,
+    DIRECTIONS,
+    SEQUENCE_SUMS,
+    SETS,
+    SINK_NORM,
+    SINK_SHARE,
+    TOP_SHARE,
+)
 from analysis.sae.geometry import CovarianceSums, participation_ratio_of, rounding_floor
-
-SINK_NORM = 3.0
-SINK_SHARE = 0.02
-TOP_SHARE = 0.01
-DIRECTIONS = (1, 2, 4, 8)  # how many leading eigenvectors are set apart
-SETS = ("no_first", "no_first4", "no_huge", "no_sinks")
-SEQUENCE_SUMS = ("sse_no_sinks", "sst_no_sinks")
-LAYER_COLUMNS = (
-    *("pr_no_sinks", "sst_share_first", "sst_share_first4", "sst_share_top1pct"),
-    *(f"sst_share_eig{m}" for m in DIRECTIONS),
-    *("sink_share", "sst_share_sinks", "r2_constant", "sst_token", "energy_token"),
-)
-CONTROLS = (
-    *("r2_no_sinks", "r2_no_first", "r2_no_first4", "r2_no_huge"),
-    *(f"r2_deflated{m}" for m in DIRECTIONS),
-    "r2_whitened",
-)
 
 
 def huge_tokens(norm_ST: torch.Tensor) -> torch.Tensor:

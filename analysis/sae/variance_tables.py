@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 
 from analysis.sae import published
-from analysis.sae.cells import AUDIT_COLUMNS, tokens_label
+from analysis.sae.cells import tokens_label
+from analysis.sae.columns import AUDIT_COLUMNS, DIRECTIONS, LAYER_COLUMNS, SINK_NORM, SINK_SHARE, TOP_SHARE
 from analysis.sae.leaderboard import MIN_CELLS
 from analysis.sae.measured import Study, limited, number, study_name
 from analysis.sae.tables import Section, each, identity
-from analysis.sae.variance import DIRECTIONS, LAYER_COLUMNS, SINK_NORM, SINK_SHARE, TOP_SHARE
 
 OWNED = 0.5  # the share of Σ‖a − ā‖² from which the report says in words whose variance it is
 _OLDER = "cells of a ledger that is older than this audit; a new ledger (another --storage) has it"

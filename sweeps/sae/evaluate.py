@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from analysis.sae.budget import FeatureCounts
-from analysis.sae.cells import CELL_COLUMNS, IDENTITY, cell_record
+from analysis.sae.cells import cell_record
+from analysis.sae.columns import CELL_COLUMNS, IDENTITY, LAYER_COLUMNS
 from analysis.sae.fidelity import SequenceSums
 from analysis.sae.geometry import CovarianceSums
-from analysis.sae.variance import LAYER_COLUMNS, ControlledErrors, Controls, VarianceSums
+from analysis.sae.variance import ControlledErrors, Controls, VarianceSums
 from data.token_stream import TokenStream
 from models.sae.saelens import save_saelens
 from models.sae.trainer import TopKSAE, encoder

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from analysis.sae import published
+from analysis.sae.columns import LAYER_COLUMNS
 from analysis.sae.report import measure, write_report
-from analysis.sae.variance import LAYER_COLUMNS
 from analysis.sae.variance_tables import answer
 from models.host.specs import HOST_LMS
 from sweeps.core.cells import PublishedCell

@@ -14,6 +14,7 @@ from sweeps.core.cells import Cell, UserError, nearest
 OBSERVED = "observed"
 NULL_STREAMS = ("fast", "published", "joint")
 SPLITS = ("neighbourhood", "random", "grouped")
+UTILITY_SCORES = ("r2_geometry", "r2_topology", "r2_both", "gain", "control", "control_lo", "control_hi", "delta")
 STUDIES = ("paper", "audit", "bottleneck", "ensemble", "utility")
 NULLS: Mapping[str, tuple[str, ...]] = {  # in the published order; a null's position (from 1) enters its seed
     "bits": ("fixed_margin", "bernoulli", "permute_columns"),

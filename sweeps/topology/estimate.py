@@ -13,9 +13,9 @@ import numpy as np
 from sweeps.core.cells import Estimate
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
-from sweeps.topology.cells import OBSERVED, Audit, DiagramCell, MemberCell, TopologyCell, UtilityCell, kind_of
+from sweeps.topology.cells import OBSERVED, DiagramCell, MemberCell, TopologyCell, UtilityCell, kind_of
 from sweeps.topology.packs import GROWTH, cell_bytes, make_packs
-from sweeps.topology.sources import CLOUD_ROWS, matrix, n_rows, open_table, place_of, trained_on
+from sweeps.topology.sources import CLOUD_ROWS, Sources
 
 _ROWS = 400  # of the probe's distance matrices
 _MEMBER_ROWS = 512
@@ -23,17 +23,17 @@ _EMBEDDING = 256  # dimensions that stand in for an embedding not computed yet
 _NOMINAL = {"diagram": 0.03, "member": 60.0, "utility": 120.0}  # CPU-seconds, one core, 1,000 rows; when not measured
 
 
-def estimate(cells: Sequence[TopologyCell], preset: Audit, machine: Machine, run: RunSettings) -> Estimate:
+def estimate(cells: Sequence[TopologyCell], sources: Sources, machine: Machine, run: RunSettings) -> Estimate:
     """Shared work, memory and time to finish `cells` on this machine."""
     if not cells:
         return Estimate(seconds=0.0, basis="nothing to do")
-    probe = _Probe(preset) if run.probe else None
+    probe = _Probe(sources) if run.probe else None
     busy = sum(probe.seconds(cell) if probe else _nominal(cell) for cell in cells)
     measured = "CPU time of a short probe at small size, so without other load"
-    abreast = max(1, min(machine.cpus, len(make_packs(cells, preset, machine, run))))
+    abreast = max(1, min(machine.cpus, len(make_packs(cells, sources, machine, run))))
     return Estimate(
         shared=_shared(cells),
-        memory_bytes=max(cell_bytes(cell, preset) for cell in cells),
+        memory_bytes=max(cell_bytes(cell, sources) for cell in cells),
         seconds=busy / abreast,
         basis=f"{abreast} packs at once; {measured if probe else 'nominal times of one core, not measured'}",
     )
@@ -62,8 +62,8 @@ def _nominal(cell: TopologyCell) -> float:
 class _Probe:
     """Seconds of each kind of work, measured once at small size and scaled to the cell's."""
 
-    def __init__(self, preset: Audit) -> None:
-        self.preset, self.known = preset, dict[tuple[object, ...], float]()
+    def __init__(self, sources: Sources) -> None:
+        self.sources, self.known = sources, dict[tuple[object, ...], float]()
 
     def seconds(self, cell: TopologyCell) -> float:
         if isinstance(cell, DiagramCell):
@@ -81,7 +81,7 @@ class _Probe:
         if isinstance(cell, MemberCell):
             return self._once(("member", cell.table, cell.epochs), lambda: self._member(cell))
         assert isinstance(cell, UtilityCell)
-        rows = n_rows(cell.table, place_of(self.preset))
+        rows = self.sources.n_rows(cell.table)
         patch = self._once(("patches", cell.metric), lambda: self._patches(cell)) * rows
         from sweeps.topology.utility import families, fold_count
 
@@ -111,18 +111,18 @@ class _Probe:
         from data import molecules
 
         if cell.representation in molecules.FEATURES:
-            smiles = open_table(cell.table, place_of(self.preset)).smiles
+            smiles = self.sources.table(cell.table).smiles
             step = max(1, len(smiles) // rows)
             return np.asarray(molecules.featurise(smiles[::step][:rows], cell.representation))
         if cell.representation == "points":
-            return matrix(cell.table, "points", "")[: min(rows, CLOUD_ROWS)]
+            return self.sources.matrix(cell.table, "points")[: min(rows, CLOUD_ROWS)]
         return np.random.default_rng(0).normal(size=(rows, _EMBEDDING))
 
     def _member(self, cell: MemberCell) -> float:
         """Seconds of a member: its start and each epoch, measured on a part of the table and scaled to the whole."""
         from models.odor.member import default_batch_size, train_member
 
-        rows = open_table(trained_on(cell.table), place_of(self.preset))
+        rows = self.sources.training_table(cell.table)
         step = max(1, len(rows) // _MEMBER_ROWS)
         smiles, labels_NL = rows.smiles[::step], rows.labels_NL[::step]
         both_L = labels_NL.min(axis=0) < labels_NL.max(axis=0)

@@ -8,8 +8,8 @@ from functools import partial
 from sweeps.core.cells import Pack, UserError
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
-from sweeps.topology.cells import OBSERVED, Audit, DiagramCell, MemberCell, TopologyCell
-from sweeps.topology.sources import n_rows, place_of
+from sweeps.topology.cells import OBSERVED, DiagramCell, MemberCell, TopologyCell
+from sweeps.topology.sources import Sources
 
 GROWTH = 2.3  # log-log slope of the H1 time in the number of rows, docs/benchmarks/topology.md
 _H1_SECONDS = 0.03  # of one diagram of 1,000 rows on one core
@@ -27,7 +27,7 @@ def _weight(cell: TopologyCell) -> float:
     return _MEMBER_SECONDS if isinstance(cell, MemberCell) else _UTILITY_SECONDS
 
 
-def make_packs(cells: Sequence[TopologyCell], preset: Audit, machine: Machine, run: RunSettings) -> list[Pack]:
+def make_packs(cells: Sequence[TopologyCell], sources: Sources, machine: Machine, run: RunSettings) -> list[Pack]:
     """Packs of one (table, representation), split so that every core has work and none waits long for the last.
 
     A member of the odor model is a pack of its own, and the cells that need an unfinished member wait for the next
@@ -50,7 +50,7 @@ def make_packs(cells: Sequence[TopologyCell], preset: Audit, machine: Machine, r
             spent[place] = 0.0
         parts[-1].append(cell)
         spent[place] = spent.get(place, 0.0) + _weight(cell)
-    pack = partial(_pack, preset=preset, room=machine.memory_bytes * _USABLE)
+    pack = partial(_pack, sources=sources, room=machine.memory_bytes * _USABLE)
     out = [pack(f"{cell.table}-{cell.representation}-member", [cell]) for cell in members]
     diagrams = [
         pack(f"{table}-{representation}-{i:02d}", part)
@@ -61,24 +61,24 @@ def make_packs(cells: Sequence[TopologyCell], preset: Audit, machine: Machine, r
     return out + sorted(diagrams, key=lambda p: -sum(_weight(c) for c in p.cells))
 
 
-def _pack(name: str, cells: Sequence[TopologyCell], *, preset: Audit, room: float) -> Pack:
-    largest = max(cells, key=lambda c: cell_bytes(c, preset))
-    needed = cell_bytes(largest, preset)
+def _pack(name: str, cells: Sequence[TopologyCell], *, sources: Sources, room: float) -> Pack:
+    largest = max(cells, key=lambda c: cell_bytes(c, sources))
+    needed = cell_bytes(largest, sources)
     if needed > room:
         raise UserError(
-            f"{largest.table} {largest.representation}: the distances and H1 of {_rows(largest, preset)} rows need up "
+            f"{largest.table} {largest.representation}: the distances and H1 of {_rows(largest, sources)} rows need up "
             f"to {needed / 2**30:.1f} GiB and {room / 2**30:.1f} GiB may be used; choose fewer rows (--set rows=N, "
             "--set full_table=false) or a larger machine"
         )
     return Pack(name=name.replace(":", "-"), cells=tuple(cells), memory_bytes=needed)
 
 
-def _rows(cell: TopologyCell, preset: Audit) -> int:
-    return cell.rows if isinstance(cell, DiagramCell) else n_rows(cell.table, place_of(preset))
+def _rows(cell: TopologyCell, sources: Sources) -> int:
+    return cell.rows if isinstance(cell, DiagramCell) else sources.n_rows(cell.table)
 
 
-def cell_bytes(cell: TopologyCell, preset: Audit) -> int:
+def cell_bytes(cell: TopologyCell, sources: Sources) -> int:
     """Peak memory of the process that computes a cell: for all but members, that of its largest distance matrix."""
     from analysis.topology.persistence import predicted_bytes
 
-    return _PROCESS_BYTES + (0 if isinstance(cell, MemberCell) else predicted_bytes(_rows(cell, preset)))
+    return _PROCESS_BYTES + (0 if isinstance(cell, MemberCell) else predicted_bytes(_rows(cell, sources)))

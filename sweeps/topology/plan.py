@@ -21,11 +21,26 @@ from sweeps.topology.cells import (
     member_of,
     metrics_of,
 )
-from sweeps.topology.sources import check_blanks, given_embeddings, n_rows, open_table, place_of, table_name, trained_on
+from sweeps.topology.sources import Sources, table_name, trained_on
 
 
-def plan(preset: Audit) -> list[TopologyCell]:
+def plan(sources: Sources) -> list[TopologyCell]:
     """All cells of a preset; raises UserError."""
+    preset = sources.preset
+    _check(preset)
+    sources.check_blanks()
+    representations = (*preset.representations, *sources.embeddings)
+    cells: list[TopologyCell] = []
+    for representation in () if sources.is_cloud else representations:
+        cells += _of_representation(sources, representation)
+    clouds = [f"cloud:{c}" for c in preset.clouds] + ([sources.name] if sources.is_cloud else [])
+    for cloud in clouds:
+        cells += _diagrams(sources, table_name(cloud), "points")
+    return cells
+
+
+def _check(preset: Audit) -> None:
+    """Raise UserError for values of the preset that make no sense whatever its table holds."""
     if preset.study not in STUDIES:
         raise UserError(
             f"study={preset.study!r} is not known{nearest(preset.study, STUDIES)}; choose from {', '.join(STUDIES)}"
@@ -45,23 +60,15 @@ def plan(preset: Audit) -> list[TopologyCell]:
             f"representation {unnamed[0]!r} cannot be asked for by name: points come with a cloud (--set clouds=NAME), "
             "file:… with --set embedding=FILE; leave it out"
         )
-    check_blanks(preset)
-    name, embeddings = table_name(preset.table), given_embeddings(preset)
-    cells: list[TopologyCell] = []
-    if not name.startswith("cloud:"):
-        for representation in (*preset.representations, *embeddings):
-            cells += _of_representation(preset, name, representation)
-    clouds = [f"cloud:{c}" for c in preset.clouds] + ([name] if name.startswith("cloud:") else [])
-    for cloud in clouds:
-        cells += _diagrams(preset, table_name(cloud), "points")
-    return cells
 
 
-def _of_representation(preset: Audit, table: str, representation: str) -> list[TopologyCell]:
-    kind_of(representation)
+def _of_representation(sources: Sources, representation: str) -> list[TopologyCell]:
+    """The cells of a representation of the preset's table: its member's, and its diagrams or utility cells."""
+    kind_of(representation)  # refuses an unknown name
+    preset, table = sources.preset, sources.name
     cells: list[TopologyCell] = []
     member = member_of(representation)
-    if unlabelled := _without_labels(preset, table, member):
+    if unlabelled := _without_labels(sources, member):
         needs = "the utility study" if preset.study == "utility" else representation
         raise UserError(
             f"table {unlabelled} has 0 label columns and {needs} needs them; choose a labelled table, or the audit "
@@ -70,31 +77,38 @@ def _of_representation(preset: Audit, table: str, representation: str) -> list[T
     if member is not None:
         cells.append(MemberCell(table=table, representation=representation, member=member, epochs=preset.pom_epochs))
     if preset.study == "utility":
-        total = n_rows(table, place_of(preset))
-        if 5 * (preset.neighbours + 1) > total:
-            raise UserError(
-                f"neighbours={preset.neighbours} makes patches of {preset.neighbours + 1}, more than a fifth of the "
-                f"table's {total} rows; choose neighbours <= {total // 5 - 1}"
-            )
-        return cells + [
-            UtilityCell(
-                table=table,
-                representation=representation,
-                metric=metric,
-                neighbours=preset.neighbours,
-                permutations=preset.permutations,
-                split=split,
-            )
-            for metric in metrics_of(representation, preset.metrics)
-            for split in preset.splits
-        ]
-    return cells + _diagrams(preset, table, representation)
+        return cells + _utility(sources, representation)
+    return cells + _diagrams(sources, table, representation)
 
 
-def _without_labels(preset: Audit, table: str, member: int | None) -> str:
+def _without_labels(sources: Sources, member: int | None) -> str:
     """The table that labels are asked of and that has none, if any: a member's is the one it is trained on."""
-    asked = [table] * (preset.study == "utility") + [trained_on(table)] * (member is not None)
-    return next((name for name in asked if not open_table(name, place_of(preset)).labels), "")
+    asked = [sources.name] if sources.preset.study == "utility" else []
+    if member is not None:
+        asked.append(trained_on(sources.name))
+    return next((name for name in asked if not sources.table(name).labels), "")
+
+
+def _utility(sources: Sources, representation: str) -> list[TopologyCell]:
+    preset, table = sources.preset, sources.name
+    total = sources.n_rows(table)
+    if 5 * (preset.neighbours + 1) > total:
+        raise UserError(
+            f"neighbours={preset.neighbours} makes patches of {preset.neighbours + 1}, more than a fifth of the "
+            f"table's {total} rows; choose neighbours <= {total // 5 - 1}"
+        )
+    return [
+        UtilityCell(
+            table=table,
+            representation=representation,
+            metric=metric,
+            neighbours=preset.neighbours,
+            permutations=preset.permutations,
+            split=split,
+        )
+        for metric in metrics_of(representation, preset.metrics)
+        for split in preset.splits
+    ]
 
 
 def subsample_rows(preset: Audit, total: int) -> int:
@@ -104,8 +118,9 @@ def subsample_rows(preset: Audit, total: int) -> int:
     return total if preset.study == "paper" else int(0.8 * total)
 
 
-def _diagrams(preset: Audit, table: str, representation: str) -> list[TopologyCell]:
-    total = n_rows(table, place_of(preset))
+def _diagrams(sources: Sources, table: str, representation: str) -> list[TopologyCell]:
+    """Every run of a representation with its null draws, and the full table where the preset asks for it."""
+    preset, total = sources.preset, sources.n_rows(table)
     rows = subsample_rows(preset, total)
     null_runs = min(preset.null_runs or preset.runs, preset.runs)
     cells: list[TopologyCell] = []

@@ -15,9 +15,14 @@ from analysis.topology.unit import OBSERVED, Unit
 from analysis.topology.utility_report import ensemble_correlations
 from sweeps.core.cells import PublishedCell
 from sweeps.ledger.published import files_of
-from sweeps.topology.cells import Audit
-from sweeps.topology.sources import banner, given_embeddings, invalid_rows
-from sweeps.topology.utility import utility_frame
+from sweeps.topology.cells import UTILITY_SCORES, Audit
+from sweeps.topology.sources import Sources
+
+_PLACE = ("table", "representation", "metric", "split")
+_WHOLE = (  # numbers of a utility cell as a whole, not of one target
+    *("rows", "neighbours_in_training", "folds", "tested", "fewest_training"),
+    *("label_jaccard_train", "label_jaccard_test"),
+)
 
 
 def units_of(cells: Sequence[PublishedCell]) -> list[Unit]:
@@ -49,13 +54,14 @@ def units_of(cells: Sequence[PublishedCell]) -> list[Unit]:
 
 def write(cells: Sequence[PublishedCell], preset_name: str, preset: Audit, out: Path) -> list[str]:
     """Write the report folder; returns the headline lines for the screen."""
+    sources = Sources(preset)
     units = [u for u in units_of(cells) if u.observed]
     result = audit(units)
     members, embeddings = _members(cells)
-    embeddings |= given_embeddings(preset)
-    facts = [*banner(preset), f"null draws: the {preset.null_stream} random streams", f"{len(cells)} cells"]
+    embeddings |= sources.embeddings
+    facts = [*sources.banner(), f"null draws: the {preset.null_stream} random streams", f"{len(cells)} cells"]
     out.mkdir(parents=True, exist_ok=True)
-    if (kept_out := invalid_rows(preset)) is not None:
+    if (kept_out := sources.invalid_rows()) is not None:
         kept_out.to_csv(out / "invalid.csv", index=False)
         facts.append(f"rows kept out of the table: {len(kept_out)}, listed in invalid.csv")
     write_report(
@@ -81,6 +87,25 @@ def _members(cells: Sequence[PublishedCell]) -> tuple[pd.DataFrame, dict[str, np
         rows.append({"table": cell.identity["table"], "member": name, **values})
         embeddings[name] = np.load(io.BytesIO(data))
     return pd.DataFrame(rows), embeddings
+
+
+def utility_frame(cells: Sequence[PublishedCell]) -> pd.DataFrame:
+    """A row per place, target and family of the published cells; one without scores where a cell had too few rows."""
+    rows = []
+    for cell in cells:
+        if cell.identity["kind"] == "utility":
+            short = cell.rows.assign(metric=cell.rows["metric"].str.removeprefix("utility_"))
+            scored = short["target"].notna() if "target" in short else pd.Series(False, index=short.index)
+            whole = short[~scored].set_index("metric")["value"]
+            wide = pd.DataFrame([{}])
+            if scored.any():
+                wide = short[scored].pivot_table(index=["target", "family"], columns="metric", values="value")
+            place = {name: cell.identity[name] for name in (*_PLACE, "neighbours")}
+            rows.append(wide.reset_index(drop=not scored.any()).assign(**place, **whole))
+    if not rows:
+        return pd.DataFrame()
+    columns = [*_PLACE, "neighbours", *_WHOLE, "target", "family", *UTILITY_SCORES, "p"]
+    return pd.concat(rows, ignore_index=True).reindex(columns=columns)
 
 
 def read_diagrams(data: bytes) -> list[np.ndarray]:

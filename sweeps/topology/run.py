@@ -32,57 +32,55 @@ from sweeps.topology.cells import (
     null_seed,
     run_rows,
 )
-from sweeps.topology.sources import borrowed_rows, given_embeddings, matrix, open_table, place_of, trained_on
+from sweeps.topology.sources import Sources, trained_on
 from sweeps.topology.utility import utility_rows
 
 
 def run_pack(cells: Sequence[TopologyCell], preset: Audit, context: PackContext) -> None:
     """Compute and publish every cell."""
     began = time.monotonic()
-    sources = _Sources(preset, context)
+    own = _Representations(Sources(preset), context)
     for done, cell in enumerate(cells, start=1):
         context.check_stop()
         context.progress(force=True, phase=f"{cell.table} {cell.representation}")
         try:
             if isinstance(cell, MemberCell):
-                sources.member(cell)
+                own.member(cell)
             elif isinstance(cell, DiagramCell):
-                _diagrams(cell, sources, context)
+                _diagrams(cell, own, context)
             elif isinstance(cell, UtilityCell):
-                _utility(cell, sources, context)
+                _utility(cell, own, context)
         except ValueError as error:
             raise UserError(str(error)) from error
         rate = done / (time.monotonic() - began)
         context.progress(done=done, total=len(cells), eta=(len(cells) - done) / rate)
 
 
-class _Sources:
+class _Representations:
     """Representations of this pack; the own odor model's come from the ledger.
 
     A member is missing there only where its cell was not planned (`--only`) or where another launch is still at it;
     then it is trained and published here, too, and the first result stays.
     """
 
-    def __init__(self, preset: Audit, context: PackContext) -> None:
-        self.preset, self.context = preset, context
+    def __init__(self, sources: Sources, context: PackContext) -> None:
+        self.sources, self.context = sources, context
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - one instance a process
     def matrix(self, table: str, representation: str) -> np.ndarray:
-        if representation in (given := given_embeddings(self.preset)):
-            return given[representation]
         member = member_of(representation)
         if member is None:
-            x = matrix(table, representation, place_of(self.preset))
-            return molecules.zscore(x) if representation == "physchem" else x
-        cell = MemberCell(table=table, representation=representation, member=member, epochs=self.preset.pom_epochs)
+            x_ND = self.sources.matrix(table, representation)
+            return molecules.zscore(x_ND) if representation == "physchem" else x_ND
+        epochs = self.sources.preset.pom_epochs
+        cell = MemberCell(table=table, representation=representation, member=member, epochs=epochs)
         if not self.context.ledger.done([cell.key]):
             self.member(cell)
         return np.load(io.BytesIO(self.context.ledger.file(cell.key, "embedding.npy")))
 
     def member(self, cell: MemberCell) -> None:
         """Train and publish a member; on a table without labels, one that was trained on the curated table."""
-        place = place_of(self.preset)
-        rows = open_table(trained_on(cell.table), place)
+        rows, own = self.sources.training_table(cell.table), self.sources.table(cell.table)
         self.context.progress(force=True, phase=f"training {cell.representation}")
         result = train_member(
             rows.smiles,
@@ -102,17 +100,16 @@ class _Sources:
         ]
         files = {"embedding.npy": _npy(result.embedding_NE)}
         if trained_on(cell.table) != cell.table:
-            smiles = open_table(cell.table, place).smiles
-            learnt_N = molecules.found_among(smiles, [rows.smiles[i] for i in split(rows.labels_NL).train])
+            learnt_N = molecules.found_among(own.smiles, [rows.smiles[i] for i in split(rows.labels_NL).train])
             out.append(Row("rows_trained_on", int(learnt_N.sum()), "rows"))
-            out.append(Row("rows_of_training_table", borrowed_rows(cell.table, place), "rows"))
-            embedding_NE = embed(result.net, smiles, self.context.threads)
+            out.append(Row("rows_of_training_table", self.sources.borrowed_rows(cell.table), "rows"))
+            embedding_NE = embed(result.net, own.smiles, self.context.threads)
             files = {"embedding.npy": _npy(embedding_NE), "trained_on.npy": _npy(learnt_N)}
         self.context.publish(cell, out, files)
 
 
-def _diagrams(cell: DiagramCell, sources: _Sources, context: PackContext) -> None:
-    x_ND = sources.matrix(cell.table, cell.representation)
+def _diagrams(cell: DiagramCell, own: _Representations, context: PackContext) -> None:
+    x_ND = own.matrix(cell.table, cell.representation)
     rows_n = run_rows(len(x_ND), cell.run, cell.rows)
     out: list[Row] = []
     diagrams = []
@@ -166,13 +163,13 @@ def finite_h1(distance_nn: np.ndarray) -> np.ndarray:
     return pairs[np.isfinite(pairs).all(axis=1)]
 
 
-def _utility(cell: UtilityCell, sources: _Sources, context: PackContext) -> None:
-    rows = open_table(cell.table, place_of(sources.preset))
+def _utility(cell: UtilityCell, own: _Representations, context: PackContext) -> None:
+    rows = own.sources.table(cell.table)
 
     def progress(phase: str) -> None:
         context.progress(force=True, phase=f"{cell.representation}: {phase}")
 
-    out = utility_rows(cell, sources.matrix(cell.table, cell.representation), rows, progress)
+    out = utility_rows(cell, own.matrix(cell.table, cell.representation), rows, progress)
     context.publish(cell, out, {})
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,130 @@ _UNLABELLED = ("broader", "nonoverlap")
 _BUILT_IN = ("embedded", *_FROM_SOURCES)
 
 
+@dataclass(frozen=True)
+class Sources:
+    """The tables and representations of one preset. Its table and files are looked up when they are first used."""
+
+    preset: Audit
+
+    @functools.cached_property
+    def name(self) -> str:
+        """The identity of the preset's table, see `table_name`."""
+        return table_name(self.preset.table)
+
+    @functools.cached_property
+    def place(self) -> str:
+        """Where the table lies: its file, the folder of source files, or "" (download, or part of the program).
+
+        Raises UserError for a folder that does not exist, or that the table does not come from.
+        """
+        table, folder = self.preset.table, self.preset.table_path
+        if not folder:
+            return "" if table in _BUILT_IN or table.startswith(_CLOUD) else table
+        if table not in _FROM_SOURCES:
+            raise UserError(
+                f"table_path={folder!r} with table={table}: the folder is read for "
+                f"{', '.join(_FROM_SOURCES)} alone; choose one of them or leave table_path out"
+            )
+        if not Path(folder).is_dir():
+            raise UserError(f"table_path={folder!r} is no folder; give the one that holds {_CURATED} and the like")
+        return folder
+
+    @functools.cached_property
+    def embeddings(self) -> dict[str, np.ndarray]:
+        """The embeddings given as files, {`file:STEM-HASH`: [N, D]} in the order of the table's rows.
+
+        Named by content, so several share a ledger and a file that was changed is another representation. Raises
+        UserError for a file that is missing, unreadable or not of this table's rows, and with a point cloud.
+        """
+        given = self.preset.embedding
+        if given and self.is_cloud:
+            raise UserError(f"embedding={','.join(given)} has no rows of {self.name}; give it beside its --set table")
+        return dict(_embedding(path, self.name, self.place) for path in given)
+
+    @property
+    def is_cloud(self) -> bool:
+        return self.name.startswith(_CLOUD)
+
+    def table(self, name: str) -> MoleculeTable:
+        """A table of molecules by its identity."""
+        return open_table(name, self.place)
+
+    def training_table(self, name: str) -> MoleculeTable:
+        """The table whose labels the members of the own odor model learn that embed the molecules of table `name`."""
+        return self.table(trained_on(name))
+
+    def n_rows(self, name: str) -> int:
+        """Number of rows of a table or point cloud."""
+        return n_rows(name, self.place)
+
+    def borrowed_rows(self, name: str) -> int:
+        return borrowed_rows(name, self.place)
+
+    def matrix(self, name: str, representation: str) -> np.ndarray:
+        """A representation [N, D] of table `name` that was given as a file or comes from its molecules alone."""
+        given = self.embeddings
+        return given[representation] if representation in given else matrix(name, representation, self.place)
+
+    def fingerprint(self, cell: TopologyCell) -> str:
+        """Digest of the cell and the content of its table, with the labels' values if its numbers depend on them.
+
+        An embedding given as a file is in the cell itself, whose representation names its content.
+        """
+        content = [cell.identity()]
+        if cell.table.startswith(_CLOUD):
+            return digest([*content, {"cloud_rows": CLOUD_ROWS}])
+        content.append({"rows": _table_digest(cell.table, self.place)})
+        of_member = member_of(cell.representation) is not None
+        learnt = trained_on(cell.table) if of_member else cell.table
+        if learnt != cell.table:
+            content.append({"trained_on": _table_digest(learnt, self.place)})
+        if cell.kind == "utility" or of_member:
+            content.append({"labels": _label_digest(learnt, self.place)})
+        return digest(content)
+
+    def invalid_rows(self) -> pd.DataFrame | None:
+        """Rows of the source that the table leaves out (`row`, `smiles`, `reason`); None for a point cloud."""
+        return None if self.is_cloud else self.table(self.name).invalid
+
+    def check_blanks(self) -> None:
+        """Raise UserError for an unknown policy for blank label cells, and for such cells under `refuse`."""
+        policy = self.preset.blank_labels
+        if policy not in BLANK_POLICIES:
+            raise UserError(
+                f"blank_labels={policy!r} is not known{nearest(policy, BLANK_POLICIES)}; choose "
+                f"{' or '.join(BLANK_POLICIES)}"
+            )
+        if policy == "refuse" and not self.is_cloud:
+            rows = self.table(self.name)
+            if rows.blank_labels:
+                raise UserError(
+                    f"table {self.name} has {_blanks(rows)} among its labels and blank_labels=refuse; fill them in "
+                    "with 0 or 1, or let them count as 0 with --set blank_labels=absent"
+                )
+
+    def banner(self) -> list[str]:
+        """What the numbers stand on, in plain words."""
+        lines = []
+        if self.name == "embedded":
+            lines.append(
+                f"table: {self.n_rows(self.name)} common odorants with textbook labels, part of the program: a "
+                "STAND-IN for the study's tables; --set table=curated runs on the 4,983-molecule table (downloaded "
+                "once, or --set table=PATH)"
+            )
+        elif not self.is_cloud:
+            rows = self.table(self.name)
+            lines.append(f"table: {self.name}, {len(rows)} molecules, {_kept_out(rows)}. {rows.note}")
+            lines += _label_lines(rows)
+        for embedding, x_ND in self.embeddings.items():
+            lines.append(f"embedding {embedding}: given as a file, {len(x_ND)} rows of {x_ND.shape[1]} dimensions")
+        if self.preset.clouds:
+            lines.append(f"known shapes beside it: {', '.join(self.preset.clouds)} ({CLOUD_ROWS} points each)")
+        if any(member_of(r) is not None for r in self.preset.representations):
+            lines.append(_pom_line(self.name, self.place))
+        return lines
+
+
 def table_name(text: str) -> str:
     """The identity of a table: its own name, or `file:STEM-HASH` for a path (its content, not its place)."""
     if text in _BUILT_IN or (text.startswith(_CLOUD) and text.removeprefix(_CLOUD) in CLOUDS):
@@ -53,25 +178,6 @@ def table_name(text: str) -> str:
 
 def _file_name(path: Path, sha256: str) -> str:
     return f"{FILE_PREFIX}{path.stem}-{sha256[:12]}"
-
-
-def place_of(preset: Audit) -> str:
-    """Where the preset's table lies: its file, the folder of source files, or "" (download, or part of the program).
-
-    Raises UserError for a folder that does not exist, or that the table does not come from.
-    """
-    if preset.table_path:
-        if preset.table not in _FROM_SOURCES:
-            raise UserError(
-                f"table_path={preset.table_path!r} with table={preset.table}: the folder is read for "
-                f"{', '.join(_FROM_SOURCES)} alone; choose one of them or leave table_path out"
-            )
-        if not Path(preset.table_path).is_dir():
-            raise UserError(
-                f"table_path={preset.table_path!r} is no folder; give the one that holds {_CURATED} and the like"
-            )
-        return preset.table_path
-    return "" if preset.table in _BUILT_IN or preset.table.startswith(_CLOUD) else preset.table
 
 
 @functools.lru_cache(maxsize=4)
@@ -123,18 +229,6 @@ def _embedding(path: str, table: str, place: str) -> tuple[str, np.ndarray]:
         raise UserError(str(error)) from error
 
 
-def given_embeddings(preset: Audit) -> dict[str, np.ndarray]:
-    """The embeddings given as files, {`file:STEM-HASH`: [N, D]} in the order of the table's rows.
-
-    Named by content, so several share a ledger and a file that was changed is another representation. Raises
-    UserError for a file that is missing, unreadable or not of this table's rows, and beside a point cloud.
-    """
-    name = table_name(preset.table)
-    if preset.embedding and name.startswith(_CLOUD):
-        raise UserError(f"embedding={','.join(preset.embedding)} has no rows of {name}; give it beside its --set table")
-    return dict(_embedding(path, name, place_of(preset)) for path in preset.embedding)
-
-
 @functools.lru_cache(maxsize=8)
 def matrix(table: str, representation: str, place: str) -> np.ndarray:
     """The representation [N, D] of every row of a table that comes from its molecules (others: `run`)."""
@@ -156,25 +250,6 @@ def _features(smiles: list[str], what: str) -> np.ndarray:
     return np.asarray(molecules.featurise(smiles, what, ray=spread))
 
 
-def fingerprint(cell: TopologyCell, preset: Audit) -> str:
-    """Digest of the cell and of the content of its table, the values of the labels where its numbers hang on them.
-
-    An embedding given as a file is in the cell itself, whose representation names its content.
-    """
-    content = [cell.identity()]
-    if cell.table.startswith(_CLOUD):
-        content.append({"cloud_rows": CLOUD_ROWS})
-    else:
-        place = place_of(preset)
-        content.append({"rows": _table_digest(cell.table, place)})
-        learnt = trained_on(cell.table) if member_of(cell.representation) is not None else cell.table
-        if learnt != cell.table:
-            content.append({"trained_on": _table_digest(learnt, place)})
-        if cell.kind == "utility" or member_of(cell.representation) is not None:
-            content.append({"labels": _label_digest(learnt, place)})
-    return digest(content)
-
-
 @functools.cache
 def _table_digest(name: str, place: str) -> str:
     rows = open_table(name, place)
@@ -185,29 +260,6 @@ def _table_digest(name: str, place: str) -> str:
 def _label_digest(name: str, place: str) -> str:
     rows = open_table(name, place)
     return digest(rows.frame[list(rows.labels)].to_numpy(np.uint8).tobytes().hex())
-
-
-def banner(preset: Audit) -> list[str]:
-    """What the numbers stand on, in plain words."""
-    name = table_name(preset.table)
-    lines = []
-    if name == "embedded":
-        lines.append(
-            f"table: {n_rows(name, place_of(preset))} common odorants with textbook labels, part of the program: a "
-            "STAND-IN for the study's tables; --set table=curated runs on the 4,983-molecule table (downloaded once, "
-            "or --set table=PATH)"
-        )
-    elif not name.startswith(_CLOUD):
-        rows = open_table(name, place_of(preset))
-        lines.append(f"table: {name}, {len(rows)} molecules, {_kept_out(rows)}. {rows.note}")
-        lines += _label_lines(rows)
-    for embedding, x_ND in given_embeddings(preset).items():
-        lines.append(f"embedding {embedding}: given as a file, {len(x_ND)} rows of {x_ND.shape[1]} dimensions")
-    if preset.clouds:
-        lines.append(f"known shapes beside it: {', '.join(preset.clouds)} ({CLOUD_ROWS} points each)")
-    if any(member_of(r) is not None for r in preset.representations):
-        lines.append(_pom_line(name, place_of(preset)))
-    return lines
 
 
 def _pom_line(table: str, place: str) -> str:
@@ -256,26 +308,3 @@ def _blanks(rows: MoleculeTable) -> str:
     more = len(rows.blank_labels) - len(shown)
     total = sum(count for _, count in rows.blank_labels)
     return f"{total} blank cells ({', '.join(shown)}" + (f" and {more} more columns)" if more else ")")
-
-
-def check_blanks(preset: Audit) -> None:
-    """Raise UserError for an unknown policy for blank label cells, and for such cells under `refuse`."""
-    if preset.blank_labels not in BLANK_POLICIES:
-        raise UserError(
-            f"blank_labels={preset.blank_labels!r} is not known{nearest(preset.blank_labels, BLANK_POLICIES)}; choose "
-            f"{' or '.join(BLANK_POLICIES)}"
-        )
-    name = table_name(preset.table)
-    if preset.blank_labels == "refuse" and not name.startswith(_CLOUD):
-        rows = open_table(name, place_of(preset))
-        if rows.blank_labels:
-            raise UserError(
-                f"table {name} has {_blanks(rows)} among its labels and blank_labels=refuse; fill them in with 0 or 1, "
-                "or let them count as 0 with --set blank_labels=absent"
-            )
-
-
-def invalid_rows(preset: Audit) -> pd.DataFrame | None:
-    """Rows of the source that the table leaves out (`row`, `smiles`, `reason`); None for a point cloud."""
-    name = table_name(preset.table)
-    return None if name.startswith(_CLOUD) else open_table(name, place_of(preset)).invalid

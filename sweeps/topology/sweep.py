@@ -12,6 +12,7 @@ from sweeps.launch.context import PackContext
 from sweeps.launch.sweep import Sweep
 from sweeps.topology.cells import Audit, TopologyCell
 from sweeps.topology.presets import PRESETS
+from sweeps.topology.sources import Sources
 
 
 class OdorTopology(Sweep[TopologyCell, Audit]):
@@ -29,14 +30,14 @@ class OdorTopology(Sweep[TopologyCell, Audit]):
     def plan(self, preset: Audit) -> Sequence[TopologyCell]:
         from sweeps.topology.plan import plan
 
-        return plan(preset)
+        return plan(Sources(preset))
 
     def pack(
         self, cells: Sequence[TopologyCell], preset: Audit, machine: Machine, run: RunSettings
     ) -> list[Pack[TopologyCell]]:
         from sweeps.topology.packs import make_packs
 
-        return make_packs(cells, preset, machine, run)
+        return make_packs(cells, Sources(preset), machine, run)
 
     def run(self, pack: Pack[TopologyCell], preset: Audit, context: PackContext) -> None:
         from sweeps.topology.run import run_pack
@@ -44,14 +45,12 @@ class OdorTopology(Sweep[TopologyCell, Audit]):
         run_pack(pack.cells, preset, context)
 
     def fingerprint(self, cell: TopologyCell, preset: Audit, run: RunSettings) -> str:
-        from sweeps.topology.sources import fingerprint
-
-        return fingerprint(cell, preset)
+        return Sources(preset).fingerprint(cell)
 
     def estimate(self, cells: Sequence[TopologyCell], preset: Audit, machine: Machine, run: RunSettings) -> Estimate:
         from sweeps.topology.estimate import estimate
 
-        return estimate(cells, preset, machine, run)
+        return estimate(cells, Sources(preset), machine, run)
 
     def report(self, cells: Sequence[PublishedCell], preset_name: str, preset: Audit, out: Path) -> list[str]:
         from sweeps.topology.report import write
@@ -59,9 +58,7 @@ class OdorTopology(Sweep[TopologyCell, Audit]):
         return write(cells, preset_name, preset, out)
 
     def banner(self, preset_name: str, preset: Audit) -> list[str]:
-        from sweeps.topology.sources import banner
-
-        return banner(preset)
+        return Sources(preset).banner()
 
 
 SWEEP = OdorTopology()

@@ -6,10 +6,9 @@ Shape suffixes: N rows of a table, n rows that a cell may use, D columns, P patc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
-import pandas as pd
 
 from analysis.topology import utility
 from analysis.topology.distances import distance_matrix
@@ -27,16 +26,10 @@ from analysis.topology.utility_folds import (
 from data import molecules
 from data.molecules import MoleculeTable
 from models.odor.member import split
-from sweeps.core.cells import PublishedCell, Row
-from sweeps.topology.cells import UtilityCell, member_of
+from sweeps.core.cells import Row
+from sweeps.topology.cells import UTILITY_SCORES, UtilityCell, member_of
 
 _TREE_FOLDS = 40  # neighbourhoods that the trees are tested on: a fit takes a hundred times as long as ridge's
-_SCORES = ("r2_geometry", "r2_topology", "r2_both", "gain", "control", "control_lo", "control_hi", "delta")
-_PLACE = ("table", "representation", "metric", "split")
-_WHOLE = (
-    *("rows", "neighbours_in_training", "folds", "tested", "fewest_training"),
-    *("label_jaccard_train", "label_jaccard_test"),
-)
 
 
 def tree_draws(permutations: int) -> int:
@@ -91,7 +84,7 @@ def utility_rows(
         )
         for result in results:
             at = {"target": result.target, "family": result.family}
-            values = {name: getattr(result, name) for name in _SCORES} | {"p": result.p}
+            values = {name: getattr(result, name) for name in UTILITY_SCORES} | {"p": result.p}
             out += [
                 _row(name, value, "" if name == "p" else "R²", at)
                 for name, value in values.items()
@@ -121,22 +114,3 @@ def _label_jaccard(
     jaccard_N = utility.targets(labels_NL, patches_NP)[:, utility.TARGETS.index("label_jaccard")]
     yield _row("label_jaccard_train", jaccard_N[train].mean(), "share")
     yield _row("label_jaccard_test", jaccard_N[test].mean(), "share")
-
-
-def utility_frame(cells: Sequence[PublishedCell]) -> pd.DataFrame:
-    """A row per place, target and family of the published cells; one without scores where a cell had too few rows."""
-    rows = []
-    for cell in cells:
-        if cell.identity["kind"] == "utility":
-            short = cell.rows.assign(metric=cell.rows["metric"].str.removeprefix("utility_"))
-            scored = short["target"].notna() if "target" in short else pd.Series(False, index=short.index)
-            whole = short[~scored].set_index("metric")["value"]
-            wide = pd.DataFrame([{}])
-            if scored.any():
-                wide = short[scored].pivot_table(index=["target", "family"], columns="metric", values="value")
-            place = {name: cell.identity[name] for name in (*_PLACE, "neighbours")}
-            rows.append(wide.reset_index(drop=not scored.any()).assign(**place, **whole))
-    if not rows:
-        return pd.DataFrame()
-    columns = [*_PLACE, "neighbours", *_WHOLE, "target", "family", *_SCORES, "p"]
-    return pd.concat(rows, ignore_index=True).reindex(columns=columns)

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 
 from analysis.sae.budget import rate_bits, rate_bits_entropy
-from analysis.sae.cells import AUDIT_COLUMNS, CELL_COLUMNS, ce_rec_interval
-from analysis.sae.fidelity import SEQUENCE_COLUMNS, metrics_from_table
-from analysis.sae.variance import LAYER_COLUMNS
+from analysis.sae.cells import ce_rec_interval
+from analysis.sae.columns import AUDIT_COLUMNS, CELL_COLUMNS, LAYER_COLUMNS, SEQUENCE_COLUMNS
+from analysis.sae.fidelity import metrics_from_table
 
 LAYERS = {
     "pythia-70m": (512, 6, (1, 3, 5)),

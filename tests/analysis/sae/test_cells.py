@@ -9,7 +9,8 @@ import torch
 from analysis.bootstrap import count_blocks
 from analysis.sae import cells as cells_module
 from analysis.sae.budget import FeatureCounts, rate_bits
-from analysis.sae.cells import CELL_COLUMNS, SequenceTables, cell_record, prepare_cells, tokens_label
+from analysis.sae.cells import SequenceTables, cell_record, prepare_cells, tokens_label
+from analysis.sae.columns import CELL_COLUMNS
 from analysis.sae.fidelity import SequenceSums
 from analysis.sae.geometry import CovarianceSums
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from analysis.sae import published
-from analysis.sae.cells import CELL_COLUMNS
+from analysis.sae.columns import CELL_COLUMNS
 from analysis.sae.measured import interval, number
 from analysis.sae.plots import FIGURES
 from analysis.sae.report import compose, confounds, glance, measure, write_report

@@ -8,9 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.sae.cells import AUDIT_COLUMNS
+from analysis.sae.columns import AUDIT_COLUMNS, LAYER_COLUMNS
 from analysis.sae.report import compose, glance, measure
-from analysis.sae.variance import LAYER_COLUMNS
 from analysis.sae.variance_tables import answer, controls, definition_check, flags, layers, scale_parts
 
 SMALL = {"n_resamples": 50}

@@ -7,17 +7,10 @@ import math
 import pytest
 import torch
 
+from analysis.sae.columns import CONTROLS, LAYER_COLUMNS, SINK_SHARE
 from analysis.sae.fidelity import SequenceSums
 from analysis.sae.geometry import CovarianceSums
-from analysis.sae.variance import (
-    CONTROLS,
-    LAYER_COLUMNS,
-    SINK_SHARE,
-    ControlledErrors,
-    Controls,
-    VarianceSums,
-    huge_tokens,
-)
+from analysis.sae.variance import ControlledErrors, Controls, VarianceSums, huge_tokens
 
 S, T, HUGE, SMALL = 4, 256, 1000.0, 2.0
 

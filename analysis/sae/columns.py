@@ -1,0 +1,35 @@
+"""Columns of the proxy gap's tables, and the limits that their names stand for; no torch, so reports start fast."""
+
+from __future__ import annotations
+
+TOKEN_SUMS = ("sse", "sst", "sum_sq", "cos_sum", "rel_sum", "swd_sum", "abs_sum", "legacy_sum")
+LOSSES = ("loss_orig", "loss_recon", "loss_zero")
+SEQUENCE_COLUMNS = ("sequence", "n_tokens", *LOSSES, *TOKEN_SUMS)
+
+SINK_NORM = 3.0
+SINK_SHARE = 0.02
+TOP_SHARE = 0.01
+DIRECTIONS = (1, 2, 4, 8)  # how many leading eigenvectors are set apart
+SETS = ("no_first", "no_first4", "no_huge", "no_sinks")
+SEQUENCE_SUMS = ("sse_no_sinks", "sst_no_sinks")
+LAYER_COLUMNS = (
+    *("pr_no_sinks", "sst_share_first", "sst_share_first4", "sst_share_top1pct"),
+    *(f"sst_share_eig{m}" for m in DIRECTIONS),
+    *("sink_share", "sst_share_sinks", "r2_constant", "sst_token", "energy_token"),
+)
+CONTROLS = (
+    *("r2_no_sinks", "r2_no_first", "r2_no_first4", "r2_no_huge"),
+    *(f"r2_deflated{m}" for m in DIRECTIONS),
+    "r2_whitened",
+)
+
+IDENTITY = ("model", "layer", "depth", "k", "seed", "tokens")
+# R² and PR without the tokens and directions that own the variance; older ledgers lack them
+AUDIT_COLUMNS = ("r2_no_sinks", "pr_no_sinks", "sst_share_first", "sst_share_top1pct", *CONTROLS[1:])
+CELL_COLUMNS = (
+    *IDENTITY,
+    *("r2", "r2_legacy", "r2_energy", "ce_rec", "ce_rec_lo", "ce_rec_hi", "ce_loss_score", "mse", "cosine"),
+    *("relative_error", "alive", "swd", "abs_gdelta", "nmse", "rate_bits", "rate_bits_entropy"),
+    *("pr", "pr_deflated", *LOSSES, "d_model", "d_sae", "cell_key", *AUDIT_COLUMNS),
+)
+CONFIGURATION = ("model", "depth", "layer", "k", "tokens")
