@@ -79,7 +79,7 @@ def _split(trajectories: list[list[SAECell]], parts: int) -> list[list[SAECell]]
     return [[cell for trajectory in chunk for cell in trajectory] for chunk in chunks if chunk]
 
 
-def make_packs(cells: Sequence[SAECell], machine: Machine, run: RunSettings) -> list[Pack]:
+def make_packs(cells: Sequence[SAECell], machine: Machine, run: RunSettings) -> list[Pack[SAECell]]:
     """One pack per (model, stream) where it fits; more where memory, `cells_per_pack` or idle devices ask for it.
 
     Raises UserError when a single SAE does not fit.

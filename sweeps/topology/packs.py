@@ -27,7 +27,9 @@ def _weight(cell: TopologyCell) -> float:
     return _MEMBER_SECONDS if isinstance(cell, MemberCell) else _UTILITY_SECONDS
 
 
-def make_packs(cells: Sequence[TopologyCell], sources: Sources, machine: Machine, run: RunSettings) -> list[Pack]:
+def make_packs(
+    cells: Sequence[TopologyCell], sources: Sources, machine: Machine, run: RunSettings
+) -> list[Pack[TopologyCell]]:
     """Packs of one (table, representation), split so that every core has work and none waits long for the last.
 
     A member of the odor model is a pack of its own, and the cells that need an unfinished member wait for the next
@@ -61,7 +63,7 @@ def make_packs(cells: Sequence[TopologyCell], sources: Sources, machine: Machine
     return out + sorted(diagrams, key=lambda p: -sum(_weight(c) for c in p.cells))
 
 
-def _pack(name: str, cells: Sequence[TopologyCell], *, sources: Sources, room: float) -> Pack:
+def _pack(name: str, cells: Sequence[TopologyCell], *, sources: Sources, room: float) -> Pack[TopologyCell]:
     largest = max(cells, key=lambda c: cell_bytes(c, sources))
     needed = cell_bytes(largest, sources)
     if needed > room:
