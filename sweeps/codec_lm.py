@@ -19,7 +19,7 @@ if __name__ == "__main__":
     from sweeps.launch.same_code import own_code
 
     own_code()  # before the sweep is imported, so that it is the digest of what runs
-    from sweeps.codec.sweep import SWEEP, with_settings
+    from sweeps.codec.sweep import SWEEP
     from sweeps.launch.command import main
 
     names = {argument.split("=")[0] for argument in sys.argv[1:]}
@@ -30,5 +30,5 @@ if __name__ == "__main__":
     if "--tokenise" in names:
         from sweeps.codec.tokenise import main as tokenise
 
-        sys.exit(tokenise(with_settings(sys.argv[1:])))
-    sys.exit(main(SWEEP, with_settings(sys.argv[1:])))
+        sys.exit(tokenise(sys.argv[1:]))
+    sys.exit(main(SWEEP))

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from sweeps.codec.cells import ARCHITECTURES, Study
 
+OPTIONS = {"--codec-weights": "codec_weights"}  # the codecs' own spelling of the field
 PRESETS: dict[str, Study] = {
     "local": Study(
         scale="local",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sweeps.codec.cells import CORPORA, HalvedCell, LMCell, Study, TextCell, model_config
 from sweeps.codec.packs import CPU_FLOPS, GPU_BASIS, TRACKED, packs, threads, work
-from sweeps.codec.presets import PRESETS
+from sweeps.codec.presets import OPTIONS, PRESETS
 from sweeps.codec.texts import NONE, arm_name
 from sweeps.core.cells import Estimate, Pack, PublishedCell, UserError
 from sweeps.core.machine import Machine
@@ -37,6 +37,7 @@ class CodecLMSweep(Sweep[LMCell, Study]):
     tracked = TRACKED
     default_preset = "local"
     presets = PRESETS
+    options = OPTIONS
 
     def plan(self, preset: Study) -> Sequence[LMCell]:
         preset.check_source(CORPORA)
@@ -121,17 +122,6 @@ class CodecLMSweep(Sweep[LMCell, Study]):
         from sweeps.codec.tokens import banner
 
         return banner(preset)
-
-
-def with_settings(arguments: Sequence[str]) -> list[str]:
-    """The command line with `--codec-weights X`, the codecs' own spelling, written as `--set codec_weights=X`."""
-    out, name = list(arguments), "--codec-weights"
-    for i in reversed(range(len(out))):
-        if out[i].startswith(f"{name}="):
-            out[i : i + 1] = ["--set", f"codec_weights={out[i].removeprefix(name)[1:]}"]
-        elif out[i] == name and i + 1 < len(out):
-            out[i : i + 2] = ["--set", f"codec_weights={out[i + 1]}"]
-    return out
 
 
 SWEEP = CodecLMSweep()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from sweeps.codec.presets import OPTIONS, PRESETS
 from sweeps.core.cells import UserError, nearest
 from sweeps.core.machine import prepare_process
-from sweeps.core.settings import RunSettings, apply_settings
+from sweeps.core.settings import RunSettings, add_settings, apply_settings
 from sweeps.launch.ray_session import connect
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--tokenise", action="store_true", required=True)
     p.add_argument("--preset", default="speech_a100", metavar="P")
-    p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of the preset")
+    add_settings(p, OPTIONS)
     p.add_argument("--actors", type=int, default=1, help="actors that code at the same time")
     p.add_argument("--gpus-per-actor", type=float, default=0.0, help="share of a GPU that an actor holds; 0: CPU")
     p.add_argument("--address", default=None, metavar="ADDR", help="Ray cluster to join (auto, HOST:PORT)")
@@ -49,7 +50,6 @@ def tokenise(arguments: argparse.Namespace) -> list[str]:
     import ray
 
     from data.audio_io import first_of_each
-    from sweeps.codec.presets import PRESETS
     from sweeps.codec.tokens import banner, check, open_source, tokens_folder
 
     if arguments.preset not in PRESETS:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -16,6 +17,18 @@ from sweeps.core.cells import UserError, nearest
 from sweeps.core.gpus import asked_types
 
 _DIGITS = 18  # of a whole number: what fits 64 bits, where arrays and tables keep it
+
+
+def add_settings(parser: argparse.ArgumentParser, options: Mapping[str, str]) -> None:
+    """Give a command line `--set FIELD=VALUE`, and further options, each for the field that it sets."""
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of the preset"
+    )
+    for option, name in options.items():
+        setting = f"{name}={{}}".format
+        parser.add_argument(
+            option, dest="set", action="append", type=setting, metavar="VALUE", help=f"short for --set {name}=VALUE"
+        )
 
 
 def apply_settings(values: Sequence[str], *targets: Any) -> list[Any]:

@@ -24,7 +24,7 @@ from typing import Any, Generic
 
 from sweeps.core.cells import Cell, CellT, Pack, UserError, nearest
 from sweeps.core.machine import Machine, check_folder, git_commit, prepare_process
-from sweeps.core.settings import RunSettings, apply_settings
+from sweeps.core.settings import RunSettings, add_settings, apply_settings
 from sweeps.launch.address import check as check_address
 from sweeps.launch.cost import cost_lines
 from sweeps.launch.failure import SYSTEM_ERROR, one_line
@@ -68,7 +68,7 @@ def parser(sweep: Sweep[Any, Any]) -> argparse.ArgumentParser:
     p.add_argument("--tracking-uri", default=None, metavar="URI", help="MLflow; default: SQLite under runs/")
     p.add_argument("--report-dir", default="runs/reports", metavar="DIR", help="reports; default: runs/reports")
     p.add_argument("--address", default=None, metavar="ADDR", help="Ray cluster to join (auto, HOST:PORT)")
-    p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of the preset")
+    add_settings(p, sweep.options)
     return p
 
 

@@ -27,7 +27,8 @@ class Sweep(ABC, Generic[CellT, PresetT]):
 
     headline: the name of the number that `progress(best=…)` carries. named: the fields of a cell that name its run in
     MLflow; without them the run is called by the cell's key. tracked: the parameters of rows that MLflow gets as
-    `metric/value`; rows with other parameters are in the ledger alone.
+    `metric/value`; rows with other parameters are in the ledger alone. options: further options of the command line,
+    each with the field of the preset that it sets.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Sweep(ABC, Generic[CellT, PresetT]):
     headline: str = "value"
     named: Sequence[str] = ()
     tracked: Sequence[str] = ()
+    options: Mapping[str, str] = {}
 
     @abstractmethod
     def plan(self, preset: PresetT) -> Sequence[CellT]:

@@ -28,9 +28,10 @@ from sweeps.codec.cell_run import TrainingStream
 from sweeps.codec.cells import CURVE_CLIPS, Study
 from sweeps.codec.presets import PRESETS
 from sweeps.codec.report import _missing, _published, _resampled
-from sweeps.codec.sweep import SWEEP, with_settings
+from sweeps.codec.sweep import SWEEP
 from sweeps.core.cells import PublishedCell, UserError
 from sweeps.core.settings import RunSettings
+from sweeps.launch.command import parser
 
 RATE = 4_000
 N_CLIPS = 24
@@ -182,9 +183,14 @@ def test_paths_are_absolute_in_trials(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_codec_weights_as_the_codecs_spell_it() -> None:
-    assert with_settings(["--plan", "--codec-weights", "random"]) == ["--plan", "--set", "codec_weights=random"]
-    assert with_settings(["--codec-weights=a=b", "--plan"]) == ["--set", "codec_weights=a=b", "--plan"]
-    assert with_settings(["--preset", "local"]) == ["--preset", "local"]
+    for line in (parser(SWEEP), tokenise.parser()):
+        given = ["--tokenise"] if "--tokenise" in line.format_usage() else ["--plan"]
+        assert line.parse_args([*given, "--codec-weights", "random"]).set == ["codec_weights=random"]
+        assert line.parse_args(["--codec-weights=a=b", *given, "--set", "seed=1"]).set == [
+            "codec_weights=a=b",
+            "seed=1",
+        ]
+        assert line.parse_args([*given, "--preset", "local"]).set == []
 
 
 def caveat(study: Study) -> str:
