@@ -269,14 +269,7 @@ def tokenise(
     if min_s * loaded.sample_rate < loaded.hop:
         raise ValueError(f"min_s={min_s} is shorter than one frame of {loaded.name}; use >= {loaded.hop} samples")
     facts = identity(audio, loaded, chunk_s, min_s)
-    if folder.exists(MANIFEST):
-        found = json.loads(folder.read(MANIFEST))
-        differing = [k for k in facts if found.get(k) != facts[k]]
-        if differing:
-            raise ValueError(
-                f"{out} holds tokens with another {' and '.join(differing)} "
-                f"({', '.join(f'{k}: {found.get(k)} not {facts[k]}' for k in differing)}); choose another folder"
-            )
+    _require_same_tokens(folder, out, facts)
     plans = plan_shards(audio, facts, recordings_per_shard)
     missing = [p for p in plans if not folder.exists(p.file)]
     if missing and actors is not None:
@@ -290,6 +283,19 @@ def tokenise(
         raise ValueError(f"no clip of {audio.name} could be coded; odd files: {odd}")
     folder.publish(MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
     return Tokens(out, manifest, len(missing))
+
+
+def _require_same_tokens(folder: Folder, out: str, facts: Mapping[str, Any]) -> None:
+    """Raise ValueError where `out` was finished with another codec, chunking or data set."""
+    if not folder.exists(MANIFEST):
+        return
+    found = json.loads(folder.read(MANIFEST))
+    differing = [k for k in facts if found.get(k) != facts[k]]
+    if differing:
+        raise ValueError(
+            f"{out} holds tokens with another {' and '.join(differing)} "
+            f"({', '.join(f'{k}: {found.get(k)} not {facts[k]}' for k in differing)}); choose another folder"
+        )
 
 
 def _sum_up(

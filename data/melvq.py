@@ -211,10 +211,20 @@ def train(
     Raises:
         ValueError: no more frames than centroids, or samples that are not finite.
     """
-    from sklearn.cluster import MiniBatchKMeans
-    from threadpoolctl import threadpool_limits
-
     started = time.perf_counter()
+    all_frames_RM = _log_mel_frames(waves, spec)
+    frames_RM = all_frames_RM
+    if len(frames_RM) > max_frames:
+        chosen = np.random.default_rng(seed).choice(len(frames_RM), max_frames, replace=False)
+        frames_RM = frames_RM[np.sort(chosen)]
+    mean_M = frames_RM.mean(0)
+    centroids_KVM, errors = _residual_centroids((frames_RM - mean_M).numpy(), spec, epochs, seed)
+    report = TrainReport(len(all_frames_RM), len(frames_RM), errors, time.perf_counter() - started)
+    return MelVQ(spec, mean_M, centroids_KVM), report
+
+
+def _log_mel_frames(waves: Iterable[npt.NDArray[np.float32]], spec: MelVQSpec) -> Tensor:
+    """Every frame of the clips, [R, M]; raises ValueError where they cannot train the codebooks."""
     empty = MelVQ(spec, torch.zeros(spec.n_mels), torch.zeros(spec.n_codebooks, spec.codebook_size, spec.n_mels))
     parts = [empty.log_mel(torch.from_numpy(np.asarray(w, dtype=np.float32))[None])[0] for w in waves if len(w)]
     frames_RM = torch.cat(parts) if parts else torch.zeros(0, spec.n_mels)
@@ -225,12 +235,16 @@ def train(
         )
     if not bool(torch.isfinite(frames_RM).all()):
         raise ValueError("a training wave holds NaN or infinite samples; read it with data.audio_io, which skips those")
-    rng = np.random.default_rng(seed)
-    if len(frames_RM) > max_frames:
-        frames_RM = frames_RM[np.sort(rng.choice(len(frames_RM), max_frames, replace=False))]
-    n_frames = sum(len(p) for p in parts)
-    mean_M = frames_RM.mean(0)
-    residual_RM = (frames_RM - mean_M).numpy()
+    return frames_RM
+
+
+def _residual_centroids(
+    residual_RM: npt.NDArray[np.float32], spec: MelVQSpec, epochs: int, seed: int
+) -> tuple[Tensor, tuple[float, ...]]:
+    """Each codebook is fitted to what the ones before it leave over; ([K, V, M], RMS error in dB after each)."""
+    from sklearn.cluster import MiniBatchKMeans
+    from threadpoolctl import threadpool_limits
+
     centroids: list[Tensor] = []
     errors: list[float] = []
     with threadpool_limits(limits=1):  # sums in another order would be another codec
@@ -242,5 +256,4 @@ def train(
             residual_RM = residual_RM - found_VM[means.predict(residual_RM)]
             centroids.append(torch.from_numpy(found_VM))
             errors.append(float(np.sqrt(np.mean(residual_RM**2))) * 20 / math.log(10))
-    codec = MelVQ(spec, mean_M, torch.stack(centroids))
-    return codec, TrainReport(n_frames, len(frames_RM), tuple(errors), time.perf_counter() - started)
+    return torch.stack(centroids), tuple(errors)

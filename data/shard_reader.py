@@ -7,7 +7,7 @@ surfaces at its place in the order rather than when a task ahead of the consumer
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,9 @@ import pyarrow as pa
 from data._launched import check
 from data.token_shards import CorruptShard, Shards, StreamUnavailable
 
-_BLOCK_BYTES = 2 * 2**20
-_READ_TASKS = 2
-_CPUS_PER_READ = 0.02
+_BLOCK_BYTES = 2 * 2**20  # small, so that the first piece comes soon and a task holds little
+_READ_TASKS = 2  # one is read while the other is consumed
+_CPUS_PER_READ = 0.02  # reading mostly waits: it must not take a core from training
 
 
 @dataclass(frozen=True)
@@ -71,52 +71,16 @@ def through_ray(shards: Shards, shard: int, rank: int, context: int) -> Generato
     Memory: Ray holds a few blocks of 2 MiB a task; ``Dataset`` has neither skip nor iterator state, so restarting is
     the datasource's own (it makes no task for a shard before ``shard``).
     """
-    import ray
-    from ray.data import DataContext, Datasource, ReadTask
-    from ray.data.block import BlockMetadata
-
     if shard >= len(shards.names):
         return
-
-    class ShardSource(Datasource):
-        def get_name(self) -> str:
-            return "TokenShards"
-
-        def estimate_inmemory_data_size(self) -> int | None:
-            return None
-
-        def get_read_tasks(
-            self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
-        ) -> list[ReadTask]:
-            return [
-                ReadTask(
-                    _ReadShard(shards, s, rank if s == shard else 0, context),
-                    BlockMetadata(num_rows=None, size_bytes=None, input_files=(shards.names[s],), exec_stats=None),
-                )
-                for s in range(shard, len(shards.names))
-            ]
-
-    settings = DataContext.get_current().copy()
-    settings.execution_options.preserve_order = True
-    settings.target_max_block_size = _BLOCK_BYTES
-    settings.enable_progress_bars = False
-    settings.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it announces that bars are off
-    n_tasks = len(shards.names) - shard
-    with DataContext.current(settings):
-        dataset = ray.data.read_datasource(
-            ShardSource(),
-            override_num_blocks=n_tasks,
-            concurrency=min(_READ_TASKS, n_tasks),
-            num_cpus=_CPUS_PER_READ,
-        )
-        batches = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
+    tables = _tables_in_order(
+        [_ReadShard(shards, s, rank if s == shard else 0, context) for s in range(shard, len(shards.names))]
+    )
     try:
-        for table in batches:
+        for table in tables:
             yield from _pieces(table)
     finally:
-        close = getattr(batches, "close", None)
+        close = getattr(tables, "close", None)
         if close is not None:
             close()
 
@@ -132,6 +96,45 @@ class _ReadShard:
         check()
         for piece in read_shard(self.shards, self.shard, self.rank):
             yield _table(piece, self.context)
+
+
+def _tables_in_order(reads: Sequence[_ReadShard]) -> Iterator[pa.Table]:
+    """The tables of each read, in the order of `reads`, each read being one task of Ray Data."""
+    import ray
+    from ray.data import DataContext, Datasource, ReadTask
+    from ray.data.block import BlockMetadata
+
+    class ShardSource(Datasource):
+        def get_name(self) -> str:
+            return "TokenShards"
+
+        def estimate_inmemory_data_size(self) -> int | None:
+            return None
+
+        def get_read_tasks(
+            self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+        ) -> list[ReadTask]:
+            files = [(read.shards.names[read.shard],) for read in reads]
+            return [
+                ReadTask(read, BlockMetadata(num_rows=None, size_bytes=None, input_files=file, exec_stats=None))
+                for read, file in zip(reads, files, strict=True)
+            ]
+
+    settings = DataContext.get_current().copy()
+    settings.execution_options.preserve_order = True
+    settings.target_max_block_size = _BLOCK_BYTES
+    settings.enable_progress_bars = False
+    settings.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it announces that bars are off
+    with DataContext.current(settings):
+        dataset = ray.data.read_datasource(
+            ShardSource(),
+            override_num_blocks=len(reads),
+            concurrency=min(_READ_TASKS, len(reads)),
+            num_cpus=_CPUS_PER_READ,
+        )
+        return iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
 
 
 def _table(piece: Piece, context: int) -> pa.Table:

@@ -11,6 +11,7 @@ from typing import Any
 
 from sweeps.core.cells import UserError
 from sweeps.core.machine import ROOT, Machine, git_commit, hardware
+from sweeps.launch.address import Address
 from sweeps.launch.address import check as check_address
 from sweeps.launch.same_code import VARIABLE, own_code, worker_job, worker_setup
 from sweeps.ledger.storage import SHARED_PATH, Store, normal_storage
@@ -25,19 +26,37 @@ def connect(address: str | None, storage: str) -> Machine:
     Raises UserError when no cluster answers there or one of another Ray or Python, when it has several nodes and
     `storage` is a path of one of them, and when the folder for temporary files has too long a name for Ray.
     """
-    where = check_address(address)  # before Ray is imported: a cluster that is gone is told in seconds
+    where = check_address(address)  # before Ray is imported, so that a cluster that is gone is reported in seconds
+    with _user_errors(where):
+        if where.text == "local":
+            _start()
+        else:
+            _join(where.text)
+    return _machine(storage)
+
+
+def _start() -> None:
     import ray
 
+    with _on_loopback():
+        ray.init(address="local", **_local_options())
+
+
+def _join(address: str) -> None:
+    import ray
+
+    ray.init(address=address, **_cluster_options())
+
+
+@contextlib.contextmanager
+def _user_errors(where: Address) -> Iterator[None]:
+    """What Ray raises for a reason that the user can remove becomes a UserError with the remedy."""
     try:
-        if where.text == "local":
-            with _on_loopback():
-                ray.init(address="local", **_local_options())
-        else:
-            ray.init(address=where.text, **_cluster_options())
+        yield
     except (ConnectionError, ValueError) as error:  # ValueError: no address at all
         raise where.trouble(error) from error
     except RuntimeError as error:
-        if "ersion" not in str(error):
+        if "ersion" not in str(error):  # "Version mismatch" or "version"
             raise
         reason = " ".join(str(error).split())
         raise UserError(
@@ -45,13 +64,12 @@ def connect(address: str | None, storage: str) -> Machine:
             "installed here"
         ) from error
     except OSError as error:
-        if "AF_UNIX" not in str(error):
+        if "AF_UNIX" not in str(error):  # a socket's path has about 100 characters at most
             raise
         raise UserError(
             f"the folder for temporary files has too long a name for Ray ({error}); give it a shorter one: "
             "export RAY_TMPDIR=/tmp"
         ) from error
-    return _machine(storage)
 
 
 @contextlib.contextmanager

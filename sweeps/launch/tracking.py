@@ -46,6 +46,7 @@ _SINGLE_LOOKUPS = 20  # cells looked up one by one; more are found by one listin
 _WRITERS = 8  # threads that copy to a server; SQLite has one writer
 _SAY_SECONDS = 15.0
 _PAGE = 5000  # runs a search may return at once
+_TAG_LENGTH = 5000  # characters that MLflow takes in a tag
 _COMPARE_RUNS = 100  # the compare page slows beyond this
 _PLAIN = "/!$&'()*+,;=:@"  # characters of a path that an address holds as they are
 _BUSY = re.compile(r"database is locked|database table is locked")  # SQLite, while another launch writes
@@ -257,62 +258,69 @@ class Tracker:
         self._down = True
 
     def _open(self) -> None:
+        """Connect, end the runs of dead launches, and find or make this launch's run; nothing where that was done."""
         if self._parent:
             return
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-        for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        self._experiment = self._connect()
+        own = self._end_dead_launches()
+        self._parent = own or self._make_parent()
+        if self._down:
+            self.say(f"MLflow at {self.uri} answers again")
+            self._down = False
+
+    def _connect(self) -> str:
+        """Make the client and return the id of the experiment, which is made where there is none."""
+        _quiet_mlflow()
         from mlflow.tracking import MlflowClient
 
-        address = with_login(self.uri)
+        self._address = with_login(self.uri)
         if login := http_login(self.uri):  # MLflow takes them from here, and no address in an error holds them
             os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"] = login
-            address = self.uri
-        self._address = address
-        artifacts = None
-        one_at_a_time: Any = contextlib.nullcontext()
-        if (file := sqlite_file(self.uri)) is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            artifacts = (file.parent / "mlartifacts").as_uri()
-            one_at_a_time = filelock.FileLock(file.parent / "mlflow.db.lock")
-            _open_once(file)
-        experiment = f"plumbline/{self.ledger.sweep}"
-        with one_at_a_time:  # the first call makes SQLite's tables; two launches doing so at once break them
-            self._client = MlflowClient(address)
-            found = self._client.get_experiment_by_name(experiment)
+            self._address = self.uri
+        name, file = f"plumbline/{self.ledger.sweep}", sqlite_file(self.uri)
+        with contextlib.nullcontext() if file is None else _alone(file):
+            self._client = MlflowClient(self._address)
+            found = self._client.get_experiment_by_name(name)
         if found is None:
+            artifacts = None if file is None else (file.parent / "mlartifacts").as_uri()
             try:
-                self._experiment = self._client.create_experiment(experiment, artifact_location=artifacts)
+                return str(self._client.create_experiment(name, artifact_location=artifacts))
             except Exception:  # another launch made it in between
-                found = self._client.get_experiment_by_name(experiment)
+                found = self._client.get_experiment_by_name(name)
                 if found is None:
                     raise
-        if found is not None:
-            if found.lifecycle_stage == "deleted":
-                raise Refused(
-                    f"the experiment {experiment} is in the trash, so nothing is copied; bring it back with `"
-                    f"MLFLOW_TRACKING_URI={shlex.quote(self.uri)} mlflow experiments restore --experiment-id "
-                    f"{found.experiment_id}`, and the same command copies the cells"
-                )
-            self._experiment = found.experiment_id
-        ledger = self.ledger.identifier()
-        open_runs = f"tags.`plumbline.ledger` = {_quoted(ledger)} and attributes.status = 'RUNNING'"
+        if found.lifecycle_stage == "deleted":
+            raise Refused(
+                f"the experiment {name} is in the trash, so nothing is copied; bring it back with `"
+                f"MLFLOW_TRACKING_URI={shlex.quote(self.uri)} mlflow experiments restore --experiment-id "
+                f"{found.experiment_id}`, and the same command copies the cells"
+            )
+        return str(found.experiment_id)
+
+    def _end_dead_launches(self) -> str:
+        """Mark open runs of launches that died as KILLED; returns this launch's own open run, empty if it has none."""
         own = ""
-        for run in self._client.search_runs([self._experiment], open_runs):
+        here = f"tags.`plumbline.ledger` = {_quoted(self.ledger.identifier())} and attributes.status = 'RUNNING'"
+        for run in self._client.search_runs([self._experiment], here):
             launch = run.data.tags["plumbline.launch"]
             if launch == self.claims.launch_id:
                 own = run.info.run_id  # made by a call whose answer was lost
             elif not self.claims.alive(launch):
                 self._client.set_terminated(run.info.run_id, "KILLED")
-        settings = {f"setting.{k}": str(v)[:5000] for k, v in self._parent_params.items()}
-        kind = {"plumbline.kind": "launch", "plumbline.launch": self.claims.launch_id, "plumbline.ledger": ledger}
-        tags = {**kind, **self._parent_tags, **settings}
-        name = f"launch {self.claims.launch_id}"
-        self._parent = own or self._client.create_run(self._experiment, run_name=name, tags=tags).info.run_id
-        if self._down:
-            self.say(f"MLflow at {self.uri} answers again")
-            self._down = False
+        return own
+
+    def _make_parent(self) -> str:
+        """Id of a new run for this launch."""
+        launch = self.claims.launch_id
+        tags = {
+            "plumbline.kind": "launch",
+            "plumbline.launch": launch,
+            "plumbline.ledger": self.ledger.identifier(),
+            **self._parent_tags,
+            **{f"setting.{name}": str(value)[:_TAG_LENGTH] for name, value in self._parent_params.items()},
+        }
+        made = self._client.create_run(self._experiment, run_name=f"launch {launch}", tags=tags)
+        return str(made.info.run_id)
 
     def _tag(self, key: str) -> str:
         """By what the run of a cell is known: the ledger's own name, so that a ledger may move, and the cell's key."""
@@ -405,19 +413,7 @@ class Tracker:
         cell = self.ledger.read(key)
         published = int(cell.meta["published_unix"] * 1000)
         began = published - int(cell.meta.get("pack_seconds", 0.0) * 1000)
-        tags = {
-            "plumbline.kind": "cell",
-            "plumbline.cell_key": key,
-            "plumbline.cell": self._tag(key),
-            "plumbline.cell_uri": f"{self.ledger.store.uri}/{key}",
-            "plumbline.version": self.ledger.version,
-            "plumbline.launch": str(cell.meta.get("launch", "")),
-            "plumbline.git_commit": str(cell.meta.get("git_commit", "")),
-            "plumbline.packages": json.dumps(cell.meta.get("packages", {})),
-            "plumbline.hardware": str(cell.meta.get("hardware", "")),
-            "mlflow.parentRunId": self._parent,
-            **{str(k): str(v) for k, v in cell.identity.items()},
-        }
+        tags = self._cell_tags(cell)
         run_id, place = unfinished, ""
         if not run_id:
             made = self._client.create_run(
@@ -435,6 +431,22 @@ class Tracker:
         self._log_files(run_id, place, cell)
         self._client.set_terminated(run_id, "FINISHED", end_time=published)
         return run_id
+
+    def _cell_tags(self, cell: PublishedCell) -> dict[str, str]:
+        """What the run of a cell is found by, where it belongs, and every field of the cell."""
+        return {
+            "plumbline.kind": "cell",
+            "plumbline.cell_key": cell.key,
+            "plumbline.cell": self._tag(cell.key),
+            "plumbline.cell_uri": f"{self.ledger.store.uri}/{cell.key}",
+            "plumbline.version": self.ledger.version,
+            "plumbline.launch": str(cell.meta.get("launch", "")),
+            "plumbline.git_commit": str(cell.meta.get("git_commit", "")),
+            "plumbline.packages": json.dumps(cell.meta.get("packages", {})),
+            "plumbline.hardware": str(cell.meta.get("hardware", "")),
+            "mlflow.parentRunId": self._parent,
+            **{str(k): str(v) for k, v in cell.identity.items()},
+        }
 
     def _taken_over(self, key: str, run_id: str) -> bool:
         """Whether another launch copies the cell, or has made a run of it besides this one."""
@@ -482,6 +494,25 @@ class Tracker:
         runs = [self.run_ids[k] for k in keys if k in self.run_ids][:_COMPARE_RUNS]
         experiments = quote(json.dumps([self._experiment]))
         return f"{base.rstrip('/')}/#/compare-runs?runs={quote(json.dumps(runs))}&experiments={experiments}"
+
+
+def _quiet_mlflow() -> None:
+    """Have MLflow give up soon on a server that is unreachable, and print no lines of its own."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _alone(file: Path) -> contextlib.AbstractContextManager[Any]:
+    """A lock for the first call on a SQLite file, which makes its tables: two launches doing so at once break them.
+
+    Raises sqlite3.Error where the file cannot be written.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(file.parent / "mlflow.db.lock")
+    _open_once(file)
+    return lock
 
 
 def _open_once(file: Path) -> None:
