@@ -2,9 +2,8 @@
 
 A `TokenStream` describes one stream; two equal descriptions give the same sequences in the same order on any
 machine that has the same source. Training sequences are numbered 0, 1, 2, … through the shards in name order.
-A position is (index, shard, rank): the rank'th training sequence of a shard is number ``index`` of the stream.
-Starting at an index reads the footers of the shards before it; starting at a stored position reads nothing of
-them. A shard skipped as corrupt leaves a gap in the numbers, it never renumbers the rest.
+Starting at a number reads no more than the footers of the shards before it. A shard skipped as corrupt leaves a gap
+in the numbers; it never renumbers the rest.
 
 Shape suffixes: T context length, S sequences.
 """
@@ -28,7 +27,6 @@ __all__ = [
     "PILE_HUB",
     "CorruptShard",
     "HeldOutText",
-    "Position",
     "SequenceReader",
     "StreamUnavailable",
     "TokenStream",
@@ -37,15 +35,6 @@ __all__ = [
 EMBEDDED = "embedded"
 PILE_HUB = "hf://datasets/NeelNanda/pile-small-tokenized-2b/data"
 """The source study's stream: 89 Parquet shards, ``tokens`` of 1,024 GPT-NeoX ids a row."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Position:
-    """The next training sequence to read: number ``index`` of the stream, ``rank`` within ``shard``."""
-
-    index: int
-    shard: int
-    rank: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,18 +82,18 @@ class TokenStream:
         """
         return self._shards().fingerprint(cache)
 
-    def sequences(self, start: int | Position = 0, *, use_ray: bool = True) -> SequenceReader:
+    def sequences(self, start: int = 0, *, use_ray: bool = True) -> SequenceReader:
         """Training sequences from number ``start`` on, as (first index, tokens int32 [S, T]) in order.
 
         ``use_ray`` reads through Ray Data, one task a shard, two at a time, on 0.02 CPU each: it runs beside a
         trial that holds nearly all of the node. Without it the same blocks come from this process.
         Raises CorruptShard (named) unless ``on_corrupt="skip"``, StreamUnavailable without network.
         """
-        position = start if isinstance(start, Position) else self.position(start)
-        return SequenceReader(self, self._shards(), position, use_ray=use_ray)
+        shard, rank = self._place(start)
+        return SequenceReader(self, self._shards(), shard, rank, start - rank, use_ray=use_ray)
 
-    def position(self, index: int) -> Position:
-        """Where training sequence ``index`` is; one past the last is a position too."""
+    def _place(self, index: int) -> tuple[int, int]:
+        """(shard, rank within it) of training sequence ``index``; one past the last has a place, too."""
         if index < 0:
             raise ValueError(f"start={index} is negative; sequences are numbered from 0")
         first = 0
@@ -112,10 +101,10 @@ class TokenStream:
         for shard in range(len(shards.names)):
             count = self._count(shard) if index > first else 1
             if index < first + count:
-                return Position(index=index, shard=shard, rank=index - first)
+                return shard, index - first
             first += count
         if index == first:
-            return Position(index=index, shard=len(shards.names), rank=0)
+            return len(shards.names), 0
         raise ValueError(f"start={index} is past the end of {self.source}, which has {first:,} training sequences")
 
     def n_train(self) -> int:
@@ -145,8 +134,7 @@ class TokenStream:
 
     def training_place(self, index: int) -> str:
         """In words, where the training sequence ``index`` lies."""
-        position = self.position(index)
-        return self._shards().place(position.shard, position.rank)
+        return self._shards().place(*self._place(index))
 
     def hidden(self) -> tuple[str, ...]:
         """Files below the source that end like shards and are none for their names (`data._listing`)."""
@@ -229,15 +217,16 @@ class HeldOutText:
 
 
 class SequenceReader(Iterator[tuple[int, np.ndarray]]):
-    """Iterates a stream once; knows the position of every sequence it has yielded, and what was corrupt."""
+    """Iterates a stream once, from sequence ``rank`` of a shard whose first sequence is number ``first``."""
 
-    def __init__(self, stream: TokenStream, shards: Shards, start: Position, *, use_ray: bool) -> None:
-        self._stream, self._shards, self._start = stream, shards, start
-        self._first_of_shard = {start.shard: start.index - start.rank}
+    def __init__(
+        self, stream: TokenStream, shards: Shards, shard: int, rank: int, first: int, *, use_ray: bool
+    ) -> None:
+        self._stream, self._first_of_shard = stream, {shard: first}
         self.corrupt: list[str] = []
         """One message a shard that was skipped."""
         pieces = shard_reader.through_ray if use_ray else shard_reader.in_process
-        self._pieces = pieces(shards, start.shard, start.rank, stream.context)
+        self._pieces = pieces(shards, shard, rank, stream.context)
         self._blocks: Generator[tuple[int, np.ndarray]] = self._read()
 
     def __next__(self) -> tuple[int, np.ndarray]:
@@ -253,13 +242,6 @@ class SequenceReader(Iterator[tuple[int, np.ndarray]]):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def position(self, index: int) -> Position:
-        """Position of a sequence yielded so far, or of the one after: no footer is read again."""
-        shard = max((s for s, first in self._first_of_shard.items() if first <= index), default=None)
-        if shard is None:
-            raise ValueError(f"index={index} was not read here; reading began at {self._start.index}")
-        return Position(index=index, shard=shard, rank=index - self._first_of_shard[shard])
 
     def _read(self) -> Generator[tuple[int, np.ndarray]]:
         for piece in self._pieces:

@@ -472,7 +472,7 @@ class Tracker:
 
         left_out = []
         with tempfile.TemporaryDirectory() as folder:
-            sizes = file_sizes(cell.meta) or self.ledger.store.sizes(cell.key)
+            sizes = file_sizes(cell.meta)
             for name in cell.files:
                 if sizes.get(name, 0) > self._artifact_bytes:
                     left_out.append(name)

@@ -19,7 +19,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -193,11 +192,6 @@ def rows_table(data: bytes) -> pa.Table | None:
     return None if len(data) > _INLINE_BYTES else pq.read_table(io.BytesIO(data))
 
 
-def frame(table: pa.Table) -> pd.DataFrame:
-    """Rows as `pandas.read_parquet` gives them."""
-    return table.to_pandas()
-
-
 def work_of(meta: Mapping[str, Any]) -> dict[str, Any]:
     """Which attempt of which pack made a cell, in how many seconds, holding which share of GPUs or of a machine."""
     return {
@@ -244,9 +238,7 @@ def _cells(batch: pa.RecordBatch, uri: str) -> Iterable[PublishedCell]:
         key = record["key"]
         attempt = meta.get("attempt")
         home = f"{uri}/{key}/{checked(attempt, f'cell {key} of {uri}')}" if attempt else f"{uri}/{key}"
-        yield PublishedCell(
-            key, meta["identity"], frame(pa.Table.from_batches([rows])), tuple(record["files"]), home, meta
-        )
+        yield PublishedCell(key, meta["identity"], rows.to_pandas(), tuple(record["files"]), home, meta)
 
 
 def _first_of_each(table: pa.Table) -> pa.Table:

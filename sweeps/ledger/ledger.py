@@ -19,10 +19,10 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -37,7 +37,6 @@ _FEW = 64  # cells looked at one by one; more are found by one listing
 _HEADS = 1000  # markers looked at one by one after a listing of folders; more are found by listing every file
 _COMPACT = 5000  # cells read before a file of the index is written
 _ID = "_id.json"
-_T = TypeVar("_T")
 
 
 class Ledger:
@@ -66,7 +65,7 @@ class Ledger:
             if wanted is None or len(wanted) > _FEW:
                 self._stamps = self._scan(wanted or ())
             else:
-                for key, stamp in zip(wanted, self._each(self.store.stamp, wanted), strict=True):
+                for key, stamp in zip(wanted, in_order(self.store.stamp, wanted), strict=True):
                     self._stamps.pop(key, None)
                     if stamp is not None:
                         self._stamps[key] = stamp
@@ -79,7 +78,7 @@ class Ledger:
         with self._lock:
             there = set(self.store.names())
             appeared = [key for key in wanted if key in there]
-            stamps = zip(appeared, self._each(self.store.stamp, appeared), strict=True)
+            stamps = zip(appeared, in_order(self.store.stamp, appeared), strict=True)
             fresh = {key: stamp for key, stamp in stamps if stamp is not None}
             self._stamps.update(fresh)
             return fresh.keys() - self.damaged.keys()
@@ -96,13 +95,10 @@ class Ledger:
             known = known - set(wanted)
         others = [name for name in folders if name not in known]
         if len(others) <= _HEADS:
-            marked = [n for n, there in zip(others, self._each(self.store.published, others), strict=True) if there]
+            marked = [n for n, there in zip(others, in_order(self.store.published, others), strict=True) if there]
         else:
             marked = [n.split("/", 1)[0] for n in self.store.files() if n.endswith(f"/{MARKER}") and n[0] not in "_."]
         return dict.fromkeys([*known, *marked], 0)
-
-    def _each(self, call: Callable[[str], _T], keys: Iterable[str]) -> list[_T]:
-        return list(in_order(call, keys))
 
     def compact(self, done: Iterable[str], missing: Iterable[str] = ()) -> None:
         """Bring the index up to date, for the driver alone: published cells go in, `missing` ones go out.
@@ -116,7 +112,7 @@ class Ledger:
                 gone &= self.index.entries.keys()
             fresh = [key for key in done if not self._indexed(key)]
             for i in range(0, len(fresh), _COMPACT):
-                records = self._each(self._record, fresh[i : i + _COMPACT])
+                records = in_order(self._record, fresh[i : i + _COMPACT])
                 if found := [r for r in records if r is not None]:
                     self.index.add(found)
 
@@ -139,7 +135,7 @@ class Ledger:
         except DamagedCell as damage:
             self.damaged[key] = damage
             return None
-        return None if stamp is None else Record(key, meta, self._names(key, home, meta), table, stamp)
+        return None if stamp is None else Record(key, meta, _names(meta), table, stamp)
 
     def _meta(self, key: str) -> tuple[str, dict[str, Any]]:
         """(folder of the cell's files, cell.json); raises FileNotFoundError, DamagedCell."""
@@ -150,9 +146,9 @@ class Ledger:
         home = f"{key}/{checked(attempt, key)}" if attempt else key
         text = _text_in(marker)
         meta = _json_object(self.store.read(f"{home}/cell.json") if text is None else text.encode())
-        if meta is None or not isinstance(meta.get("files", {}), dict) or not isinstance(meta.get("identity"), dict):
+        if meta is None or not isinstance(meta.get("files"), dict) or not isinstance(meta.get("identity"), dict):
             raise damaged(key, self.store.uri, "cell.json", "is no JSON object with identity and files")
-        for name in meta.get("files", ()):
+        for name in meta["files"]:
             checked(name, f"cell {key} of {self.store.uri}")
         return home, meta
 
@@ -175,11 +171,6 @@ class Ledger:
         known = facts(meta).get(name)
         self._raise_for(key, name, known.fault(data) if known else "")
         return data
-
-    def _names(self, key: str, home: str, meta: Mapping[str, Any]) -> tuple[str, ...]:
-        if "files" in meta:
-            return tuple(sorted(["cell.json", *meta["files"]]))
-        return tuple(n for n in self.store.files(home) if n != MARKER)
 
     def publish(
         self, cell: Cell, rows: Sequence[Row], files: Mapping[str, bytes | Path], meta: Mapping[str, Any]
@@ -211,9 +202,7 @@ class Ledger:
             rows = pd.read_parquet(io.BytesIO(data))
         except (pa.ArrowException, OSError, ValueError) as error:
             raise damaged(key, self.store.uri, "rows.parquet", f"is no table ({error})") from error
-        return PublishedCell(
-            key, meta["identity"], rows, self._names(key, home, meta), f"{self.store.uri}/{home}", meta
-        )
+        return PublishedCell(key, meta["identity"], rows, _names(meta), f"{self.store.uri}/{home}", meta)
 
     def check(self, keys: Iterable[str]) -> None:
         """Read every file of published cells and compare it with what cell.json says; notes what is `damaged`."""
@@ -222,7 +211,7 @@ class Ledger:
             try:
                 home, meta = self._meta(key)
                 text = _text_in(self._marker(key))
-                for name in self._names(key, home, meta):
+                for name in _names(meta):
                     data = self._checked_file(key, home, meta, name)
                     if name == "cell.json" and text is not None:
                         self._raise_for(key, name, facts_of(text.encode()).fault(data))
@@ -231,7 +220,7 @@ class Ledger:
             except DamagedCell as damage:
                 self.damaged[key] = damage
 
-        self._each(look, keys)
+        list(in_order(look, keys))
 
     def sound(self, keys: Iterable[str]) -> list[PublishedCell]:
         """`read_many` of the cells whose rows can be read; the others are noted in `damaged`."""
@@ -246,7 +235,7 @@ class Ledger:
         try:
             return self.read_many(wanted)
         except DamagedCell:
-            self._each(look, wanted)
+            list(in_order(look, wanted))
         return self.read_many(key for key in wanted if key not in self.damaged)
 
     def read_many(self, keys: Iterable[str]) -> list[PublishedCell]:
@@ -259,7 +248,7 @@ class Ledger:
                 self.index.refresh()
                 found = self.index.read(k for k in wanted if self._indexed(k))
         missing = [k for k in wanted if k not in found]
-        found.update(zip(missing, self._each(self.read, missing), strict=True))
+        found.update(zip(missing, in_order(self.read, missing), strict=True))
         return [found[k] for k in wanted]
 
     def work(self, keys: Iterable[str]) -> list[tuple[str, float, float, str]]:
@@ -269,7 +258,7 @@ class Ledger:
             self.index.refresh()
             known = [self.index.entries[k] for k in wanted if self._indexed(k)]
             others = [k for k in wanted if not self._indexed(k)]
-        found = [work_of(meta) for _, meta in self._each(self._meta, others)]
+        found = [work_of(meta) for _, meta in in_order(self._meta, others)]
         names = ("pack", "seconds", "share", "device")
         return [*((e.pack, e.seconds, e.share, e.device) for e in known), *(tuple(w[n] for n in names) for w in found)]
 
@@ -306,7 +295,7 @@ class Ledger:
             self.index.refresh()
             known = {k: self.index.entries[k].fingerprint for k in cells if self._indexed(k)}
         others = [k for k in cells if k not in known]
-        metas = self._each(self._meta, others)
+        metas = in_order(self._meta, others)
         known.update((k, str(meta.get("fingerprint"))) for k, (_, meta) in zip(others, metas, strict=True))
         for key, expected in cells.items():
             recorded = known[key]
@@ -322,7 +311,7 @@ class Ledger:
         wanted = set(keys)
         broken = {key: {"error": str(fault)} for key, fault in self.damaged.items() if key in wanted}
         names = [n for n in self.store.names("_failed") if n.removesuffix(".json") in wanted]
-        records = self._each(lambda n: self.store.read_json(f"_failed/{n}") or {}, names)
+        records = in_order(lambda n: self.store.read_json(f"_failed/{n}") or {}, names)
         return {n.removesuffix(".json"): record for n, record in zip(names, records, strict=True)} | broken
 
     def record_failure(self, cell: Cell, error: str, attempts: int) -> None:
@@ -333,12 +322,17 @@ class Ledger:
     def forget_failures(self, keys: Iterable[str]) -> None:
         """Let failed cells run again, and set damaged ones aside."""
         wanted = list(keys)
-        self._each(lambda key: self.store.remove_file(f"_failed/{key}.json"), wanted)
+        list(in_order(lambda key: self.store.remove_file(f"_failed/{key}.json"), wanted))
         gone = [key for key in wanted if key in self.damaged]
-        self._each(self.store.set_aside, gone)
+        list(in_order(self.store.set_aside, gone))
         for key in gone:
             del self.damaged[key]
         self.compact((), gone)
+
+
+def _names(meta: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of all files of a cell but its marker, sorted."""
+    return tuple(sorted(["cell.json", *meta["files"]]))
 
 
 def _text_in(marker: Mapping[str, Any]) -> str | None:

@@ -349,17 +349,6 @@ class Store:
             return []
         return sorted(p[len(base) :].lstrip("/") for p in found)
 
-    @_request
-    def sizes(self, folder: str) -> dict[str, int]:
-        """{name: bytes} of all files below a folder, relative to it, in one listing."""
-        self.fs.invalidate_cache()
-        base = self.path(folder)
-        try:
-            found = self.fs.find(base, detail=True)
-        except FileNotFoundError:
-            return {}
-        return {p[len(base) :].lstrip("/"): int(info["size"]) for p, info in sorted(found.items())}
-
     def published(self, folder: str) -> bool:
         """Whether the folder was published."""
         return self.exists(f"{folder}/{MARKER}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import pytest
 from data import embedded_text
 from data._content import content_of
 from data.token_shards import held_out_rows
-from data.token_stream import EMBEDDED, PILE_HUB, CorruptShard, Position, StreamUnavailable, TokenStream
+from data.token_stream import EMBEDDED, PILE_HUB, CorruptShard, StreamUnavailable, TokenStream
 
 ROW_LENGTH, T, ROWS = 24, 8, (70, 1, 130)
 
@@ -37,7 +36,7 @@ def parquet(tmp_path) -> tuple[TokenStream, list[np.ndarray]]:
     return TokenStream(source=str(tmp_path), context=T, holdout_every=4), shards
 
 
-def read(stream: TokenStream, start: int | Position = 0) -> tuple[np.ndarray, np.ndarray]:
+def read(stream: TokenStream, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """(index of each sequence, tokens) by the plain iterator."""
     indices, blocks = [np.empty(0, np.int64)], [np.empty((0, stream.context), np.int32)]
     for first, tokens_ST in stream.sequences(start, use_ray=False):
@@ -86,25 +85,6 @@ def test_restart_at_every_index_gives_the_exact_tail(parquet):
         stream.sequences(len(whole) + 1)
     with pytest.raises(ValueError, match="start=-1 is negative"):
         stream.sequences(-1)
-
-
-def test_stored_position_restarts_without_the_shards_before_it(parquet, tmp_path):
-    stream, _ = parquet
-    _, whole = read(stream)
-    reader = stream.sequences(use_ray=False)
-    consumed = 0
-    while consumed <= len(whole) - 40:
-        first, tokens_ST = next(reader)
-        consumed = first + len(tokens_ST)
-    stored = reader.position(consumed)
-    assert stored.shard == 2
-    inside = reader.position(consumed - 3)
-    (tmp_path / "train-00000-of-00003.parquet").write_bytes(b"gone")
-    fresh, stored = pickle.loads(pickle.dumps((stream, stored)))
-    assert np.array_equal(read(fresh, stored)[1], whole[consumed:])
-    assert np.array_equal(read(fresh, inside)[1], whole[consumed - 3 :])
-    with pytest.raises(ValueError, match="was not read here"):
-        fresh.sequences(inside, use_ray=False).position(0)
 
 
 def test_row_groups_before_the_start_are_not_read(parquet, monkeypatch):
@@ -173,7 +153,7 @@ def test_corrupt_shard_is_named_or_skipped_with_a_gap(parquet, tmp_path, damage)
     stream, _ = parquet
     _, whole = read(stream)
     path = tmp_path / "train-00000-of-00003.parquet"
-    n_first = stream.position(stream.n_train()).index - int(
+    n_first = stream.n_train() - int(
         sum((~held_out_rows(f"train-{i:05d}-of-00003.parquet", ROWS[i], 4)).sum() for i in (1, 2))
     )
     data = bytearray(path.read_bytes())

@@ -68,7 +68,7 @@ def test_first_sequences_need_only_the_first_shard(hub):
 
 def test_hub_that_refuses_is_unavailable_not_corrupt(hub):
     stream = TokenStream(source=PILE_HUB, context=T, on_corrupt="skip")
-    start = stream.position(1)
+    reader = stream.sequences(1, use_ray=False)
     hub.refusing = True
     with pytest.raises(StreamUnavailable, match="--preset local"):
-        next(stream.sequences(start, use_ray=False))
+        next(reader)

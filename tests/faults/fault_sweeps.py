@@ -144,7 +144,8 @@ def assert_tidy(ledger: Ledger) -> None:
         files = json.loads(ledger.file(key, "cell.json"))["files"]
         sizes = {name: known["size"] for name, known in files.items()}
         attempt = ledger.store.marker(key)["attempt"]  # on object stores; others may have left files in theirs
-        found = ledger.store.sizes(f"{key}/{attempt}" if attempt else key)
+        home = f"{key}/{attempt}" if attempt else key
+        found = {name: len(ledger.store.read(f"{home}/{name}")) for name in ledger.store.files(home)}
         found.pop("_PUBLISHED", None)
         del found["cell.json"]
         assert found == sizes

@@ -260,7 +260,7 @@ PUBLISH_LOOP = """
 import sys
 sys.path[:0] = [{root!r}, {here!r}]
 from sweeps.ledger.ledger import Ledger
-from sweeps.launch.sweep import Row
+from sweeps.core.cells import Row
 from test_ledger import Point
 ledger = Ledger(sys.argv[1], "points", "1")
 print("ready", flush=True)
