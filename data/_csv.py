@@ -27,11 +27,13 @@ def read_csv(path: str | Path) -> pd.DataFrame:
         raise ValueError(f"{path.name} {_where_not_utf8(path)}; save it as UTF-8") from error
     except pd.errors.EmptyDataError as error:
         raise ValueError(
-            f"{path.name} is empty; give a CSV with a line of column names and one line a molecule"
+            f"{path.name} is empty; give a CSV with a line of column names and one line per molecule"
         ) from error
     except (ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:  # ParserError is a ValueError
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise ValueError(f"{path.name} cannot be read as CSV ({reason}); mend that line or save it anew") from error
+        raise ValueError(
+            f"{path.name} cannot be read as CSV ({reason}); correct that line or save the file again"
+        ) from error
 
 
 def _where_not_utf8(path: Path) -> str:

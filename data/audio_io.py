@@ -175,7 +175,7 @@ def _bytes_of(audio: AudioSet, recording: Recording) -> bytes:
         raise
     if recording.content and hashlib.sha256(data).hexdigest() != recording.content:
         raise ChangedAudioError(
-            f"{recording.name} has changed since its content was told ({recording.content[:12]}); let nothing write "
+            f"{recording.name} has changed since its content was read ({recording.content[:12]}); let nothing write "
             "to the audio meanwhile, and run the same command again"
         )
     return data

@@ -45,13 +45,13 @@ def load(path: str | Path) -> tuple[list[str], np.ndarray]:
         if getattr(error, "errno", None) is not None or str(error).startswith(path.name):
             raise
         reason = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
-        raise ValueError(f"{path.name} cannot be read ({reason}); write it anew") from error
+        raise ValueError(f"{path.name} cannot be read ({reason}); write the file again") from error
     x_ND = np.asarray(values)
     if x_ND.ndim != 2 or not np.issubdtype(x_ND.dtype, np.number):
         raise ValueError(f"{path.name} holds {x_ND.dtype}{list(x_ND.shape)}; it must be a numeric matrix [N, D]")
     x_ND = x_ND.astype(np.float64)
     if len(ids) != len(x_ND):
-        raise ValueError(f"{path.name} has {len(ids)} ids for {len(x_ND)} rows; give one id a row")
+        raise ValueError(f"{path.name} has {len(ids)} ids for {len(x_ND)} rows; give one id per row")
     if not np.isfinite(x_ND).all():
         bad = int((~np.isfinite(x_ND)).any(axis=1).sum())
         raise ValueError(f"{path.name} has NaN or infinity in {bad} of {len(x_ND)} rows; leave such rows out")
@@ -122,7 +122,9 @@ def _ids_beside(path: Path) -> Path:
 def _npy(path: Path) -> tuple[list[str], np.ndarray]:
     beside = _ids_beside(path)
     if not beside.is_file():
-        raise FileNotFoundError(f"{path.name} has no row ids; write them to {beside.name} beside it, one a line")
+        raise FileNotFoundError(
+            f"{path.name} has no row ids; write them to {beside.name} in the same folder, one per line"
+        )
     return lines(decode_text(beside.read_bytes()).rstrip("\n")), np.load(path, allow_pickle=False)
 
 

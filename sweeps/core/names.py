@@ -26,7 +26,7 @@ def checked(name: str, where: str) -> str:
     ):
         raise UserError(
             f"file name {name!r} could lead out of {where}; only relative names of plain components are read or "
-            "written. Remove that entry, and trust nothing else of whoever made it"
+            "written. Remove that entry, and trust nothing else from its author"
         )
     return name
 

@@ -187,7 +187,7 @@ class Tracker:
             if time.monotonic() - said > _SAY_SECONDS:
                 said = time.monotonic()
                 self.say(
-                    f"MLflow: {total - len(self._wanted)} of {total} cells copied; if stopped, the next launch goes on"
+                    f"MLflow: {total - len(self._wanted)} of {total} cells copied; the next launch copies the rest"
                 )
         self._end_parent(status, metrics, files)
 
@@ -247,8 +247,8 @@ class Tracker:
                 self.say(f"MLflow at {self.uri}: {reason}; results are safe in the ledger")
             elif self._refused:
                 self.say(
-                    f"MLflow at {self.uri} refuses ({reason[:240]}); results are safe in the ledger and a launch after "
-                    "that is mended copies them"
+                    f"MLflow at {self.uri} refuses ({reason[:240]}); results are safe in the ledger and the next "
+                    "launch after that is repaired copies them"
                 )
             else:
                 self.say(
