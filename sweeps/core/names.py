@@ -1,6 +1,6 @@
-"""Names that come from somebody else: a ledger, a manifest, an archive, a checkpoint, the hub. One rule for all.
+"""Names that come from outside: a ledger, a manifest, an archive, a checkpoint, the hub. One rule for all.
 
-A name is a relative path of plain components. What it names must lie where it says: a link that leads out of its
+A name is a relative path of plain components. A link that leads out of its
 folder is refused, too.
 """
 

@@ -1,4 +1,4 @@
-"""Ray for one launch: started here or joined, told what its workers need, and left again."""
+"""Ray for one launch: start it here or join a cluster, pass on what the workers need, and leave again."""
 
 from __future__ import annotations
 
@@ -74,9 +74,9 @@ def _user_errors(where: Address) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _on_loopback() -> Iterator[None]:
-    """Have a Ray that starts meanwhile listen on 127.0.0.1 alone, as it does by itself on macOS and Windows.
+    """A Ray that starts within the block listens on 127.0.0.1 alone, as is its default on macOS and Windows.
 
-    Its argument `_node_ip_address` does not: Ray replaces 127.0.0.1 there by an address that others reach.
+    Its argument `_node_ip_address` does not achieve this: Ray replaces 127.0.0.1 by an address that others reach.
     """
     from ray._private import ray_constants
 
@@ -104,17 +104,17 @@ def _environment() -> dict[str, str]:
         "HF_HOME",
     )
     known = {name: os.environ[name] for name in names if name in os.environ}
-    return known | {"TQDM_DISABLE": "1", VARIABLE: own_code()}  # progress is the board's business
+    return known | {"TQDM_DISABLE": "1", VARIABLE: own_code()}  # the live table shows progress
 
 
 def _local_options() -> dict[str, Any]:
-    """What a Ray on this machine alone is told: no more than this process may use, and the checkout before all else."""
+    """Options of a Ray on this machine alone: no more than this process may use, and the checkout first on the path."""
     here = Machine.here()
     store = int(min(2e9, max(8e7, here.memory_bytes * 0.1)))
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return _OPTIONS | {
         "num_cpus": here.cpus,
-        "_memory": max(1, here.memory_bytes - store),  # else Ray's own guess, which knows not every limit
+        "_memory": max(1, here.memory_bytes - store),  # Ray's own guess does not know every limit
         "object_store_memory": store,
         "include_dashboard": False,
         "job_config": worker_job(),
@@ -122,13 +122,13 @@ def _local_options() -> dict[str, Any]:
             "env_vars": _environment() | {"PYTHONPATH": path},
             "worker_process_setup_hook": worker_setup(str(ROOT)),
         },
-        # else a worker a core starts that no trial can use, as trials have environments of their own
+        # otherwise one worker per core starts that no trial can use, as trials have environments of their own
         "_system_config": {"prestart_worker_first_driver": False},
     }
 
 
 def _cluster_options() -> dict[str, Any]:
-    """What a cluster is told: to give every worker a copy of the checkout as its working folder."""
+    """Options of a cluster: every worker gets a copy of the checkout as its working folder."""
     return _OPTIONS | {
         "runtime_env": {
             "env_vars": _environment() | {"PLUMBLINE_GIT_COMMIT": git_commit()},
@@ -140,7 +140,7 @@ def _cluster_options() -> dict[str, Any]:
 
 
 def _machine(storage: str) -> Machine:
-    """What the Ray that was joined has; raises UserError where its nodes cannot share the storage."""
+    """CPUs, GPUs and memory of the Ray that was joined; raises UserError where its nodes cannot share the storage."""
     import ray
 
     nodes = [n for n in ray.nodes() if n["Alive"]]
@@ -164,7 +164,7 @@ def shutdown_ray() -> None:
     """Leave Ray, if this process joined it.
 
     References to Ray's objects that Tune left in cycles go first: the collector, running in the lease's or MLflow's
-    thread while Ray shuts down, would meet a Ray that is half gone, which ends the process with exit code 1.
+    thread while Ray shuts down, would meet a Ray that is half shut down, which ends the process with exit code 1.
     """
     if "ray" in sys.modules:
         import ray

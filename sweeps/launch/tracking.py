@@ -1,7 +1,7 @@
-"""MLflow from the ledger: one parent run a launch, exactly one run a cell, whatever restarts happen.
+"""Copy the ledger to MLflow: one parent run per launch and exactly one run per cell, whatever restarts happen.
 
-The ledger is the truth and MLflow a view of it. A thread copies published cells that MLflow lacks, so a tracking
-server that is down costs nothing but the view: the next launch copies what is missing. The times of all points
+The ledger is the record and MLflow a copy of it. A thread copies published cells that MLflow lacks, so a tracking
+server that is down costs nothing but the copy: the next launch copies what is missing. The times of all points
 follow from the published cell alone, so copying twice writes the same rows.
 """
 
@@ -37,20 +37,20 @@ from sweeps.ledger.published import file_of, file_sizes
 if TYPE_CHECKING:
     from mlflow.entities import Param
 
-_POLL_SECONDS = 0.5
+_POLL_SECONDS = 0.5  # between looks for newly published cells
 _FINISH_TRIES = 4  # of a store that answered before: SQLite may be locked by another launch
 _WAIT_SECONDS = 60.0  # for cells that another launch is copying
 _BATCH = 1000  # metrics a log_batch call may carry (MLflow REST limit)
-_CHUNK = 256  # cells claimed and copied at once
+_CHUNK = 256  # cells claimed and copied at once: few requests per cell, and other launches get a share
 _SINGLE_LOOKUPS = 20  # cells looked up one by one; more are found by one listing
-_WRITERS = 8  # threads that copy to a server; SQLite has one writer
-_SAY_SECONDS = 15.0
+_WRITERS = 8  # threads that copy to a server, since each waits for its answers; SQLite allows one writer
+_SAY_SECONDS = 15.0  # between lines of progress while `finish` copies
 _PAGE = 5000  # runs a search may return at once
 _TAG_LENGTH = 5000  # characters that MLflow takes in a tag
 _COMPARE_RUNS = 100  # the compare page slows beyond this
-_PLAIN = "/!$&'()*+,;=:@"  # characters of a path that an address holds as they are
+_PLAIN = "/!$&'()*+,;=:@"  # characters of a path that need no percent-encoding in an address
 _BUSY = re.compile(r"database is locked|database table is locked")  # SQLite, while another launch writes
-# what a server or a database answers alike the next time: no permission, a schema of another MLflow
+# answers that would be the same next time: no permission, the schema of another MLflow
 _FINAL = re.compile(r"error code 40[0134]|PERMISSION_DENIED|UNAUTHENTICATED|out-of-date database schema")
 
 
@@ -60,7 +60,7 @@ def default_uri() -> str:
 
 
 def normal_uri(uri: str) -> str:
-    """The address, a relative path of a SQLite file made absolute: MLflow cannot keep artifacts beside such a one."""
+    """The address; a SQLite file's path is made absolute, since MLflow keeps no artifacts next to a relative one."""
     file = sqlite_file(uri)
     if file is None or (file.is_absolute() and "%" not in uri):
         return uri
@@ -75,7 +75,7 @@ def sqlite_file(uri: str) -> Path | None:
 
 
 def _sqlite_uri(file: Path) -> str:
-    """The address of a SQLite file; a path is not one: `?` would end it, and `%20` be a blank.
+    """The address of a SQLite file. A path alone will not do: `?` would end it, and `%20` would be a blank.
 
     With the driver named where anything is encoded: for `sqlite:///` MLflow makes the folder that the encoded path is.
     """
@@ -85,14 +85,14 @@ def _sqlite_uri(file: Path) -> str:
 
 
 class Refused(Exception):
-    """MLflow answers, and what it says does not change by asking again; the text says what to do."""
+    """MLflow refuses, and asking again changes nothing; the text gives the remedy."""
 
 
 class Tracker:
     """Copies the cells of one ledger into one MLflow experiment; `say` prints a line for the user.
 
     Raises UserError for a ledger that MLflow's searches cannot name, and nothing after construction: an unreachable
-    server is said once and retried by `finish` and later launches.
+    server is reported once and tried again by `finish` and later launches.
     """
 
     def __init__(
@@ -139,12 +139,12 @@ class Tracker:
         self._thread.start()
 
     def want(self, keys: Iterable[str]) -> None:
-        """Cells that are published and belong into MLflow."""
+        """Add published cells to those that are copied."""
         with self._lock:
             self._wanted.update(dict.fromkeys(k for k in keys if k not in self.run_ids))
 
     def finish(self, status: str, metrics: Mapping[str, float], files: Sequence[Path], timeout: float = 600.0) -> bool:
-        """Copy what is left, close the parent run with its summary and report files; False if MLflow is away."""
+        """Copy what is left, close the parent run with its summary and report files; False if MLflow is unreachable."""
         self._stop.set()
         self._ended = True
         if self._thread:
@@ -238,8 +238,8 @@ class Tracker:
                 return
 
     def _unreachable(self, error: Exception) -> None:
-        """Say once what is wrong with the store, and whether giving the same command again is the remedy."""
-        text = without_password(str(error))  # libraries repeat the address with its password
+        """Report once what is wrong with the store, and whether repeating the command is the remedy."""
+        text = without_password(str(error))  # libraries print the address with its password
         self._refused = self._refused or isinstance(error, Refused) or bool(_FINAL.search(text))
         if not self._down:
             reason = text.splitlines()[0] if text else type(error).__name__
@@ -323,11 +323,11 @@ class Tracker:
         return str(made.info.run_id)
 
     def _tag(self, key: str) -> str:
-        """By what the run of a cell is known: the ledger's own name, so that a ledger may move, and the cell's key."""
+        """Identifies the run of a cell: the ledger's own name (so that a ledger may be moved), then the cell's key."""
         return f"{self.ledger.identifier()}/{key}"
 
     def _look_up(self, keys: Sequence[str] | None) -> None:
-        """Note the runs that exist for these cells, or all of this ledger's: those that are finished, and others."""
+        """Find the runs that exist for these cells (None: all of this ledger's), finished ones and others."""
         self._look_up_by("plumbline.cell", self._tag(""), keys)
         if self.ledger.had_no_name:  # copied before ledgers had a name of their own: by address
             for uri in self.ledger.store.former_uris():
@@ -346,7 +346,7 @@ class Tracker:
                 page = self._client.search_runs([self._experiment], text, max_results=_PAGE, page_token=token)
                 for run in page:
                     named = run.data.tags[tag]
-                    if named.startswith(here):  # LIKE knows neither case nor `_`
+                    if named.startswith(here):  # LIKE ignores case and takes `_` for any character
                         found = self.run_ids if run.info.status == "FINISHED" else self._begun
                         found[named.removeprefix(here)] = run.info.run_id
                 token = page.token
@@ -370,7 +370,7 @@ class Tracker:
         try:
             self._copy_all([key for key in ours if key not in self.run_ids], lapses)
         except BaseException:
-            self._listed = False  # a run may have been made whose id was not heard
+            self._listed = False  # a run may have been made whose id did not arrive
             raise
         finally:
             finished = [key for key in wanted if key in self.run_ids]
@@ -403,8 +403,8 @@ class Tracker:
     def _copy(self, key: str, unfinished: str, lapses: int) -> str:
         """Make the run of a cell, or fill the one that a launch left unfinished; returns its id.
 
-        An empty text where this launch was away so long (more `lapses` than when it claimed) that another took over,
-        and where it is about to leave.
+        An empty text where this launch was paused so long (more `lapses` than when it claimed) that another took over,
+        and where it is about to end.
         """
         from mlflow.entities import Param, RunTag
 
@@ -467,7 +467,7 @@ class Tracker:
             self._client.log_batch(run_id, metrics=metrics, params=() if i else params)
 
     def _log_files(self, run_id: str, place: str, cell: PublishedCell) -> None:
-        """Copy the cell's files to where the run keeps its own; `place` as its maker was told, empty if not known."""
+        """Copy the cell's files to the run's artifacts at `place`, the address that MLflow gave (empty: not known)."""
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
         left_out = []
@@ -483,7 +483,7 @@ class Tracker:
             if left_out:
                 text = "".join(f"{cell.uri}/{name}\n" for name in left_out)
                 Path(folder, "larger_files_in_ledger.txt").write_text(text, encoding="utf-8")
-            if place:  # the client would ask for the whole run first, to learn the same
+            if place:  # the client would request the whole run first, only to learn the same address
                 get_artifact_repository(place, tracking_uri=self._address).log_artifacts(folder)
             else:
                 self._client.log_artifacts(run_id, folder)
@@ -549,7 +549,7 @@ def _points(
     Rows with other parameters stay in the ledger.
 
     A curve's points are spread evenly over the pack's time, since rows do not record it: MLflow's pages open on
-    time as the x axis, where points of one moment would fall on one vertical line.
+    time as the x axis, where points of one moment would lie on one vertical line.
     """
     rows = cell.rows
     last = max(1.0, float(rows["step"].max())) if "step" in rows.columns and rows["step"].notna().any() else 1.0

@@ -20,11 +20,11 @@ class WorkStore:
     file, its size and SHA-256, and the fingerprint of the code and data that it was made with. A crash or a full disk
     at any moment leaves the old pointer and the old file, and so does another process that writes the same name.
     Loading is weights-only: no pickled code is ever run. State passes through one file, never a second copy in memory:
-    what `load` gives is mapped from the file, and takes memory as it is copied to where it is used.
+    what `load` returns is mapped from the file, and takes memory only as it is copied to where it is used.
 
     `origin` is that fingerprint where a name does not follow from it already. A checkpoint of another origin is not
-    continued, one that was made with another number of `threads` is, and `say` hears of both. `reached` hears of each
-    step that is further than the checkpoint before it.
+    continued, one that was made with another number of `threads` is, and `say` is called with a line on either.
+    `reached` is called for each step that is further than the checkpoint before it.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class WorkStore:
 
         Raises OSError where it cannot be written; the checkpoint before it stays.
         """
-        import torch  # here: the driver knows this module too, and starts two seconds sooner without it
+        import torch  # here, since the driver imports this module too and starts two seconds sooner without torch
 
         old = self._pointer(name, kind)
         file = f"{kind}-{step:012d}-{uuid.uuid4().hex[:12]}.pt"
@@ -79,7 +79,7 @@ class WorkStore:
 
     def load(self, name: str, kind: str = "latest", origin: str | None = None) -> dict[str, Any] | None:
         """The whole checkpoint of a kind of `name`, or None; one that is damaged, missing or of another origin (where
-        one is given) counts as none, and `say` hears which.
+        one is given) counts as none, which `say` reports.
         """
         import torch
 
@@ -129,7 +129,7 @@ class _Tape:
 
 
 def _as_saved(file: Path, pointer: Mapping[str, Any]) -> bool:
-    """Whether the file is the one that the pointer tells of; pointers had no digest once."""
+    """Whether the file is the one that the pointer names; old pointers have no digest."""
     if "sha256" not in pointer:
         return file.stat().st_size == pointer["bytes"]
     return facts_of(file) == Facts(pointer["bytes"], pointer["sha256"])

@@ -41,13 +41,13 @@ import psutil
 
 from sweeps.ledger.storage import Store
 
-LEASE_SECONDS = 30.0
-_FRESH_SHARE = 0.5  # of a lease, after which the own one is written again before another's age is taken from it
-_MARK = 16  # hexadecimal digits of a fingerprint that a claim carries
+LEASE_SECONDS = 30.0  # renewed four times in that span; a launch that died elsewhere blocks its cells so long
+_FRESH_SHARE = 0.5  # of a lease: an own time stamp older than this is renewed before another's age is measured by it
+_MARK = 16  # hexadecimal digits (64 bits) of a fingerprint that a claim carries: enough to tell two apart
 
 
 def _boot_id() -> str:
-    """Name of the running machine within which a process id means one process: a container is one of its own."""
+    """Name of the running machine, or of the container on it, within which a process id means one process."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()  # new at each start
         pids = os.stat("/proc/self/ns/pid").st_ino
@@ -57,14 +57,14 @@ def _boot_id() -> str:
 
 
 def _now() -> float:
-    """Seconds of a clock that nobody sets and that goes on while the machine sleeps."""
+    """Seconds of a clock that cannot be set and that continues while the machine sleeps."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 def _process_runs(lease: Mapping[str, Any]) -> bool | None:
     """Whether the lease's process is at work on this very machine; None where that cannot be seen from here.
 
-    A process that was stopped (SIGSTOP) is no answer either: its lease runs out.
+    None also for a process that was stopped (SIGSTOP), so that its lease can run out.
     """
     if lease["machine"] != _boot_id():
         return None
@@ -165,7 +165,10 @@ class Claims:
         self._stop = threading.Event()
         self._renewed, self._lapses = _now(), 0
         self._stored: float | None = None  # when the lease was last written, by the storage's clock
-        self._moment = self._renewed, 0.0  # a moment by the own clock, and no later than it by the storage's
+        self._moment = (
+            self._renewed,
+            0.0,
+        )  # one moment by this machine's clock and (or a little earlier) by the storage's
         self._far: dict[str, dict[str, Any]] = {}  # leases of other machines, of which only the time stamps change
         self._renew()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
@@ -189,18 +192,18 @@ class Claims:
         self._moment = self._renewed, self._stored or 0.0
 
     def lapses(self) -> int:
-        """How often the lease may have ended although this launch lives: it was paused, or the storage was away."""
+        """How often the lease may have ended although this launch lives (a pause, an unreachable storage)."""
         return self._lapses + (_now() - self._renewed > self.lease_seconds)
 
     def _keep(self) -> None:
         while not self._stop.wait(self.lease_seconds / 4):
             try:
                 self._renew()
-            except Exception:  # whatever it was, this thread must live: unless it passes, the lease runs out by itself
+            except Exception:  # any error: this thread must live on; if the error lasts, the lease simply runs out
                 continue
 
     def alive(self, launch_id: str) -> bool:
-        """Whether that launch still holds its lease; a launch that released its own takes every other for alive."""
+        """Whether that launch still holds its lease; after its own release a launch takes every other for alive."""
         if self._stop.is_set():
             return True  # it has no stamp of its own to compare with, and must not make one again
         lease = self._far.get(launch_id) or self.store.read_json(_lease(launch_id))
@@ -215,7 +218,7 @@ class Claims:
             age = stored + (_now() - renewed) - self.store.modified(_lease(launch_id))
         except FileNotFoundError:  # released in the meantime
             return False
-        except NotImplementedError:  # the storage gives no times: the machines' clocks must do
+        except NotImplementedError:  # the storage gives no times: use the machines' clocks
             age = time.time() - lease["unix"]
         else:
             if lease["machine"] != _boot_id():
@@ -227,8 +230,8 @@ class Claims:
     ) -> tuple[list[str], dict[str, str]]:
         """Claim keys of a group; returns (keys now ours, {key: launch that holds it}). Order is kept.
 
-        `fingerprints` of the keys travel with the claim, and `foreign` tells who computes a key from something else.
-        The number of requests depends on the number of launches, never on the number of keys.
+        `fingerprints` of the keys travel with the claim; `foreign` names the launches that compute a key from other
+        code or data. The number of requests depends on the number of launches, not on that of keys.
         """
         wanted = _marks(keys, fingerprints)
         with self._lock:
@@ -330,8 +333,8 @@ class Claims:
             return
         self._stop.set()
         self._thread.join()
-        self._lapses += 1  # whoever copies in another thread must look whether somebody took over
-        with contextlib.suppress(OSError):  # storage is away: the lease runs out by itself
+        self._lapses += 1  # a copy in another thread must check whether another launch took over
+        with contextlib.suppress(OSError):  # the storage is unreachable: the lease runs out
             self.store.remove_file(_lease(self.launch_id))
             for group, log in list(self._logs.items()):  # another thread may be claiming
                 if log.number >= 0:

@@ -1,11 +1,11 @@
-"""The compacted index of a ledger: what its published cells say, in a few Parquet files instead of a file a cell.
+"""The compacted index of a ledger: its published cells in a few Parquet files instead of one file per cell.
 
-The index saves reading and is never the truth: a cell is done if and only if its folder is published, and an entry
-without a folder counts for nothing. Any file of it may be lost, and removing `_index/` costs one slow start.
+The index only saves reading; the folders are the record. A cell is done if and only if its folder is published, and an
+entry without a folder is ignored. Any file of the index may be lost, and removing `_index/` costs one slow start.
 
 Files are written once and never changed, so launches need no lock. `_index/G-*.parquet` of the highest generation G
 count. Cells are added as further files, and small files are merged into larger ones, at most a logarithm of the number
-of cells. When a published folder was taken away, the next generation begins with a base file that leaves its entry
+of cells. After a published folder was removed, the next generation begins with a base file that leaves its entry
 out; the base is created by exactly one launch, and a launch that still adds to the old generation adds nothing.
 """
 
@@ -27,14 +27,20 @@ from sweeps.core.names import checked
 from sweeps.ledger.storage import Store
 
 FOLDER = "_index"
-_SEGMENT_CELLS = 250_000  # files of this size are not merged any more
-_INLINE_BYTES = 64 * 1024  # rows that take more stay in their folder alone
+_SEGMENT_CELLS = 250_000  # larger files are not merged any more, which bounds the memory of one merge
+_INLINE_BYTES = 64 * 1024  # longer rows stay in their folder alone, so that the index stays quick to read
+# entries of cell.json that differ from cell to cell; the others are stored once for all cells that share them
 _OWN = (
     *("key", "identity", "attempt", "published_unix", "pack_seconds", "pack_started_unix", "pack"),
     *("fingerprint", "files"),
 )
+# columns that planning reads
 _PLANNING = ["key", "fingerprint", "stamp", "pack", "seconds", "share", "device"]
-_FAULTS = (FileNotFoundError, pa.ArrowInvalid, OSError)
+_FAULTS = (
+    FileNotFoundError,
+    pa.ArrowInvalid,
+    OSError,
+)  # of a file that was merged away, is damaged, or not readable now
 
 _SCHEMA = pa.schema(
     [
@@ -107,14 +113,14 @@ class Index:
                 return
 
     def _load(self, name: str) -> bool:
-        """Take a file's entries in; False when another launch merged it away in the meantime."""
+        """Read a file's entries; False when another launch has merged the file into another one meanwhile."""
         try:
             table = pq.read_table(io.BytesIO(self.store.read(f"{FOLDER}/{name}")), columns=_PLANNING)
         except FileNotFoundError:
             return False
         except (pa.ArrowInvalid, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
-                return True  # the storage did not answer: the file may be as good as ever, and is read next time
+                return True  # the storage did not answer; the file may be intact, and is read next time
             self._broken.add(name)  # its cells are read from their folders and written to another file
             return True
         columns = [table[column].to_pylist() for column in _PLANNING]
@@ -127,7 +133,7 @@ class Index:
         return True
 
     def read(self, keys: Iterable[str]) -> dict[str, PublishedCell]:
-        """The cells among `keys` that the index holds whole: one read a file, none a cell."""
+        """The cells among `keys` that the index holds with their rows: one read per index file, none per cell."""
         wanted: dict[str, list[tuple[int, str]]] = {}
         for key in keys:
             if key in self._place:
@@ -144,7 +150,7 @@ class Index:
         return out
 
     def add(self, records: Sequence[Record]) -> None:
-        """Write the records as one file, together with the files that are not larger than twice what is written."""
+        """Write the records as one file, merged with every file that is at most twice as large."""
         tables = [_table(records)]
         total, merged = len(records), []
         for name, cells in sorted(self._sizes.items(), key=lambda item: item[1]):
@@ -242,7 +248,7 @@ def _cells(batch: pa.RecordBatch, uri: str) -> Iterable[PublishedCell]:
 
 
 def _first_of_each(table: pa.Table) -> pa.Table:
-    """One row a key; where launches added the same cell twice the rows are equal."""
+    """One row per key; where launches added the same cell twice the rows are equal."""
     keys = table["key"].to_pylist()
     rows = list({key: row for row, key in reversed(list(enumerate(keys)))}.values())
     return table if len(rows) == len(keys) else table.take(sorted(rows))

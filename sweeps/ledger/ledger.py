@@ -7,8 +7,8 @@ failed, `_work/` the checkpoints of unfinished ones, `_claims/` the leases, `_in
 cell (see `index`), `_codecs/` the stand-in codecs that its cells were coded with, `_id.json` the ledger's name, by
 which it is known wherever it is moved.
 
-A cell whose files are not what cell.json and the marker say is damaged: readers name it and its file, a launch counts
-it as failed, and `--retry-failed` sets it aside and computes it again.
+A cell whose files differ from what cell.json and the marker record is damaged: readers name it and its file, a launch
+counts it as failed, and `--retry-failed` sets it aside and computes it again.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from sweeps.ledger.index import Index, Record, rows_table, work_of
 from sweeps.ledger.published import DamagedCell, damaged, facts, file_of, in_order, parquet_bytes
 from sweeps.ledger.storage import MARKER, Facts, Store, facts_of
 
-_FEW = 64  # cells looked at one by one; more are found by one listing
-_HEADS = 1000  # markers looked at one by one after a listing of folders; more are found by listing every file
-_COMPACT = 5000  # cells read before a file of the index is written
+_FEW = 64  # cells looked up one by one; for more, one listing takes less time
+_HEADS = 1000  # markers looked up one by one after a listing of folders; for more, listing every file is cheaper
+_COMPACT = 5000  # cells read before a file of the index is written: what an interruption can cost
 _ID = "_id.json"
 
 
@@ -46,18 +46,18 @@ class Ledger:
         self.sweep, self.version = sweep, version
         self.store = Store(f"{storage.rstrip('/')}/{sweep}/{version}")
         self.index = Index(self.store)
-        self.damaged: dict[str, DamagedCell] = {}  # cells that were read and found so
+        self.damaged: dict[str, DamagedCell] = {}  # cells that were read and found damaged
         self._stamps: dict[str, int] = {}  # of the cells that `done` saw
         self._lock = threading.RLock()
 
-    def __reduce__(self) -> tuple[Any, ...]:  # in another process it looks for itself
+    def __reduce__(self) -> tuple[Any, ...]:  # another process reads the storage itself
         return Ledger, (self.store.uri.removesuffix(f"/{self.sweep}/{self.version}"), self.sweep, self.version)
 
     def done(self, keys: Iterable[str] | None = None) -> set[str]:
         """Keys of published cells, or of the published ones among `keys`.
 
-        A look at each marker for a few keys, else one listing: on object stores of the folders alone, with a look at
-        the markers of `keys` (up to _HEADS) and of those folders that the index does not hold. Damaged cells that
+        A few keys are looked up marker by marker; more take one listing, on object stores of the folders alone, and
+        then the markers of `keys` (up to _HEADS) and of the folders that the index does not hold. Damaged cells that
         were found so far are left out.
         """
         wanted = None if keys is None else list(dict.fromkeys(keys))
@@ -103,7 +103,7 @@ class Ledger:
     def compact(self, done: Iterable[str], missing: Iterable[str] = ()) -> None:
         """Bring the index up to date, for the driver alone: published cells go in, `missing` ones go out.
 
-        A cell that was taken away must be among `missing` here before anybody computes it again.
+        A cell that was removed must be among `missing` here before any launch computes it again.
         """
         with self._lock:
             self.index.refresh()
@@ -153,7 +153,7 @@ class Ledger:
         return home, meta
 
     def _marker(self, key: str) -> dict[str, Any]:
-        """What the cell's marker says; raises FileNotFoundError, DamagedCell."""
+        """The contents of the cell's marker; raises FileNotFoundError, DamagedCell."""
         try:
             return self.store.marker(key)
         except ValueError as error:
@@ -205,7 +205,7 @@ class Ledger:
         return PublishedCell(key, meta["identity"], rows, _names(meta), f"{self.store.uri}/{home}", meta)
 
     def check(self, keys: Iterable[str]) -> None:
-        """Read every file of published cells and compare it with what cell.json says; notes what is `damaged`."""
+        """Read every file of published cells and compare it with cell.json; notes what is `damaged`."""
 
         def look(key: str) -> None:
             try:
@@ -315,7 +315,7 @@ class Ledger:
         return {n.removesuffix(".json"): record for n, record in zip(names, records, strict=True)} | broken
 
     def record_failure(self, cell: Cell, error: str, attempts: int) -> None:
-        """Note that a cell failed for good, with the line that says why."""
+        """Record that a cell failed for good, with one line of reason."""
         record = {"identity": cell.identity(), "error": error, "attempts": attempts, "unix": time.time()}
         self.store.replace(f"_failed/{cell.key}.json", json.dumps(record, indent=1).encode())
 
@@ -352,7 +352,7 @@ def _json_object(data: bytes) -> dict[str, Any] | None:
 
 
 def rows_to_parquet(rows: Sequence[Row]) -> bytes:
-    """The tidy table as it is kept: metric, value, unit and one column a parameter."""
+    """The tidy table as it is stored: metric, value, unit and one column per parameter."""
     names = sorted({name for row in rows for name in row.params})
     frame = pd.DataFrame(
         {

@@ -13,13 +13,13 @@ import pandas as pd
 from sweeps.core.cells import PublishedCell, UserError
 from sweeps.ledger.storage import Facts, Store
 
-_READERS = 32  # requests that wait for answers at once
+_READERS = 32  # requests under way at once: they mostly wait for the storage
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 
 def in_order(call: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
-    """`call` of each item, in their order, by a pool of threads that is at most two answers a thread ahead."""
+    """`call` of each item, in their order, by a pool of threads that is at most two answers per thread ahead."""
     with ThreadPoolExecutor(_READERS) as pool:
         ahead: deque[Future[_R]] = deque()
         try:
@@ -98,5 +98,5 @@ def parquet_bytes(table: pd.DataFrame) -> bytes:
 
 
 def recorded(cells: Iterable[PublishedCell], name: str) -> str:
-    """What the cells' records say under `name` ("hardware", "git_commit"), each answer once."""
+    """The distinct values of `name` ("hardware", "git_commit") in the cells' records, sorted."""
     return ", ".join(sorted({str(c.meta.get(name)) for c in cells}))

@@ -36,13 +36,14 @@ from sweeps.ledger.logins import remember, with_login, without_password
 
 MARKER = "_PUBLISHED"
 _ASIDE, _LEFT_SECONDS = ".tmp-", 86_400.0  # folders that are being made, and when they are taken for dead
-_DAMAGED = ".damaged-"  # folders that somebody may want to look at, which no reader counts
+_DAMAGED = ".damaged-"  # folders kept for inspection, which no reader counts
 _PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
 _LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)  # no better a second later
+# what the storage answers about a file, and mistakes of this program: no faults of the storage
 _ANSWERS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, NotImplementedError)
 _MISTAKES = (ValueError, TypeError, KeyError, AttributeError)
 _UPLOADS = 8  # files of a folder that are uploaded and checksummed at once
-_CHUNK = 1 << 20
+_CHUNK = 1 << 20  # bytes read at once: large enough for speed, negligible memory
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -85,10 +86,10 @@ _retry = tenacity.retry(
 
 
 def with_errno(error: Exception) -> Exception:
-    """The error of a library as an OSError with a number, by which callers know the storage's fault from a cell's.
+    """A library's error as an OSError with a number, by which callers tell a fault of the storage from one of a cell.
 
     Libraries raise classes of their own (botocore, aiohttp, paramiko) and OSErrors without a number when a server is
-    away or refuses. What the storage answers about a file, mistakes in code and what has a number stay as they are.
+    unreachable or refuses. Answers about a file, mistakes in code and errors with a number stay as they are.
     """
     if isinstance(error, _ANSWERS + _MISTAKES) or (isinstance(error, OSError) and error.errno is not None):
         return error
@@ -98,7 +99,7 @@ def with_errno(error: Exception) -> Exception:
 
 @contextlib.contextmanager
 def _numbered() -> Iterator[None]:
-    """Errors of the block, or of the function it decorates, as `with_errno` tells them."""
+    """Errors of the block, or of the function it decorates, are raised as `with_errno` returns them."""
     try:
         yield
     except Exception as error:
@@ -121,8 +122,8 @@ def _request(method: Callable[Concatenate[Store, _P], _R]) -> Callable[Concatena
 class Store:
     """Files under one root URI (`runs/ledger`, `s3://bucket/prefix`, ...); UserError for one that names no storage.
 
-    Transient OSErrors are tried five times with exponential back-off; a full disk, a missing file and a
-    refused permission are not. Whatever a library raises because its server is away or refuses is an OSError.
+    Transient OSErrors are tried five times with exponential back-off; a full disk, a missing file and a refused
+    permission are not. What a library raises because its server is unreachable or refuses becomes an OSError.
     """
 
     def __init__(self, uri: str) -> None:
@@ -176,7 +177,7 @@ class Store:
             )
 
     def remove_leftovers(self) -> None:
-        """Remove what killed processes left of folders that they were publishing a day ago or earlier.
+        """Remove what killed processes left of folders that they were publishing more than a day ago.
 
         A day by the storage's own clock: the age is the difference to a file written there now.
         """
@@ -223,7 +224,7 @@ class Store:
 
     @contextlib.contextmanager
     def aside(self, name: str) -> Iterator[Path]:
-        """A local path to write what `replace` then takes for `name`: beside it on a local store, so that it moves."""
+        """A local path for what `replace` will take as `name`; on a local store in the same folder, for a rename."""
         if not self.local:
             with tempfile.TemporaryDirectory() as folder:
                 yield Path(folder, "file")
@@ -237,7 +238,7 @@ class Store:
             place.unlink(missing_ok=True)
 
     def read_json(self, name: str) -> Any | None:
-        """Parsed JSON of a file, or None where there is none, or nothing in it (a machine that lost its power).
+        """Parsed JSON of a file, or None where there is none, or an empty one (after a power failure).
 
         Raises UserError for one that holds something else.
         """
@@ -256,8 +257,8 @@ class Store:
     def exists(self, name: str) -> bool:
         """Whether the file exists now (directory caches are bypassed).
 
-        It is small, so that on an object store reading it costs least: for one that is missing, the library's own look
-        takes a HEAD and, since it might be a folder, a LIST.
+        On an object store the file is read, since it is small and this takes one request: the library's own check of a
+        missing one takes a HEAD and, since it might be a folder, a LIST.
         """
         if self.local:
             return self.fs.exists(self.path(name))
@@ -319,7 +320,7 @@ class Store:
 
     @_request
     def remove_file(self, name: str) -> None:
-        """Remove one file; nothing happens where there is none. One request, where `remove` must look first."""
+        """Remove one file; nothing happens where there is none. One request, while `remove` must list first."""
         try:
             if self.local:
                 os.unlink(self.path(name))
@@ -354,7 +355,7 @@ class Store:
         return self.exists(f"{folder}/{MARKER}")
 
     def marker(self, folder: str) -> dict[str, Any]:
-        """What the marker of a published folder says: `attempt`, and `last` with the text of the file written last.
+        """The contents of a published folder's marker: `attempt`, and `last` with the text of the file written last.
 
         Empty for folders published before markers had a content; raises FileNotFoundError where there is none.
         """
@@ -363,7 +364,7 @@ class Store:
         return found if isinstance(found, dict) else {}
 
     def stamp(self, folder: str) -> int | None:
-        """What tells a published folder from another one published in its place; None where it is not published.
+        """A number that differs when a folder is published again in place of another; None where it is not published.
 
         The marker's time of change in ns on a local store, 0 on others.
         """
@@ -389,9 +390,9 @@ class Store:
         """Publish files (bytes, or paths of local files to copy) as a folder, whole or not at all.
 
         `describe` gets the facts of all files and the attempt's name (empty on a local store, whose files lie directly
-        in the folder) and returns one more file, a text, the last to be written and in the marker, too: whoever reads
-        the marker needs no second request for it. Returns False, and changes nothing, when the
-        folder is already published: the first result stays, on every store.
+        in the folder) and returns one more file, a text, which is written last and is in the marker, too, so that
+        reading it needs no second request. Returns False, and changes nothing, when the folder is already published:
+        the first result stays, on every store.
         """
         if self.published(folder):
             return False
@@ -444,7 +445,7 @@ class Store:
 
     @_request
     def set_aside(self, folder: str) -> None:
-        """Take a folder out of sight of every reader, so that it can be published anew; its files stay for people.
+        """Hide a folder from every reader, so that it can be published again; its files stay for inspection.
 
         On a local store it gets another name; on others its marker goes.
         """
@@ -458,9 +459,9 @@ class Store:
 
 
 def absolute(path: str) -> str:
-    """An absolute path for this one, whose links are left for each machine to follow.
+    """The absolute path, whose links are left for each machine to follow.
 
-    Only where `..` stands behind a link are links resolved, since the text alone would lead elsewhere.
+    Links are resolved only where the path contains `..`, since after a link the text alone would lead elsewhere.
     """
     whole = str(Path(path).expanduser().absolute())
     return os.path.realpath(whole) if ".." in whole.split("/") else os.path.normpath(whole)
@@ -498,7 +499,7 @@ def _pieces(source: BinaryIO) -> Iterator[bytes]:
         yield piece
 
 
-@_numbered()  # sftp:// and their like connect at once
+@_numbered()  # sftp:// and similar schemes connect here
 def _open(uri: str, address: str) -> tuple[Any, str]:
     """(file system, root path) of an address; `uri` is the same without its login, for the messages."""
     try:
@@ -515,7 +516,7 @@ def _open(uri: str, address: str) -> tuple[Any, str]:
         ) from error
 
 
-SHARED_PATH = re.compile(r"^file\+shared://")  # a local path that the user says every node mounts
+SHARED_PATH = re.compile(r"^file\+shared://")  # a local path that every node mounts, as the user declares
 
 
 def normal_storage(storage: str) -> str:
