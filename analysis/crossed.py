@@ -3,7 +3,7 @@
 Every seed of an arm is a new training, every trained model scores the same units, and a statement about the arm must
 hold for other seeds and other units. A mean then carries two variance components: seeds (few, so that their variance
 is known badly) and units (many). Adding both and looking the sum up in one t table fails in the tails: with two seeds
-their variance is often estimated near zero by chance, and no choice of degrees of freedom mends that. Banerjee's
+their variance is often estimated near zero by chance, and no choice of degrees of freedom corrects that. Banerjee's
 interval (1961, "On confidence interval for two-means problem based on separate estimates of variances and tabulated
 values of t-table", Sankhya A 23) gives each component its own t quantile:
 
@@ -11,7 +11,7 @@ values of t-table", Sankhya A 23) gives each component its own t quantile:
 
 For independent normal components it covers with probability of at least 1 − α, at every α and whatever the components'
 true sizes (the distribution function of χ²₁ is concave; apply Jensen's inequality to the true shares). The price is
-width: docs/calibration.md lists it beside the ideal width. One component alone gives the ordinary t interval.
+width: docs/calibration.md compares it with the ideal width. One component alone gives the ordinary t interval.
 
 The residual variation (seed × unit) is in both components, so their sum counts it twice. It is taken off the units'
 component where at least UNITS_FOR_RESIDUAL units estimate it well enough (simulated; with fewer the tails suffer).
@@ -30,8 +30,8 @@ import numpy.typing as npt
 from scipy import special
 
 Floats = npt.NDArray[np.float64]
-LEVEL = 0.95
-UNITS_FOR_RESIDUAL = 20
+LEVEL = 0.95  # of every interval in the reports
+UNITS_FOR_RESIDUAL = 20  # fewer estimate the residual too badly: intervals then cover less than stated (simulated)
 NEEDS_SEEDS = "needs ≥ 2 seeds"
 NEEDS_UNITS = "needs ≥ 2 held-out units"
 NEEDS_VARIATION = "needs values that vary"
@@ -40,7 +40,7 @@ _SMALLEST_P = 1e-12  # far below what any family of comparisons asks for; the bi
 
 @dataclass(frozen=True)
 class Effect:
-    """A mean, its 95% limits and two-sided p against 0; NaN limits and p where `needs` says what they would need."""
+    """A mean, its 95% limits and two-sided p against 0; NaN limits and p where `needs` names what they would need."""
 
     value: float
     lo: float
@@ -110,7 +110,7 @@ def units_mean(d_U: npt.ArrayLike) -> Effect:
 def crossed_mean(d_SU: npt.ArrayLike) -> Effect:
     """Mean of differences that are paired by seed and unit, for other seeds and other units.
 
-    One seed says nothing about other trainings: no limits, no p. One column (the differences were averaged over units
+    One seed cannot tell about other trainings: no limits, no p. One column (the differences were averaged over units
     before) leaves the seeds' t interval.
     Raises ValueError for another rank or for values that are not finite.
     """

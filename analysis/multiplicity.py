@@ -6,7 +6,7 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TypeVar
 
-ALPHA = 0.05
+ALPHA = 0.05  # family-wise error that an adjusted p is compared with
 _K = TypeVar("_K", bound=Hashable)
 
 

@@ -75,7 +75,7 @@ def panel_each(count: int, columns: int, **options: Any) -> tuple[Figure, np.nda
 
 
 def outer_labels(axes: np.ndarray, x: str, y: str | Sequence[str]) -> None:
-    """Label the bottom row's x axes, and each row's first y axis with one text or one a row."""
+    """Label the bottom row's x axes, and each row's first y axis, with one text for all rows or one per row."""
     for axis in axes[-1]:
         axis.set_xlabel(x)
     for axis, text in zip(axes[:, 0], [y] * len(axes) if isinstance(y, str) else y, strict=True):

@@ -26,12 +26,12 @@ def unit_of(clips: pd.DataFrame) -> str:
 
 
 def unit_words(clips: pd.DataFrame) -> str:
-    """What a report calls the units; says so where clips have to stand for recordings."""
+    """What a report calls the units, with a note where clips have to stand for recordings."""
     return "recordings" if unit_of(clips) == RECORDING else "clips (their recordings are not known)"
 
 
 def wide_sums(clips: pd.DataFrame, model: list[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(nll, tokens): a row per model, a column per unit, sums over the unit's clips; NaN where a model lacks one.
+    """(nll, tokens): one row per model, one column per unit, sums over the unit's clips; NaN where a model lacks one.
 
     clips: a row per model and held-out clip, with the columns `model`, clip_id, nll (sum over tokens, nats), tokens,
     and recording_id where it is known.

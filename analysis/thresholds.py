@@ -19,12 +19,12 @@ import numpy as np
 from scipy import stats
 
 QUANTILE, LEVEL = 0.95, 0.95
-_WIDER_TAIL = 3  # so few values lie beyond a far quantile that groups that differ may look alike there by chance
+_WIDER_TAIL = 3  # few values lie beyond a far quantile, so that groups which differ may look alike there by chance
 
 
 @dataclass(frozen=True, kw_only=True)
 class Threshold:
-    """A quantile of null values and its interval; `hi` is inf and `lo` −inf where the draws cannot tell.
+    """A quantile of null values and its interval; `hi` is inf and `lo` −inf where the draws are too few.
 
     `effective`: the number of independent values that these are worth; `draws`: their number.
     """

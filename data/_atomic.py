@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_whole(target: str | Path, data: bytes) -> None:
-    """Write beside the target, flush to the disk, rename; a process that dies leaves at most a `.tmp` beside it.
+    """Write next to the target, flush to the disk, rename; a process that dies leaves at most a `.tmp` file there.
 
     Folders are made as needed. Raises OSError, and then the target is what it was before.
     """

@@ -1,4 +1,4 @@
-"""What names a file's content wherever the file lies."""
+"""Digests that identify a file's content, wherever the file lies."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from filelock import FileLock
 from data._atomic import write_whole
 
 UNREADABLE = "unreadable"
-_AT_ONCE = 8
-_LONG_BYTES = 10**9
+_AT_ONCE = 8  # files hashed at once: more would not make a disk faster
+_LONG_BYTES = 10**9  # takes some seconds to read: worth a line to the user
 _FRESH_NS = 2 * 10**9  # a file as young as this may change again within the clock's tick: its digest is not kept
 
 
@@ -47,9 +47,9 @@ def known_digests(
 
     Args:
         stamps: by name, what changes when the content does: bytes, two times in ns, and more.
-        read: the digest of a name, or `UNREADABLE`, which is asked for anew each time; called in several threads.
+        read: the digest of a name, or `UNREADABLE`, which is never kept; called in several threads.
         cache: JSON file that keeps digests from one process to the next; other processes wait for the one that reads.
-        say: told once, where reading takes more than some seconds.
+        say: called once with a line, where reading takes more than some seconds.
     """
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)

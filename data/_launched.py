@@ -1,4 +1,4 @@
-"""Whether this process may compute for the launch that started it; data tasks ask, whoever prepared the worker says."""
+"""Whether this process may compute for the launch that started it: the worker's set-up may refuse, data tasks check."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ _reasons: list[str] = []
 
 
 def refuse(reason: str) -> None:
-    """Let every data task of this process end with `reason`."""
+    """Make every data task of this process end with `reason`."""
     _reasons.append(reason)
 
 

@@ -1,6 +1,6 @@
 """Which names of a listing are data: those without a part that begins with `.` or `_`.
 
-Such names belong to programs that left them beside the data: `.ipynb_checkpoints/x.parquet` (a copy made by an
+Such names belong to programs that left them among the data: `.ipynb_checkpoints/x.parquet` (a copy made by an
 editor), `._x.parquet` and `__MACOSX/` (macOS), `_SUCCESS` and `_temporary/` (Spark), `.x.tmp` (an unfinished copy).
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-_SHOWN = 3
+_SHOWN = 3  # names in the line, which stays readable
 
 
 def is_hidden(name: str) -> bool:

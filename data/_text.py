@@ -1,4 +1,4 @@
-"""Text files as bytes: their encoding by its mark, never the locale's; their lines by line feeds, never Unicode's idea.
+"""Text files as bytes: the encoding by its mark, not by the locale; lines by line feeds alone.
 
 `str.splitlines` also cuts at U+2028, U+0085, vertical tabs and form feeds, which are ordinary characters of a
 transcript or a title.
@@ -15,7 +15,7 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-_LOOKED_AT = 4096
+_LOOKED_AT = 4096  # bytes from which an encoding without a mark is guessed
 REPLACED = "\ufffd"
 
 

@@ -1,6 +1,6 @@
-"""Audio files in a folder, a zip or a tar, behind one set of operations: list names, read bytes, tell their content.
+"""Audio files in a folder, a zip or a tar, with the same operations: list names, read bytes, digest their content.
 
-A zip is read in place (its members have an index). A tar has none, so it is unpacked once beside itself.
+A zip is read in place (its members have an index). A tar has none, so it is unpacked once, next to itself.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TAR_ERRORS = (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, struct.er
 
 
 def left_behind(name: str) -> bool:
-    """Whether a name is of what desktop programs leave beside data: `.ipynb_checkpoints`, `._x.wav`, `__MACOSX`.
+    """Whether a name is one that desktop programs leave among data: `.ipynb_checkpoints`, `._x.wav`, `__MACOSX`.
 
     Narrower than `data._listing.is_hidden`: recordings are listed by a table, and an id may begin with `_`.
     """
@@ -93,7 +93,7 @@ def _kept_in(cache: Path | None, path: Path) -> Path | None:
 
 
 def _below(folder: str | Path, prefix: str, above: frozenset[str]) -> Iterator[str]:
-    """Names of the files below a folder; links are followed, but not to a folder that is being looked into."""
+    """Names of the files below a folder; links are followed, but not to a folder that is being visited."""
     try:
         with os.scandir(folder) as listing:
             entries = list(listing)
@@ -111,7 +111,7 @@ def _below(folder: str | Path, prefix: str, above: frozenset[str]) -> Iterator[s
 
 @dataclass
 class ZipFiles:
-    """Members of a zip archive below ``prefix``; picklable, the archive is opened once a process."""
+    """Members of a zip archive below ``prefix``; picklable, the archive is opened once per process."""
 
     path: Path
     prefix: str = ""
@@ -186,7 +186,7 @@ def unpack_tar(path: Path, into: Path) -> Path:
     """Unpack a tar archive as the folder ``into``, whole or not at all; a second call finds it and returns.
 
     Members that would land outside the folder, links and devices are refused (tarfile's ``data`` filter).
-    Raises tarfile.TarError for a damaged archive, and leaves nothing behind.
+    Raises tarfile.TarError for a damaged archive, and then leaves no files.
     """
     if into.is_dir():
         return into
@@ -216,9 +216,9 @@ def _unpacked(path: Path, ending: str, place: Path) -> Path:
 
 
 def open_files(path: str | Path, cache: str | Path | None = None) -> AudioFiles:
-    """The files of a folder, a .zip, or a .tar(.bz2|.gz|.xz) (unpacked under ``cache``, by default beside it).
+    """The files of a folder, a .zip, or a .tar(.bz2|.gz|.xz) (unpacked under ``cache``, by default next to it).
 
-    Raises FileNotFoundError where nothing is, ValueError for another kind of file or a damaged archive.
+    Raises FileNotFoundError where there is nothing, ValueError for another kind of file or a damaged archive.
     """
     path = Path(path)
     if path.is_dir():

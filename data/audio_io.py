@@ -28,7 +28,7 @@ _NO_BYTES = hashlib.sha256(b"").hexdigest()
 
 
 class ChangedAudioError(ValueError):
-    """A file is not what it was when its content was told; nothing may be made of it under that name."""
+    """A file has changed since its content was read; nothing may be computed from it under that identity."""
 
 
 class Oddity(NamedTuple):
@@ -56,7 +56,7 @@ class Recording:
 
     @property
     def unit(self) -> str:
-        """What goes to one side of a split and is one unit of resampling: this recording with all its copies."""
+        """Identifies this recording and its copies, which go to one side of a split and are one unit of resampling."""
         return self.same_as or self.recording_id
 
 
@@ -101,10 +101,10 @@ def recording_of(clip_id: str) -> str:
 def with_contents(
     audio: AudioSet, cache: Path | None = None, say: Callable[[str], None] = lambda line: None
 ) -> AudioSet:
-    """The same set with the content of each recording, and with copies of one recording told by it.
+    """The same set with the content of each recording, and with copies of one recording found by it.
 
     A copy (the same bytes under another name) is listed as an oddity. Every file is read once; `cache` is a folder
-    that keeps the digests, so that a machine reads unchanged files once. `say` is told where that takes long.
+    that keeps the digests, so that a machine reads unchanged files once. `say` reports a long wait.
     """
     found = audio.files.contents([r.name for r in audio.recordings], cache, say)
     first: dict[str, str] = {}
@@ -223,7 +223,7 @@ def read_recording(
 ) -> tuple[Wave | None, list[Oddity]]:
     """The whole recording as wave_N at ``sample_rate`` Hz (None when it had to be skipped) and what was odd.
 
-    Raises ChangedAudioError for a file that is not what its recording's `content` says.
+    Raises ChangedAudioError for a file whose content differs from its recording's `content`.
     """
     rid = recording.recording_id
     odd: list[Oddity] = []
@@ -250,7 +250,7 @@ def read_recording(
         return skip("empty", "no samples")
     if n < promised:
         odd.append(Oddity(rid, "truncated", f"{n} of {promised} samples", False))
-    elif len(data) < riff_size(data):  # libsndfile lowers the sample count of a cut WAV without a word
+    elif len(data) < riff_size(data):  # libsndfile silently lowers the sample count of a cut WAV
         odd.append(Oddity(rid, "truncated", f"{len(data)} of {riff_size(data)} bytes", False))
     bad = int((~np.isfinite(wave_NC)).sum())
     if bad:

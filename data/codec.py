@@ -1,8 +1,8 @@
-"""Waveform to tokens and back: EnCodec, DAC and the stand-in melvq behind one interface.
+"""Waveform to tokens and back: EnCodec, DAC and the stand-in melvq with one interface.
 
 A codec maps one channel at its own sample rate to K parallel streams of integers (residual vector quantisation),
 one column every ``hop`` samples. The real codecs are the packages' own models with the packages' own weights, a
-given file, or random weights that prove the path and say so wherever they are named.
+given file, or random weights, which exercise the path and are named as random everywhere.
 
 Shape suffixes: B clips, N samples, K codebooks, T frames.
 """
@@ -53,13 +53,13 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 class Codec(ABC):
-    """One codec with its weights; ``encode`` and ``decode`` take and give NumPy arrays."""
+    """One codec with its weights; ``encode`` and ``decode`` take and return NumPy arrays."""
 
     name: str
     sample_rate: int
-    """Hz of the waves it takes and gives."""
+    """Hz of the waves that it takes and returns."""
     hop: int
-    """Samples a frame."""
+    """Samples per frame."""
     n_codebooks: int
     codebook_size: int
     weights: str
@@ -77,7 +77,7 @@ class Codec(ABC):
 
     @property
     def caveat(self) -> str:
-        """What a reader of any result made with this codec must be told; empty when there is nothing."""
+        """What a reader of results made with this codec must know; empty when there is nothing."""
         if self.weights == RANDOM:
             return f"{self.name} with RANDOM weights: its tokens carry no audio, only the path is tried"
         return ""
@@ -215,7 +215,7 @@ class DACCodec(Codec):
 
 
 class MelVQCodec(Codec):
-    """The stand-in of data.melvq behind the codec interface."""
+    """The stand-in of data.melvq with the interface of a codec."""
 
     name = "melvq"
     weights = "file"

@@ -92,7 +92,7 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A finished token set: what its manifest says, and how many shards the last call had to compute."""
+    """A finished token set: its manifest, and how many shards the last call had to compute."""
 
     folder: str
     manifest: dict[str, Any]
@@ -186,7 +186,7 @@ def save_codes(dataset: str, codec: Codec, clips: Mapping[str, npt.NDArray[np.ui
 
 
 class _ShardMaker:
-    """Ray Data actor: loads the codec once, then makes and publishes one shard a row."""
+    """Ray Data actor: loads the codec once, then makes and publishes one shard per row."""
 
     def __init__(self, audio: AudioSet, codec: CodecSpec, facts: dict[str, Any], folder: str) -> None:
         check()
@@ -224,7 +224,7 @@ def _make_with_ray(
 
 
 def read_facts(folder: Folder, file: str) -> tuple[dict[str, Any], pa.Table]:
-    """What a shard says of itself, and its table without the codes; raises ValueError for a damaged or foreign file."""
+    """A shard's facts, and its table without the codes; raises ValueError for a damaged or foreign file."""
     try:
         shard = pq.ParquetFile(io.BytesIO(folder.read(file)))
         stored = (shard.schema_arrow.metadata or {})[_FACTS]

@@ -28,7 +28,7 @@ SEPARATOR = 256
 BYTE_VOCAB = 257
 N_SHARDS = 24
 HOLDOUT_EVERY = 6
-"""One group of near-duplicates in six, by hash of its first name, is held out where its text stands nowhere else;
+"""One group of near-duplicates in six, by hash of its first name, is held out where its text occurs nowhere else;
 some groups do not qualify, so that about a tenth of the documents is never trained on."""
 
 SHINGLE = 64
@@ -38,11 +38,11 @@ SAME_TEXT = 0.05
 """Documents are near-duplicates from this share of the smaller one's windows on."""
 
 VERBATIM = 0.01
-"""A group is trained on when more of its windows than this share stand in documents of other groups, too."""
+"""A group is trained on when more of its windows than this share occur in documents of other groups, too."""
 
 _SAMPLE = 8  # one window in so many is compared, chosen by its own hash, so that copies are chosen together
 _MULTIPLIER = 0x9E3779B97F4A7C15  # odd, its bits without a pattern: 2**64 over the golden ratio
-_SPLIT = b"near-duplicates together"  # in the fingerprint: what the split depends on beside names and texts
+_SPLIT = b"near-duplicates together"  # in the fingerprint: what the split depends on besides names and texts
 
 _EXCLUDED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 _EXCLUDED_PREFIXES = ("_sysconfigdata", "config-")  # generated on each machine, full of its paths

@@ -2,7 +2,7 @@
 
 Row ids are the table's SMILES strings, or its 0-based source rows. Where each format keeps them:
 
-- `.npy`: a matrix [N, D], with its ids in `NAME.ids.txt` beside it, one a line;
+- `.npy`: a matrix [N, D], with its ids in `NAME.ids.txt` next to it, one per line;
 - `.npz`: arrays `ids` [N] and `embedding` [N, D];
 - `.parquet`: a column `id`; the other columns are the dimensions, or one column `embedding` holds lists.
 
@@ -106,7 +106,7 @@ def load_aligned(
 
 
 def content_sha256(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of the bytes that `load` reads: the file's, followed by those of the ids beside a `.npy`.
+    """Hexadecimal SHA-256 of the bytes that `load` reads: the file's, followed by those of the ids next to a `.npy`.
 
     Raises:
         FileNotFoundError: no file, or no ids beside a `.npy`.

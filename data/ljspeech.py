@@ -3,7 +3,7 @@
 Layout: ``metadata.csv`` with lines ``id|transcription|normalised transcription`` (no quoting) and ``wavs/{id}.wav``,
 in a folder, in a zip or in the published tar.bz2, at the top or inside ``LJSpeech-1.1/``. Sets made alike differ in
 small things, which are followed where they leave no doubt: a linked ``wavs``, ids written as ``wavs/{id}.wav`` or
-``{id}.wav``, other endings (``.WAV``, ``.flac``), files beside the list, a list in UTF-16.
+``{id}.wav``, other endings (``.WAV``, ``.flac``), files next to the list, a list in UTF-16.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _by_id(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _choose(identity: str, found: list[str]) -> str | None:
-    """The file of an id: the only one, or the one named as published; None where that leaves a doubt."""
+    """The file of an id: the only one, or the one named as published; None where several could be meant."""
     published = f"{WAVS}/{identity}.wav"
     return found[0] if len(found) == 1 else published if published in found else None
 
@@ -78,7 +78,7 @@ def open_ljspeech(
 
     Args:
         path: the folder or archive; the layout may lie one or more folders down.
-        cache: where a tar is unpacked, once (default: beside it).
+        cache: where a tar is unpacked, once (default: next to it).
         nominal_rate: Hz; files at another rate are listed as odd and resampled. None accepts any.
     Returns:
         An AudioSet whose recordings are the ids of metadata.csv in sorted order; wavs without a metadata line

@@ -4,7 +4,7 @@ A frame is the log-mel spectrum of a Hann window of four hops; its code is a cha
 what the ones before left over (residual vector quantisation, Juang & Gray 1982), the centroids found by mini-batch
 k-means. Decoding sums the centroids, spreads the mel bands over the linear spectrum by multiplicative non-negative
 least squares (Lee & Seung 2001) and finds a phase by fast Griffin-Lim (Perraudin, Balazs & Sondergaard 2013). The
-phase of the original is thrown away, so a waveform signal-to-noise ratio is meaningless here: compare spectra.
+phase of the original is discarded, so a waveform signal-to-noise ratio is meaningless here: compare spectra.
 
 Shape suffixes: B clips, N samples, T frames, M mel bands, F linear bins, K codebooks, V centroids of a codebook.
 """

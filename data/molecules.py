@@ -37,7 +37,7 @@ PHYSCHEM = {  # the study's name: RDKit's name
     "FractionCSP3": "FractionCSP3",
 }
 UNREADABLE = "RDKit cannot read it"
-_CPUS_PER_BATCH = 0.02  # what a pack leaves free beside itself, so that features never wait for other packs to end
+_CPUS_PER_BATCH = 0.02  # what packs leave free, so that features never wait for a pack to end
 _EMBEDDED = Path(__file__).with_name("odorants.csv")
 
 
@@ -46,7 +46,7 @@ class MoleculeTable:
     """Molecules that RDKit can read, with row ids and binary odor labels.
 
     `frame` has columns `id` (the SMILES string of the source, unique), `row` (0-based row in the source) and
-    `smiles`, then one 0/1 column a label, named by `labels`. `invalid` lists what was kept out: `row`, `smiles`,
+    `smiles`, then one 0/1 column per label, named by `labels`. `invalid` lists what was kept out: `row`, `smiles`,
     `reason`; `repeated` counts the molecules that repeat there, `other_labels` the repeats whose labels differ from the
     row that is kept. `no_labels` lists the columns of the source that are no labels, each with the reason;
     `blank_labels` the label columns with blank cells, which count as 0 (absent), each with their number. `note` says in
@@ -92,7 +92,7 @@ class NonOverlap:
 
     `stereo_share` is the share of its rows whose SMILES without stereochemistry is a curated molecule: such a row
     is a stereo variant of a molecule already seen. `published_rows` counts the rows left when the curated strings
-    are canonicalised before they are compared, which is how the published 1,600 comes about.
+    are canonicalised before they are compared, which explains the published 1,600.
     """
 
     table: MoleculeTable
@@ -131,7 +131,7 @@ def curated(path: str | Path | None = None) -> MoleculeTable:
     """The curated GoodScents/Leffingwell table of OpenPOM: 4,983 molecules, 138 labels.
 
     Without a path the public file is downloaded once and cached (`data.odor_sources.fetch`). A file with another
-    checksum is read as it is, and the note says that it is not the published table.
+    checksum is read as it is, and the note states that it is not the published table.
 
     Raises:
         ConnectionError, FileNotFoundError, ValueError: see `odor_sources.fetch` and `read_table`.

@@ -2,7 +2,7 @@
 
 A clip is `n_segments` segments. Each holds one random symbol in each of K streams, repeated; then comes one query
 frame, and one frame that repeats the symbols of the first segment. All else a model can learn is that symbols repeat,
-so what tells models apart is the last frame. Linear attention has no positions, and to it all segments look alike but
+so models differ in the last frame. Linear attention has no positions, and to it all segments look alike but
 for their order.
 
 Shapes: K streams, T frames.
@@ -42,7 +42,7 @@ class RecallSpec:
 
 
 class Symbols(Codec):
-    """The codec that is none: symbols stand for themselves, one frame a second, and there is no audio."""
+    """The identity as a codec: symbols stand for themselves, one frame a second, and there is no audio."""
 
     name = "symbols"
     sample_rate = 1

@@ -66,9 +66,9 @@ def in_process(shards: Shards, shard: int, rank: int, context: int) -> Generator
 
 
 def through_ray(shards: Shards, shard: int, rank: int, context: int) -> Generator[Piece]:
-    """`in_process`, read by Ray Data: one task a shard, at most two running, order preserved.
+    """`in_process`, read by Ray Data: one task per shard, at most two running, order preserved.
 
-    Memory: Ray holds a few blocks of 2 MiB a task; ``Dataset`` has neither skip nor iterator state, so restarting is
+    Memory: Ray holds a few blocks of 2 MiB per task; ``Dataset`` has neither skip nor iterator state, so restarting is
     the datasource's own (it makes no task for a shard before ``shard``).
     """
     if shard >= len(shards.names):
@@ -126,7 +126,9 @@ def _tables_in_order(reads: Sequence[_ReadShard]) -> Iterator[pa.Table]:
     settings.enable_progress_bars = False
     settings.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it announces that bars are off
+    logging.getLogger("ray.data._internal.progress").setLevel(
+        logging.ERROR
+    )  # it would announce that progress bars are off
     with DataContext.current(settings):
         dataset = ray.data.read_datasource(
             ShardSource(),
@@ -138,7 +140,7 @@ def _tables_in_order(reads: Sequence[_ReadShard]) -> Iterator[pa.Table]:
 
 
 def _table(piece: Piece, context: int) -> pa.Table:
-    """A row a sequence; a ShardEnd is one row of zeros whose ``n_train`` is not −1."""
+    """One row per sequence; a ShardEnd is one row of zeros whose ``n_train`` is not −1."""
     if isinstance(piece, Sequences):
         tokens_ST = np.ascontiguousarray(piece.tokens_ST, dtype=np.int32)
         ranks = np.arange(piece.rank, piece.rank + len(tokens_ST), dtype=np.int64)

@@ -1,7 +1,7 @@
 """Speech-like audio made by the program: a cascade formant synthesiser speaking an invented language.
 
-It stands in for a real corpus where none is at hand, and every user of it says so. The language has structure at
-several ranges for a model to find: phonemes with fixed formants, a closed lexicon of words, a sparse bigram grammar
+It stands in for a real corpus where none is at hand, and every result made with it is marked. The language
+has structure at several ranges for a model to find: phonemes with fixed formants, a closed lexicon of words, a sparse bigram grammar
 over them, and one speaker (pitch and vocal-tract length) throughout a clip. Clip i of a seed is a function of the
 seed and i alone.
 
@@ -74,7 +74,7 @@ CONSONANTS = (
     Phoneme("v", (300, 1100, 2200), 0.06, 0.45, 0.0, 0.08, 4500, 5000),
     Phoneme("h", (500, 1500, 2500), 0.06, 0.0, 0.5),
 )
-_STOPS = {  # closure, then a burst whose band tells the place of articulation; the voiced ones keep murmuring
+_STOPS = {  # closure, then a burst whose band marks the place of articulation; voiced ones murmur in the closure
     "p": Phoneme("p", (400, 900, 2200), 0.02, 0.0, 0.3, 0.5, 900, 900),
     "t": Phoneme("t", (400, 1700, 2600), 0.02, 0.0, 0.2, 0.6, 4500, 2500),
     "k": Phoneme("k", (400, 1900, 2400), 0.03, 0.0, 0.3, 0.6, 2000, 700),

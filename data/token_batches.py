@@ -26,7 +26,7 @@ from data.codec_shards import Folder, Tokens, read_facts
 from data.split import Side, identity_hash, side_of
 from data.token_ids import bad_id
 
-_CACHED_SHARDS = 48
+_CACHED_SHARDS = 48  # kept decoded: more than the `window` of 32 that shuffling reads at once
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def plan_epoch(
 
     Groups (shards) are shuffled and taken ``window`` at a time, which bounds what must be in memory; within a window
     clips are sorted by length times a random factor of spread ``jitter`` (so that batches differ from epoch to
-    epoch), cut into batches, and the batches shuffled. One batch a window may be smaller than ``batch_size``.
+    epoch), cut into batches, and the batches shuffled. One batch per window may be smaller than ``batch_size``.
     Raises ValueError for a batch size or window below 1.
     """
     if batch_size < 1 or window < 1:

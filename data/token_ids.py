@@ -6,18 +6,18 @@ import numpy as np
 import pyarrow as pa
 
 LARGEST_ID = 2**31 - 1
-"""What int32 holds; a vocabulary's own limit is asked where the vocabulary is known."""
+"""The largest int32; a vocabulary's own limit is checked where the vocabulary is known."""
 
 
 def is_list(kind: pa.DataType) -> bool:
-    """Whether a column type holds a list a row: of any length, of one length, or as views."""
+    """Whether a column type holds one list per row: of any length, of one length, or as views."""
     types = pa.types
     tests = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view, types.is_large_list_view)
     return any(test(kind) for test in tests)
 
 
 def bad_id(ids: pa.Array, largest: int = LARGEST_ID) -> tuple[int, str] | None:
-    """(place, what stands there) of the first of ``ids`` that is no integer of 0 … ``largest``; None when all are.
+    """(place, description) of the first of ``ids`` that is no integer of 0 … ``largest``; None when all are.
 
     Integers stored as another type (3.0, "3") are refused too, at place 0: what wrote them may have rounded others.
     """

@@ -32,7 +32,7 @@ BLOCK_ROWS = 512
 
 
 class StreamUnavailable(RuntimeError):
-    """The shards cannot be reached from here; the message names what works instead."""
+    """The shards are unreachable from here; the message names what works instead."""
 
 
 class CorruptShard(RuntimeError):
@@ -48,7 +48,7 @@ class Shards(Protocol):
 
     @property
     def hidden(self) -> tuple[str, ...]:
-        """Files that end like shards and are none for their names (`data._listing`)."""
+        """Files with a shard's ending whose names exclude them (`data._listing`)."""
 
     def n_train(self, shard: int) -> int:
         """Training sequences of ``shard``."""
@@ -86,7 +86,7 @@ def held_out_rows(shard_name: str, n_rows: int, every: int) -> np.ndarray:
 class ParquetShards:
     """Parquet files with a column ``tokens`` (list<int32>); a sequence is a row's first ``context`` tokens.
 
-    ``hidden`` are the files that are no shards for their names (`data._listing`).
+    ``hidden`` are files whose names exclude them (`data._listing`).
     """
 
     root: str
@@ -196,7 +196,7 @@ class ParquetShards:
             tokens_NT = values.to_numpy()[places_NT]
             if not tokens_NT.size or (tokens_NT.min() >= 0 and tokens_NT.max() <= LARGEST_ID):
                 return tokens_NT.astype(np.int32, copy=False)
-        # an empty or foreign value behind the cut is no fault: only what is read is judged
+        # an empty or foreign value after the cut is no fault: only what is used is checked
         kept = values.take(pa.array(places_NT.ravel()))
         if wrong := bad_id(kept):
             row = first_row + wrong[0] // self.context
@@ -215,7 +215,7 @@ class EmbeddedShards:
     """`data.embedded_text` packed to ``context``: documents of one side of the split, separated, cut, shuffled.
 
     ``tokenizer`` is "byte" or a directory with tokenizer.json. The last, incomplete sequence of a shard is dropped.
-    Sequences of a shard (some thirty documents) are permuted once and for all, so that neighbours in the stream
+    Sequences of a shard (some thirty documents) are permuted in a fixed way, so that neighbours in the stream
     are not neighbours in a file.
     """
 
@@ -291,7 +291,7 @@ def _filesystem(source: str, endpoint: str | None) -> tuple[Any, str]:
 
 @contextmanager
 def _named_errors(source: str, shard: str | None = None) -> Iterator[None]:
-    """Turn what libraries raise into StreamUnavailable or CorruptShard with the place in the message."""
+    """Turn the libraries' errors into StreamUnavailable or CorruptShard that name the place."""
     try:
         yield
     except (CorruptShard, StreamUnavailable):

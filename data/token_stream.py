@@ -34,7 +34,7 @@ __all__ = [
 
 EMBEDDED = "embedded"
 PILE_HUB = "hf://datasets/NeelNanda/pile-small-tokenized-2b/data"
-"""The source study's stream: 89 Parquet shards, ``tokens`` of 1,024 GPT-NeoX ids a row."""
+"""The source study's stream: 89 Parquet shards, ``tokens`` of 1,024 GPT-NeoX ids per row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +85,8 @@ class TokenStream:
     def sequences(self, start: int = 0, *, use_ray: bool = True) -> SequenceReader:
         """Training sequences from number ``start`` on, as (first index, tokens int32 [S, T]) in order.
 
-        ``use_ray`` reads through Ray Data, one task a shard, two at a time, on 0.02 CPU each: it runs beside a
-        trial that holds nearly all of the node. Without it the same blocks come from this process.
+        ``use_ray`` reads through Ray Data, one task per shard, two at a time, on 0.02 CPU each, so that it runs at the
+        same time as a trial that holds nearly all of the node. Without it this process reads the same blocks.
         Raises CorruptShard (named) unless ``on_corrupt="skip"``, StreamUnavailable without network.
         """
         shard, rank = self._place(start)
@@ -137,7 +137,7 @@ class TokenStream:
         return self._shards().place(*self._place(index))
 
     def hidden(self) -> tuple[str, ...]:
-        """Files below the source that end like shards and are none for their names (`data._listing`)."""
+        """Files below the source with a shard's ending whose names exclude them (`data._listing`)."""
         return self._shards().hidden
 
     @property
@@ -199,7 +199,7 @@ def _open(stream: TokenStream) -> Shards:
 class HeldOutText:
     """Held-out sequences [S, T] by content, looked for among training sequences of the same T: exact, token for token.
 
-    The memory is that of the held-out sequences; a training sequence costs one look into a table.
+    The memory is that of the held-out sequences; a training sequence costs one look-up.
     """
 
     def __init__(self, tokens_ST: np.ndarray) -> None:
@@ -224,7 +224,7 @@ class SequenceReader(Iterator[tuple[int, np.ndarray]]):
     ) -> None:
         self._stream, self._first_of_shard = stream, {shard: first}
         self.corrupt: list[str] = []
-        """One message a shard that was skipped."""
+        """One message per shard that was skipped."""
         pieces = shard_reader.through_ray if use_ray else shard_reader.in_process
         self._pieces = pieces(shards, shard, rank, stream.context)
         self._blocks: Generator[tuple[int, np.ndarray]] = self._read()
