@@ -1,9 +1,9 @@
 """Speech-like audio made by the program: a cascade formant synthesiser speaking an invented language.
 
 It stands in for a real corpus where none is at hand, and every result made with it is marked. The language
-has structure at several ranges for a model to find: phonemes with fixed formants, a closed lexicon of words, a sparse bigram grammar
-over them, and one speaker (pitch and vocal-tract length) throughout a clip. Clip i of a seed is a function of the
-seed and i alone.
+has structure at several ranges for a model to find: phonemes with fixed formants, a closed lexicon of words, a sparse
+bigram grammar over them, and one speaker (pitch and vocal-tract length) throughout a clip. Clip i of a seed is a
+function of the seed and i alone.
 
 Synthesis follows Klatt (1980, J. Acoust. Soc. Am. 67): a Rosenberg glottal pulse and aspiration noise through
 second-order resonators in cascade, frication noise through one parallel resonator. Vowel formants are the men's
