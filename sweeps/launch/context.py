@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,24 @@ from sweeps.ledger.ledger import Ledger
 PROGRESS_SECONDS = 1.0
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where work belongs: its launch, its pack, and the pack's share.
+
+    share: GPUs that the pack holds, or the part of the machine's cores where it holds none; it is what the pack's
+    seconds cost.
+    """
+
+    launch_id: str = ""
+    pack: str = ""
+    share: float = 1.0
+
+
 class PackContext:
     """Handed to `Sweep.run`: the ledger to publish to, the share of the machine to use, and the progress line.
 
-    threads: CPU threads this process may use. device: "cuda" or "cpu". share: GPUs that the pack holds, or the part of
-    the machine's cores where it holds none; it is what the pack's seconds cost. world: the processes that share the
-    pack's work; the first of them publishes and reports.
+    threads: CPU threads this process may use. device: "cuda" or "cpu". world: the processes that share the pack's work;
+    the first of them publishes and reports.
     """
 
     def __init__(
@@ -36,9 +49,7 @@ class PackContext:
         device: str,
         fingerprint: Callable[[Cell], str],
         report: Callable[[dict[str, Any]], None] | None = None,
-        launch_id: str = "",
-        pack: str = "",
-        share: float = 1.0,
+        place: Place = Place(),
     ) -> None:
         self.ledger, self.run = ledger, run
         self.threads, self.device = threads, device
@@ -46,15 +57,15 @@ class PackContext:
         self.world = World()
         self._fingerprint = fingerprint
         self._report = report
-        self._launch_id = launch_id
-        self._flag = StopFlag(ledger.store, [launch_id] if launch_id else [])
+        self._place = place
+        self._flag = StopFlag(ledger.store, [place.launch_id] if place.launch_id else [])
         self._state: dict[str, Any] = {"published": 0, "failed": 0}
         self._said = 0.0
         self._started = time.time()
         self._meta = {**provenance(), "hardware": hardware(), "node": platform.node()}
         self._meta |= {"threads": threads, "device": device}
         self._meta |= {"lm_path": run.lm_path, "stream_path": run.stream_path, "hub_commits": list(run.hub_commits)}
-        self._meta |= {"pack": pack, "pack_share": share, "pack_started_unix": self._started}
+        self._meta |= {"pack": place.pack, "pack_share": place.share, "pack_started_unix": self._started}
 
     def for_worker(self, world: World, threads: int, report: Callable[[dict[str, Any]], None]) -> PackContext:
         """The same in another process, one of those that share the pack's work."""
@@ -65,13 +76,12 @@ class PackContext:
             device=self.device,
             fingerprint=self._fingerprint,
             report=report if world.first else None,
-            launch_id=self._launch_id,
+            place=self._place,
         )
-        pack = {name: self._meta[name] for name in ("pack", "pack_share", "pack_started_unix")}
         there.world, there._started = world, self._started
         there._state = {name: value for name, value in self._state.items() if name != "reached"}
-        there._meta |= {**pack, "processes": world.size}
-        there._flag = StopFlag(self.ledger.store, [self._launch_id, self.stop_name])
+        there._meta |= {"pack_started_unix": self._started, "processes": world.size}
+        there._flag = StopFlag(self.ledger.store, [self._place.launch_id, self.stop_name])
         return there
 
     def __getstate__(self) -> dict[str, Any]:
@@ -93,7 +103,7 @@ class PackContext:
     @property
     def stop_name(self) -> str:
         """Name of the flag that stops this pack alone."""
-        return f"{self._launch_id}-{self._meta['pack']}"
+        return f"{self._place.launch_id}-{self._place.pack}"
 
     def stopping(self) -> bool:
         """Whether the work should save what it has and raise PackStopped at the next safe point."""
@@ -114,7 +124,7 @@ class PackContext:
         meta = {
             **self._meta,
             "fingerprint": self._fingerprint(cell),
-            "launch": self._launch_id,
+            "launch": self._place.launch_id,
             "pack_seconds": time.time() - self._started,
         }
         fresh = self.ledger.publish(cell, rows, files or {}, meta)

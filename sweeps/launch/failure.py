@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import traceback
+from dataclasses import dataclass
 
 from sweeps.core.cells import Pack, UserError
 from sweeps.launch.same_code import OTHER_CODE
@@ -61,7 +63,7 @@ def last_failure(text: str) -> str:
     return re.split(r"^Failure # \d+ \(occurred at [^)]*\)\n", text, flags=re.MULTILINE)[-1].strip()
 
 
-PERMANENT = (UserError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError, ImportError)
+_PERMANENT = (UserError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError, ImportError)
 # how Python writes what the storage or the machine refused, and how a pack ends whose node is taken away
 SYSTEM_ERROR = re.compile(r"\[Errno \d+\]|SIGTERM: ")
 
@@ -70,3 +72,28 @@ def one_line(error: BaseException) -> str:
     """The error as one line; the type is left out where the text speaks for itself."""
     text = " ".join(str(error).split())
     return text if isinstance(error, UserError) and text else f"{type(error).__name__}: {text}"
+
+
+@dataclass(frozen=True)
+class Permanent:
+    """An error that a retry cannot mend, in one line.
+
+    refused: no fault of the cells', which stay missing: the worker would have run other code than its launch.
+    """
+
+    line: str
+    refused: bool
+
+
+def settle(error: Exception) -> Permanent:
+    """What is done about an error of a pack's work, in its trial and on Ray Train's workers alike.
+
+    Raises it again where a retry may mend it. The traceback of an error that is not the user's is printed.
+    """
+    if (line := refusal(str(error))) is not None:
+        return Permanent(line, refused=True)
+    if not isinstance(error, _PERMANENT):
+        raise error
+    if not isinstance(error, UserError):
+        traceback.print_exception(error)
+    return Permanent(one_line(error), refused=False)

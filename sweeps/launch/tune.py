@@ -6,19 +6,18 @@ import contextlib
 import os
 import shutil
 import tempfile
-import traceback
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, cast
 
 from sweeps.core import limits as process_limits
-from sweeps.core.cells import Cell, CellT, Pack, UserError
+from sweeps.core.cells import Cell, CellT, Pack
 from sweeps.core.machine import HEADROOM, prepare_process
 from sweeps.core.settings import RunSettings
-from sweeps.launch.context import PackContext
-from sweeps.launch.failure import PERMANENT, SYSTEM_ERROR, death, last_failure, one_line, refusal
+from sweeps.launch.context import PackContext, Place
+from sweeps.launch.failure import SYSTEM_ERROR, death, last_failure, refusal, settle
 from sweeps.launch.pack_queue import Queue
 from sweeps.launch.same_code import other_code
 from sweeps.launch.screen import Board
@@ -29,6 +28,13 @@ from sweeps.ledger.logins import VARIABLE as LOGINS
 from sweeps.ledger.logins import without_password
 
 _BUCKETS = 64  # objects that the packs of a launch travel in
+_TUNE = {
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # the board says it, a death in one line
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # the ledger, not Tune's snapshot, is what restarts read
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +54,9 @@ class Job(Generic[CellT, PresetT]):
         return known or self.sweep.fingerprint(cast("CellT", cell), self.preset, self.run)
 
 
-def run_packs(job: Job, queue: Queue, board: Board, published: Callable[[list[str]], None]) -> dict[str, str]:
+def run_packs(
+    job: Job[CellT, PresetT], queue: Queue, board: Board, published: Callable[[list[str]], None]
+) -> dict[str, str]:
     """Run packs as Tune trials; returns {pack name: error line} of those that crashed more than `max_retries` times
     without a cell or a checkpoint in between.
 
@@ -57,58 +65,27 @@ def run_packs(job: Job, queue: Queue, board: Board, published: Callable[[list[st
 
     Raises KeyboardInterrupt when the user stops it; published cells and checkpoints stay.
     """
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-    os.environ["TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S"] = "0"
-    os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"  # the board says it, a death in one line
-    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "3600"  # the ledger, not Tune's snapshot, is what restarts read
+    os.environ |= _TUNE
     import ray
     from ray import tune
     from ray.air._internal import usage
-    from ray.tune.trainable import wrap_function
 
     usage.tag_callbacks = lambda callbacks: False  # for Ray's usage report, which is off; it imports wandb (2 s)
     packs = queue.packs
     by_name = {pack.name: pack for pack in packs}
     if len(by_name) != len(packs):
         raise ValueError("two packs share a name")
-    # a trial fetches one bucket of packs, not the whole plan: with a closure every worker would be sent all cells
-    buckets: list[dict[str, tuple[Pack, dict[str, str]]]] = [{} for _ in range(min(_BUCKETS, len(packs)))]
-    for pack in packs:
-        work = pack, {c.key: job.fingerprints[c.key] for c in pack.cells}
-        buckets[_bucket(pack.name, len(buckets))][pack.name] = work
     bundles = {pack.name: _bundle(pack) for pack in packs}
     at_once = _at_once(packs, ray.cluster_resources())
     # with a searcher Tune lets one trial wait at a time, so that workers would start one after the other
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(at_once or _room(list(bundles.values()), ray.cluster_resources()))
-
-    def trial(config: dict[str, Any], parts: list[Any], known: str) -> None:
-        if known:
-            os.environ[LOGINS] = known
-        name, keys = config["pack"], set(config["keys"])
-        pack, own = ray.get(parts[_bucket(name, len(parts))])[name]
-        ours = replace(pack, cells=tuple(cell for cell in pack.cells if cell.key in keys))
-        run_one(replace(common, fingerprints=own), ours, tune.report)
-
-    common = replace(job, fingerprints={})
-
-    def resources(config: dict[str, Any]) -> Any:
-        return tune.PlacementGroupFactory([bundles[config["pack"]]])
-
-    # parameters travel through memory; what the trial's function holds is written to Tune's folder
-    secret = os.environ.get(LOGINS, "")
-    plain = tune.with_parameters(trial, parts=[ray.put(bucket) for bucket in buckets], known=secret)
-
-    class Listening(wrap_function(plain)):  # type: ignore[misc]
-        def setup(self, config: dict[str, Any]) -> None:
-            listen()  # here, in the main thread; the trial's function runs in another
-            super().setup(config)
-
-    folder = tempfile.mkdtemp(prefix="plumbline-tune-")
     errors: dict[str, str] = {}
+    folder = tempfile.mkdtemp(prefix="plumbline-tune-")
     try:
-        tuner = tune.Tuner(
-            tune.with_resources(Listening, resources),
+        tune.Tuner(
+            tune.with_resources(
+                _trainable(job, packs), lambda config: tune.PlacementGroupFactory([bundles[config["pack"]]])
+            ),
             tune_config=tune.TuneConfig(
                 search_alg=_taking(queue),
                 num_samples=len(packs),
@@ -124,11 +101,43 @@ def run_packs(job: Job, queue: Queue, board: Board, published: Callable[[list[st
                 failure_config=tune.FailureConfig(max_failures=job.run.max_retries),
                 callbacks=[_board_callback(board, by_name, published, errors, job.run.max_retries)],
             ),
-        )
-        tuner.fit()
+        ).fit()
         return errors
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _trainable(job: Job[CellT, PresetT], packs: Sequence[Pack[Cell]]) -> Any:
+    """What a trial of Tune is: `run_one` of the pack that its config names, with the cells that were taken."""
+    import ray
+    from ray import tune
+    from ray.tune.trainable import wrap_function
+
+    # a trial fetches one bucket of packs, not the whole plan: with a closure every worker would be sent all cells
+    buckets: list[dict[str, tuple[Pack, dict[str, str]]]] = [{} for _ in range(min(_BUCKETS, len(packs)))]
+    for pack in packs:
+        work = pack, {c.key: job.fingerprints[c.key] for c in pack.cells}
+        buckets[_bucket(pack.name, len(buckets))][pack.name] = work
+    common = replace(job, fingerprints={})
+
+    def trial(config: dict[str, Any], parts: list[Any], known: str) -> None:
+        if known:
+            os.environ[LOGINS] = known
+        name, keys = config["pack"], set(config["keys"])
+        pack, own = ray.get(parts[_bucket(name, len(parts))])[name]
+        ours = replace(pack, cells=tuple(cell for cell in pack.cells if cell.key in keys))
+        run_one(replace(common, fingerprints=own), ours, tune.report)
+
+    # parameters travel through memory; what the trial's function holds is written to Tune's folder
+    secret = os.environ.get(LOGINS, "")
+    plain = tune.with_parameters(trial, parts=[ray.put(bucket) for bucket in buckets], known=secret)
+
+    class Listening(wrap_function(plain)):  # type: ignore[misc]
+        def setup(self, config: dict[str, Any]) -> None:
+            listen()  # here, in the main thread; the trial's function runs in another
+            super().setup(config)
+
+    return Listening
 
 
 def _taking(queue: Queue) -> Any:
@@ -181,6 +190,55 @@ def _bundle(pack: Pack) -> dict[str, float]:
     return {**bundle, "GPU": pack.gpus} if pack.gpus else bundle
 
 
+@dataclass(frozen=True)
+class _Attempts:
+    """What is heard of packs, for the screen; `errors` gets the line of each pack that is given up.
+
+    Tune counts the failures of a trial's whole life: `max_retries` more are allowed from each progress on.
+    """
+
+    board: Board
+    packs: Mapping[str, Pack]
+    published: Callable[[list[str]], None]
+    errors: dict[str, str]
+    max_retries: int
+    reached: dict[str, str] = field(default_factory=dict)  # by each pack: the last progress that was heard of
+
+    def heard(self, trial: Any, progress: Mapping[str, Any]) -> None:
+        """A pack reports."""
+        name, state = trial.config["pack"], dict(progress)
+        for line in state.pop("notes", []):
+            self.board.say(f"{name}: {line}")
+        if keys := state.pop("keys", None):
+            self.published(keys)
+        place = state.pop("reached", "")
+        if place and place != self.reached.get(name):
+            self.reached[name] = place
+            trial.max_failures = trial.num_failures + self.max_retries
+        if line := state.pop("refused", None):
+            self.errors[name] = line
+        self.board.update(name, state)
+
+    def ended(self, trial: Any, outcome: str) -> str:
+        """Print why an attempt ended and what follows; returns the reason.
+
+        An error of the code's own comes with its traceback.
+        """
+        name = trial.config["pack"]
+        try:
+            text = without_password(last_failure(Path(trial.error_file).read_text(encoding="utf-8")))
+        except OSError:
+            line = "crashed"
+        else:
+            found = refusal(text) or death(text, self.packs[name])
+            line = found or (text.splitlines()[-1].strip() if text else "crashed")
+            if found is None and not SYSTEM_ERROR.search(line):
+                self.board.say(text)
+            self.board.say(f"{name}: {line}")
+        self.board.say(f"{name} crashed {outcome}")
+        return line
+
+
 def _board_callback(
     board: Board,
     packs: Mapping[str, Pack],
@@ -188,60 +246,28 @@ def _board_callback(
     errors: dict[str, str],
     max_retries: int,
 ) -> Any:
-    """Tune's events on the screen; `errors` gets the line of each pack that is given up.
-
-    Tune counts the failures of a trial's whole life: `max_retries` more are allowed from each progress on.
-    """
+    """Tune's events, handed to `_Attempts`."""
     from ray import tune
 
-    reached: dict[str, str] = {}  # by each pack: the last progress that was heard of
-
-    def say_why(trial: Any) -> str:
-        """Print why an attempt ended and return that line; an error of the code's own comes with its traceback."""
-        name = trial.config["pack"]
-        try:
-            text = without_password(last_failure(Path(trial.error_file).read_text(encoding="utf-8")))
-        except OSError:
-            return "crashed"
-        line = refusal(text) or death(text, packs[name])
-        if line is None:
-            line = text.splitlines()[-1].strip() if text else "crashed"
-            if not SYSTEM_ERROR.search(line):
-                board.say(text)
-        board.say(f"{name}: {line}")
-        return line
+    attempts = _Attempts(board, packs, published, errors, max_retries)
 
     class BoardCallback(tune.Callback):
         def __reduce__(self) -> Any:  # Tune pickles its settings; a screen cannot be pickled and is not needed there
             return tune.Callback, ()
 
         def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
-            state = dict(result.get("progress", {}))
-            for line in state.pop("notes", []):
-                board.say(f"{trial.config['pack']}: {line}")
-            if keys := state.pop("keys", None):
-                published(keys)
-            place = state.pop("reached", "")
-            if place and place != reached.get(trial.config["pack"]):
-                reached[trial.config["pack"]] = place
-                trial.max_failures = trial.num_failures + max_retries
-            if line := state.pop("refused", None):
-                errors[trial.config["pack"]] = line
-            board.update(trial.config["pack"], state)
+            attempts.heard(trial, result.get("progress", {}))
 
         def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             board.drop(trial.config["pack"])
 
         def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-            name = trial.config["pack"]
-            say_why(trial)
-            board.say(f"{name} crashed (attempt {trial.num_failures}); a retry continues from its checkpoint")
+            attempts.ended(trial, f"(attempt {trial.num_failures}); a retry continues from its checkpoint")
 
         def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-            name = trial.config["pack"]
-            errors[name] = say_why(trial)
-            board.say(f"{name} crashed {trial.num_failures} times and is given up; its last checkpoint stays")
-            board.drop(name)
+            outcome = f"{trial.num_failures} times and is given up; its last checkpoint stays"
+            errors[trial.config["pack"]] = attempts.ended(trial, outcome)
+            board.drop(trial.config["pack"])
 
     return BoardCallback()
 
@@ -266,9 +292,7 @@ def run_one(job: Job[CellT, PresetT], pack: Pack[CellT], report: Callable[[dict[
         device="cuda" if pack.gpus else "cpu",
         fingerprint=job.fingerprint,
         report=lambda state: report({"progress": state}),
-        launch_id=job.launch_id,
-        pack=pack.name,
-        share=pack.gpus or pack.cpus / process_limits.here().cpus,
+        place=Place(job.launch_id, pack.name, share=pack.gpus or pack.cpus / process_limits.here().cpus),
     )
     context.progress(force=True, published=len(done), keys=sorted(done))
     with contextlib.closing(context):
@@ -294,16 +318,13 @@ def _run_cells(run: Callable[[], None], cells: Sequence[Cell], context: PackCont
         if terminated():  # this node is going away, the launch goes on: a retry finds another place
             raise RuntimeError(f"SIGTERM: {stop}") from stop
     except Exception as error:
-        if (line := refusal(str(error))) is not None:
-            return line
-        if not isinstance(error, PERMANENT):
-            raise
-        if not isinstance(error, UserError):
-            traceback.print_exc()
+        permanent = settle(error)
+        if permanent.refused:
+            return permanent.line
         published = context.ledger.done(c.key for c in cells)
         missing = [c for c in cells if c.key not in published]
         already = context.ledger.failures([c.key for c in missing])
         for cell in missing:
             if cell.key not in already:
-                context.fail(cell, one_line(error))
+                context.fail(cell, permanent.line)
     return ""

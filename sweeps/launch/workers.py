@@ -12,7 +12,6 @@ import json
 import os
 import tempfile
 import threading
-import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -40,7 +39,7 @@ from sweeps.core.cells import CellT, Pack, UserError
 from sweeps.core.machine import HEADROOM
 from sweeps.core.world import World
 from sweeps.launch.context import PackContext
-from sweeps.launch.failure import PERMANENT, SYSTEM_ERROR, death, one_line, refusal
+from sweeps.launch.failure import SYSTEM_ERROR, death, one_line, refusal, settle
 from sweeps.launch.same_code import other_code
 from sweeps.launch.stop import PackStopped, listen, lower_flag, raise_flag, terminated, working
 from sweeps.launch.sweep import PresetT
@@ -292,10 +291,8 @@ def _outcome(run: Callable[[], None], world: World, board: _Board) -> str:
         if world.sum([float(terminated())])[0]:
             raise RuntimeError(f"a worker got SIGTERM: {stop}") from stop
         return _STOPPED
-    except PERMANENT as error:
-        if not isinstance(error, UserError):
-            traceback.print_exc()
-        board.fail(one_line(error))
+    except Exception as error:
+        board.fail(settle(error).line)
         if world.size > 1:  # the others may wait for this one
             dist.destroy_process_group()
         return "failed"

@@ -11,11 +11,13 @@ from typing import Any, cast
 
 import pytest
 
-from sweeps.core.cells import Cell, Pack, Row, digest
+from sweeps.core.cells import Cell, Pack, Row, UserError, digest
 from sweeps.core.settings import RunSettings
+from sweeps.core.world import World
 from sweeps.launch import tune
-from sweeps.launch.context import PackContext
+from sweeps.launch.context import PackContext, Place
 from sweeps.launch.failure import death, last_failure
+from sweeps.launch.same_code import OTHER_CODE
 from sweeps.ledger.ledger import Ledger
 
 TOY = Path(__file__).parents[1] / "toy_sweep.py"
@@ -129,7 +131,13 @@ def test_a_checkpoint_that_is_further_is_progress(tmp_path: Path) -> None:
 
     def attempt() -> PackContext:
         return PackContext(
-            ledger, RunSettings(), threads=1, device="cpu", fingerprint=lambda _: "f", report=told.append, pack="p"
+            ledger,
+            RunSettings(),
+            threads=1,
+            device="cpu",
+            fingerprint=lambda _: "f",
+            report=told.append,
+            place=Place(pack="p"),
         )
 
     for step in (10, 10, 5, 20):
@@ -142,6 +150,46 @@ def test_a_checkpoint_that_is_further_is_progress(tmp_path: Path) -> None:
     context = attempt()
     context.publish(Cell(), [Row("x", 1.0)])
     assert told[-1]["reached"] == Cell().key
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "refused"),
+    [
+        (UserError("k=9 exceeds 8; choose k <= 8"), "k=9 exceeds 8; choose k <= 8", False),
+        (KeyError("lr"), "KeyError: 'lr'", False),
+        (
+            RuntimeError(f"ray::x()\na worker on node7 {OTHER_CODE}: a, b"),
+            f"a worker on node7 {OTHER_CODE}: a, b",
+            True,
+        ),
+        (ValueError(f"a worker on node7 {OTHER_CODE}: a, b"), f"a worker on node7 {OTHER_CODE}: a, b", True),
+        (RuntimeError("CUDA error"), None, False),
+        (OSError(28, "No space left on device"), None, False),
+    ],
+)
+def test_a_trial_and_a_worker_settle_errors_alike(
+    tmp_path: Path, error: Exception, line: str | None, refused: bool
+) -> None:
+    from sweeps.launch.workers import _outcome
+
+    def work() -> None:
+        raise error
+
+    said: list[str] = []
+    board = cast("Any", SimpleNamespace(fail=said.append))
+    ledger, cell = Ledger(str(tmp_path), "toy", "1"), Cell()
+    context = PackContext(ledger, RunSettings(), threads=1, device="cpu", fingerprint=lambda _: "f")
+    if line is None:
+        for attempt in (lambda: tune._run_cells(work, [cell], context), lambda: _outcome(work, World(), board)):
+            with pytest.raises(type(error)) as raised:
+                attempt()
+            assert raised.value is error
+        assert (said, ledger.failures([cell.key])) == ([], {})
+        return
+    assert tune._run_cells(work, [cell], context) == (line if refused else "")
+    assert [str(f["error"]) for f in ledger.failures([cell.key]).values()] == ([] if refused else [line])
+    assert _outcome(work, World(), board) == "failed"
+    assert said == [line]
 
 
 def test_ray_kills_a_trial_for_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from models.host.standin import build_model
 from models.sae.trainer import SparseTrainer
 from sweeps.core.cells import UserError
 from sweeps.core.settings import RunSettings
-from sweeps.launch.context import PackContext
+from sweeps.launch.context import PackContext, Place
 from sweeps.launch.stop import PackStopped
 from sweeps.ledger.ledger import Ledger
 from sweeps.sae import train as train_module
@@ -94,7 +94,7 @@ GRID = Grid(
 
 def train(cells: list[SAECell], ledger: Ledger, **settings: Any) -> None:
     context = PackContext(
-        ledger, RunSettings(**settings), threads=1, device="cpu", fingerprint=lambda cell: "f", launch_id="test"
+        ledger, RunSettings(**settings), threads=1, device="cpu", fingerprint=lambda cell: "f", place=Place("test")
     )
     train_module.train_pack(cells, context)
 
