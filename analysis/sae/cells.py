@@ -17,7 +17,7 @@ import pandas as pd
 from analysis.bootstrap import Floats, count_blocks
 from analysis.crossed import Component, Effect, effects, ratio_influence, skew_factor, units_component
 from analysis.sae.budget import FeatureCounts, rate_bits
-from analysis.sae.columns import AUDIT_COLUMNS, CELL_COLUMNS, CONFIGURATION, IDENTITY, LOSSES, SEQUENCE_COLUMNS
+from analysis.sae.columns import AUDIT_COLUMNS, CELL_COLUMNS, CONFIGURATION, IDENTITY, LOSSES, NUMBERS, SEQUENCE_COLUMNS
 
 if TYPE_CHECKING:
     from analysis.sae.fidelity import SequenceSums
@@ -27,29 +27,27 @@ MIN_SEQUENCES = {"ce_rec": 8, "r2": 32}
 _DEPTHS = {"early": 0, "mid": 1, "late": 2}
 
 
-def cell_record(
-    identity: Mapping[str, object],
-    sums: SequenceSums,
-    features: FeatureCounts,
-    geometry: Mapping[str, float],
-) -> dict[str, object]:
-    """One row of the cells table, keys CELL_COLUMNS.
+def cell_numbers(
+    k: int, sums: SequenceSums, features: FeatureCounts, geometry: Mapping[str, float]
+) -> dict[str, float]:
+    """What the cells table holds of one cell besides its identity, keys NUMBERS in their order.
 
     Args:
-        identity: model, layer, depth, k, seed, tokens and cell_key.
+        k: active features per token.
         sums: the evaluated sequences, with their losses.
         features: what fired on the same tokens.
         geometry: `pr` and `pr_deflated` of the hooked layer (`CovarianceSums.summary`), and AUDIT_COLUMNS
             (`VarianceSums.summary`, `ControlledErrors.metrics`); those that are not given are NaN.
+
+    Raises:
+        ValueError: sequences without losses.
     """
     table = sums.table()
     absent = int(table[list(LOSSES)].isna().any(axis=1).sum())
     if absent:
         raise ValueError(f"{absent} of {len(table)} sequences have no losses; call add_losses for every sequence")
-    k = int(str(identity["k"]))
     interval = ce_rec_interval(table)
-    values: dict[str, object] = {
-        **identity,
+    values: dict[str, float] = {
         **sums.metrics(),
         "ce_rec_lo": interval.lo,
         "ce_rec_hi": interval.hi,
@@ -62,7 +60,7 @@ def cell_record(
         "d_sae": features.d_sae,
         **{name: geometry.get(name, float("nan")) for name in AUDIT_COLUMNS},
     }
-    return {name: values[name] for name in CELL_COLUMNS}
+    return {name: float(values[name]) for name in NUMBERS}
 
 
 def ce_rec_interval(table: pd.DataFrame) -> Effect:
@@ -103,7 +101,7 @@ def prepare_cells(cells: pd.DataFrame) -> pd.DataFrame:
     cells = cells.assign(**{c: float("nan") for c in AUDIT_COLUMNS if c not in cells.columns})
     missing = [c for c in CELL_COLUMNS if c not in cells.columns]
     if missing:
-        raise ValueError(f"the cells table lacks columns {missing}; build its rows with cells.cell_record")
+        raise ValueError(f"the cells table lacks columns {missing}; build its rows with cells.cell_numbers")
     if cells.empty:
         raise ValueError("the cells table is empty; finish at least one cell before reporting")
     twice = cells.duplicated(list(IDENTITY)) | cells.duplicated("cell_key")

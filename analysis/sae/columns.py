@@ -32,4 +32,5 @@ CELL_COLUMNS = (
     *("relative_error", "alive", "swd", "abs_gdelta", "nmse", "rate_bits", "rate_bits_entropy"),
     *("pr", "pr_deflated", *LOSSES, "d_model", "d_sae", "cell_key", *AUDIT_COLUMNS),
 )
+NUMBERS = tuple(name for name in CELL_COLUMNS if name not in (*IDENTITY, "cell_key"))
 CONFIGURATION = ("model", "depth", "layer", "k", "tokens")

@@ -124,6 +124,25 @@ class PublishedCell:
     uri: str
     meta: Mapping[str, Any]
 
+    def numbers(self) -> dict[str, float]:
+        """{metric: value} of the rows without parameters: what was measured of the cell as a whole."""
+        whole = self.rows[self._parameters().isna().all(axis=1)]
+        return dict(zip(whole["metric"], whole["value"], strict=True))
+
+    def table(self, *parameters: str) -> pd.DataFrame:
+        """The rows that have these parameters and no others: a row per combination of their values, as its index, and
+        a column per metric. Empty where there are none."""
+        present = self._parameters().notna()
+        named = present.columns.isin(parameters)
+        own = present.loc[:, named].all(axis=1) & ~present.loc[:, ~named].any(axis=1)
+        rows = self.rows[own & (named.sum() == len(parameters))]
+        if rows.empty:
+            return rows.iloc[:, :0]
+        return rows.pivot(index=list(parameters), columns="metric", values="value")
+
+    def _parameters(self) -> pd.DataFrame:
+        return self.rows.drop(columns=["metric", "value", "unit"], errors="ignore")
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean X?` for the known name most like `name`, or an empty string."""

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from analysis.sae.budget import FeatureCounts
-from analysis.sae.cells import cell_record
-from analysis.sae.columns import CELL_COLUMNS, IDENTITY, LAYER_COLUMNS
+from analysis.sae.cells import cell_numbers
+from analysis.sae.columns import LAYER_COLUMNS
 from analysis.sae.fidelity import SequenceSums
 from analysis.sae.geometry import CovarianceSums
 from analysis.sae.variance import ControlledErrors, Controls, VarianceSums
@@ -138,17 +138,14 @@ class Evaluation:
             features.update(index_BTk.flatten(0, -2)[counted], value_BTk.flatten(0, -2)[counted])
             recon_B = self.lm.patched_loss(a_hat_BTD, cell.layer, self.tokens_ST[rows], logits_dtype=self.logits_dtype)
             sums.add_losses(sequence_B, self.loss_orig_S[rows], recon_B, self.loss_zero_S[cell.layer][rows])
-        identity = {name: getattr(cell, name) for name in IDENTITY} | {"cell_key": cell.key}
-        geometry = self.geometry[cell.layer] | controlled.metrics()
-        record = cell_record(identity, sums, features, geometry)
-        numbers = [n for n in CELL_COLUMNS if n not in (*IDENTITY, "cell_key")]
-        rows_out = [Row(n, float(str(record[n])), _UNITS.get(n, "")) for n in numbers]
+        numbers = cell_numbers(cell.k, sums, features, self.geometry[cell.layer] | controlled.metrics())
+        rows_out = [Row(name, value, _UNITS.get(name, "")) for name, value in numbers.items()]
         for layer, summary in self.geometry.items():
             at = {"geometry_layer": layer}
             rows_out += [Row(f"{n}_of_layer", summary[n], "", at) for n in ("pr", "pr_deflated", *LAYER_COLUMNS)]
         sequences = parquet_bytes(sums.table().assign(**controlled.by_sequence()))
         files = {"sequences.parquet": sequences, **self._sae_files(cell, sae)}
-        return rows_out, files, float(str(record["ce_rec"]))
+        return rows_out, files, numbers["ce_rec"]
 
     def _sae_files(self, cell: SAECell, sae: TopKSAE) -> dict[str, bytes | Path]:
         with tempfile.TemporaryDirectory() as folder:

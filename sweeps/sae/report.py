@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from analysis.sae import published
-from analysis.sae.columns import LAYER_COLUMNS
+from analysis.sae.columns import IDENTITY, LAYER_COLUMNS
 from analysis.sae.report import measure, write_report
 from analysis.sae.variance_tables import answer
 from models.host.specs import HOST_LMS
@@ -30,15 +30,12 @@ def tables(cells: Sequence[PublishedCell]) -> tuple[pd.DataFrame, pd.DataFrame, 
     records, sequences = [], []
     geometry: dict[tuple[str, int], dict[str, float]] = {}
     for cell, table in zip(cells, tables_of(cells, "sequences.parquet"), strict=True):
-        rows = cell.rows
-        plain = rows[rows["step"].isna() & rows["geometry_layer"].isna()]
-        wanted = ("model", "layer", "depth", "k", "seed", "tokens")
-        identity = {name: cell.identity[name] for name in wanted} | {"cell_key": cell.key}
-        records.append(identity | dict(zip(plain["metric"], plain["value"], strict=True)))
+        identity = {name: cell.identity[name] for name in IDENTITY} | {"cell_key": cell.key}
+        records.append(identity | cell.numbers())
         sequences.append(table.assign(cell_key=cell.key))
-        for row in rows[rows["metric"].isin(list(_GEOMETRY))].to_dict("records"):
+        for row in cell.table("geometry_layer").reset_index().to_dict("records"):
             place = geometry.setdefault((cell.identity["model"], int(row["geometry_layer"])), {})
-            place[_GEOMETRY[row["metric"]]] = row["value"]
+            place |= {short: row[name] for name, short in _GEOMETRY.items() if name in row}
     frame = pd.DataFrame(records)
     width = frame.set_index("model")["d_model"].to_dict()
     layers = pd.DataFrame(

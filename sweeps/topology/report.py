@@ -82,11 +82,14 @@ def _members(cells: Sequence[PublishedCell]) -> tuple[pd.DataFrame, dict[str, np
     rows, embeddings = [], {}
     wanted = [cell for cell in cells if cell.identity["kind"] == "member"]
     for cell, data in zip(wanted, files_of(wanted, "embedding.npy"), strict=True):
-        values = dict(zip(cell.rows["metric"], cell.rows["value"], strict=True))
         name = cell.identity["representation"]
-        rows.append({"table": cell.identity["table"], "member": name, **values})
+        rows.append({"table": cell.identity["table"], "member": name, **cell.numbers()})
         embeddings[name] = np.load(io.BytesIO(data))
     return pd.DataFrame(rows), embeddings
+
+
+def _short(metric: str) -> str:
+    return metric.removeprefix("utility_")
 
 
 def utility_frame(cells: Sequence[PublishedCell]) -> pd.DataFrame:
@@ -94,14 +97,11 @@ def utility_frame(cells: Sequence[PublishedCell]) -> pd.DataFrame:
     rows = []
     for cell in cells:
         if cell.identity["kind"] == "utility":
-            short = cell.rows.assign(metric=cell.rows["metric"].str.removeprefix("utility_"))
-            scored = short["target"].notna() if "target" in short else pd.Series(False, index=short.index)
-            whole = short[~scored].set_index("metric")["value"]
-            wide = pd.DataFrame([{}])
-            if scored.any():
-                wide = short[scored].pivot_table(index=["target", "family"], columns="metric", values="value")
+            scores = cell.table("target", "family")
+            wide = pd.DataFrame([{}]) if scores.empty else scores.reset_index()
             place = {name: cell.identity[name] for name in (*_PLACE, "neighbours")}
-            rows.append(wide.reset_index(drop=not scored.any()).assign(**place, **whole))
+            whole = {_short(name): value for name, value in cell.numbers().items()}
+            rows.append(wide.rename(columns=_short).assign(**place, **whole))
     if not rows:
         return pd.DataFrame()
     columns = [*_PLACE, "neighbours", *_WHOLE, "target", "family", *UTILITY_SCORES, "p"]

@@ -9,7 +9,7 @@ import torch
 from analysis.bootstrap import count_blocks
 from analysis.sae import cells as cells_module
 from analysis.sae.budget import FeatureCounts, rate_bits
-from analysis.sae.cells import SequenceTables, cell_record, prepare_cells, tokens_label
+from analysis.sae.cells import SequenceTables, cell_numbers, prepare_cells, tokens_label
 from analysis.sae.columns import CELL_COLUMNS
 from analysis.sae.fidelity import SequenceSums
 from analysis.sae.geometry import CovarianceSums
@@ -33,8 +33,8 @@ def test_record_has_the_contract_columns_and_consistent_values():
     sums, features, covariance = _streams()
     original = torch.linspace(2, 4, 30)
     sums.add_losses(range(30), original, original * 1.2, original + 5)
-    record = cell_record(IDENTITY, sums, features, covariance.summary())
-    assert tuple(record) == CELL_COLUMNS
+    record = cell_numbers(4, sums, features, covariance.summary())
+    assert tuple(record) == tuple(name for name in CELL_COLUMNS if name not in IDENTITY)
     assert record["ce_rec"] == pytest.approx(0.8)
     assert record["ce_rec_lo"] == pytest.approx(0.8)
     assert record["rate_bits"] == rate_bits(64, 4)
@@ -47,7 +47,7 @@ def test_record_without_losses_is_refused():
     sums, features, covariance = _streams()
     sums.add_losses([0, 1], [3.0, 3.0], [4.0, 4.0], [9.0, 9.0])
     with pytest.raises(ValueError, match="28 of 30 sequences have no losses"):
-        cell_record(IDENTITY, sums, features, covariance.summary())
+        cell_numbers(4, sums, features, covariance.summary())
 
 
 def test_cells_are_ordered_and_bad_tables_are_named(make_grid):
