@@ -26,7 +26,7 @@ _PRINTED = "topology report, Utility"
 def _results(
     rng: np.random.Generator, *, n: int, k: int, dimensions: int, pooled: str, effect: float = 0.0, draws: int = 39
 ) -> list[Utility]:
-    """What the product says about one world; `effect` standard deviations of a target per one of topology."""
+    """What the product states about one world; `effect` standard deviations of a target per one of topology."""
     x_ND = rng.standard_normal((n, dimensions))
     distance_NN = cdist(x_ND, x_ND)
     patches_NP = utility.patches(distance_NN, k)

@@ -1,7 +1,7 @@
-"""A model of an object store behind fsspec: keys in one flat order, no folders, and every request counted.
+"""A model of an object store for fsspec: keys in one flat order, no folders, and every request counted.
 
-Registered as `model://bucket/...`. A listing answers at most 1,000 keys and common prefixes a page, as S3 and GCS do;
-a look for a missing key costs a HEAD and, as s3fs does it, a LIST. Nothing is cached between requests.
+Registered as `model://bucket/...`. A listing returns at most 1,000 keys and common prefixes per page, as S3 and GCS do;
+a check for a missing key costs a HEAD and, as s3fs does it, a LIST. Nothing is cached between requests.
 """
 
 from __future__ import annotations

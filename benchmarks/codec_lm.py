@@ -153,7 +153,7 @@ def training(repeats: int, frames: int, precision: str) -> str:
 def published_sampler(model: CodecLM, columns: int) -> Arm:
     """CPU-seconds of one sequence whose every column reads the whole prefix again.
 
-    Every `EVERY`-th prefix is timed; the others cost what the straight line through the timed ones says.
+    Every `EVERY`-th prefix is timed; the cost of the others is read off the straight line through the timed ones.
     """
     tokens = torch.randint(model.config.codebook_size, (1, model.config.n_codebooks, columns))
 

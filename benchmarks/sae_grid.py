@@ -6,7 +6,7 @@ Ours is measured whole: one LM pass through the deepest hook, the shuffle, and a
 SAELens' grid would take hours, so its cost is composed, in every round, from parts measured in that round:
 
 - fetch(layer): `next` of the `ActivationsStore` that its `LanguageModelSAETrainingRunner` makes (dataset row, LM pass
-  stopped at the hook, mixing buffer), one LM pass of 4,096 tokens a step; fetch(both layers): the same of its
+  stopped at the hook, mixing buffer), one LM pass of 4,096 tokens per step; fetch(both layers): the same of its
   `MultiSAETrainingRunner`;
 - step(k): `SAETrainer.step`, which both runners call for every SAE and step;
 - one after another: 2 seeds x sum over layers and k of (fetch(layer) + step(k));

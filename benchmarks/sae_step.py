@@ -3,8 +3,8 @@
     python benchmarks/sae_step.py --out docs/benchmarks/sae_step.md
 
 Peer: `SAETrainer.step` of the installed sae_lens with `TopKTrainingSAE` (forward, AuxK check, backward, clip, Adam,
-scheduler), float32, defaults; as installed, and with glibc's allocator told to keep its memory (no mmap, no trim),
-which takes the page faults out of its large temporaries. Ours: `SparseTrainer.step`, numba and torch backends,
+scheduler), float32, defaults; as installed, and with glibc's allocator set to keep its memory (no mmap, no trim),
+which avoids the page faults of its large temporaries. Ours: `SparseTrainer.step`, numba and torch backends,
 allocator as installed. Same activations, same sizes, each arm in a process of its own with `--threads` threads,
 rounds interleaved; the ratios are of CPU-seconds (user + system).
 """

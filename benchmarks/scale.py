@@ -195,7 +195,7 @@ def mlflow_sqlite(n: int, folder: Path) -> dict[str, Any]:
 
 
 def mlflow_server(n: int, folder: Path) -> dict[str, Any]:
-    """Copy the cells of a ledger to an MLflow server on this machine (SQLite behind it)."""
+    """Copy the cells of a ledger to an MLflow server on this machine (on SQLite)."""
     with _server(folder / f"server{n}") as uri:
         return _track(n, folder, uri)
 
@@ -288,7 +288,7 @@ def slope(sizes: Sequence[int], seconds: Sequence[float]) -> float:
 
 
 def main() -> None:
-    """Print a table a step."""
+    """Print one table per step."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     p.add_argument("--quick", action="store_true", help="small sizes")
     p.add_argument("--sizes", default=",".join(map(str, SIZES)))
@@ -346,7 +346,7 @@ def ledgers(sizes: Sequence[int], folder: Path) -> None:
 
 
 def table(name: str, sizes: Sequence[int], results: Sequence[dict[str, Any]]) -> None:
-    """One line a size, and the slope."""
+    """One line per size, and the slope."""
     print(f"{name}: log-log slope of CPU time {slope(sizes, [r['cpu'] for r in results]):.2f}")
     for n, r in zip(sizes, results, strict=True):
         print(

@@ -2,13 +2,13 @@
 
 Peers: ripser.py for H1; scikit-learn's pairwise distances; dense NumPy products for Tanimoto; the published null
 samplers, among them the Python swap loop on sets. A route is one run of the study: rows drawn, distances, (landmarks,)
-H1, then the same for every null of the representation. CPU-seconds, paired; compilation is warmed up apart.
+H1, then the same for every null of the representation. CPU-seconds, paired; compilation is done before.
 
     python benchmarks/topology.py [--only h1,nulls,distances,routes,processes,growth] [--quick] [--full]
                                   [--table curated.csv] [--repeats 3] [--out FILE]
 
---full adds H1 at n = 4,000, where ripser needs minutes a matrix. --quick shrinks everything to a smoke test whose
-ratios mean nothing. Without --table the data are synthetic stand-ins, and the report says so.
+--full adds H1 at n = 4,000, where ripser needs minutes per matrix. --quick shrinks everything to a smoke test whose
+ratios mean nothing. Without --table the data are synthetic stand-ins, and the report states it.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def published_null(name: str, x: NDArray, seed: int) -> NDArray:
 
 
 def load(table: str | None, rows: int) -> tuple[dict[str, NDArray], str]:
-    """The four data types, at least `rows` rows each, and a sentence that says what they are."""
+    """The four data types, at least `rows` rows each, and a sentence that describes them."""
     rng = np.random.default_rng(0)
     if table is not None:
         from data.molecules import curated, morgan, physchem, zscore

@@ -9,7 +9,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves workers beside any other load
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves workers on a machine that has other work
 os.environ.setdefault("RAY_raylet_start_wait_time_s", "240")
 
 import numpy as np
@@ -28,7 +28,7 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder of real data sets: $PLUMBLINE_DATA, or shared/data beside the checkout."""
+    """Folder of real data sets: $PLUMBLINE_DATA, or shared/data next to the checkout."""
     path = Path(os.environ.get("PLUMBLINE_DATA", ROOT.parent / "shared" / "data"))
     if not path.is_dir():
         pytest.skip(f"no real data at {path}; set PLUMBLINE_DATA to the folder that holds odor/")

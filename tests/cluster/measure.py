@@ -44,7 +44,7 @@ def main() -> int:
 
 
 def run(rig: Rig, nodes: int, cells: int, seconds: float) -> tuple[float, float]:
-    """(seconds from the first cell's begin to the last one's publication, median extra seconds between cells)."""
+    """(seconds from the start of the first cell to the publication of the last, median extra seconds between cells)."""
     for name in rig.names:
         shutil.copytree(ROOT / "sweeps", rig.folder / name / "home" / "plumbline" / "sweeps")
         shutil.copy(ROOT / "tests" / "sweeps" / "toy_sweep.py", rig.folder / name / "home" / "plumbline")
@@ -57,7 +57,7 @@ def run(rig: Rig, nodes: int, cells: int, seconds: float) -> tuple[float, float]
     )
     with open(rig.folder / "run.log", "wb") as log:
         popens = [rig.start(command, on=name, stdout=log, stderr=log) for name in rig.names]
-        popens[0].wait()  # the workers end by themselves a minute after the head
+        popens[0].wait()  # the workers end without help a minute after the head
     ledger = Ledger(str(rig.shared / "ledger"), "toy", "1")
     done = ledger.done()
     assert len(done) == cells * nodes, (rig.folder / "run.log").read_text()[-4000:]

@@ -1,4 +1,4 @@
-"""Machines made of namespaces: a user's desk and pods with ssh, on a network of their own.
+"""Machines made of namespaces: a user's desk and pods with ssh, on their own network.
 
 Each machine has its own network, mounts, processes, host name and IPC. All of them live inside the desk's process
 namespace, which dies with the test process (also by kill -9), and with it every process, mount, link and socket.
@@ -105,7 +105,7 @@ class Rig:
     def __exit__(self, *_: object) -> None:
         desk = self.machines.pop("desk", None)
         if desk is not None:
-            os.kill(desk.pid, signal.SIGKILL)  # its process namespace holds all the others
+            os.kill(desk.pid, signal.SIGKILL)  # its process namespace contains all the others
             desk.popen.wait()
         for popen in [*self._background, *(m.popen for m in self.machines.values())]:
             popen.kill()
@@ -137,7 +137,7 @@ class Rig:
             self._furnish(home)
 
     def _furnish(self, home: Path) -> None:
-        """The environment that `make venv` finds in place: this test's own, read-only."""
+        """Provide the environment that `make venv` would build: this test's own, read-only."""
         venv = home / "plumbline" / ".venv"
         venv.mkdir(parents=True)
         for entry in Path(sys.prefix).iterdir():
@@ -168,7 +168,7 @@ class Rig:
         wait_for(f"sshd of {name}", lambda: self.run(f"true < /dev/tcp/{self.address[name]}/22").returncode == 0, 20.0)
 
     def link(self, name: str, *, up: bool) -> None:
-        """Join a pod to the network, or part it from it: packets vanish, nothing is told."""
+        """Connect a pod to the network, or cut it off: packets are lost without any error."""
         self.check(f"ip link set v-{name} {'up' if up else 'down'}")
 
     def start(self, command: str, on: str = "desk", env: Mapping[str, str] | None = None, **options: Any) -> Any:

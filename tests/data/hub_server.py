@@ -15,7 +15,7 @@ MODEL = "EleutherAI/pythia-70m"
 
 
 class HubServer:
-    """Serves ``folder`` as the dataset's ``data/``; remembers requests and bytes sent of each file.
+    """Serves ``folder`` as the dataset's ``data/``; records the requests, and the bytes sent of each file.
 
     ``move_on`` makes another folder the dataset's ``main``, under a commit of its own, and may do so for the model.
     """

@@ -1,4 +1,4 @@
-"""A recording is known by its bytes; damaged archives, odd layouts and odd characters are told, never fatal."""
+"""A recording is identified by its bytes; damaged archives, odd layouts and odd characters are listed, never fatal."""
 
 from __future__ import annotations
 

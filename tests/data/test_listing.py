@@ -1,4 +1,4 @@
-"""Names that editors, archivers and unfinished copies leave beside data are told apart and counted."""
+"""Names that editors, archivers and unfinished copies leave among data are recognised and counted."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ BODIES = {
 
 
 class Host:
-    """Serves BODIES at /NAME; `broken` cuts every answer short, `gone` says 404."""
+    """Serves BODIES at /NAME; `broken` cuts every answer short, `gone` answers 404."""
 
     def __init__(self) -> None:
         self.bodies, self.asked, self.broken, self.gone = dict(BODIES), list[str](), False, False

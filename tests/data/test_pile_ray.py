@@ -1,4 +1,4 @@
-"""Streams through Ray Data: the plain iterator's sequences, from any start, beside a trial that holds the node."""
+"""Streams through Ray Data: the plain iterator's sequences, from any start, while a trial holds the node."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token ids are integers in range or refused with file, row and value; what lies behind the cut is not judged."""
+"""Token ids are integers in range or refused with file, row and value; what lies after the cut is not checked."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def launches(tmp_path: Path, cache: Path, database: Path) -> Iterator[Launches]:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What is made once on a machine; compiled kernels stay in the user's own cache."""
+    """A folder for what is made once per machine; compiled kernels stay in the user's own cache."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -48,7 +48,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def warm(cache: Path) -> Iterator[Warm]:
-    """The process that launches without a start are forked from."""
+    """The process from which launches are forked, without the start of Python and Ray."""
     process = Warm(ROOT, cache)
     yield process
     process.close()
@@ -56,7 +56,7 @@ def warm(cache: Path) -> Iterator[Warm]:
 
 @pytest.fixture(scope="session")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database with its tables and nothing in them, which takes many seconds to make."""
+    """An MLflow database with empty tables, which takes many seconds to make."""
     from mlflow.tracking import MlflowClient
 
     file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
@@ -79,5 +79,5 @@ def bench(warm: Warm, launches: Launches, sources: Path, database: Path) -> Make
 
 @pytest.fixture(scope="session")
 def reference(warm: Warm, sources: Path, database: Path, tmp_path_factory: pytest.TempPathFactory) -> References:
-    """Results of undisturbed launches by the name of their sweep; the tests on Ray are held to the same bits."""
+    """Results of undisturbed launches by the name of their sweep; the tests on Ray must give the same bits."""
     return References(warm, tmp_path_factory.mktemp("reference"), sources, database)

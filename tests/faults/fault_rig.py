@@ -1,4 +1,4 @@
-"""Launches that a test may kill: their processes, the faults armed in them, and what was survived."""
+"""Launches that a test may kill: their processes, the faults armed in them, and a record of what was survived."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _T = TypeVar("_T")
 
 
 def schedule(case: str) -> random.Random:
-    """The generator that every choice of a case is drawn from."""
+    """The random generator of a case."""
     return random.Random(f"{SEED} {case}")
 
 
@@ -47,7 +47,7 @@ def wait_for(what: Callable[[], _T], seconds: float = PATIENCE, pause: float = 0
 
 @dataclass(frozen=True)
 class Injection:
-    """One fault that was survived. seconds: until the work went on, NaN where that is not defined."""
+    """One fault that was survived. seconds: until the work continued, NaN where that is not defined."""
 
     fault: str
     how: str
@@ -65,7 +65,7 @@ class Survived:
     note: Callable[[dict[str, object]], None]
 
     def add(self, fault: str, how: str, sweep: str, *, n: int = 1, seconds: float = float("nan")) -> None:
-        """Note `n` injections of one kind, once all that must hold after them was checked."""
+        """Record `n` injections of one kind, after checking all that must hold after them."""
         for _ in range(n):
             self.note(vars(Injection(fault, how, sweep, seconds)))
         if file := os.environ.get("PLUMBLINE_FAULT_RECORD"):
@@ -74,7 +74,7 @@ class Survived:
 
 
 def table(injections: Sequence[Injection]) -> list[str]:
-    """Markdown: a line for each (fault, how)."""
+    """Markdown: one line per (fault, how)."""
     groups: dict[tuple[str, str], list[Injection]] = {}
     for i in injections:
         groups.setdefault((i.fault, i.how), []).append(i)
@@ -110,7 +110,7 @@ class Launches:
         self.env = kept | {
             "NO_PROXY": "127.0.0.1",
             "OMP_NUM_THREADS": "1",
-            "RAY_AUTH_MODE": "disabled",  # a head that finds a token in the user's home would ask for it
+            "RAY_AUTH_MODE": "disabled",  # a head that finds a token in the user's home would demand it
             "PYTHONPATH": str(SITE),
             MARK: self.mark,
             **env,
@@ -150,7 +150,7 @@ class Launches:
         return self.output()
 
     def output(self, number: int = -1) -> str:
-        """What a command printed."""
+        """The output of a command."""
         return (self.folder / f"out-{number % len(self.started)}.txt").read_text()
 
     def processes(self, name: str = "") -> list[psutil.Process]:
@@ -208,7 +208,7 @@ def kill(process: psutil.Process | subprocess.Popen[str]) -> None:
 
 
 def said(seed_case: str, events: Sequence[object]) -> str:
-    """What to print of a case that fails: its seed and its schedule."""
+    """The line for a case that fails: its seed and its schedule."""
     return f"seed {SEED}, case {seed_case}: {json.dumps([str(e) for e in events])}"
 
 

@@ -1,4 +1,4 @@
-"""Three sweeps at tiny size and the toy of the tests, their undisturbed results, and what must hold after any fault."""
+"""Three sweeps at tiny size and the toy sweep, their undisturbed results, and what must hold after any fault."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def codec_lm(sources: Path, **changes: object) -> Tiny:
 
 
 def toy(sources: Path, **changes: object) -> Tiny:
-    """Twelve squares, a pack each: for faults that have to do with the machinery alone."""
+    """Twelve squares, one per pack: for faults that concern the machinery alone."""
     grid: dict[str, object] = {"n": ",".join(map(str, range(12))), "pack_size": 1, "max_retries": 9}
     return Tiny("toy", tuple(settings(**grid | changes)), "tests.sweeps.toy_sweep")
 
@@ -113,7 +113,7 @@ Results = dict[str, dict[str, Any]]
 
 
 def results(ledger: Ledger) -> Results:
-    """{key: {file: content}} of all published cells: bytes, and for the rows a table without the machine's speed."""
+    """{key: {file: content}} of all published cells: bytes; for the rows a table without metrics of speed."""
     out: Results = {}
     assert ledger.done(), f"nothing is published in {ledger.store.uri}"
     for key in ledger.done():
@@ -143,7 +143,9 @@ def assert_tidy(ledger: Ledger) -> None:
     for key in ledger.done():
         files = json.loads(ledger.file(key, "cell.json"))["files"]
         sizes = {name: known["size"] for name, known in files.items()}
-        attempt = ledger.store.marker(key)["attempt"]  # on object stores; others may have left files in theirs
+        attempt = ledger.store.marker(key)[
+            "attempt"
+        ]  # on object stores; other attempts may have left files in their folders
         home = f"{key}/{attempt}" if attempt else key
         found = {name: len(ledger.store.read(f"{home}/{name}")) for name in ledger.store.files(home)}
         found.pop("_PUBLISHED", None)
@@ -155,7 +157,7 @@ def assert_tidy(ledger: Ledger) -> None:
 
 
 def assert_tracked(tiny: Tiny, uri: str, place: str, expected: Results, launches: int) -> None:
-    """MLflow holds exactly one finished run a cell with the ledger's numbers, and at most one run a launch."""
+    """MLflow holds exactly one finished run per cell with the ledger's numbers, and at most one run per launch."""
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(uri)

@@ -20,7 +20,7 @@ MakeBench = Callable[..., "Bench"]
 
 
 class Warm:
-    """The process to fork from; `start` a launch, `wait` for it."""
+    """The process that launches are forked from: `start` one, then `wait` for it."""
 
     def __init__(self, root: Path, cache: Path) -> None:
         here = Path(__file__).parent
@@ -127,7 +127,7 @@ class Bench:
         return self.folder / f"warm-{number}.txt"
 
     def output(self, back: int = 0) -> str:
-        """What the last launch printed, or the one `back` launches before it."""
+        """What the last launch printed, or the launch `back` places before it."""
         return self._out(self.count - back).read_text()
 
     def check(self, expected: Results) -> None:
@@ -138,7 +138,7 @@ class Bench:
 
 
 class References:
-    """Results of undisturbed launches, each made once a session."""
+    """Results of undisturbed launches, each made once per session."""
 
     def __init__(self, warm: Warm, folder: Path, sources: Path, database: Path) -> None:
         self.warm, self.folder, self.sources, self.database = warm, folder, sources, database

@@ -72,7 +72,7 @@ class ObjectStore(AbstractFileSystem):
 
     def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
         path = self._strip_protocol(path)
-        self._request("ls", path)  # "list" is what reading the local folder announces by itself
+        self._request("ls", path)  # "list" is what Python announces when the local folder is read
         if not os.path.isdir(path):
             raise FileNotFoundError(path)
         found = []

@@ -25,8 +25,8 @@ _CALLS = ("create_run", "log_batch", "log_artifacts", "log_artifact", "set_termi
 
 
 def _serve() -> None:
-    """Read orders from stdin, a JSON line each, until it is closed."""
-    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 - what a launch imports, once for all
+    """Read orders from stdin, one JSON line each, until it is closed."""
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 - what every launch imports
     import pyarrow.parquet  # noqa: F401
     import transformers  # noqa: F401
 

@@ -16,7 +16,7 @@ from toy_sweep import ToySweep
 
 
 class Locked(DirFileSystem):
-    """A folder ($LOCKED_FOLDER) behind user name and password, as sftp:// and ftp:// are."""
+    """A folder ($LOCKED_FOLDER) that asks for user name and password, like sftp:// and ftp://."""
 
     protocol = "locked"
     cachable = False
@@ -50,7 +50,7 @@ fsspec.register_implementation("locked", Locked, clobber=True)
 
 
 class LockedSweep(ToySweep):
-    """The toy, but for the place of its class: whoever is sent it imports this module and knows the storage."""
+    """The toy, except for the module of its class: a worker that receives it imports this module."""
 
 
 SWEEP = LockedSweep()

@@ -1,4 +1,4 @@
-"""What MLflow shows of a sweep's cells."""
+"""MLflow's runs of a sweep's cells."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def runs_of_cells(uri: str, sweep: str) -> list[Any]:
-    """The runs of all cells of a sweep, as MLflow's client has them."""
+    """The runs of all cells of a sweep, as MLflow's client returns them."""
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(uri)

@@ -1,4 +1,4 @@
-"""The proxy gap at tiny size: local copies that stand for the hub's, of random weights and tokens, and a grid."""
+"""The proxy gap at tiny size: local copies in place of the hub's, with random weights and tokens, and a grid."""
 
 from __future__ import annotations
 

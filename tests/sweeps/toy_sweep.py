@@ -1,4 +1,4 @@
-"""A sweep with nothing in it but the machinery: squares of numbers, slow, failing or crashing on demand."""
+"""A sweep without science, for tests of the machinery: squares of numbers, slow, failing or crashing on demand."""
 
 from __future__ import annotations
 

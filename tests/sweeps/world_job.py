@@ -92,7 +92,7 @@ def main(rank: int, size: int, meeting: str, out: str) -> None:
     except PackStopped:
         found["stopped"] = first.step_count
     found["saved"] = first.spikes.pop("saved", None)
-    found["state"] = copy.deepcopy(first.state())  # the optimizer takes over the tensors that it is given
+    found["state"] = copy.deepcopy(first.state())  # the optimizer keeps the tensors that it is given, and changes them
     second = trainer(world)
     second.restore(first.state())
     run(second)

@@ -1,4 +1,4 @@
-"""Faults at chosen file operations of a process, and a clock that is wrong. Standard library only.
+"""Faults at chosen file operations of a process, and a wrong clock. Standard library only.
 
 An audit hook (PEP 578) sees every open, rename, link, removal and listing before it happens, so a process can be
 killed right before its n-th one, or the operation can fail or take long, and the code under test knows nothing of it.
@@ -63,7 +63,7 @@ def save(file: Path, *, roots: Sequence[Path], faults: Sequence[Fault], clock: f
 
 
 def hits(file: Path) -> list[str]:
-    """The operations that were hit so far, in no order."""
+    """The operations hit so far, in no particular order."""
     return [p.read_text() for p in sorted(file.with_suffix(".hits").iterdir())]
 
 
@@ -139,7 +139,7 @@ class _Point:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "stop":
                 os.kill(os.getpid(), signal.SIGSTOP)
-                time.sleep(0.2)  # the process stops a moment later; this thread must not go on into the operation
+                time.sleep(0.2)  # the process stops a moment later; this thread must not start the operation
             case "slow":
                 time.sleep(self.fault.seconds)
             case "error":

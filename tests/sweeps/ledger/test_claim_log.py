@@ -154,11 +154,11 @@ _ANEW_TURNS = [0] * 2 + [1] * 60 + [2] * 4 + [0] * 60 + [2] * 60
 def test_no_two_live_launches_get_the_same_key(
     claims: tuple[list[list[str]], ...], schedule: list[int], dying: set[int]
 ) -> None:
-    """In every order of their requests; some launches die, with no word, after their last claim."""
+    """In every order of their requests; some launches die after their last claim, without releasing anything."""
     turns = Turns()
     store = MemoryStore(turns)
     launches = [Claims(cast("Store", store)) for _ in claims]
-    got: dict[str, str] = {}  # {key: live launch that was told that it is its own}
+    got: dict[str, str] = {}  # {key: live launch that was given it}
 
     def job(i: int) -> None:
         own = launches[i].launch_id

@@ -1,4 +1,4 @@
-"""A ledger that somebody hands over can neither write nor read a file of its reader outside of it."""
+"""A ledger from somebody else makes its reader neither write nor read files outside of it."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def test_transient_error_is_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def lost_s3(monkeypatch: pytest.MonkeyPatch) -> Store:
-    """A bucket whose server is away: nothing listens at its port. Nobody waits between two tries."""
+    """A bucket whose server is unreachable: nothing listens at its port. Tries follow each other without a wait."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{s.getsockname()[1]}")

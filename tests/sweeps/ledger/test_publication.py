@@ -1,4 +1,4 @@
-"""The first result stays on every store, whole; damage is found and named; a ledger is known wherever it lies."""
+"""The first result stays, complete, on every store; damage is found and named; a moved ledger keeps its name."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def ledger_of(storage: str, *values: int) -> Ledger:
 def test_a_writer_that_comes_second_changes_nothing_and_leaves_nothing(
     storage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """B looks, A publishes, B uploads: the cell is A's, every file of it, and B hears so."""
+    """B looks, A publishes, B uploads: every file of the cell is A's, and B's call returns False."""
     cell, first, second = Point(x=1), Ledger(storage, "points", "1"), Ledger(storage, "points", "1")
     look = Store.published
 

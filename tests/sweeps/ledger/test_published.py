@@ -1,4 +1,4 @@
-"""Reports read a file of each cell by many requests at once, in order, and never hold many more than they use."""
+"""Reports read one file per cell by many requests at once, in order, and hold few more than they use."""
 
 from __future__ import annotations
 
