@@ -1,4 +1,4 @@
-"""How a statement's error rate is measured: simulate data whose truth is known, and count what the product says.
+"""How a statement's error rate is measured: simulate data whose truth is known, and count the product's statements.
 
 A study lists its statements in `benchmarks/_calibration_STUDY.py`:
 
@@ -106,7 +106,7 @@ class Statement:
 
 
 def grid(**values: Sequence[object]) -> list[dict[str, object]]:
-    """Every combination of the values, a setting each."""
+    """Every combination of the values, one setting each."""
     return [dict(zip(values, some, strict=True)) for some in product(*values.values())]
 
 

@@ -1,7 +1,7 @@
 """Statements of the codec and memory-caching reports, and how their error rates are simulated.
 
 Trained models of an architecture score the same recordings. A score is: the recording's difficulty, shared by all
-models (sd 1); what the recording is to the architecture (sd CLIP); the training's own luck (sd `seed_noise` times the
+models (sd 1); how the recording suits the architecture (sd CLIP); the chance of the training (sd `seed_noise` times the
 standard error of the recordings' mean of CLIP); and a rest (sd CLIP / 2). Text and memory-caching contrasts are paired
 by seed and recording, with the same parts.
 """
@@ -223,7 +223,7 @@ _LOAD_DD = np.linalg.qr(np.random.default_rng(1).normal(size=(_D, _D)))[0] * 10 
 
 
 def _vectors(rng: np.random.Generator, clips: int, shift: float, spread: float) -> Embeddings:
-    """Four windows a clip, which share .6 of their variance; shift in sds of every direction."""
+    """Four windows per clip, which share .6 of their variance; shift in sds of every direction."""
     shared, own = rng.standard_normal((clips, 1, _D)), rng.standard_normal((clips, 4, _D))
     z_CWD = spread * (shift + math.sqrt(0.6) * shared + math.sqrt(0.4) * own)
     return Embeddings("set", "simulated", (z_CWD @ _LOAD_DD.T).reshape(-1, _D), np.repeat(np.arange(clips), 4))

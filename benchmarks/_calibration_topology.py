@@ -4,7 +4,7 @@ Top-1 values of runs and null draws follow a normal or skewed law; the shares of
 to a realisation of the null in all runs, are set (subsamples that overlap by 80% correlate by about as much). Tables of
 points check the whole chain of sampling, H1 and test.
 
-Shapes: R runs, B null draws a run (`null_RB`).
+Shapes: R runs, B null draws per run (`null_RB`).
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def interval_of_p(rng: np.random.Generator, trials: int, draws: int, p: float) -
 
 
 def _null_unit(rng: np.random.Generator, name: str, metric: str, draws: int, shift: float = 0.0) -> Unit:
-    """A representation that is like its nulls but for `shift`: the full table, which is tested, and a subsample."""
+    """A representation that differs from its nulls by `shift`: the full table, which is tested, and a subsample."""
     made = Unit(("t", name, metric, "direct"), joint=True)
     runs = (FULL_TABLE, 0)
     observed_R = 5 + shift + _draws(rng, 2, 1, 0.0, 0.5)[:, 0]
@@ -128,7 +128,7 @@ def _null_unit(rng: np.random.Generator, name: str, metric: str, draws: int, shi
 
 
 def verdict_error(rng: np.random.Generator, trials: int, representations: int, draws: int) -> Tally:
-    """No representation has anything: trials in which any is called real or fragile, so above its nulls."""
+    """No representation differs from its nulls: trials in which any is called real or fragile, so above its nulls."""
     wrong = 0
     for _ in range(trials):
         found = audit([_null_unit(rng, name, "euclidean", draws) for name in NAMES[:representations]])
@@ -137,7 +137,7 @@ def verdict_error(rng: np.random.Generator, trials: int, representations: int, d
 
 
 def metrics_error(rng: np.random.Generator, trials: int, representations: int, draws: int) -> Tally:
-    """Every representation is above its nulls under its first metric alone: trials that say "2 or more" of any."""
+    """Every representation is above its nulls under its first metric alone: trials that state "2 or more" of any."""
     wrong = 0
     for _ in range(trials):
         units = [_null_unit(rng, name, "euclidean", draws, 20.0) for name in NAMES[:representations]]

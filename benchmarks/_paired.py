@@ -2,8 +2,8 @@
 
 Absolute times on a shared machine mean little; the ratio of two arms that ran a moment apart means a lot.
 An *arm* is a callable without arguments that does its work once and returns the CPU-seconds it took (user +
-system, all threads of its process). `paired` runs the arms in turn, round after round, and forms one ratio a
-round.
+system, all threads of its process). `paired` runs the arms in turn, round after round, and forms one ratio
+per round.
 
     results = paired(
         {"peer": timed(peer_step), "ours": timed(our_step)},
@@ -14,7 +14,7 @@ round.
     print(markdown_table({"k = 32": results}, baseline="peer", targets=targets))
 
 An arm that needs another environment (allocator settings, thread counts) lives in a process of its own: the
-parent holds a `Worker(argv, env)`, the child calls `serve(step)`; it alternates with the other arms all the same.
+parent holds a `Worker(argv, env)`, the child calls `serve(step)`; it alternates with the other arms like any arm.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Paired:
 
     @property
     def ratios(self) -> tuple[float, ...]:
-        """Baseline over arm, one a round: above 1 means that the arm is cheaper."""
+        """Baseline over arm, one per round: above 1 means that the arm is cheaper."""
         return tuple(b / max(a, 1e-9) for b, a in zip(self.baseline_s, self.arm_s, strict=True))
 
     @property
@@ -131,7 +131,7 @@ def paired(
 ) -> dict[str, Paired]:
     """Run all arms in turn `warmup + repeats` times; returns every arm (baseline too) against `baseline`.
 
-    The order turns around each round, so that a slow drift of the machine favours nobody. Raises ValueError
+    The order is reversed each round, so that a slow drift of the machine favours no arm. Raises ValueError
     when the baseline is not an arm or `repeats` is not positive.
     """
     if baseline not in arms:

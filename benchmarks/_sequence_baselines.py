@@ -56,7 +56,7 @@ def memory_cache_reads(q: Tensor, states: Tensor, gates: Tensor) -> Tensor:
 
 
 def selective_scan_loop(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """Mamba-1 as its reference and Hugging Face's slow path have it.
+    """Mamba-1 as in its reference and in Hugging Face's slow path.
 
     All decays and inputs are laid out as [B, D, T, N] first, then taken one token at a time.
     """

@@ -64,7 +64,7 @@ def grid(rng: np.random.Generator) -> tuple[pd.DataFrame, dict[str, pd.DataFrame
 
 
 def metrics(total: Mapping[Any, Any]) -> dict[str, Any]:
-    """CE_rec and the proxies' metrics from sums over sequences, numbers or one array entry a cell."""
+    """CE_rec and the proxies' metrics from sums over sequences, as numbers or with one array entry per cell."""
     return {
         "ce_rec": 2 - total["loss_recon"] / total["loss_orig"],
         "r2": 1 - total["sse"] / total["sst"],

@@ -3,10 +3,10 @@
     python benchmarks/codec_lm.py [--repeats 3] [--only training|sampling] [--precision float32|bfloat16] [--quick]
                                   [--out docs/benchmarks/codec_lm.md]
 
-The published way has the same weights and computes the same loss and logits; it differs in how. Gated DeltaNet goes
-token by token through autograd, rows are padded to the context of 1,024 columns, logits are laid out whole, the
+The published way has the same weights and computes the same loss and logits, in another way. Gated DeltaNet goes
+token by token through autograd, rows are padded to the context of 1,024 columns, logits are stored whole, the
 optimizer and the averaged weights are the library's plain loops, and sampling reads the whole prefix again for every
-column. One thread. The arms of a training step live in processes of their own, so that neither profits from the
+column. One thread. The arms of a training step run in separate processes, so that neither profits from the
 other's memory.
 
 Shapes: B clips, K codebooks, T columns, V vocabulary.

@@ -1,6 +1,6 @@
 """Evaluating 12 SAEs of one language model: ours (CE, R² and friends, SWD, bootstrap) against SAELens' `run_evals`.
 
-A 70m-shaped Pythia with random weights, two hooks, six k a hook, d_sae 16384, all on the same sequences. The peer
+A 70m-shaped Pythia with random weights, two hooks, six k per hook, d_sae 16384, all on the same sequences. The peer
 computes CE with and without the SAE and ablated, norms, sparsity, variance and density, one SAE after another,
 through TransformerLens' TransformerBridge on the same Hugging Face model. Ours is the sweep's own evaluation, with
 its gradients, SWD and 5,000 bootstrap resamples, and without writing the SAEs to disk. CPU-seconds, paired.

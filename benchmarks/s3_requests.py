@@ -2,7 +2,7 @@
 
 S3 is moto's server in this process, which s3fs talks to over HTTP; every request is counted there. The toy sweep of
 the tests runs by its real command line, but its packs in this process instead of on Ray. Numbers per cell are
-differences between two sizes of grid, so that what a launch costs once is not in them.
+differences between two sizes of grid, so that they leave out what a launch costs once.
 
     python benchmarks/s3_requests.py [--quick]
 """
@@ -106,7 +106,7 @@ def launch(
 
 
 def per_cell(storage: str, folder: Path) -> dict[str, dict[str, float]]:
-    """{what a launch did: {request: number per cell}}; each pack looks once whether it should stop."""
+    """{what a launch did: {request: number per cell}}; each pack checks once whether it should stop."""
     out: dict[str, dict[str, float]] = {}
     first, again = dict[int, Counter[str]](), dict[int, Counter[str]]()
     with mock.patch("sweeps.launch.stop.POLL_SECONDS", 3600.0):
@@ -146,7 +146,7 @@ def rate(seconds: float) -> dict[str, float]:
 
 
 def watchers(storage: str, seconds: float, flags: Sequence[str]) -> dict[str, float]:
-    """Requests per second of a worker whose pack computes and looks for these flags."""
+    """Requests per second of a worker whose pack computes and checks for these flags."""
     from sweeps.launch.stop import StopFlag
     from sweeps.ledger.storage import Store
 
@@ -189,7 +189,7 @@ def driver(storage: str, folder: Path, seconds: float, *, others: bool) -> dict[
 
 
 def idle(storage: str, folder: Path, seconds: float) -> dict[str, dict[str, float]]:
-    """{process: {request: number per second}}; packs are run last: threads that they left would be counted, too."""
+    """{process: {request: number per second}}; packs are run last: threads left by them would be counted."""
     out = {
         "worker whose pack computes": watchers(f"{storage}/a", seconds, ["launch"]),
         "worker of Ray Train that computes": watchers(f"{storage}/b", seconds, ["launch", "launch-pack"]),

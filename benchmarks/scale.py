@@ -58,7 +58,7 @@ def cells_of(n: int) -> list[Point]:
 
 
 def fingerprints_of(cells: Sequence[Cell]) -> dict[str, str]:
-    """What the simulated code and data give."""
+    """The fingerprint of the simulated code and data."""
     return {cell.key: digest(["scale", cell.key]) for cell in cells}
 
 
@@ -84,7 +84,7 @@ def contents_of(cell: Point, fingerprint: str) -> dict[str, bytes]:
 
 
 def fill(ledger: Ledger, cells: Sequence[Point]) -> None:
-    """Publish the simulated cells past the ledger's own careful writing, which takes minutes of fsync."""
+    """Publish the simulated cells without the ledger's own crash-safe writing, which takes minutes of fsync."""
     fingerprints = fingerprints_of(cells)
     template = contents_of(cells[0], "")
     attempt = "" if ledger.store.local else "0" * 32

@@ -46,7 +46,7 @@ class Benchmark:
     """Operators that compute the same from the same inputs, the first of them the baseline.
 
     `least_ratio` and `least_memory_ratio` map an arm to what ours must at least save against it, in time and in
-    peak memory. `needs_gib` is what the hungriest arm takes.
+    peak memory. `needs_gib` is the memory of the largest arm.
     """
 
     name: str
@@ -184,7 +184,7 @@ def forward_and_backward(operator: Operator, inputs: list[Tensor]) -> list[Tenso
 
 @functools.lru_cache(maxsize=1)
 def _loss_weights(shape: torch.Size) -> Tensor:
-    """Drawn once, so that no arm's time holds it."""
+    """Drawn once, so that no arm's time includes it."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(7))
 
 

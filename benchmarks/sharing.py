@@ -42,7 +42,7 @@ class Timed:
 
 
 def launched(folder: Path, launches: int, arguments: list[str], env: Mapping[str, str]) -> Timed:
-    """Start that many launches at once, each on a core of its own, on a new ledger in `folder`; wait for all."""
+    """Start that many launches at once, each on its own core, on a new ledger in `folder`; wait for all."""
     folder.mkdir()
     command = [sys.executable, str(TOY), "--storage", str(folder / "ledger"), *arguments]
     began, running = time.perf_counter(), []

@@ -237,8 +237,8 @@ def _work(x: NDArray, count: int) -> float:
 def bench_processes(data: Mapping[str, NDArray], n: int, repeats: int) -> str:
     """Gain of two processes over one on the same null draws: by wall-clock, and by CPU time.
 
-    By CPU time it is total CPU-seconds alone / CPU-seconds of the busier of the two, which is what the wall-clock
-    shows on cores that nobody else uses: shared caches and memory count, other programs' time slices do not.
+    By CPU time it is total CPU-seconds alone / CPU-seconds of the busier of the two, which is the gain in
+    wall-clock time on idle cores: shared caches and memory count, other programs' time slices do not.
     """
     x = draw(data["bits"], n)
     count = 24
