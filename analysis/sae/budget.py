@@ -1,6 +1,6 @@
 """What a sparse code costs, what it uses, and how many active features a target fidelity takes.
 
-Shape suffixes: N tokens, K active features a token, F features (d_sae), G grid points of k.
+Shape suffixes: N tokens, K active features per token, F features (d_sae), G grid points of k.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ VALUE_BITS = 8  # the study quantises each active value to one byte
 
 
 def rate_bits(d_sae: int, k: int) -> float:
-    """Bits a token with all supports equally likely: log2 C(d_sae, k) + 8k, exact to float64 rounding."""
+    """Bits per token with all supports equally likely: log2 C(d_sae, k) + 8k, exact to float64 rounding."""
     if not 1 <= k <= d_sae:
         raise ValueError(f"k={k} must lie in 1..d_sae={d_sae}; choose k <= d_sae")
     return math.log2(math.comb(d_sae, k)) + VALUE_BITS * k
 
 
 def rate_bits_entropy(index_entropy: float, k: int) -> float:
-    """Bits a token with indices entropy-coded by how often each feature fires: k·H − log2 k! + 8k.
+    """Bits per token with indices entropy-coded by how often each feature fires: k·H − log2 k! + 8k.
 
     The order of the k indices carries no information, so its log2 k! bits are taken off, as in the uniform
     bound log2 C(d_sae, k); with equal use of all features and k ≪ d_sae the two agree.
 
     Args:
         index_entropy: H in bits, the entropy of the feature index of a randomly chosen activation.
-        k: active features a token.
+        k: active features per token.
     """
     if k < 1 or not index_entropy >= 0:
         raise ValueError(f"index_entropy={index_entropy} bits must be >= 0 and k={k} >= 1")

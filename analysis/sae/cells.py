@@ -1,4 +1,4 @@
-"""The cells table of the proxy gap: its columns, one row a cell, and the order in which reports list them.
+"""The cells table of the proxy gap: its columns, one row per cell, and the order in which reports list them.
 
 Shape suffixes: C cells, S sequences, R resamples.
 """
@@ -22,7 +22,7 @@ from analysis.sae.columns import AUDIT_COLUMNS, CELL_COLUMNS, CONFIGURATION, IDE
 if TYPE_CHECKING:
     from analysis.sae.fidelity import SequenceSums
 
-# Fewer sequences leave 95% intervals below .93: R² hangs on the few sequences with the longest activations.
+# Fewer sequences leave 95% intervals below .93: R² depends on the few sequences with the longest activations.
 MIN_SEQUENCES = {"ce_rec": 8, "r2": 32}
 _DEPTHS = {"early": 0, "mid": 1, "late": 2}
 

@@ -124,7 +124,7 @@ def _mean_loss(name: str, loss: Losses) -> float:
 def ce_rec(loss_orig: Losses, loss_recon: Losses) -> float:
     """CE_rec = 2 − L_recon / L_orig: 1 when the patched loss is unchanged, 0 when it doubled.
 
-    Next-token cross-entropies in nats a token; arrays (one entry a sequence of equal length) are averaged
+    Next-token cross-entropies in nats per token; arrays (one entry per sequence of equal length) are averaged
     first, so the value is a ratio of sums. Not normalised by an ablation: that is `ce_loss_score`.
     """
     original = _mean_loss("loss_orig", loss_orig)
@@ -233,7 +233,7 @@ class SequenceSums:
     def add_losses(
         self, sequence_B: torch.Tensor | Sequence[int], loss_orig_B: Losses, loss_recon_B: Losses, loss_zero_B: Losses
     ) -> None:
-        """Set the mean next-token cross-entropy (nats a token) of each sequence, one entry a sequence."""
+        """Set the mean next-token cross-entropy (nats per token) of each sequence, one entry per sequence."""
         ids = torch.as_tensor(sequence_B, dtype=torch.int64).tolist()
         columns = [_double(x).reshape(-1).tolist() for x in (loss_orig_B, loss_recon_B, loss_zero_B)]
         if any(len(column) != len(ids) for column in columns):
@@ -242,7 +242,7 @@ class SequenceSums:
         self._losses.update(zip(ids, zip(*columns, strict=True), strict=True))
 
     def table(self) -> pd.DataFrame:
-        """One row a sequence, columns SEQUENCE_COLUMNS, sorted by id; losses not given yet are NaN.
+        """One row per sequence, columns SEQUENCE_COLUMNS, sorted by id; losses not given yet are NaN.
 
         Raises ValueError on an empty stream, on non-finite sums (named by sequence), and when `mean_D`
         is not the mean of the streamed tokens.
@@ -290,7 +290,7 @@ def metrics_from_table(table: pd.DataFrame, *, d_model: int, mean_sq: float) -> 
     has its losses, loss_orig, loss_recon, loss_zero, ce_rec, ce_loss_score.
 
     Args:
-        table: one row a sequence, columns SEQUENCE_COLUMNS.
+        table: one row per sequence, columns SEQUENCE_COLUMNS.
         d_model: D, the width of the activation.
         mean_sq: ‖ā‖², the squared norm of the mean activation (for `r2_energy`).
     """

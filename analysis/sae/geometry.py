@@ -45,7 +45,7 @@ def participation_ratio(x_ND: Array, deflate: int = 0) -> float:
     Isotropic covariance gives D, rank one gives 1 (Gao & Ganguli 2017; Litwin-Kumar et al. 2017).
 
     Args:
-        x_ND: activations, one row a token.
+        x_ND: activations, one row per token.
         deflate: how many of the largest eigenvalues to leave out.
     Raises:
         ValueError: fewer than two tokens, non-finite values, or nothing left after deflation.

@@ -2,19 +2,19 @@
 
 Shape suffixes: R resamples or leave-one-out samples, C cells, P proxies, G clusters.
 
-What an interval speaks of. "Pooled": the rank correlation over all cells of this grid of models, layers, k and budgets;
-what varies is the trajectory, that is, what one configuration (model, layer, k) with its trainings and budgets does
-beside the grid's common trends, and the evaluated sequences. Nothing is said about other models or layers. "Within k":
+What an interval is about. "Pooled": the rank correlation over all cells of this grid of models, layers, k and budgets;
+what varies is the trajectory, that is, how one configuration (model, layer, k) with its trainings and budgets deviates
+from the grid's common trends, and the evaluated sequences. Nothing is said about other models or layers. "Within k":
 both sides minus their mean over the cells of the same k; what varies is the k-group, for other values of k in the same
 models and layers, and the sequences.
 
-How. A jackknife that leaves out a cluster at a time (a trajectory with all its seeds and budgets; a k with all its
+How. A jackknife that leaves out one cluster at a time (a trajectory with all its seeds and budgets; a k with all its
 cells) on Fisher's z scale, with t of G − 1 degrees of freedom (Efron & Tibshirani 1993, "An Introduction to the
 Bootstrap", ch. 11), plus the variance over resampled sequences, joined as `analysis.crossed` joins components.
 Differences of two proxies join their intervals by the jackknife's own correlation between them (Zou 2007, "Toward using
 confidence intervals to compare correlations", Psychological Methods 12). All proxies see the same samples: differences
-are paired. Below MIN_CLUSTERS clusters the intervals are too narrow: none is given. Rank correlations alone have
-intervals: those of Pearson's hang on how the cells are spread (coverage down to .86 where the spread falls with k).
+are paired. Below MIN_CLUSTERS clusters the intervals are too narrow: none is given. Only rank correlations have
+intervals: those of Pearson's depend on how the cells are spread (coverage down to .86 where the spread falls with k).
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ class _Scope:
         deviation_PR = z_PR - z_PR.mean(axis=1, keepdims=True)
         jackknife_PP = (n_clusters - 1) / n_clusters * (deviation_PR @ deviation_PR.T)
         squares_PP = _t(n_clusters - 1) ** 2 * jackknife_PP
-        squares_PP[np.diag(jackknife_PP) == 0] = np.nan  # all samples rank alike: their spread is not known
+        squares_PP[np.diag(jackknife_PP) == 0] = np.nan  # all samples give the same ranking: their spread is not known
         if self.resampled[relation] and self.sequences:
             over_sequences_PP = np.cov(np.concatenate(self.resampled[relation], axis=1)).reshape(jackknife_PP.shape)
             squares_PP = squares_PP + _t(self.sequences - 1) ** 2 * over_sequences_PP

@@ -59,7 +59,7 @@ class Study:
         return self.published and (study_name(small), study_name(large)) == (published.SMALL, published.LARGE)
 
     def headline_means(self) -> pd.DataFrame:
-        """The means at the reference depth, smallest budget and smallest k: one row a model."""
+        """The means at the reference depth, smallest budget and smallest k: one row per model."""
         part = self.means_at(depth=self.reference_depth, tokens=self.budgets[0])
         return part[part["k"] == part["k"].min()]
 
@@ -102,7 +102,7 @@ def study_name(model: object) -> str:
 
 
 def limited(study: Study) -> tuple[pd.DataFrame, list[str]]:
-    """The means; those of the reference depth alone where a table would exceed MAX_ROWS, with a line that says so."""
+    """The means; only those of the reference depth where a table would exceed MAX_ROWS, and then a line of text."""
     if len(study.means) <= MAX_ROWS:
         return study.means, []
     part = study.means_at(depth=study.reference_depth)

@@ -239,7 +239,7 @@ def _proxy_order(names: pd.Series) -> pd.Series:
 
 
 def rate_distortion(study: Study) -> Figure:
-    """Distortion against bits a token at the largest budget: unexplained variance, and the relative loss rise."""
+    """Distortion against bits per token at the largest budget: unexplained variance, and the relative loss rise."""
     tokens = study.budgets[-1]
     figure, axes = panels(2, len(study.depths), sharey=False)
     for row, metric in zip(axes, ("r2", "ce_rec"), strict=True):

@@ -1,4 +1,4 @@
-"""The source study's published numbers, as data: what the report prints beside ours.
+"""The source study's published numbers, as data: what the report compares ours with.
 
 Budgets in training tokens; alive in percent of features; deltas are pythia-410m minus pythia-70m.
 """

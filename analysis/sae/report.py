@@ -71,7 +71,7 @@ def measure(
     Args:
         cells: one row per cell, columns `columns.CELL_COLUMNS` (more are kept).
         sequences: the evaluated sequences by cell_key (or one frame with that column), columns
-            `columns.SEQUENCE_COLUMNS`; None leaves intervals to seeds alone, and the report says so.
+            `columns.SEQUENCE_COLUMNS`; None leaves intervals to seeds alone, and the report states it.
         geometry: one row per layer, columns GEOMETRY_COLUMNS and, unless an older ledger lacks them,
             columns.LAYER_COLUMNS; None leaves the sections out.
         published: whether the preset is one of the study's, so that its numbers are printed with ours.

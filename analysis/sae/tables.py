@@ -1,4 +1,4 @@
-"""The source study's tables in the proxy-gap report, its published numbers beside ours.
+"""The source study's tables in the proxy-gap report, its published numbers next to ours.
 
 Every function takes the `Study` and returns a `Section`. A section whose cells are missing says which
 cells it needs instead of a table.
@@ -351,7 +351,7 @@ def conventions(study: Study) -> Section:
 
 
 def rates(study: Study) -> Section:
-    """Bits a token under both rate proxies beside the distortion they buy."""
+    """Bits per token under both rate proxies, with the distortion at that rate."""
     part, lines = limited(study)
     rows = [
         identity(row)

@@ -49,7 +49,7 @@ class VarianceSums:
     """Streaming sums of one layer over whole sequences, float64: its covariance, and the tokens that stand out.
 
     Kept of the activations: the first four tokens of each sequence and, of all but the first, the `SINK_SHARE` of the
-    tokens that are longest, so that everything in `summary` is exact after one pass. One norm a token is kept, too.
+    tokens that are longest, so that everything in `summary` is exact after one pass. One norm per token is kept, too.
 
     Args:
         n_tokens: N, how many tokens will be streamed in all; `summary` raises ValueError when others came.
@@ -148,7 +148,7 @@ def _ratio_or_nan(eigenvalues_D: torch.Tensor, floor: float) -> float:
 
 @dataclass(frozen=True)
 class Controls:
-    """What every SAE of a layer is judged by beside the plain R²: made once a layer, of the evaluated activations.
+    """What every SAE of a layer is judged by in addition to the plain R², made once per layer of evaluated activations.
 
     keep_PST, sst_PS: for each of SETS the tokens that it leaves in, as 0 or 1 in float64, and their Σ‖a − ā‖² in each
     sequence, ā the mean of all tokens that are left in. eigenvalues_D, vectors_DD: of the covariance of all evaluated
@@ -198,7 +198,7 @@ class ControlledErrors:
         self._error_D += (delta_BTD.flatten(0, 1) @ self.controls.vectors_DD).square().sum(dim=0)
 
     def by_sequence(self) -> dict[str, list[float]]:
-        """SEQUENCE_SUMS: the two sums behind r2_no_sinks, one entry a sequence."""
+        """SEQUENCE_SUMS: the two sums that give r2_no_sinks, one entry per sequence."""
         sums = (self._sse_PS[SETS.index("no_sinks")], self.controls.sst_PS[SETS.index("no_sinks")])
         return {name: x.tolist() for name, x in zip(SEQUENCE_SUMS, sums, strict=True)}
 
@@ -209,7 +209,7 @@ class ControlledErrors:
             tokens beyond SINK_NORM times the median norm. r2_no_sinks: without sinks (the first token and these). ā is
             the mean of the tokens left in.
         r2_deflatedM: in the coordinates that are left when the M leading eigenvectors of the covariance are taken out.
-        r2_whitened: 1 − tr(Σ⁺E) / rank Σ, E the mean of δδᵀ and Σ the covariance: every direction counts alike.
+        r2_whitened: 1 − tr(Σ⁺E) / rank Σ, E the mean of δδᵀ and Σ the covariance: every direction counts equally.
         """
         of = self.controls
         floor = rounding_floor(of.eigenvalues_D, of.n_tokens)

@@ -178,8 +178,8 @@ def mean_interval(values_R: Sequence[float] | np.ndarray) -> tuple[float, float]
     """95% interval of the expected value over subsamples of this table; (NaN, NaN) for fewer than 2 runs.
 
     Given the table, its subsamples are independent draws of rows, however much they overlap, so it is a t interval, but
-    of level SKEW_LEVEL: the top 1 of a few subsamples is skewed, and the plain one covers .88 to .95. NaN, too, where
-    all runs are alike: their spread is then not seen, rather than none.
+    of level SKEW_LEVEL: the top 1 of a few subsamples is skewed, and the plain one covers .88 to .95. Also NaN where
+    all runs are equal: their spread is then unknown, not zero.
     """
     values_R = _finite(values_R, "runs")
     if len(values_R) < 2 or np.ptp(values_R) == 0:
@@ -191,11 +191,11 @@ def mean_interval(values_R: Sequence[float] | np.ndarray) -> tuple[float, float]
 def top1_ratio(observed_R: Sequence[float] | np.ndarray, nulls: Mapping[str, np.ndarray]) -> Ratio:
     """The published statistic: mean over runs of top 1 / max over nulls of `np.quantile(null top 1, 0.95)`.
 
-    `nulls` maps a name to its draws: independent [B], or [R, B] with a row a run, where a column may be one realisation
-    for all runs. The interval is that of E/Q, for subsamples of this table: E the expected top 1 of a subsample, Q the
-    largest over nulls of the 95th percentile over subsamples and draws. It joins the t interval of the observed mean
-    with the order-statistic interval of the threshold (`thresholds.largest_threshold`) as Donner & Zou 2012 do; one
-    observed value, or several that are all alike, is taken as known (the whole table).
+    `nulls` maps a name to its draws: independent [B], or [R, B] with one row per run, where a column may be one
+    realisation for all runs. The interval is that of E/Q, for subsamples of this table: E the expected top 1 of a
+    subsample, Q the largest over nulls of the 95th percentile over subsamples and draws. It joins the t interval of the
+    observed mean with the order-statistic interval of the threshold (`thresholds.largest_threshold`) as Donner & Zou
+    2012 do; one observed value, or several that are all equal, is taken as known (the whole table).
 
     Raises:
         ValueError: no run, no null, or values that are not finite.

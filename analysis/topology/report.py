@@ -195,7 +195,7 @@ def _value(row: pd.Series | None) -> float:
 
 
 def _wide(cells: pd.DataFrame, statistics: Sequence[str]) -> pd.DataFrame:
-    """A row a place that has any of these statistics, a column a statistic."""
+    """A row per place that has any of these statistics, a column per statistic."""
     places = _places(cells[cells["statistic"].isin(statistics)])
     return pd.DataFrame(
         [

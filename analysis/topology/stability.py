@@ -149,7 +149,7 @@ def _pair(a: np.ndarray, b: np.ndarray, distance: str) -> tuple[float, int, int]
     return float(value), int(0 in both[:, 0]), int(0 in both[:, 1])
 
 
-_CHECKPOINT = re.compile(r"^(pom|ae256|file:.+)_\d+(-[0-9a-f]{12})?$")  # a file carries its hash behind its stem
+_CHECKPOINT = re.compile(r"^(pom|ae256|file:.+)_\d+(-[0-9a-f]{12})?$")  # a file's hash follows its stem
 
 
 def stability(diagrams: Sequence[np.ndarray]) -> dict[str, float]:

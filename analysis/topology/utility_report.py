@@ -1,4 +1,4 @@
-"""The utility study and the members' agreement as sections of the topology report, published values beside ours."""
+"""The utility study and the members' agreement as sections of the topology report, with the published values."""
 
 from __future__ import annotations
 

@@ -210,9 +210,9 @@ def check_layer(name: str, layer: int, n_layers: int | None = None) -> int:
 def lm_flops_per_token(
     name: str, up_to_layer: int | None = None, *, context: int = 256, lm_path: str | Path | None = None
 ) -> float:
-    """Forward FLOPs a token through block ``up_to_layer``, or through the whole LM with its head (None).
+    """Forward FLOPs per token through block ``up_to_layer``, or through the whole LM with its head (None).
 
-    Two a multiply-add; attention at the causal average of context/2 keys: 2·2·d·context/2 a block.
+    Two per multiply-add; attention at the causal average of context/2 keys: 2·2·d·context/2 per block.
     """
     spec = host_lm_spec(name, lm_path)
     blocks = spec.n_layers if up_to_layer is None else check_layer(name, up_to_layer, spec.n_layers) + 1

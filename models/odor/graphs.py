@@ -1,6 +1,6 @@
 """Molecules as graphs: featurised once, cut into batches by indexing, summed over neighbours by a fused kernel.
 
-Shapes: N molecules, A atoms, S neighbour slots an atom, F atom features, T bond types, B bond features,
+Shapes: N molecules, A atoms, S neighbour slots per atom, F atom features, T bond types, B bond features,
 H hidden width.
 """
 

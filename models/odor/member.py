@@ -5,7 +5,7 @@ GINE (Hu et al. 2020, "Strategies for Pre-training Graph Neural Networks", after
 
     m_i = Σ_{j ∈ N(i)} relu(h_j + W_l·bond_ij),    h_i ← h_i + relu(norm(MLP_l(h_i + m_i)))
 
-Shapes: N molecules, A atoms of a batch, S neighbour slots an atom, F atom features, T bond types, H hidden width,
+Shapes: N molecules, A atoms of a batch, S neighbour slots per atom, F atom features, T bond types, H hidden width,
 E embedding dimensions (256), L labels (`h_AH`, `slots_AS`, `embedding_NE`, `labels_NL`).
 """
 
@@ -213,7 +213,7 @@ class _Training:
 def embed(net: OdorNet, smiles: Sequence[str], threads: int = 1) -> np.ndarray:
     """What a member's `net` makes of molecules, of its training or not: float32 [N, E].
 
-    The features hold no stereochemistry, so stereo variants of a molecule embed alike.
+    The features hold no stereochemistry, so stereo variants of a molecule get the same embedding.
 
     Raises:
         ValueError: bad SMILES.

@@ -60,7 +60,7 @@ class Scratch:
 
 @dataclass(frozen=True)
 class Losses:
-    """What one pass over a batch says besides the gradients."""
+    """What one pass over a batch returns besides the gradients."""
 
     mse: float  # Σ ‖x̂ − x‖² / B
     aux: float  # the weighted auxiliary loss
@@ -146,7 +146,7 @@ class Engine:
         self.refresh()
 
     def aux_plan(self, dead: torch.Tensor) -> tuple[int, float]:
-        """Dead features a token may use, and the weight of the auxiliary loss, given the dead ones."""
+        """Dead features that a token may use, and the weight of the auxiliary loss, given the dead ones."""
         n_aux = self.config.n_aux
         return min(n_aux, len(dead)), self.config.aux_coefficient * min(len(dead) / n_aux, 1.0)
 

@@ -23,7 +23,7 @@ _kernel = njit(nogil=True, cache=True, error_model="numpy", fastmath=_FAST)
 # two differently optimised copies, whose sums differ in the last bit, and a resumed run would drift.
 _inlined = njit(nogil=True, cache=True, error_model="numpy", fastmath=_FAST, inline="always")
 
-# without fastmath: results that any compiled copy gives alike, bit for bit
+# without fastmath: every compiled copy gives the same results, bit for bit
 _strict = njit(nogil=True, cache=True, error_model="numpy")
 
 _SIGN_SHIFT, _MAGNITUDE = np.int32(31), np.int32(0x7FFFFFFF)
@@ -126,7 +126,7 @@ def screen(product_RM, row_scale_R, scale_M, bias_M, group, cand_RK, screened_RK
     """The K features with the largest screened score of each row, their scores, and a bound on all others.
 
     product_RM: the screening product of x and W_enc · norm without bias, either bfloat16 patterns (int16; both scales
-    are ignored) or int32 sums of int8 products with one scale a row and one a feature. The K-th largest of the groups'
+    are ignored) or int32 sums of int8 products with one scale per row and per feature. The K-th largest of the groups'
     maxima bounds the K-th largest score from below, so that only groups whose maximum reaches it are opened. Group i
     holds features i, i + M/group, …; the features beyond a multiple of `group` are groups of one.
     """

@@ -1,6 +1,6 @@
 """The TopK sparse autoencoder: its configuration, its weights, and inference.
 
-Shape suffixes: B tokens, D = d_in input width, M = d_sae features, k active features a token.
+Shape suffixes: B tokens, D = d_in input width, M = d_sae features, k active features per token.
 
 The model is SAELens' TopK SAE (Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section 2.3) with
 decoder-norm rescaling. With n_j = ‖W_dec[j]‖ (n_j = 1 without rescaling):
@@ -89,7 +89,7 @@ class SAEConfig:
 
     @property
     def n_aux(self) -> int:
-        """Dead features a token uses in the auxiliary loss, before the number of dead features limits it."""
+        """Dead features that a token uses in the auxiliary loss, before the number of dead features limits it."""
         return self.aux_k if self.aux_k is not None else max(1, min(self.d_in // 2, self.d_sae))
 
     def branch_step(self, budget_steps: int) -> int:

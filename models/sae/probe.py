@@ -21,7 +21,7 @@ def faster_backend(config: SAEConfig, n_threads: int) -> Backend:
     """ "numba" or "torch", whichever took fewer CPU-seconds for a small step of this shape in this process.
 
     The shape is cut to 4,096 features and 256 tokens, so that the probe takes a fraction of a second (plus the
-    compilation of the kernels on a machine's first run). Measured once a process for each shape.
+    compilation of the kernels on a machine's first run). Measured once per process and shape.
     """
     features = min(config.d_sae, PROBE_FEATURES)
     small = replace(config, d_sae=features, k=min(config.k, features), aux_k=None, seed=0)

@@ -45,7 +45,7 @@ def blocks_of(rows_ND: torch.Tensor, scratch: Scratch, name: str, n_threads: int
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a screen leaves: K features a token, their screened scores, and a bound on the score of all others."""
+    """What a screen leaves: K features per token, their screened scores, and a bound on the score of all others."""
 
     index_BK: torch.Tensor
     screened_BK: torch.Tensor

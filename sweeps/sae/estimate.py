@@ -13,9 +13,9 @@ from sweeps.launch.screen import duration
 from sweeps.sae.cells import SAECell, sae_config
 from sweeps.sae.packs import make_packs, shared_passes, spec_of, steps_of
 
-_LM_EFFICIENCY = 0.6  # of the matmul rate that a whole transformer block reaches
+_LM_EFFICIENCY = 0.6  # share of the matmul rate that a whole transformer block reaches
 _STEP_TOUCHES = 14  # a dense step reads and writes both matrices, their moments, and reads their gradients
-_NOMINAL_FLOPS = 5e10  # a CPU core, when nothing is measured
+_NOMINAL_FLOPS = 5e10  # FLOP/s of a CPU core, when nothing is measured
 _EVALUATION_PASSES = 4  # in forward passes over the held-out text that all SAEs of a pack share: one, and its backward
 
 

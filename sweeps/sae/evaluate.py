@@ -42,7 +42,7 @@ _UNITS = {"mse": "squared norm / d_model", "loss_orig": "nats/token", "loss_reco
 
 
 class Evaluation:
-    """The held-out sequences of a stream, with what all SAEs of a pack share, made once.
+    """The held-out sequences of a stream, with what all SAEs of a pack share, computed once.
 
     Holds activations and gradients of the hooked layers: 2 · layers · S · T · D float32 on the device. Tokens that the
     cells leave out keep their own activations in the patched pass, and no metric counts them; the geometry of the

@@ -36,12 +36,12 @@ def pack_bytes(cells: Sequence[SAECell], run: RunSettings) -> int:
     width = spec.d_model
     layers = len({c.layer for c in cells})
     trajectories = [own for shared in shared_passes(cells).values() for own in shared.values()]
-    # a decay branch has weights and moments of its own beside the trunk's
+    # a decay branch has weights and moments of its own in addition to the trunk's
     saes = [sae_config(own[0], width) for own in trajectories for _ in range(1 + _branches_at_once(own))]
     lm = spec.n_parameters * (2 if first.lm_dtype == "bfloat16" else 4)
     block = layers * first.shuffle_sequences * first.context * width * 4
     evaluation = 2 * layers * first.eval_sequences * first.context * width * 4
-    # beside each layer's covariance: the first four tokens of a sequence and the longest of all (analysis.sae.variance)
+    # in addition to each covariance: the first four tokens per sequence and the longest of all (analysis.sae.variance)
     apart = first.eval_sequences * (4 + 0.02 * first.context)
     covariance = spec.n_layers * (width * width * 8 + int(apart) * width * 4)
     return _PROCESS_BYTES + lm + block + evaluation + covariance + bank_bytes(saes, first.batch_tokens)
@@ -207,7 +207,7 @@ def _split_within(
 
 
 def _shares(sizes: list[int], total: int) -> list[int]:
-    """`total` parts over groups in proportion to their sizes, at least one each, at most one a trajectory."""
+    """`total` parts over groups in proportion to their sizes, at least one each, at most one per trajectory."""
     shares = [1] * len(sizes)
     while sum(shares) < total:
         open_groups = [i for i, n in enumerate(sizes) if shares[i] < n]

@@ -26,7 +26,7 @@ def preflight(cells: Sequence[SAECell], run: RunSettings) -> list[str]:
     The training text of the largest budget is read once where it lies on this machine (`text.TextCheck`); from
     elsewhere each pack looks at what it reads.
 
-    Raises UserError where weights or text are out of reach, do not fit, or fall short.
+    Raises UserError where weights or text are unreachable, do not fit, or are too short.
     """
     from models.host.host_lm import LMUnavailable, check_checkpoint, host_lm_spec
 
@@ -100,7 +100,7 @@ def _require_hub(wants_lm: bool, wants_text: bool) -> None:
             raise ConnectionError("HF_HUB_OFFLINE is set")
         urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=HUB_SECONDS).close()
     except urllib.error.HTTPError:
-        return  # it answers; if it refuses a file, loading that file says so
+        return  # it answers; if it refuses a file, loading that file reports it
     except OSError as error:
         local = " ".join(["--set lm_path=DIR"] * wants_lm + ["--set stream_path=DIR"] * wants_text)
         raise UserError(

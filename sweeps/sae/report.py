@@ -26,7 +26,7 @@ _GEOMETRY = {f"{name}_of_layer": name for name in ("pr", "pr_deflated", *LAYER_C
 
 
 def tables(cells: Sequence[PublishedCell]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """(cells: one row each, sequences: one row a cell and sequence, geometry: one row a model and layer)."""
+    """(cells: one row each, sequences: one per cell and sequence, geometry: one per model and layer)."""
     records, sequences = [], []
     geometry: dict[tuple[str, int], dict[str, float]] = {}
     for cell, table in zip(cells, tables_of(cells, "sequences.parquet"), strict=True):
@@ -52,7 +52,7 @@ def _local_sources(cells: Sequence[PublishedCell]) -> dict[str, str]:
 
 
 def is_the_studys(name: str, grid: Grid, original: Grid) -> bool:
-    """Whether published numbers may stand beside a grid's: a paper preset of which at most other cells were chosen."""
+    """Whether published numbers may be printed: for a paper preset that differs at most in its choice of cells."""
     rest = [f.name for f in fields(grid) if f.name not in _SELECTION]
     return name in published.PRESETS and all(getattr(grid, n) == getattr(original, n) for n in rest)
 

@@ -35,9 +35,9 @@ from sweeps.sae.tokens import kept_tokens, leaves_out, replace_dropped
 if TYPE_CHECKING:
     from models.host.host_lm import HostLM
     from sweeps.sae.cells import SAECell
-_LM_BATCH = 16  # sequences a forward pass while activations are collected
-_CURVE_POINTS = 64  # an octave of steps: the same points whatever budgets a run has
-_SAVE_PAUSE = 20  # times the last checkpoint's own duration before the next: at most 5% of the time goes there
+_LM_BATCH = 16  # sequences per forward pass while activations are collected
+_CURVE_POINTS = 64  # per octave of steps: the same points whatever budgets a run has
+_SAVE_PAUSE = 20  # pause before the next checkpoint, in durations of the last: at most 5% of the time goes there
 
 
 @dataclass
@@ -121,7 +121,7 @@ class Trajectory:
 
 
 def backend(d_in: int, device: str, threads: int) -> Literal["numba", "torch"]:
-    """The SAE step's backend: measured once a machine and kept, so that packs and restarts agree bit for bit."""
+    """The SAE step's backend: measured once per machine and kept, so that packs and restarts agree bit for bit."""
     if device != "cpu":
         return "torch"
     store = Store(str(user_cache()))
@@ -220,12 +220,12 @@ class _PackRun:
         )
 
     def _resume(self, t: Trajectory) -> None:
-        """Continue from the checkpoint, unless a budget without a branch needs the trunk at a step that is past."""
+        """Continue from the checkpoint, unless a budget without a branch needs the trunk at an earlier step."""
         state = self.context.work.load(t.name)
         if state is None:
             return
         leaves = [t.config.branch_step(c.steps) for c in t.cells if str(c.steps) not in state["branches"]]
-        # a trunk that nothing was to leave any more stood still while its branches went on
+        # a trunk that no branch was to leave any more stopped while its branches went on
         if not leaves or int(state["step"]) == int(state["trunk"]["step"]) <= min(leaves):
             t.restore(state)
 
@@ -279,7 +279,7 @@ class _PackRun:
                     stats = trainer.step(x_BD)
                 except FloatingPointError as error:
                     self._give_up(t, [c for c in t.cells if t.trainer_of(c) is trainer], error)
-                    t.branches.pop(budget, None)  # of a cell that is not planned here, too
+                    t.branches.pop(budget, None)  # also that of a cell which is not planned here
                     continue
                 except ValueError as error:
                     raise UserError(str(error)) from error
@@ -297,7 +297,7 @@ class _PackRun:
             self.context.progress(force=True, phase=f"evaluating SAE {i + 1} of {len(due)}")
             try:
                 rows, files, ce_rec = self.evaluation.run(cell, trainer.sae)
-            except ValueError as error:  # what this SAE gives has no value; the others are evaluated alike
+            except ValueError as error:  # this SAE's outputs have no value; the others are still evaluated
                 self._give_up(t, [cell], error)
                 continue
             self._best = max(self._best, ce_rec)
@@ -307,7 +307,7 @@ class _PackRun:
         self._forget_finished()
 
     def _give_up(self, t: Trajectory, cells: Sequence[SAECell], error: Exception) -> None:
-        """Record as failed the cells that an SAE's own numbers spoil, as each would be alone."""
+        """Record as failed the cells that this SAE's own numbers spoil; each would fail alone, too."""
         for cell in cells:
             self.context.fail(cell, str(error))
             t.drop(cell)

@@ -105,7 +105,7 @@ class Audit:
     table: str = "embedded"
     table_path: str = ""  # folder with the tables' source files, instead of downloading them
     blank_labels: str = "absent"  # what a blank cell of a label column is: 0 (absent), or a reason to refuse the table
-    clouds: tuple[str, ...] = ()  # point clouds with known loops, audited beside the table
+    clouds: tuple[str, ...] = ()  # point clouds with known loops, audited along with the table
     representations: tuple[str, ...] = ("bits_r4", "counts_r4", "physchem", "pom_0")
     embedding: tuple[str, ...] = ()  # .npy/.npz/.parquet files with row ids, each a representation file:STEM-HASH
     metrics: tuple[str, ...] = ()  # () = each representation's own

@@ -1,6 +1,6 @@
 """What finishing cells of the topology audit takes, from a probe of a few seconds at small size.
 
-Seconds are CPU-seconds of one core: what a pack needs when nobody else uses its core.
+Seconds are CPU-seconds of one core: what a pack needs when nothing else uses its core.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class _Probe:
         return (start + (cell.epochs - 1) * max(0.0, longer - start) / 2) * len(rows) / len(smiles)
 
     def _patches(self, cell: UtilityCell) -> float:
-        """Seconds a row: its patch, both blocks."""
+        """Seconds per row: its patch and both blocks of features."""
         from analysis.topology import utility
         from analysis.topology.distances import distance_matrix
         from analysis.topology.persistence import h1

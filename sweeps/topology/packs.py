@@ -30,7 +30,7 @@ def _weight(cell: TopologyCell) -> float:
 def make_packs(
     cells: Sequence[TopologyCell], sources: Sources, machine: Machine, run: RunSettings
 ) -> list[Pack[TopologyCell]]:
-    """Packs of one (table, representation), split so that every core has work and none waits long for the last.
+    """Packs of one (table, representation), split so that every core has work and none waits long at the end.
 
     A member of the odor model is a pack of its own, and the cells that need an unfinished member wait for the next
     round, so that no member is trained twice.

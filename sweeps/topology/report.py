@@ -109,6 +109,6 @@ def utility_frame(cells: Sequence[PublishedCell]) -> pd.DataFrame:
 
 
 def read_diagrams(data: bytes) -> list[np.ndarray]:
-    """Diagrams [P, 2] of a published cell's `diagrams.npz`, one a draw."""
+    """Diagrams [P, 2] of a published cell's `diagrams.npz`, one per draw."""
     with np.load(io.BytesIO(data)) as packed:
         return list(np.split(packed["pairs"], np.cumsum(packed["lengths"])[:-1]))

@@ -59,8 +59,8 @@ def run_pack(cells: Sequence[TopologyCell], preset: Audit, context: PackContext)
 class _Representations:
     """Representations of this pack; the own odor model's come from the ledger.
 
-    A member is missing there only where its cell was not planned (`--only`) or where another launch is still at it;
-    then it is trained and published here, too, and the first result stays.
+    A member is missing there only if its cell was not planned (`--only`) or another launch is still training it; then
+    it is trained and published here, too, and the first result stays.
     """
 
     def __init__(self, sources: Sources, context: PackContext) -> None:
@@ -139,8 +139,8 @@ def _diagrams(cell: DiagramCell, own: _Representations, context: PackContext) ->
 def null_rows(cell: DiagramCell, draw: int, x_ND: np.ndarray, rows_n: np.ndarray) -> np.ndarray:
     """A run's rows [n, D] under its null: of a draw of the whole table (joint), or drawn from the run's rows alone.
 
-    Subsamples of one table overlap. Only where draw b is one table for all of them do their null values hang together
-    as the observed ones do, which a test of their mean needs; margins then hold in the whole table.
+    Subsamples of one table overlap, so their observed values are correlated. Null values are correlated in the same way
+    only if draw b is one table for all runs, which a test of their mean needs; margins then hold in the whole table.
     """
     sample = getattr(nulls, cell.null)
     if cell.null_stream == "joint":

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from data.molecules import MoleculeTable
     from sweeps.topology.cells import Audit, TopologyCell
 CLOUD_ROWS = 300
-SPREAD_ROWS = 20_000  # below it a core is done (5,000 molecules: 0.6 s of bits) before Ray Data has started
+SPREAD_ROWS = 20_000  # below it one core finishes (5,000 molecules: 0.6 s of bits) before Ray Data has started
 BLANK_POLICIES = ("absent", "refuse")
 _SHOWN_COLUMNS = 5
 _CURATED = "curated_GS_LF_merged_4983.csv"
@@ -69,7 +69,7 @@ class Sources:
     def embeddings(self) -> dict[str, np.ndarray]:
         """The embeddings given as files, {`file:STEM-HASH`: [N, D]} in the order of the table's rows.
 
-        Named by content, so several share a ledger and a file that was changed is another representation. Raises
+        Named by content: several can share a ledger, and a changed file is another representation. Raises
         UserError for a file that is missing, unreadable or not of this table's rows, and with a point cloud.
         """
         given = self.preset.embedding
@@ -244,7 +244,7 @@ def matrix(table: str, representation: str, place: str) -> np.ndarray:
 
 
 def _features(smiles: list[str], what: str) -> np.ndarray:
-    """Features of a table: here, or by Ray Data over the cluster where the table is large enough to gain by it."""
+    """Features of a table: computed here, or by Ray Data on the cluster if the table is large enough to gain by it."""
     ray = sys.modules.get("ray")
     spread = len(smiles) >= SPREAD_ROWS and ray is not None and ray.is_initialized()
     return np.asarray(molecules.featurise(smiles, what, ray=spread))

@@ -29,7 +29,7 @@ from models.odor.member import split
 from sweeps.core.cells import Row
 from sweeps.topology.cells import UTILITY_SCORES, UtilityCell, member_of
 
-_TREE_FOLDS = 40  # neighbourhoods that the trees are tested on: a fit takes a hundred times as long as ridge's
+_TREE_FOLDS = 40  # neighbourhoods that the trees are tested on: one fit takes a hundred times as long as one of ridge
 
 
 def tree_draws(permutations: int) -> int:
@@ -106,7 +106,7 @@ def _splits(cell: UtilityCell, patches_nP: np.ndarray, smiles: list[str]) -> lis
 def _label_jaccard(
     distance_NN: np.ndarray, labels_NL: np.ndarray, train: np.ndarray, test: np.ndarray, neighbours: int
 ) -> Iterator[Row]:
-    """Likeness of a row's labels and its neighbours', over the odor model's training and test rows.
+    """Similarity of a row's labels to its neighbours', over the odor model's training and test rows.
 
     A representation that was trained on labels has more of it where it was trained; a fingerprint has not.
     """
