@@ -66,9 +66,9 @@ def verdicts(found: Sequence[Effect], words: tuple[str, str]) -> tuple[list[floa
 class ArmData:
     """One arm: its name, the variable it changes and to what, planted or not, and the measurements of its models.
 
-    cached, control: see `analysis.recordings.likelihood_differences`. gates: a row a kind of weights (start, raw, ema),
-    seed, layer and clip. facts: further numbers of the arm for the table (n_parameters, control_parameters, reach,
-    spikes, ...).
+    cached, control: see `analysis.recordings.likelihood_differences`. gates: one row per kind of weights (start, raw,
+    ema), seed, layer and clip. facts: further numbers of the arm for the table (n_parameters, control_parameters,
+    reach, spikes, ...).
     """
 
     name: str
@@ -82,7 +82,7 @@ class ArmData:
 
 
 def effects(arms: Sequence[ArmData], base: str = "base") -> pd.DataFrame:
-    """One row an arm, in their order.
+    """One row per arm, in their order.
 
     worth: val_nll(MC) - val_nll(control). more: worth less the base setting's. moved: change of openness in training,
     averaged over the layers. gate: moved less the base setting's, over the layers that both cache. Each with _lo, _hi,

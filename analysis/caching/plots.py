@@ -21,7 +21,7 @@ _STATES = (("openness", "openness"), ("cache_mass", "share of gate mass on cache
 
 
 def effect_figure(effects: pd.DataFrame, path: Path) -> None:
-    """Forest plot: an arm a row, an effect a panel, 95% intervals; filled where Holm's test decides."""
+    """Forest plot: one row per arm, one panel per effect, 95% intervals; filled where Holm's test decides."""
     chosen = effects[~effects["planted"]].reset_index(drop=True)
     place = np.arange(len(chosen))[::-1]
     with plots.style():
@@ -42,7 +42,7 @@ def effect_figure(effects: pd.DataFrame, path: Path) -> None:
 
 
 def layer_figure(layers: pd.DataFrame, order: list[str], path: Path) -> None:
-    """An arm a row, a layer a mark (mean over seeds), after training; hollow: before it.
+    """One row per arm, one mark per layer (mean over seeds), after training; hollow: before it.
 
     layers: columns arm, weights (start, ema), seed, layer, openness, cache_mass, contribution.
     """

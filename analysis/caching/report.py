@@ -139,7 +139,7 @@ def _interval(row: Mapping[Hashable, Any], name: str, digits: int) -> str:
 
 
 def _verdict(row: Mapping[Hashable, Any], name: str) -> str:
-    """The word and its adjusted p, bold where it is decided; or what the test would need."""
+    """The word and its adjusted p, bold where it is decided; or what the test lacks."""
     word, p = row.get(f"{name}_verdict"), row.get(f"{name}_holm")
     if pd.isna(word) or pd.isna(p):
         return "" if pd.isna(word) else str(word)

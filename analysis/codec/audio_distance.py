@@ -51,7 +51,7 @@ class Embeddings:
 
 
 class Embedder(Protocol):
-    """Turns a mono wave at ``sample_rate`` Hz into x_ND, one vector a window of ``window_s`` that fits."""
+    """Turns a mono wave at ``sample_rate`` Hz into x_ND, one vector per window of ``window_s`` that fits."""
 
     @property
     def name(self) -> str: ...
@@ -83,7 +83,7 @@ class LogMelStatistics:
         return f"log-mel statistics ({self.n_mels} bands, mean and sd over {self.window_s:g} s, {self.sample_rate} Hz)"
 
     def embed(self, wave_N: npt.ArrayLike) -> Floats:
-        """x_ND, one vector a window that fits (D = 2 * n_mels; empty when none does)."""
+        """x_ND, one vector per window that fits (D = 2 * n_mels; empty when none does)."""
         from torchaudio.transforms import MelSpectrogram
 
         wave = torch.as_tensor(np.asarray(wave_N), dtype=torch.float32)
@@ -294,7 +294,7 @@ def kernel_distance(
     ``polynomial`` is the kernel inception distance's (x.y/D + 1)^3 (Bińkowski et al. 2018), ``rbf`` a Gaussian of
     the reference's median distance (as in the kernel audio distance, Chung et al. 2025), both on embeddings
     standardised by the reference. Pairs of vectors from the same clip are left out, clips being the independent
-    units. The value may be negative. It has no interval: the scale is that of the reference at hand, and neither
+    units. The value may be negative. It has no interval: the scale is that of this reference, and neither
     resampling nor leaving out clips knows the error of that (simulated: 95% intervals cover 85 to 90%).
     Raises ValueError when the embedders differ or the kernel has another name.
     """

@@ -26,7 +26,7 @@ from analysis.recordings import NEEDS_RECORDINGS, unit_words, wide_sums
 def choose_lr(
     models: pd.DataFrame, column: str = "val_nll_ema", tried: Mapping[str, Sequence[float]] | None = None
 ) -> pd.DataFrame:
-    """One row an architecture: architecture, lr (its best), lr_tried (tuple), edge, n_seeds, and the mean `column`.
+    """One row per architecture: architecture, lr (its best), lr_tried (tuple), edge, n_seeds, and the mean `column`.
 
     The best learning rate is the one of lowest mean over seeds, among those that the most seeds finished with. `edge`
     is "" inside the grid, "lowest" or "highest" at its edge (a better one may lie outside), "only one" without a
@@ -71,7 +71,7 @@ class Arms:
         return tuple(self.crossed.seeds(arm) for arm in range(len(self.names)))
 
     def table(self) -> pd.DataFrame:
-        """One row an architecture, best first: architecture, val_nll, lo, hi (95%), n_seeds, seed_sd, needs.
+        """One row per architecture, best first: architecture, val_nll, lo, hi (95%), n_seeds, seed_sd, needs.
 
         With several seeds the limits are for other seeds and recordings; with one seed for other recordings alone, of
         the trained model at hand. seed_sd: standard deviation of val_nll over the seeds, NaN for one.
@@ -91,10 +91,10 @@ class Arms:
         return table.sort_values("val_nll", ignore_index=True)
 
     def differences(self) -> pd.DataFrame:
-        """One row a pair (a, b), a the better: difference val_nll(b) - val_nll(a), lo, hi (95%), p, p_holm, needs.
+        """One row per pair (a, b), a the better: difference val_nll(b) - val_nll(a), lo, hi (95%), p, p_holm, needs.
 
         p_holm controls the error of all pairs that could be tested together (Holm 1979). lo, hi, p and p_holm are NaN
-        where `needs` says what they would need.
+        where `needs` says what is missing.
         """
         order = np.argsort([self.crossed.value(arm) for arm in range(len(self.names))], kind="stable").tolist()
         pairs = list(combinations(order, 2))
@@ -145,11 +145,11 @@ class Arms:
 
 
 def arm_resamples(clips: pd.DataFrame) -> Arms:
-    """val_nll (nats a token) of each architecture by seed and recording; nothing is resampled, the name is a contract.
+    """val_nll (nats per token) by architecture, seed and recording; nothing is resampled, the name is a contract.
 
     Args:
-        clips: a row a model and held-out clip, columns architecture, seed, clip_id, nll (sum over tokens), tokens, and
-            recording_id of the recording that the clip was cut from (without it, clips are taken for recordings).
+        clips: one row per model and held-out clip, columns architecture, seed, clip_id, nll (sum over tokens), tokens,
+            and recording_id of the recording that the clip was cut from (without it, clips are taken for recordings).
     Raises:
         ValueError: no clip, or models that were scored on other clips or tokens.
     """

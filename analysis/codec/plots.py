@@ -91,7 +91,7 @@ def curve_figure(curves: pd.DataFrame, order: Sequence[str], path: Path) -> None
 
 
 def lr_figure(models: pd.DataFrame, chosen: pd.DataFrame, order: Sequence[str], path: Path) -> None:
-    """Held-out NLL against the learning rate, a panel an architecture: a dot a seed, a ring at the choice.
+    """Held-out NLL against the learning rate; one panel per architecture, one dot per seed, a ring at the choice.
 
     models: columns architecture, lr, seed, val_nll_ema. chosen: architecture, lr.
     """
@@ -153,7 +153,7 @@ def difference_figure(differences: pd.DataFrame, reference: str, path: Path) -> 
 def codebook_figure(codebooks: pd.DataFrame, order: Sequence[str], path: Path) -> None:
     """NLL, top-1 and top-5 accuracy by codebook, EMA weights, means over seeds.
 
-    codebooks: columns architecture, weights, codebook, nll, top1, top5, one row a seed.
+    codebooks: columns architecture, weights, codebook, nll, top1, top5, one row per seed.
     """
     shown = {"nll": "held-out NLL (nats)", "top1": "top-1 accuracy (%)", "top5": "top-5 accuracy (%)"}
     ema = codebooks[codebooks["weights"] == "ema"]
@@ -173,7 +173,7 @@ def codebook_figure(codebooks: pd.DataFrame, order: Sequence[str], path: Path) -
 
 
 def gradient_figure(curves: pd.DataFrame, order: Sequence[str], path: Path) -> bool:
-    """Gradient norm (before clipping) of each parameter group against the step, a panel an architecture, log scale.
+    """Gradient norm (before clipping) of each parameter group against the step, one panel per architecture, log scale.
 
     curves: columns architecture, metric, group, step, value. Returns False, and writes nothing, without such rows.
     """
@@ -200,7 +200,7 @@ def gradient_figure(curves: pd.DataFrame, order: Sequence[str], path: Path) -> b
 def audio_figure(audio: pd.DataFrame, order: Sequence[str], path: Path) -> None:
     """Fréchet distance and coherence of each model's samples with 95% intervals; real audio as a line with its band.
 
-    audio: a row an architecture and one named "real audio", columns architecture, frechet_limit, frechet_lo,
+    audio: one row per architecture and one named "real audio", columns architecture, frechet_limit, frechet_lo,
     frechet_hi, coherence, coherence_lo, coherence_hi (NaN: not measured).
     """
     shown = {"frechet": "Fréchet distance to held-out audio (at infinite N)", "coherence": "long-range coherence"}

@@ -14,7 +14,7 @@ from analysis.markdown import table
 # step → label-smoothed validation loss of the speech study's hybrid, and its exponential (published as perplexity)
 SPEECH = {1_800: (4.2847, 72.58), 12_000: (3.8207, 45.63)}
 SPEECH_LR, SPEECH_CLIPS = 3e-4, 666
-# architecture → (size, nats a token over 9 codebooks) of the earlier post's music baselines
+# architecture → (size, nats per token over 9 codebooks) of the earlier post's music baselines
 MUSIC = {"transformer": ("162M", 5.294), "hybrid_1_3": ("116M", 5.284)}
 REFERENCE = "olmo_hybrid"
 

@@ -158,7 +158,7 @@ def interval(value: float, low: float, high: float, digits: int = 3) -> str:
 
 
 def _main_frame(results: Results, chosen: pd.DataFrame, arms: Arms, raw: Arms) -> pd.DataFrame:
-    """A row an architecture, best first: means over seeds of the chosen models' numbers, and intervals."""
+    """One row per architecture, best first: means over seeds of the chosen models' numbers, and intervals."""
     numbers = at(results.models, chosen).groupby("architecture", sort=False).mean(numeric_only=True)
     numbers = numbers.drop(columns=["lr", "seed", "val_nll_ema", "val_nll_raw"])
     raw_columns = raw.table().rename(columns={"val_nll": "val_nll_raw", "lo": "raw_lo", "hi": "raw_hi"})
@@ -317,7 +317,7 @@ def _spike_table(spikes: pd.DataFrame, order: Sequence[str]) -> str:
 
 
 def _gate_table(gates: pd.DataFrame) -> str:
-    """A row an architecture and layer: means weighted by tokens, and the gate's bias at the start."""
+    """One row per architecture and layer: means weighted by tokens, and the gate's bias at the start."""
     names = ["openness", "cache_mass", "effective_mass", "entropy_share", "read_ratio"]
     seen = gates[gates["steps"] > 0]
     rows = []

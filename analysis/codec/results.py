@@ -10,7 +10,7 @@ import pandas as pd
 
 @dataclass(frozen=True)
 class Results:
-    """Everything measured, a row a cell (architecture, lr, seed) or more.
+    """Everything measured, with at least one row per cell (architecture, lr, seed).
 
     models: architecture, lr, seed, cell_key, n_parameters, flops_per_token, tokens_per_second, train_tokens,
         unigram_nll, and for W in raw and ema: val_nll_W, val_loss_smoothed_W, perplexity_W, bits_per_second_W.
@@ -23,7 +23,7 @@ class Results:
     audio: embedder, architecture, clips, vectors, frechet, frechet_limit with frechet_lo and _hi, kernel, and
         coherence with _lo and _hi;
         the rows REAL are training audio against held-out audio; may be empty.
-    samples: architecture, and the name of a spectrogram beside the report.
+    samples: architecture, and the name of a spectrogram in the report's folder.
     texts: of models with text conditioning, the rows of clips with the averaged weights and other texts too, told apart
         by text (right, shuffled, no_text); may be empty.
     """

@@ -34,7 +34,7 @@ class CodebookScores:
     def add(self, sums: Mapping[str, npt.ArrayLike], recordings: Sequence[str] = ()) -> None:
         """Add sums [B, K] over each clip's tokens, named nll, uniform, count, top1, top5; see `models.codec.loss`.
 
-        recordings: which recording each clip was cut from; without them each clip is taken for one of its own.
+        recordings: which recording each clip was cut from; without them each clip counts as a recording of its own.
         Raises ValueError for another shape, or another number of recordings.
         """
         arrays = {name: np.atleast_2d(np.asarray(sums[name], dtype=np.float64)) for name in _SUMS}
@@ -54,7 +54,7 @@ class CodebookScores:
         return np.concatenate([row[name] for row in self._rows])
 
     def val_nll(self) -> float:
-        """True mean negative log-likelihood, nats a token."""
+        """True mean negative log-likelihood, nats per token."""
         return float(self._sums("nll").sum() / self._sums("count").sum())
 
     def val_loss_smoothed(self, label_smoothing: float = 0.1) -> float:
@@ -79,12 +79,12 @@ class CodebookScores:
         return Interval(found.lo, found.hi)
 
     def clips(self) -> pd.DataFrame:
-        """One row a clip, in the order added: nll (sum over its tokens, nats) and tokens."""
+        """One row per clip, in the order added: nll (sum over its tokens, nats) and tokens."""
         tokens = self._sums("count").sum(1).astype(np.int64)
         return pd.DataFrame({"nll": self._sums("nll").sum(1), "tokens": tokens})
 
     def table(self) -> pd.DataFrame:
-        """One row a codebook (1 is the coarsest): tokens, nll (nats), perplexity, bits, top1, top5 (shares)."""
+        """One row per codebook (1 is the coarsest): tokens, nll (nats), perplexity, bits, top1, top5 (shares)."""
         count_K = self._sums("count").sum(0)
         nll_K = self._sums("nll").sum(0) / count_K
         return pd.DataFrame(

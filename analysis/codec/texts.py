@@ -33,9 +33,9 @@ _KEYS = ["seed", "clip_id"]
 
 
 def text_effects(clips: pd.DataFrame, texts: pd.DataFrame, with_text: Mapping[str, str]) -> pd.DataFrame:
-    """One row a contrast and architecture: contrast, architecture, difference (nats a token), lo, hi (95%), p, p_holm,
-    n_units (recordings), n_seeds, needs. Holm's correction is over the architectures of a contrast that were tested;
-    lo, hi, p and p_holm are NaN where `needs` says what they would need.
+    """One row per contrast and architecture: contrast, architecture, difference (nats per token), lo, hi (95%), p,
+    p_holm, n_units (recordings), n_seeds, needs. Holm's correction is over the tested architectures of a contrast;
+    lo, hi, p and p_holm are NaN where `needs` says what is missing.
 
     Args:
         clips: averaged weights at the chosen learning rates; architecture, seed, clip_id, nll (sum), tokens, and
@@ -103,8 +103,8 @@ def verdict(effects: pd.DataFrame) -> str:
     """In words: which architectures the transcript helps, hurts, or makes no difference to, and which of them read it.
 
     By Holm-adjusted p < 0.05 and the sign of the difference. A transcript helps where the model with text is better
-    than the one without, and better with the text than without it; a gain that is there without a text is told apart.
-    What was not tested is named with what it needs, and what was tested on one seed is said of that trained model.
+    than the one without, and better with the text than without it; a gain that appears without a text, too, is called
+    that. What was not tested is named with what it needs; what was tested on one seed is said of that trained model.
     """
     worth, kept, read, rest = (
         _sorted_out(effects[effects["contrast"] == name]) for name in (WORTH, NO_TEXT, SHUFFLED, REST)
@@ -191,7 +191,7 @@ def _cell(r: Mapping[Any, Any] | None) -> str:
 
 
 def text_figure(effects: pd.DataFrame, path: Path) -> None:
-    """Each contrast's difference with its 95% interval, an architecture a line; filled where Holm leaves p < 0.05."""
+    """Each contrast's difference with its 95% interval, one line per architecture; filled if Holm leaves p < 0.05."""
     names = list(dict.fromkeys(effects["architecture"]))
     contrasts = list(dict.fromkeys(effects["contrast"]))
     with plots.style():

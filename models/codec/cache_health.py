@@ -36,7 +36,7 @@ class CacheHealth:
 
 @dataclass(frozen=True)
 class GateSums:
-    """Sums [B], one a clip, over its tokens that see a cache; steps counts them. See CacheHealth for the terms.
+    """Sums [B], one per clip, over its tokens that see a cache; steps counts them. See CacheHealth for the terms.
 
     change and current: sums of squares of (mixed - x_out) and of x_out.
     """

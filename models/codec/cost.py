@@ -1,4 +1,4 @@
-"""What a codec language model costs: parameters and floating-point operations a token, without allocating it."""
+"""What a codec language model costs: parameters and floating-point operations per token, without allocating it."""
 
 from __future__ import annotations
 

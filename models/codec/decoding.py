@@ -83,7 +83,7 @@ def decoding(
 def decoding_weights(model: nn.Module) -> Iterator[None]:
     """Projections of `model` in the autocast region's precision and, on a CPU, laid out by columns.
 
-    A step multiplies each matrix with one vector a sample and waits for memory. By columns the product streams
+    A step multiplies each matrix with one vector per sample and waits for memory. By columns the product streams
     through it at twice the speed, and the cast that autocast would make anew each step is made once. Values are
     those that the model would use anyway; the old weights are back afterwards.
     """

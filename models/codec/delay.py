@@ -37,7 +37,7 @@ def undelay(delayed_BKL: Tensor) -> Tensor:
 
 def training_pair(codes_BKT: Tensor, *, pad: int, bos: int) -> tuple[Tensor, Tensor]:
     """Inputs and targets [B, K, L] of next-column prediction: the targets are the delayed codes, the inputs the
-    same columns one step later behind a first column of `bos`. Shorter clips of a batch end in `pad`."""
+    same columns one step later, after a first column of `bos`. Shorter clips of a batch end in `pad`."""
     targets = delay(codes_BKT, pad=pad)
     first = torch.full_like(targets[..., :1], bos)
     return torch.cat([first, targets[..., :-1]], dim=-1), targets

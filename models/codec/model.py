@@ -3,7 +3,7 @@
 input: sum over codebooks of their embeddings; blocks: x + mixer(norm(x)), x + SwiGLU(norm(x)); output: K linear heads.
 With text conditioning, chosen blocks add x + cross_attention(norm(x), text) between the two.
 
-Shapes: B batch, K codebooks, T steps, D model width, V vocabulary a codebook (codes, then pad, BOS, EOS).
+Shapes: B batch, K codebooks, T steps, D model width, V vocabulary per codebook (codes, then pad, BOS, EOS).
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class CodecLMConfig:
 
     @property
     def vocabulary(self) -> int:
-        """Tokens a codebook: its codes, pad, bos, and the published vocabulary's end of a clip, which stays unused.
+        """Tokens per codebook: its codes, pad, bos, and the published vocabulary's end of a clip, which stays unused.
 
         Clips are pieces of recordings, so that their ends mean nothing.
         """
@@ -260,7 +260,7 @@ class CodecLM(nn.Module):
     def init_weights(self, generator: torch.Generator) -> None:
         """Embeddings N(0, 0.02), Glorot projections, those that write to the residual times 1 / sqrt(2 layers).
 
-        Bytes N(0, 1): a text's symbols have nothing but their own embedding to be told apart by.
+        Bytes N(0, 1): nothing but their own embedding distinguishes the symbols of a text.
         """
         nn.init.normal_(self.embedding, std=0.02, generator=generator)
         for head in self.heads:

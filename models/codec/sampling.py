@@ -1,6 +1,6 @@
 """Sampling from a codec language model: stateful decoding along the delay pattern.
 
-Shapes: B batch, K codebooks, V vocabulary, T frames, L = T + K - 1 delayed steps, N samples a prompt.
+Shapes: B batch, K codebooks, V vocabulary, T frames, L = T + K - 1 delayed steps, N samples per prompt.
 """
 
 from __future__ import annotations
@@ -77,13 +77,13 @@ def filtered_logits(logits: Tensor, sampling: Sampling, seen: Tensor | None = No
 def draw(probability: Tensor, generator: torch.Generator) -> Tensor:
     """One index [...] of each distribution [..., V], by inversion: the first whose cumulated share exceeds a number.
 
-    One random number a distribution; `torch.multinomial` draws one a token, a tenth of a step's time on a CPU. An index
-    of probability 0 is never drawn.
+    One random number per distribution; `torch.multinomial` draws one per token, a tenth of a step's time on a CPU. An
+    index of probability 0 is never drawn.
     """
     cumulated = probability.double().cumsum(-1)
     shape = (*probability.shape[:-1], 1)
     uniform = torch.rand(shape, dtype=torch.float64, device=probability.device, generator=generator)
-    # the product may round up to the last sum, behind which there is no index
+    # the product may round up to the last sum, after which there is no index
     below = uniform * (1 - torch.finfo(torch.float64).eps) * cumulated[..., -1:]
     return torch.searchsorted(cumulated, below, right=True).squeeze(-1)
 

@@ -1,6 +1,6 @@
 """Text conditioning of a decoder: a small encoder over bytes, and cross-attention to what it makes of them.
 
-A text is its UTF-8 bytes behind one start symbol. A clip without a text has the start symbol alone, so that it is never
+A text is one start symbol and its UTF-8 bytes. A clip without a text has the start symbol alone, so that it is never
 a row without anything to attend to.
 
 Shapes: B batch, S symbols of the longest text of a batch, T steps, W encoder width, D decoder width, H heads, E width
@@ -59,7 +59,7 @@ class TextConfig:
 
 
 class Texts(NamedTuple):
-    """Texts of a batch: ids_BS (bytes, START, PAD behind the end), and length_B in symbols with the start."""
+    """Texts of a batch: ids_BS (bytes, START, PAD after the end), and length_B in symbols with the start."""
 
     ids_BS: Tensor
     length_B: Tensor
@@ -112,7 +112,7 @@ class TextMemory(NamedTuple):
 
 
 class TextKeys(NamedTuple):
-    """Keys and values [B, H, S, E] of one block's cross-attention, made once a text."""
+    """Keys and values [B, H, S, E] of one block's cross-attention, made once per text."""
 
     k_BHSE: Tensor
     v_BHSE: Tensor

@@ -1,4 +1,4 @@
-"""The C library's allocator, told to keep what is freed: every training step asks for the same blocks again."""
+"""The C library's allocator keeps what is freed, as every training step allocates the same blocks again."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _ONE, _BIAS, _MANTISSA = np.float32(1), np.int32(127), np.int32(23)
 _HALF, _LAST, _SIXTEEN = np.int32(0x7FFF), np.int32(1), np.int32(16)
 
 
-# no reassociation, whatever the caller has: it would undo the two-part reduction
+# no reassociation, whatever the caller's setting: it would undo the two-part reduction
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
 def exp32(x):
     """exp of a float32 to 1e-7 relative: 2^n by the exponent bits times the polynomial of Cephes' expf.

@@ -1,6 +1,6 @@
 """Root-mean-square norm on CPUs: one pass over a row forward and one backward, in its first-level cache.
 
-PyTorch makes the norm of six operations forward and a dozen backward, each a pass over memory.
+PyTorch's norm takes six operations forward and a dozen backward, each of which passes over memory.
 
 Shapes: N rows, D width, G groups of rows.
 """
@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from models.cpu.threads import run_kernel, thread_shares
 
-GROUPS = 8  # the weight's gradient is summed in so many parts, whatever the number of threads
+GROUPS = 8  # the weight's gradient is summed in this many parts, whatever the number of threads
 
 _kernel = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz", "arcp"})
 

@@ -1,6 +1,6 @@
 """LLVM vectors of 16 floats, the words in which the CPU kernels' intrinsics are written.
 
-LLVM maps them to whatever the processor has and may not reorder what is spelled out in them.
+LLVM maps them to the processor's own instructions and may not reorder the operations spelled out in them.
 """
 
 from __future__ import annotations

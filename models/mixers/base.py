@@ -79,10 +79,10 @@ class Mixer(nn.Module, ABC):
 
 
 class ResidualDropout(nn.Module):
-    """Dropout (Srivastava et al. 2014) of what a part of a block adds, in training alone.
+    """Dropout (Srivastava et al. 2014) of what a part of a block adds, during training only.
 
-    streams: a generator a clip, drawn from in turn by all blocks, so that a clip's mask does not depend on which clips
-    share its batch, micro-batch or process. Without any, the masks come from the global random state.
+    streams: one generator per clip, drawn from in turn by all blocks, so that a clip's mask does not depend on which
+    clips share its batch, micro-batch or process. Without any, the masks come from the global random state.
     """
 
     def __init__(self, p: float) -> None:

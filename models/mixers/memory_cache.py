@@ -35,7 +35,7 @@ from models.ops._layout import no_autocast
 class MemoryCacheConfig:
     """Options of memory caching, each one variable of the ablation.
 
-    segment: tokens a segment. start_layer: first layer with caches, counted from 1. rank: of W_u = W_2 W_1, None
+    segment: tokens per segment. start_layer: first layer with caches, counted from 1. rank: of W_u = W_2 W_1, None
     for a full D x D matrix. gate_bias_init: initial scalar b, None for no bias. normalized_retrieval: divide each
     read by phi(q) . z_i, as the current read is. cumulative: keep the running memory rather than what each segment
     alone wrote.
@@ -70,7 +70,7 @@ class SegmentMeans:
         self.running = x_BTD[:, done * segment :].sum(1)
 
     def add(self, x_BD: Tensor) -> Tensor:
-        """Take in a token: [B, s + 1, D], the means of the s complete segments it sees and of its own so far."""
+        """Add a token: [B, s + 1, D], the means of the s complete segments it sees and of its own so far."""
         seen, within = divmod(self.length, self.segment)
         self.running = self.running + x_BD
         means = torch.cat([self.means[:, :seen], (self.running / (within + 1))[:, None]], dim=1)
@@ -261,7 +261,7 @@ class CachedOutputState:
 class CachedOutput(CachedMixer):
     """The source study's proxy for mixers whose state is large: caches the outputs at the segments' last tokens.
 
-    A cached output was read by another query than the token's own; it stands in for what the state held.
+    A cached output was read by another query than the token's own; it approximates what the state held.
     """
 
     def __init__(self, inner: Mixer, d_model: int, config: MemoryCacheConfig) -> None:

@@ -146,7 +146,7 @@ def _backward_span(
 
 
 class _ChunkedGatedDelta(torch.autograd.Function):
-    """Saves the inputs and one state a span of time; on a CPU few batch rows and one span at once."""
+    """Saves the inputs and one state per span of time; on a CPU few batch rows and one span at once."""
 
     @staticmethod
     def forward(

@@ -64,7 +64,7 @@ def relative_decay(gamma64_MC: Tensor, dtype: torch.dtype) -> Tensor:
     """D_ij = exp(gamma_i - gamma_j) on and below the diagonal, 0 above.
 
     At -20 a step gamma reaches -640 within a chunk, where float32 resolves 6e-5. Its integer part is exact in
-    float32, so integer and fractional parts are subtracted apart and no digit of the difference is lost.
+    float32, so integer and fractional parts are subtracted separately and no digit of the difference is lost.
     """
     C = gamma64_MC.shape[1]
     above = torch.full((C, C), -torch.inf, dtype=dtype, device=gamma64_MC.device).triu_(1)

@@ -141,7 +141,7 @@ def _floats(x_BTHP: Tensor, B_BTGN: Tensor) -> int:
 
 
 class _ChunkedSSD(torch.autograd.Function):
-    """Saves its inputs and one state a span; on a CPU one batch row and one span of time at once."""
+    """Saves its inputs and one state per span; on a CPU one batch row and one span of time at once."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""The comparison behind the preflight, and the process it runs in: python -m models.ops._preflight_check CASE RESULT.
+"""The preflight's comparison, and the process it runs in: python -m models.ops._preflight_check CASE RESULT.
 
 Shapes: B batch, T time, h query/key heads, H value heads, K, V head widths.
 """

@@ -98,7 +98,7 @@ def linear_attention_segments(
     """`linear_attention` that also returns the states that memory caching keeps.
 
     Args:
-        segment: tokens a segment; at most 128, or with a divisor between 16 and 128.
+        segment: tokens per segment; at most 128, or with a divisor between 16 and 128.
         cumulative: return the state after each segment; False: what each segment alone added to it.
         reading: scale, normalize and eps, as in `linear_attention`.
 

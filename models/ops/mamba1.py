@@ -39,7 +39,7 @@ def selective_scan(
         B, C: [B, T, N] writing and reading vectors.
         D: [D] skip weights.
         initial_state: [B, D, N]; zeros when None.
-        impl: "recurrent" (reference), "chunked" (memory of one state a chunk; compiled kernels for float32 on a CPU),
+        impl: "recurrent" (reference), "chunked" (memory of one state per chunk; compiled kernels for float32 on a CPU),
             or "auto" (= chunked).
 
     Returns:

@@ -37,7 +37,7 @@ def memory_cache_retrieval(
         q: [B, T, H, K] feature-mapped queries, starting at a segment boundary.
         states: [B, L, H, K, V] cached states, L >= (T - 1) // segment.
         gates: [B, T, L] shared by the heads, or [B, T, L, H].
-        segment: tokens a segment.
+        segment: tokens per segment.
         normalizers: [B, L, H, K] cached sums of keys; divides each read by q.z_i + eps.
         impl: "recurrent" (token by token, the reference), "chunked", or "auto" (= chunked).
 
@@ -85,7 +85,7 @@ def segment_gate_logits(u: Tensor, x: Tensor, *, segment: int) -> Tensor:
     Args:
         u: [B, T, D] gate queries W_u x_t.
         x: [B, T, D] inputs whose segment means stand for the segments.
-        segment: tokens a segment.
+        segment: tokens per segment.
 
     Returns:
         [B, T, L + 1] with L = T // segment: <u_t, mean of segment i> in column i, -inf unless segment i ended

@@ -56,7 +56,7 @@ def run_preflight(
         case: shape, dtype and device to test.
         candidate: "package.module:function" taking (q, k, v, g, beta, initial_state, scale).
         timeout_s: seconds after which the process and all its children are killed.
-        search_path: folders in which the candidate's module may be found besides the usual ones.
+        search_path: folders in which the candidate's module may be found in addition to the usual ones.
 
     Returns:
         The verdict: trusted only if every output and gradient was finite and within the tolerance in every trial.
@@ -140,7 +140,7 @@ _trusted: dict[tuple[tuple[str, object], ...], bool] = {}
 
 
 def shape_family(case: Case) -> dict[str, object]:
-    """The shapes one verdict speaks for: equal heads and widths, lengths and batches up to the next power of two.
+    """The shapes that one verdict covers: equal heads and widths, lengths and batches up to the next power of two.
 
     Trimmed batches have hundreds of lengths, but the compiled kernels differ only in whether the length is a
     multiple of 16 and whether the last chunk of 64 is full, so these are kept apart.
@@ -158,7 +158,7 @@ def shape_family(case: Case) -> dict[str, object]:
 
 
 def stack_fingerprint(device: str) -> dict[str, object]:
-    """Everything besides the shape that can change a compiled kernel."""
+    """Everything except the shape that can change a compiled kernel."""
     gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
     return {
         "gpu": gpu,
@@ -194,7 +194,7 @@ def _driver_version() -> str:
 
 
 def _kill_session(child: subprocess.Popen[bytes]) -> None:
-    """End the child and whatever it started (compilers); it leads a session of its own."""
+    """End the child and whatever it started (compilers); it leads its own session."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()

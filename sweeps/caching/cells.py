@@ -1,8 +1,8 @@
 """The memory-caching study as cells: a base setting, one variable changed at a time, and a control for each of them.
 
 An arm is one setting with memory caching; its control is the same model without caches at the same size, data and
-learning rate, its MLP widened until the parameters agree with the base setting of that size. Arms that differ in
-nothing a model without caches has share a control.
+learning rate, its MLP widened until the parameters agree with the base setting of that size. Arms that differ
+only in what a model without caches does not have share a control.
 """
 
 from __future__ import annotations
@@ -146,11 +146,11 @@ class _Study(Study):
 
 @dataclass(frozen=True, kw_only=True)
 class CacheStudy(TokenStudy):
-    """A preset. Of each variable the first value is the base setting, and every other one an arm of its own.
+    """A preset. The first value of each variable is the base setting, and each other value is one arm.
 
-    variables: those that are varied, the others stay at their base. together: variables set to their last value all at
-    once in one more arm, as the source study changed them (none: no such arm). rank 0 is the full matrix, train_clips 0
-    all. planted: also train on the recall task, where memory is needed, to see that the instrument can tell.
+    variables: those that are varied; the others keep their base value. together: variables set to their last value all
+    at once in one more arm, as the source study changed them (none: no such arm). rank 0 is the full matrix,
+    train_clips 0 all. planted: also train on the recall task, which needs memory, to see that the instrument finds it.
     """
 
     variables: tuple[str, ...] = VARIABLES

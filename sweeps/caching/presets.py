@@ -63,5 +63,5 @@ PRESETS: dict[str, CacheStudy] = {
         needs_gpu=True,
     ),
 }
-# so few steps leave the seeds far apart: three times as many for verdicts, a quarter of an hour on two cores
+# after so few steps the seeds differ much; verdicts need three times as many (15 minutes on two cores)
 PRESETS |= {"thorough": replace(PRESETS["local"], steps=250, warmup_steps=15, eval_every=50)}

@@ -138,7 +138,7 @@ def _curve(cell: PublishedCell) -> pd.DataFrame:
 
 
 def _cell_table(done: Sequence[Arm], published: Mapping[str, PublishedCell]) -> pd.DataFrame:
-    """A row a cell (a control once for each arm that is compared with it): its fields and final numbers."""
+    """One row per cell (a control once for each arm that is compared with it): its fields and final numbers."""
     records = []
     for arm in done:
         for role, some in (("mc", arm.cells), ("control", arm.controls)):

@@ -16,7 +16,7 @@ from sweeps.core.settings import RunSettings
 from sweeps.launch.context import PackContext
 from sweeps.launch.sweep import Sweep
 
-_CPU_OVERHEAD = 0.03  # seconds a step of a small model costs beside its arithmetic
+_CPU_OVERHEAD = 0.03  # seconds per step of a small model, in addition to its arithmetic
 
 
 class MemoryCacheSweep(Sweep[CacheCell, CacheStudy]):

@@ -1,6 +1,6 @@
 """Generated audio of a trained model and the real audio it is compared with, as embeddings and coherences.
 
-Both have been through the codec, so that a distance speaks of the language model and not of the codec. Real audio is
+Both have been through the codec, so that a distance describes the language model and not the codec. Real audio is
 cut to the length of a sample.
 
 Shapes: N samples or clips, K codebooks, T frames, D embedding.
@@ -34,7 +34,7 @@ from sweeps.core.cells import digest
 
 if TYPE_CHECKING:
     from sweeps.codec.cells import LMCell, Study
-_N_MELS = 16  # 32 numbers a window: a covariance that a few dozen clips can carry
+_N_MELS = 16  # 32 numbers per window: a few dozen clips suffice for their covariance
 _REAL_CLIPS = 256
 _WAVS = 4
 _AT_ONCE = 32
@@ -66,7 +66,7 @@ class EncodecLatents:
 
 
 def embedders(codec: Codec) -> list[Embedder]:
-    """Log-mel statistics at the codec's rate, and EnCodec's own latents where its real weights are at hand."""
+    """Log-mel statistics at the codec's rate, and EnCodec's own latents where its real weights are available."""
     found: list[Embedder] = [LogMelStatistics(codec.sample_rate, n_mels=_N_MELS)]
     if isinstance(codec, EncodecCodec) and codec.weights != RANDOM:
         found.append(EncodecLatents(codec))
@@ -90,7 +90,7 @@ def cell_audio(
     """Files of a cell: WAVs, a spectrogram, the samples' codes, and audio.npz (see `AudioSets`).
 
     The model's samples start from nothing; they are drawn with the cell's seed. With text conditioning they are given
-    texts of held-out clips, and samples.txt holds those of the WAVs, a line each.
+    texts of held-out clips, and samples.txt holds those of the WAVs, one per line.
     """
     from analysis.codec.plots import spectrogram_png  # here: matplotlib takes seconds that a worker without sound saves
 
@@ -176,7 +176,7 @@ def _real_arrays(
 ) -> Mapping[str, npt.NDArray[Any]]:
     """Embeddings of held-out and of as many training clips, and coherences of all long ones.
 
-    Made once per token set, and kept beside it under a name that follows from all that decides them.
+    Made once per token set and kept next to it; the file's name is a digest of all that decides them.
     """
     codec, with_these = source.codec, embedders(source.codec)
     n = min(_REAL_CLIPS, study.eval_clips, len(held_out), len(training))

@@ -42,6 +42,6 @@ class AudioSets:
                 }
                 for j, name in enumerate(a["embedders"])
             }
-            real = a["coherence_real"]  # cells made before recordings were kept: each clip for itself
+            real = a["coherence_real"]  # older cells do not name recordings: each clip is one of its own
             whose = a["coherence_real_recording"] if "coherence_real_recording" in a else np.arange(len(real))
             return cls(found, a["coherence_samples"], real, whose, *(float(a[n]) for n in _LENGTHS))

@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 
 
 class TrainingStream:
-    """Batches by step: epoch and place in it follow from the step alone, so nothing needs to be saved."""
+    """The batch of each step: epoch and place in it follow from the step alone, so nothing needs to be saved."""
 
     def __init__(self, clips: TokenClips, cell: LMCell, config: CodecLMConfig, device: str) -> None:
         self.clips, self.cell, self.config, self.device = clips, cell, config, device
-        self._epoch, self._first = 0, 0  # of the plan at hand: its epoch, and its first step
+        self._epoch, self._first = 0, 0  # epoch and first step of the current plan
         self._plan = self._plan_of(0)
 
     def _plan_of(self, epoch: int) -> list[npt.NDArray[np.int64]]:
@@ -115,7 +115,7 @@ class CellRun(Owner):
         self.publish(rate)
 
     def train_to(self, step: int) -> float:
-        """Continue from the checkpoint, if there is one, to a step; returns real tokens a second."""
+        """Continue from the checkpoint, if there is one, to a step; returns real tokens per second."""
         cell, context = self.cell, self.context
         self._resume()
         run = context.run

@@ -46,7 +46,7 @@ class LMCell(Cell):
     dropout: float = 0.0
 
     def identity(self) -> dict[str, Any]:
-        """The fields as plain JSON values; `dropout` only where there is some, as cells had none for long."""
+        """The fields as plain JSON values; `dropout` only where it is not 0: older cells have no such field."""
         return {name: value for name, value in super().identity().items() if name != "dropout" or value}
 
     def __post_init__(self) -> None:
@@ -105,7 +105,7 @@ class LMCell(Cell):
         return clips, {}
 
     def texts_at(self, step: int, texts: Sequence[str]) -> Sequence[str]:
-        """Texts that a model with text conditioning is given in training beside the clips of a step."""
+        """Texts that a model with text conditioning is given in training with the clips of a step."""
         return texts
 
 
@@ -225,7 +225,7 @@ class Study(TokenStudy):
     rungs: tuple[int, ...] = ()  # steps at which only the best 1/eta learning rates go on; none: all go to the end
     eta: int = 2
     sample_s: float = 6.0  # of each generated clip; 0: none
-    sample_n: int = 32  # generated clips a model, for the distances to real audio
+    sample_n: int = 32  # generated clips per model, for the distances to real audio
     text: tuple[str, ...] = ()  # none, bytes: a text study, each architecture without and with transcripts
     text_dropout: float = 0.1
     dropout: float = 0.0  # share of what each mixer and MLP adds that is dropped in training

@@ -33,7 +33,7 @@ def clip_table(
 
     Columns: weights, clip_id, recording_id (of the recording it was cut from), nll (a sum, nats), tokens.
     other_texts: scores of the averaged weights with other texts than the clips' own, by kind; with some, a column
-    `text` tells the kind, `right` for `scores`.
+    `text` names the kind, `right` for `scores`.
     """
     batches = evaluation_batches(clips, EVAL_BATCH, max_frames=1, n_clips=n_clips)
     ids = [name for batch in batches for name in batch.clip_ids]
@@ -48,7 +48,7 @@ def clip_table(
 
 
 def with_recordings(clips: pd.DataFrame) -> pd.DataFrame:
-    """A published table by clip with the column `recording_id`, which ledgers made before it was kept have not.
+    """A published table by clip with the column `recording_id`, which older ledgers do not have.
 
     Clips of one `recording_id` are one unit of resampling: they share their room, voice and text.
     """

@@ -58,7 +58,7 @@ def melvq_spec(study: Study, audio: AudioSet) -> MelVQSpec:
 
 
 def train_on_recordings(study: Study, audio: AudioSet, source: str, say: Callable[[str], None]) -> MelVQ:
-    """A melvq trained on the training side of the user's own audio, on an hour of it where there is more.
+    """A melvq trained on the training side of the user's own audio, on one hour of it where there is more.
 
     source: what the audio is called where training fails, which raises UserError.
     """

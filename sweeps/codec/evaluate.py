@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def unigram_nll(train: TokenClips, held: TokenClips) -> float:
-    """Nats a token of held-out codes under each codebook's training frequencies (add-one): what an LM must beat."""
+    """Nats per token of held-out codes under each codebook's training frequencies (add-one): what an LM must beat."""
     size = train.special.codebook_size
     counts_KV = np.ones((train.n_codebooks, size))
     offsets = np.arange(train.n_codebooks)[:, None] * size

@@ -3,7 +3,7 @@
 All rates train to the first rung; the best 1/eta of them, by the held-out NLL of averaged weights, its mean over the
 seeds, go on to the next (Jamieson & Talwalkar 2016, AISTATS, Algorithm 1 with fixed rungs). The rest are published as
 they stand, with the row `stopped_at`. Unlike asynchronous halving (ASHA) no decision depends on which trial was faster,
-so a run that is killed and continued, or repeated, decides alike.
+so a run that is killed and continued, or repeated, makes the same decision.
 """
 
 from __future__ import annotations

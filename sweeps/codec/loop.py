@@ -85,7 +85,7 @@ class TrainConfig:
 class Batch:
     """inputs and targets [B, K, T] of next-column prediction; `real_tokens` of the targets are not padding.
 
-    texts: one a clip, for a model with text conditioning.
+    texts: one per clip, for a model with text conditioning.
     """
 
     inputs_BKT: Tensor
@@ -96,7 +96,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepStats:
-    """One step: training loss (smoothed, nats a token), gradient norm before clipping, the same by group."""
+    """One step: training loss (smoothed, nats per token), gradient norm before clipping, the same by group."""
 
     step: int
     loss: float
@@ -196,9 +196,9 @@ class Trainer:
         return module
 
     def step(self, batch: Batch, *, stop: bool = False) -> StepStats:
-        """One optimizer step on a batch, the same in all processes, which each take their clips of it.
+        """One optimizer step on a batch, the same in all processes; each takes its share of the clips.
 
-        Raises AnomalyError in all processes alike, before any weight changes.
+        Raises AnomalyError in all processes, before any weight changes.
         """
         c = self.config
         self.model.train()

@@ -25,7 +25,7 @@ _DIGITS = 16  # of a SHA-256 in file names
 
 
 def codec_file(ledger: Store | None, name: str, own: Path, train: Callable[[], MelVQ]) -> Path:
-    """Local file of the codec called `name` in a ledger: `own` if that is the ledger's, else a copy of it beside.
+    """Local file of the codec called `name` in a ledger: `own` if that is the ledger's, else a copy next to `own`.
 
     ledger: None keeps the codec on this machine alone. own: where this machine keeps the one that `train` gives, which
     is called if neither the ledger nor this machine has one. Raises UserError for a damaged codec in the ledger.

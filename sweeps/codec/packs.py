@@ -1,4 +1,4 @@
-"""What the sweeps over audio-token models plan alike: the fields of a preset, packs of equal work, and their cost."""
+"""What all sweeps over audio-token models plan in the same way: packs of equal work, and their cost."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def packs(
     """Packs of Ray Train, each with its own GPUs or a share of the cores; the cells of a unit stay together.
 
     Small models: as many packs as run at once, of equal work, as a pack takes seconds to start. Models sized for GPUs:
-    a pack a unit, so that a GPU that is free takes the next one. `name` names a pack by its number and cells.
+    one pack per unit, so that a free GPU takes the next one. `name` names a pack by its number and cells.
     """
     slow_first = sorted(units, key=lambda unit: -len(unit) * unit[0].weight)
     on_gpu = bool(study.needs_gpu and machine.gpus)
@@ -71,7 +71,7 @@ class Work:
     memory_bytes: int
 
     def gpu_seconds(self, machine: Machine) -> float:
-        """Time on the machine's GPUs, at the rate that `GPU_BASIS` tells."""
+        """Time on the machine's GPUs, at the rate that `GPU_BASIS` states."""
         return self.flops / (_GPU_FLOPS * max(1, machine.gpus))
 
 
@@ -89,7 +89,7 @@ def work(cells: Sequence[LMCell], study: TokenStudy) -> Work:
         flops += 3 * seen * cost.flops_per_token
         steps += cell.mean_steps
         activations = 40 * (study.micro_batch or cell.batch_size) * length * config.d_model * config.n_layers * 4
-        # bytes a parameter: weights, gradient, two moments and average while it trains; then without activations, the
-        # best and the first weights besides. A checkpoint adds none: it is written from these, and read as it is used.
+        # bytes per parameter: weights, gradient, two moments and average while it trains; then without activations, the
+        # best and the first weights in addition. A checkpoint adds none: it is written from these and read in use.
         memory = max(memory, 20 * cost.parameters + activations, 28 * cost.parameters)
     return Work(tokens, flops, steps, memory)

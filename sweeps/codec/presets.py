@@ -80,7 +80,7 @@ PRESETS: dict[str, Study] = {
 }
 _TEXT = ("none", "bytes")
 PRESETS |= {
-    # utterances of a word or three: what letters sound like must be learned in minutes, before the clips are by heart
+    # utterances of a word or three: what letters sound like must be learned in minutes, before the clips are memorised
     "text_local": replace(
         PRESETS["local"],
         architectures=("transformer", "mamba"),

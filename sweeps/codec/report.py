@@ -63,13 +63,13 @@ def _stacked(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def _tables(cells: Sequence[PublishedCell], file: str) -> list[pd.DataFrame]:
-    """A table by clip of each cell, with what tells its model from others."""
+    """The table by clip of each cell, with the columns that identify its model."""
     tables = tables_of(cells, file)
     return [with_recordings(table).assign(**_who(cell)) for cell, table in zip(cells, tables, strict=True)]
 
 
 def _who(cell: PublishedCell) -> dict[str, Any]:
-    """What tells a model from others; its architecture as `arm_name` has it."""
+    """What identifies a model; its architecture as `arm_name` has it."""
     return {name: cell.identity[name] for name in _TUNED} | {"architecture": arm_name(cell.identity)}
 
 
@@ -159,7 +159,7 @@ def _by_recording(sets: AudioSets) -> np.ndarray:
 
 
 def _joined(parts: Sequence[Embeddings | None]) -> Embeddings | None:
-    """The samples of several seeds as one set, their clips kept apart; None where one has none."""
+    """The samples of several seeds as one set, whose clips stay separate; None where one seed has no samples."""
     if any(p is None for p in parts):
         return None
     whole = [p for p in parts if p is not None]

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 NONE, BYTES = "none", "bytes"
 KINDS = (NONE, BYTES)
 RIGHT, SHUFFLED, NO_TEXT = "right", "shuffled", "no_text"
-_DROPS = 0x7E87  # sets the draws of dropped texts apart from the others of a seed and step
+_DROPS = 0x7E87  # keeps the draws of dropped texts independent of the other draws of a seed and step
 
 
 def arm_name(identity: Mapping[str, Any]) -> str:
-    """What a cell's model is called in reports: its architecture, `_text` behind it with text conditioning."""
+    """What a cell's model is called in reports: its architecture, followed by `_text` with text conditioning."""
     name = str(identity["architecture"])
     return name if identity.get("text", NONE) == NONE else text_arm(name)
 
@@ -76,9 +76,9 @@ def after_dropout(texts: Sequence[str], share: float, seed: int, step: int) -> l
 
 
 def shuffled_texts(clips: TokenClips) -> list[str]:
-    """For each clip another clip's text: in the order of their hashes, the text some places further on.
+    """For each clip another clip's text: in the order of their hashes, the text a few places further on.
 
-    The places are the fewest that leave as few clips as possible beside a text equal to their own.
+    That number of places is the smallest that gives as few clips as possible a text equal to their own.
     """
     from data.split import identity_hash
 
@@ -94,7 +94,7 @@ def shuffled_texts(clips: TokenClips) -> list[str]:
 
 
 def given_texts(config: CodecLMConfig, texts: Sequence[str], device: torch.device | str) -> Texts | None:
-    """What a model is given beside a batch: None without text conditioning."""
+    """The texts that a model is given with a batch: None without text conditioning."""
     from models.codec.text import encode_texts
 
     return None if config.text is None else encode_texts(texts, config.text.max_bytes).to(device)

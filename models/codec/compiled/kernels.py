@@ -197,7 +197,7 @@ def _normed_and_rotated(x_E, weight_E, eps, cos, sin, scale, out_E):
 
 @_inlined
 def _softmax(score_GP, length):
-    """Rows of scores -> shares of the first `length` positions; one position behind them is zeroed."""
+    """Rows of scores -> shares of the first `length` positions; one position after them is zeroed."""
     for g in range(score_GP.shape[0]):
         row = score_GP[g]
         top = row[0]

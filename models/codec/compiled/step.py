@@ -1,6 +1,6 @@
 """The step of a codec language model on a CPU, block by block in compiled kernels.
 
-The weights are packed once a sample; the residual stream, the states and all scratch live in preallocated arrays. A
+The weights are packed once per sample; the residual stream, the states and all scratch live in preallocated arrays. A
 mixer without a kernel takes its own step in torch between the compiled parts, and so does cross-attention to a text.
 
 Shapes: B batch, K codebooks, V vocabulary, D model width, F hidden width of the MLP, C convolved channels, P positions.
@@ -187,7 +187,7 @@ def _floats(tensor: Tensor) -> Floats:
 
 
 def _copied(tensor: Tensor) -> Floats:
-    """Contiguous float32 in memory of its own."""
+    """A contiguous float32 copy."""
     return tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format).numpy()
 
 
