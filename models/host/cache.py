@@ -1,4 +1,4 @@
-"""Derived weights kept on disk: built once, published atomically, safe when two processes want them at once."""
+"""Derived weights kept on disk: built once, published atomically, safe when two processes need them at once."""
 
 from __future__ import annotations
 

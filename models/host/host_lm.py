@@ -192,7 +192,7 @@ def host_lm_spec(name: str, lm_path: str | Path | None = None) -> HostLMSpec:
 
 
 def check_checkpoint(name: str, lm_path: str | Path) -> None:
-    """Raise ValueError in one line where the local checkpoint of ``name`` cannot be read or its tensors do not fit.
+    """Raise ValueError (one line) if the local checkpoint of ``name`` cannot be read or its tensors do not fit.
 
     Reads the files' headers alone, so that a launch can ask before any pack; `load_host_lm` asks again.
     """
@@ -200,7 +200,7 @@ def check_checkpoint(name: str, lm_path: str | Path) -> None:
 
 
 def check_layer(name: str, layer: int, n_layers: int | None = None) -> int:
-    """``layer`` itself when it is a block of ``name``; ValueError otherwise."""
+    """``layer`` itself if it is a block of ``name``; raises ValueError otherwise."""
     n_layers = HOST_LMS[name].n_layers if n_layers is None else n_layers
     if not 0 <= layer < n_layers:
         raise ValueError(f"layer={layer} is out of range for {name} (0..{n_layers - 1})")

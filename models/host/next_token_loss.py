@@ -1,4 +1,4 @@
-"""Next-token cross-entropy straight from final hidden states, without the [B, T, V] logits.
+"""Next-token cross-entropy directly from final hidden states, without the [B, T, V] logits.
 
 Shape suffixes: B sequences, T tokens, D d_model, V vocabulary, N = B·(T−1) predictions; a tile of the logits is
 R predictions by C vocabulary entries.
@@ -113,7 +113,7 @@ class NextTokenLoss:
         low_RD, weight_DC = h_RD.bfloat16(), self._centred_bf16_VD[columns].T
         if multiplies_bfloat16(h_RD.device):
             torch.mm(low_RD, weight_DC, out=low_RC)
-        else:  # as `bfloat16.product` has it, in this buffer: a new one for each tile takes a fifth longer
+        else:  # as in `bfloat16.product`, but in this buffer: a new one for each tile takes a fifth longer
             low_RC.copy_(torch.mm(low_RD.float(), weight_DC.float(), out=bits_RC))
         return bits_RC.copy_(low_RC)
 

@@ -65,7 +65,7 @@ def _pythia(size: str, d_model: int, n_layers: int, n_heads: int, depths: Mappin
 
 
 def _standin(d_model: int) -> HostLMSpec:
-    # late is the last block but one: no depth of a stand-in is the final block, at either width
+    # late is the second-to-last block: no depth of a stand-in is the final block, at either width
     return HostLMSpec(
         origin="standin",
         architecture="gpt_neox",

@@ -1,4 +1,4 @@
-"""Stand-ins for a language model: two small byte-level GPT-NeoX, pretrained on first use, for about a minute each.
+"""Stand-ins for a language model: two small byte-level GPT-NeoX models, pretrained on first use (about a minute each).
 
 They make the sweep runnable on a machine with no network and no GPU. They are real trained transformers (far
 below the bigram entropy of their corpus), not models whose numbers mean anything for published ones.
@@ -33,7 +33,7 @@ _PROBE_STEPS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a stand-in is pretrained; part of its cache key, so an edit never meets an old checkpoint."""
+    """How a stand-in is pretrained; part of its cache key, so a changed recipe never reads an old checkpoint."""
 
     phases: tuple[tuple[int, int, int], ...]
     """(steps, batch, context) one after another: many short windows first, the sweep's context last."""

@@ -23,7 +23,7 @@ _SHOWN = 3  # keys that a message names
 
 
 class LMUnavailable(RuntimeError):
-    """The weights cannot be reached from here; the message names what works instead."""
+    """The weights are unreachable from here; the message names what works instead."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def check_directory(name: str, directory: Path) -> None:
 
 
 def _load(name: str, source: str | Path, **how: Any) -> Any:
-    """What transformers makes of a checkpoint, in float32, if every tensor found its place.
+    """The model that transformers loads from a checkpoint, in float32, if every tensor found its place.
 
     Tied weights that are left out, and buffers that transformers itself passes over (GPT-NeoX's ``attention.bias``),
     are no fault. Raises ValueError where a file of a directory cannot be read, or where parameters are missing (they
@@ -152,7 +152,7 @@ def _load(name: str, source: str | Path, **how: Any) -> Any:
 
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what it would warn of ends the launch, in one line
+    logging.set_verbosity_error()  # what it would warn about ends the launch with a one-line message
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **how
@@ -174,7 +174,7 @@ def _load(name: str, source: str | Path, **how: Any) -> Any:
 
 
 def _faults(found: dict[str, Any]) -> str:
-    """What of a checkpoint found no place or was missed, with a remedy; empty when all of it fits."""
+    """Which tensors of a checkpoint are unexpected or missing, with a remedy; empty when all of them fit."""
     missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     mismatched = sorted(found["mismatched_keys"])
     shapes = [f"{key} {list(held)} not {list(wanted)}" for key, held, wanted in mismatched]
@@ -188,7 +188,7 @@ def _faults(found: dict[str, Any]) -> str:
 
 
 def _remedy(missing: list[str], unexpected: list[str]) -> str:
-    """Says which prefix keeps the keys from being known, if one does."""
+    """Names the prefix that makes the keys unknown, if there is one."""
     pieces = unexpected[0].split(".") if unexpected else []
     for n in range(1, len(pieces)):
         prefix = ".".join(pieces[:n]) + "."

@@ -1,4 +1,4 @@
-"""Matched bottlenecks: any feature matrix squeezed to as many dimensions as the odor embedding has.
+"""Matched bottlenecks: any feature matrix reduced to as many dimensions as the odor embedding has.
 
 They answer whether 256 dimensions alone explain what a learned 256-d embedding shows.
 

@@ -25,14 +25,14 @@ from models.cpu.threads import torch_threads
 from models.odor.graphs import GraphBatch, Graphs, neighbour_sum
 
 EMBEDDING = 256
-# of AdamW; fixed, because a member is known by its table, number and epochs alone
+# of AdamW; fixed, because a member is identified by its table, number and epochs only
 _LEARNING_RATE = 3e-3
 _WEIGHT_DECAY = 2e-2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Row numbers of the three parts; together every row once."""
+    """Row numbers of the three parts; every row is in exactly one."""
 
     train: np.ndarray
     val: np.ndarray
@@ -58,7 +58,7 @@ class Member:
 
 
 class OdorNet(nn.Module):
-    """GINE layers, sum and mean readout, a 256-d penultimate layer (the embedding), one logit a label."""
+    """GINE layers, sum and mean readout, a 256-d penultimate layer (the embedding), one logit per label."""
 
     def __init__(self, atom_features: int, bond_features: int, labels: int, hidden: int = 128, layers: int = 4) -> None:
         super().__init__()
@@ -211,7 +211,7 @@ class _Training:
 
 
 def embed(net: OdorNet, smiles: Sequence[str], threads: int = 1) -> np.ndarray:
-    """What a member's `net` makes of molecules, of its training or not: float32 [N, E].
+    """Embedding of molecules by a member's `net`, whether it was trained on them or not: float32 [N, E].
 
     The features hold no stereochemistry, so stereo variants of a molecule get the same embedding.
 

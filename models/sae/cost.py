@@ -37,7 +37,7 @@ def _scratch_bytes(config: SAEConfig, batch: int, backend: Backend, aux: bool) -
         return gradients + 4 * batch * (8 * M + 4 * D)
     wanted = [config.k] + ([min(config.n_aux, M)] if aux and config.aux_coefficient > 0 else [])
     if backend == "torch":
-        # float32 screens keep no bfloat16 copy; int64 indices, their sort and two value arrays an entry
+        # float32 screens keep no bfloat16 copy; int64 indices, their sort and two value arrays per entry
         screen = 4 * D * M + SCORE_BYTES
         return gradients + screen + batch * (4 * 6 * D + max(12 * n_candidates(k, M) + 56 * k for k in wanted))
     widths = [n_candidates(k, M, INT8_MARGIN) for k in wanted]

@@ -152,7 +152,7 @@ class Engine:
 
 
 class DenseEngine(Engine):
-    """The reference: the equations over all features, differentiated by autograd. Slow, and sure."""
+    """The reference: the equations over all features, differentiated by autograd. Slow but simple."""
 
     name: Backend = "dense"
 
@@ -182,7 +182,7 @@ class DenseEngine(Engine):
 
 
 def screen_dtype(device: torch.device) -> torch.dtype:
-    """Precision of the torch backend's screen: bfloat16 where the device multiplies it natively, else float32."""
+    """Precision of the torch backend's screen: bfloat16 if the device multiplies it natively, else float32."""
     native = device.type in ("cuda", "cpu") and multiplies_bfloat16(device)
     return torch.bfloat16 if native else torch.float32
 
@@ -348,7 +348,7 @@ class TorchEngine(Engine):
         starts = torch.zeros(M + 1, dtype=torch.int64, device=feature.device)
         torch.cumsum(torch.bincount(feature, minlength=M), 0, out=starts[1:])
         token, h = order // k, h_Bk.flatten()[order]
-        # a bag a feature: the table that is read at random is g, smaller than W_dec by B / d_sae
+        # one bag per feature: the table that is read at random is g, smaller than W_dec by B / d_sae
         dh = torch.ops.aten._embedding_bag_per_sample_weights_backward(W_dec, g_BD, token, starts[:-1], feature, 0)
         if relu:
             dh.mul_(h > 0)

@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 from models.cpu import vectors as vectors_module
 from models.cpu.vectors import FLOAT, LANES, VECTOR, data, load, splat, store
 
-BLOCK = 32  # columns of a block, two cache lines
+BLOCK = 32  # columns per block, two cache lines
 
 
 def _float_of_bits_intrinsic(typingctx: Any, bits: Any) -> Any:

@@ -16,7 +16,7 @@ from numba.extending import overload
 
 from models.sae.intrinsics import BLOCK, add_weighted, bits_of_float, block_dots, float_of_bits, prefetch, weighted_sum
 
-# neither nnan nor ninf: minus infinity marks the features that may not be chosen
+# neither nnan nor ninf: minus infinity marks features that must not be chosen
 _FAST = {"contract", "reassoc", "nsz", "arcp"}
 _kernel = njit(nogil=True, cache=True, error_model="numpy", fastmath=_FAST)
 # Helpers with float sums must be inlined: called, a freshly compiled process and one that loads the cache may bind
@@ -27,9 +27,9 @@ _inlined = njit(nogil=True, cache=True, error_model="numpy", fastmath=_FAST, inl
 _strict = njit(nogil=True, cache=True, error_model="numpy")
 
 _SIGN_SHIFT, _MAGNITUDE = np.int32(31), np.int32(0x7FFFFFFF)
-SPAN_LIMIT, SPAN = 12, 8  # entries a feature; blocks
+SPAN_LIMIT, SPAN = 12, 8  # entries per feature; blocks
 _ZERO, _ONE = np.float32(0), np.float32(1)
-_AHEAD = 32  # features whose weights are asked for in advance
+_AHEAD = 32  # features whose weights are prefetched
 
 
 # ------------------------------------------------------------------------------------ order statistics

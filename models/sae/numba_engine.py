@@ -20,7 +20,7 @@ from models.sae.screen import Screen, blocks_of, feature_split
 
 @dataclass(frozen=True)
 class Entries:
-    """Active entries sorted by feature (`kernels.sort_entries`), and what the gradients need of them."""
+    """Active entries sorted by feature (`kernels.sort_entries`), and what the gradients need from them."""
 
     g_CBb: torch.Tensor  # ∂L/∂x̂ in blocks of columns
     starts_M1: torch.Tensor
@@ -30,7 +30,7 @@ class Entries:
 
 
 class NumbaEngine(Engine):
-    """See the module; `n_threads` kernels run side by side, on rows or on features."""
+    """See the module; `n_threads` kernels run in parallel, on rows or on features."""
 
     name: Backend = "numba"
 

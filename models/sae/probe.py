@@ -1,4 +1,4 @@
-"""Which CPU backend is the faster one here: a short measurement instead of a guess about the processor."""
+"""Which CPU backend is faster here: a short measurement instead of a guess about the processor."""
 
 from __future__ import annotations
 

@@ -22,14 +22,14 @@ from models.sae.engines import CERTIFICATE, Scratch, dots, exact_topk, n_candida
 from models.sae.intrinsics import BLOCK
 from models.sae.model import TopKSAE
 
-CHUNK_BYTES_PER_FEATURE = 1024  # of a block of screened scores: 256 rows of int32, 512 of bfloat16
-INT8_MARGIN, BFLOAT16_MARGIN = 32, 16  # least surplus of candidates: eight bits err about three times as much
+CHUNK_BYTES_PER_FEATURE = 1024  # of a block of screened scores; 256 rows of int32, 512 of bfloat16
+INT8_MARGIN, BFLOAT16_MARGIN = 32, 16  # least surplus of candidates: int8's error is about three times as large
 HOLD_STEPS = 256  # batches in bfloat16 after an int8 screen that left more than HOLD_SHARE of its rows in doubt
 HOLD_SHARE = 0.02
 
 
 def feature_split(starts_M1: torch.Tensor, parts: int) -> list[int]:
-    """Bounds of `parts` consecutive ranges of features that own about as many sorted entries each."""
+    """Bounds of `parts` consecutive ranges of features with about equally many sorted entries each."""
     bounds = np.searchsorted(starts_M1.numpy(), even_split(int(starts_M1[-1]), parts)).tolist()
     bounds[0], bounds[-1] = 0, len(starts_M1) - 1
     return list(bounds)
@@ -53,7 +53,7 @@ class Candidates:
 
 
 class Screen:
-    """Finds the exact top k of one SAE; holds what it needs of the weights in low precision.
+    """Finds the exact top k of one SAE; keeps the weights that it needs in low precision.
 
     `norm_M`, `scale_M` and `low_MD()` follow the weights: `refresh` recomputes them, and the Adam kernel, which has
     each row in cache anyway, writes them as it goes.
@@ -83,7 +83,7 @@ class Screen:
         self.refresh_weights()
 
     def refresh_weights(self) -> None:
-        """Recompute the low-precision weights from `norm_M` as it stands."""
+        """Recompute the low-precision weights from the current `norm_M`."""
         self._lower(self.sae.W_enc, self.norm_M, self.low_MD(), self.scale_M)
 
     def judge(self, doubtful: float) -> None:

@@ -28,21 +28,21 @@ BackendChoice = Literal["auto", "numba", "torch", "dense"]
 
 @dataclass(frozen=True)
 class StepStats:
-    """One training step in numbers. Losses are sums over d_in and means over tokens, as in SAELens."""
+    """The numbers of one training step. Losses are sums over d_in and means over tokens, as in SAELens."""
 
     step: int  # steps done, this one included
     loss: float  # mse + aux
     mse: float
     aux: float
     grad_norm: float  # before clipping
-    l0: float  # active features (h > 0) a token
+    l0: float  # active features (h > 0) per token
     dead: int  # dead features before this step
     rescreened: int  # rows whose support was settled in float32 over all features
     lr: float
 
 
 def check_finite(x_BD: torch.Tensor, name: str, step: int) -> None:
-    """Raise ValueError that names the place when x holds NaN or inf."""
+    """Raise ValueError, naming the place, if x holds NaN or inf."""
     if not bool(torch.isfinite(x_BD).all()):
         bad = int((~torch.isfinite(x_BD)).sum())
         raise ValueError(

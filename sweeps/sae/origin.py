@@ -26,7 +26,7 @@ _WEIGHTS = (".safetensors", ".bin")
 
 
 def pin(cells: Sequence[SAECell], run: RunSettings) -> RunSettings:
-    """The settings with the commit of each repository that the cells read from the hub, asked once a launch.
+    """The settings with the commit of each repository that the cells read from the hub, asked once per launch.
 
     Every later read names its commit, so what is loaded is what the fingerprints say, wherever and whenever it is.
     """
@@ -51,7 +51,7 @@ def pinned_commits(run: RunSettings) -> dict[str, str]:
 
 
 def _dataset(source: str) -> str:
-    """`owner/name` of a data set on the hub; empty for another place, and where the address names a revision itself."""
+    """`owner/name` of a data set on the hub; empty for other places and for an address that names its own revision."""
     found = re.match(r"hf://datasets/([^/@]+/[^/@]+)(?=/|$)", source)
     return found[1] if found else ""
 
@@ -68,7 +68,7 @@ def fingerprint(cell: SAECell, run: RunSettings) -> str:
 
 
 def trajectory_name(cell: SAECell, run: RunSettings) -> str:
-    """Name of the checkpoints that cells of nested budgets share: their fingerprint but for the budget."""
+    """Name of the checkpoints that cells of nested budgets share: their fingerprint without the budget."""
     return digest([[str(value) for value in cell.trajectory()], *_origins(cell, run)])[:16]
 
 
@@ -119,7 +119,7 @@ def _stream_origin(stream: str, stream_path: str, on_corrupt: str, hub_commits: 
 
 
 def _hub_commit(hub_id: str, kind: str) -> str:
-    """The commit that `main` of a repository on the hub stands for now; without a network, the one in the cache."""
+    """The commit that `main` of a repository on the hub means now; without a network, the one in the cache."""
     from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
     try:
@@ -133,7 +133,9 @@ def _hub_commit(hub_id: str, kind: str) -> str:
         if commit:
             return commit
         raise ConnectionError(f"it names no commit for {hub_id}")
-    except Exception as error:  # the hub's client lets errors of its HTTP library through, which has changed before
+    except (
+        Exception
+    ) as error:  # the hub's client passes on errors of its HTTP library, and that library has changed before
         cached = try_to_load_from_cache(hub_id, "config.json") if kind == "model" else None
         if isinstance(cached, str):
             return Path(cached).parent.name

@@ -1,4 +1,4 @@
-"""What a launch looks at before Ray starts: weights and shards are within reach and fit each other."""
+"""What a launch checks before Ray starts: weights and shards are reachable and fit each other."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NEOX_VOCABULARY = 50304  # rows of Pythia's embeddings; the tokenizer has 50,27
 
 
 def preflight(cells: Sequence[SAECell], run: RunSettings) -> list[str]:
-    """Lines on what was found odd about weights and text, before anything starts.
+    """Warnings about weights and text, before anything starts.
 
     The training text of the largest budget is read once where it lies on this machine (`text.TextCheck`); from
     elsewhere each pack looks at what it reads.
@@ -42,7 +42,7 @@ def preflight(cells: Sequence[SAECell], run: RunSettings) -> list[str]:
         wants_text = not run.stream_path and any(c.stream == "pile" for c in cells)
         if wants_lm or wants_text:
             _require_hub(wants_lm, wants_text)
-        if run.stream_path:  # a look at footers and held-out rows; on the hub it would be one request a shard
+        if run.stream_path:  # reads footers and held-out rows; on the hub that would be one request per shard
             for context, longest, n_eval in sorted(_needs(cells)):
                 first = next(c for c in cells if c.context == context)
                 stream = open_stream(first, run)
@@ -69,7 +69,7 @@ def _read_once(stream: TokenStream, check: TextCheck, sequences: int) -> None:
 
 
 def _require_pile_ids(model: str, d_vocab: int, source: str) -> None:
-    """UserError where a model whose vocabulary is not GPT-NeoX's would read the hub's Pile."""
+    """Raise UserError where a model with another vocabulary than GPT-NeoX's would read the hub's Pile."""
     if source.startswith(PILE_HUB.removesuffix("/data")) and d_vocab != _NEOX_VOCABULARY:
         raise UserError(
             f"{source} holds GPT-NeoX ids but {model} has a vocabulary of {d_vocab:,}, not GPT-NeoX's "

@@ -1,4 +1,4 @@
-"""Which language model and which token stream a cell of the proxy gap stands on, and what names them for good."""
+"""The language model and the token stream that a cell of the proxy gap uses."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def open_stream(cell: SAECell, run: RunSettings, tokenizer_dir: Path | None = No
 
 
 def remarks(stream: str, run: RunSettings) -> list[str]:
-    """What a launch says of the files it was given: those of a local stream that were skipped for their names."""
+    """Lines on the files that were given: those of a local stream that were skipped because of their names."""
     if stream != "pile" or not run.stream_path or run.stream_path.startswith("hf://"):
         return []
     try:

@@ -10,8 +10,8 @@ from data.token_stream import HeldOutText, TokenStream
 from sweeps.core.cells import UserError
 
 MOST_TRAINED_ON = 0.02
-"""Share of held-out sequences that may stand in the training text word for word (two hundred rows of any large corpus
-hold a licence or a menu twice); they are counted aloud."""
+"""Share of held-out sequences that may occur in the training text word for word (two hundred rows of any large corpus
+hold a licence or a menu twice); the launch reports how many there are."""
 
 
 def require_ids(tokens_ST: np.ndarray, model: str, d_vocab: int, source: str, place: Callable[[int], str]) -> None:
@@ -28,7 +28,7 @@ def require_ids(tokens_ST: np.ndarray, model: str, d_vocab: int, source: str, pl
 
 
 class TextCheck:
-    """Looks at training sequences as they are read, against the held-out ones [S, T] and the models' vocabularies.
+    """Compares training sequences, as they are read, with the held-out ones [S, T] and the models' vocabularies.
 
     Only what is read is looked at: all that the largest budget trains on, never the rest of the stream. Sequences count
     as equal when all T tokens are.
@@ -42,7 +42,7 @@ class TextCheck:
             require_ids(held_out_ST, model, d_vocab, stream.source, stream.held_out_place)
 
     def training(self, index: int, tokens_nT: np.ndarray) -> bool:
-        """Look at training sequences `index`, index+1, …; True when held-out ones were met for the first time.
+        """Check training sequences `index`, index+1, …; True when held-out ones were met for the first time.
 
         Raises UserError where an id is outside a vocabulary, or too much of the held-out text has been met.
         """

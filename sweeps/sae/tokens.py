@@ -38,6 +38,6 @@ def kept_tokens(norm_ST: torch.Tensor, cell: SAECell) -> torch.Tensor:
 
 
 def replace_dropped(a_ND: torch.Tensor, kept_N: torch.Tensor) -> None:
-    """Put the first kept tokens once more where a token was dropped, so that steps keep their size and number."""
+    """Repeat the first kept tokens in place of dropped ones, so that steps keep their size and number."""
     dropped, kept = torch.where(~kept_N)[0], torch.where(kept_N)[0]
     a_ND[dropped] = a_ND[kept[torch.arange(len(dropped), device=kept.device) % len(kept)]]

@@ -38,7 +38,7 @@ _BUILT_IN = ("embedded", *_FROM_SOURCES)
 
 @dataclass(frozen=True)
 class Sources:
-    """The tables and representations of one preset. Its table and files are looked up when they are first used."""
+    """The tables and representations of one preset; files are looked up when they are first used."""
 
     preset: Audit
 
