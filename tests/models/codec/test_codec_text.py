@@ -58,7 +58,7 @@ def test_decoding_step_by_step_equals_the_full_forward(name, tiny_codec_lm, code
 @pytest.mark.parametrize("name", ["gdn_hybrid", "mamba"])
 def test_compiled_steps_draw_what_the_models_own_do(name, tiny_codec_lm):
     model = tiny_codec_lm(name, text=TEXT).eval()
-    options = {"batch": 2, "best_of": 2, "sampling": Sampling(temperature=0), "texts": said(*SAID)}
+    options = {"batch": 2, "sampling": Sampling(temperature=0, best_of=2), "texts": said(*SAID)}
     drawn = {b: generate(model, 12, backend=b, **options) for b in ("numba", "torch")}
     assert torch.equal(drawn["numba"].codes, drawn["torch"].codes)
     torch.testing.assert_close(drawn["numba"].log_probability, drawn["torch"].log_probability, rtol=0, atol=1e-4)
