@@ -156,3 +156,23 @@ def test_reports_of_saes_and_topology_load_neither_torch_nor_ray() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.strip() == "[]"
+
+
+KERNELS = ("models/ops/", "models/cpu/", "models/sae/", "models/codec/compiled/", "analysis/topology/rips_h1.py")
+LONGEST, MOST_PARAMETERS = 60, 8
+
+
+def test_functions_fit_a_screen() -> None:
+    """Kernels are long for a reason, and an autograd function's forward takes what its kernel takes."""
+    wide = []
+    for file in (f for package in ROOMS for f in (ROOT / package).rglob("*.py")):
+        name = file.relative_to(ROOT).as_posix()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.FunctionDef) or name.startswith(KERNELS):
+                continue
+            a, lines = node.args, (node.end_lineno or 0) - node.lineno + 1
+            parameters = [p.arg for p in (*a.posonlyargs, *a.args, *a.kwonlyargs) if p.arg not in ("self", "cls")]
+            autograd = parameters[:1] == ["ctx"]
+            if lines > LONGEST or (len(parameters) > MOST_PARAMETERS and not autograd):
+                wide.append(f"{name}:{node.name} {lines} lines, {len(parameters)} parameters")
+    assert wide == []
