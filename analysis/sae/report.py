@@ -244,7 +244,7 @@ def _notes(study: Study) -> list[str]:
     if study.earlier_intervals:
         notes.append(
             f"{study.earlier_intervals} cells were published with limits of CE_rec by an earlier method (percentile "
-            "bootstrap, too narrow for few sequences); here they are computed anew from the cells' sequences."
+            "bootstrap, too narrow for few sequences); here they are computed again from the cells' sequences."
         )
     if study.published:
         notes.append("“Published” columns: the source study's numbers; blank where it printed none for that cell.")

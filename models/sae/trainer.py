@@ -234,7 +234,7 @@ class SparseTrainer:
         different = sorted(key for key in mine if mine[key] != theirs.get(key))
         if different or set(theirs) != set(mine):
             found = ", ".join(f"{key}={theirs.get(key)!r} (here {mine[key]!r})" for key in different)
-            raise ValueError(f"state is of another SAE: {found or 'unknown fields'}; start anew or restore its config")
+            raise ValueError(f"state is of another SAE: {found or 'unknown fields'}; start again or restore its config")
         for name in PARAMETERS:
             getattr(self.sae, name).copy_(state[name])
             self._exp_avg[name].copy_(state[f"exp_avg.{name}"])

@@ -314,7 +314,7 @@ class Trainer:
         if state.get("maker") != self.maker:
             raise ValueError(
                 f"the checkpoint is of {state.get('maker') or 'an unnamed version'}, this is {self.maker}; remove it "
-                "(_work/ of the ledger) to train anew"
+                "(_work/ of the ledger) to train again"
             )
         for what, mine in (("architecture", self._architecture_text()), ("config", self._config_text())):
             if state[what] != mine:

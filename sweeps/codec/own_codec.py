@@ -86,5 +86,5 @@ def _read(ledger: Store, name: str, known: Facts) -> bytes:
 def _damaged(ledger: Store, place: str, fault: str) -> UserError:
     return UserError(
         f"the stand-in codec of this ledger is damaged: {ledger.uri}/{place} {fault}; bring it back from a copy, or "
-        "choose another --storage, where it is trained anew"
+        "choose another --storage, where it is trained again"
     )

@@ -87,7 +87,9 @@ class WorkStore:
         if pointer is None:
             return None
         if origin is not None and pointer.get("origin", "") != origin:
-            self._say(f"checkpoint of {name} at step {pointer['step']} was made with other code or data: starting anew")
+            self._say(
+                f"checkpoint of {name} at step {pointer['step']} was made with other code or data: starting again"
+            )
             return None
         if (before := pointer.get("threads", self._threads)) != self._threads:
             self._say(
@@ -98,11 +100,11 @@ class WorkStore:
         try:
             with self.store.fetched(place) as file:
                 if not _as_saved(file, pointer):
-                    self._say(f"checkpoint of {name} at step {pointer['step']} is damaged: starting anew")
+                    self._say(f"checkpoint of {name} at step {pointer['step']} is damaged: starting again")
                     return None
                 return torch.load(file, weights_only=True, mmap=True)
         except FileNotFoundError:
-            self._say(f"checkpoint of {name} at step {pointer['step']} is missing: starting anew")
+            self._say(f"checkpoint of {name} at step {pointer['step']} is missing: starting again")
             return None
 
     def drop(self, name: str) -> None:

@@ -76,7 +76,7 @@ def given(uri: str, option: str) -> str:
         )
     if found := _IN_QUERY.search(uri):
         raise UserError(
-            f"{option} {without_password(uri[: found.start()])} has {found[1]}=… behind its '?', where it would be "
+            f"{option} {without_password(uri[: found.start()])} has {found[1]}=… after its '?', where it would be "
             "shown and stored; write scheme://USER:PASSWORD@HOST/…, which is kept secret"
         )
     return remember(uri)

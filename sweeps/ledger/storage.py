@@ -534,6 +534,6 @@ def normal_storage(storage: str) -> str:
         return text
     if mistyped := re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
         raise UserError(
-            f"storage {text} has one slash behind its scheme; write {mistyped[0]}/…, or ./{text} for a local folder"
+            f"storage {text} has one slash after its scheme; write {mistyped[0]}/…, or ./{text} for a local folder"
         )
     return absolute(text)  # no link is followed here: those of the workers may lead elsewhere

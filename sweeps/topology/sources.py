@@ -74,7 +74,9 @@ class Sources:
         """
         given = self.preset.embedding
         if given and self.is_cloud:
-            raise UserError(f"embedding={','.join(given)} has no rows of {self.name}; give it beside its --set table")
+            raise UserError(
+                f"embedding={','.join(given)} has no rows of {self.name}; give it together with its --set table"
+            )
         return dict(_embedding(path, self.name, self.place) for path in given)
 
     @property
@@ -154,7 +156,7 @@ class Sources:
         for embedding, x_ND in self.embeddings.items():
             lines.append(f"embedding {embedding}: given as a file, {len(x_ND)} rows of {x_ND.shape[1]} dimensions")
         if self.preset.clouds:
-            lines.append(f"known shapes beside it: {', '.join(self.preset.clouds)} ({CLOUD_ROWS} points each)")
+            lines.append(f"known shapes in addition: {', '.join(self.preset.clouds)} ({CLOUD_ROWS} points each)")
         if any(member_of(r) is not None for r in self.preset.representations):
             lines.append(_pom_line(self.name, self.place))
         return lines

@@ -226,7 +226,7 @@ def test_bad_arguments_are_one_line_and_start_nothing(tmp_path: Path, main: Main
         (("--storage", "/proc/nowhere"), "is not writable"),
         (
             ("--storage", "s3:/bucket/x"),
-            "storage s3:/bucket/x has one slash behind its scheme; write s3://…, or ./s3:/",
+            "storage s3:/bucket/x has one slash after its scheme; write s3://…, or ./s3:/",
         ),
         (("--storage", "s4://bucket/x"), "storage s4://bucket/x/toy/1 cannot be opened"),
         (

@@ -32,7 +32,7 @@ def test_a_checkpoint_of_other_data_is_not_continued(store: Store) -> None:
     work = WorkStore(store, said.append)
     work.save("cell", 7, {"step": 7}, origin="old")
     assert work.load("cell", origin="new") is None
-    assert said == ["checkpoint of cell at step 7 was made with other code or data: starting anew"]
+    assert said == ["checkpoint of cell at step 7 was made with other code or data: starting again"]
     assert work.load("cell", origin="old") == {"step": 7}
     assert work.load("cell") == {"step": 7}  # who only looks need not know
 
@@ -46,7 +46,7 @@ def test_a_flipped_bit_is_not_loaded(store: Store) -> None:
     data[len(data) // 2] ^= 1
     store.replace(place, bytes(data))
     assert work.load("cell") is None
-    assert said == ["checkpoint of cell at step 3 is damaged: starting anew"]
+    assert said == ["checkpoint of cell at step 3 is damaged: starting again"]
 
 
 def anonymous_mib() -> float:
