@@ -46,13 +46,14 @@ _ROWS_AT_ONCE = 4_000  # of feature blocks fitted together: as fast as more, and
 class Utility:
     """Out-of-sample R² of one target under one model family, pooled over all test rows of all folds.
 
-    gain: r2_both − r2_geometry. control: mean gain of patch noise in place of topology, and the band from control_lo
-    to control_hi that holds the gain of a fresh noise block with probability 0.95. delta: gain − control; without
+    gain: r2_both − r2_geometry. control: mean gain of patch noise in place of topology, and the range from
+    control_lo to control_hi of the middle 95% of its draws, a description: it held the gain of a further noise block in
+    88% to 93% of simulations (docs/calibration.md). delta: gain − control; without
     patches there is no control, and delta is the plain gain. p: how often patch noise gains as much as topology,
     (1 + #)/(B + 1); None where it was not asked for, NaN where it cannot be had, and `why` says what it needs.
 
-    delta_lo and delta_hi are NaN: no interval of delta held its level in simulation (docs/calibration.md); the band of
-    the control is what shows how far delta is from nothing.
+    delta_lo and delta_hi are NaN: no interval of delta held its level in simulation (docs/calibration.md); the
+    draws of the control are what shows how far delta is from nothing.
     """
 
     target: str
@@ -209,7 +210,7 @@ def compare(
 
     Args:
         family: "ridge" (standardised, penalty by leave-one-out) or "trees" (histogram gradient boosting).
-        permutations: draws B of the control. A p needs 19, the control's band 39.
+        permutations: draws B of the control. A p needs 19, the control's range 39.
         patches_NP: the molecules of each row's patch; the control and p need it. Rows that share nothing are patches
             of one molecule each, `np.arange(N)[:, None]`.
         splits: training and test rows of each fold: by default `neighbourhood_folds(patches_NP)`, or random folds

@@ -23,9 +23,10 @@ _SCORES = ("r2_geometry", "r2_topology", "r2_both", "gain", "control")
 _NOTE = (
     "Gain: out-of-sample R² of geometry + topology minus that of geometry, pooled over all test rows. Control: mean "
     "gain of patch noise (drawn once per molecule, averaged over each patch, with topology's margins: no chemistry) in "
-    "topology's place, and the band that holds 95% of such gains. Delta: gain − control, what topology adds to that. "
+    "topology's place, and the range of the middle 95% of these draws, which describes them and is no interval. "
+    "Delta: gain − control, what topology adds to that. "
     "p: how often patch noise gains as much; Holm: over all p of a table. Delta has no interval: none that was tried "
-    "keeps its level. “–”: not to be had; a p needs neighbourhood folds and ≥ 19 draws of the control, the band 39."
+    "keeps its level. “–”: not to be had; a p needs neighbourhood folds and ≥ 19 draws of the control, the range 39."
 )
 _FOLDS_NOTE = (
     "Neighbourhood folds: no patch of a test row shares a molecule with the patch of a training row; rows between the "

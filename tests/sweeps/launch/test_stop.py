@@ -91,6 +91,7 @@ def test_a_closed_terminal_asks_for_the_same_as_sigterm(tmp_path: Path) -> None:
     said: list[str] = []
     store, stopper = Store(str(tmp_path)), Stopper()
     try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
         stopper.install()
         with pytest.raises(KeyboardInterrupt), stopper.asking(store, "launch", 5.0, said.append):
             _hang_up(store)
