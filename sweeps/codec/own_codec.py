@@ -74,13 +74,7 @@ def _publish(ledger: Store, name: str, own: Path) -> None:
 
 def _read(ledger: Store, name: str, known: Facts) -> bytes:
     place = _place(name, known)
-    try:
-        data = ledger.read(place)
-    except FileNotFoundError as error:
-        raise _damaged(ledger, place, "is missing") from error
-    if fault := known.fault(data):
-        raise _damaged(ledger, place, fault)
-    return data
+    return ledger.read_sound(place, known, lambda fault: _damaged(ledger, place, fault))
 
 
 def _damaged(ledger: Store, place: str, fault: str) -> UserError:

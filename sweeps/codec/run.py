@@ -71,7 +71,7 @@ def run_pack(cells: Sequence[LMCell], study: Study, context: PackContext) -> Non
 
 
 def _usable(cell: LMCell, sides: Sequence[TokenClips], context: PackContext) -> tuple[list[TokenClips], dict[str, int]]:
-    """(clips of each side that the study uses, how many others there are by reason); says so where there are some."""
+    """(clips of each side that the study uses, how many others there are by reason); a note names the others."""
     kept, left_out = [], Counter[str]()
     for side in sides:
         clips, others = cell.usable_clips(side)

@@ -378,7 +378,7 @@ class _Launch(Generic[CellT, PresetT]):
             )
 
     def _settle_threads(self, machine: Machine) -> None:
-        """Threads of a pack follow from the whole plan: an interrupted run goes on with as many as it began with."""
+        """Threads of a pack follow from the whole plan: an interrupted run continues with as many as it began with."""
         if not self.run.threads:
             self.run = replace(self.run, threads=self.sweep.threads(self.whole, self.preset, machine, self.run))
 

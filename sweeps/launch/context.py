@@ -137,7 +137,7 @@ class PackContext:
         self.progress(force=True, reached=place)
 
     def fail(self, cell: Cell, error: str) -> None:
-        """Give up one cell for a reason that a retry cannot change; the pack goes on with the others."""
+        """Give up one cell for a reason that a retry cannot change; the pack continues with the others."""
         self.ledger.record_failure(cell, error, attempts=1)
         self._state["failed"] += 1
         self.progress(force=True)

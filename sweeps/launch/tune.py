@@ -1,4 +1,4 @@
-"""Packs on Ray Tune: one function trial a pack, retried after crashes, never after bad input."""
+"""Packs on Ray Tune: one function trial per pack, retried after crashes, never after bad input."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def run_packs(
             tune_config=tune.TuneConfig(
                 search_alg=_taking(queue),
                 num_samples=len(packs),
-                reuse_actors=True,  # a worker imports torch once, not once a pack
+                reuse_actors=True,  # a worker imports torch once, not for every pack
                 max_concurrent_trials=at_once,
                 trial_name_creator=lambda t: t.config["pack"],
                 trial_dirname_creator=lambda t: t.trial_id,
@@ -99,7 +99,7 @@ def run_packs(
                 storage_path=folder,
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=job.run.max_retries),
-                callbacks=[_board_callback(board, by_name, published, errors, job.run.max_retries)],
+                callbacks=[_board_callback(_Attempts(board, by_name, published, errors, job.run.max_retries))],
             ),
         ).fit()
         return errors
@@ -239,17 +239,9 @@ class _Attempts:
         return line
 
 
-def _board_callback(
-    board: Board,
-    packs: Mapping[str, Pack],
-    published: Callable[[list[str]], None],
-    errors: dict[str, str],
-    max_retries: int,
-) -> Any:
-    """Tune's events, handed to `_Attempts`."""
+def _board_callback(attempts: _Attempts) -> Any:
+    """Tune's events, handed to `attempts`."""
     from ray import tune
-
-    attempts = _Attempts(board, packs, published, errors, max_retries)
 
     class BoardCallback(tune.Callback):
         def __reduce__(self) -> Any:  # Tune pickles its settings; a screen cannot be pickled and is not needed there
@@ -259,15 +251,15 @@ def _board_callback(
             attempts.heard(trial, result.get("progress", {}))
 
         def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-            board.drop(trial.config["pack"])
+            attempts.board.drop(trial.config["pack"])
 
         def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             attempts.ended(trial, f"(attempt {trial.num_failures}); a retry continues from its checkpoint")
 
         def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             outcome = f"{trial.num_failures} times and is given up; its last checkpoint stays"
-            errors[trial.config["pack"]] = attempts.ended(trial, outcome)
-            board.drop(trial.config["pack"])
+            attempts.errors[trial.config["pack"]] = attempts.ended(trial, outcome)
+            attempts.board.drop(trial.config["pack"])
 
     return BoardCallback()
 

@@ -11,7 +11,7 @@ What always holds of the log:
    its entry by an empty one.
 2. An entry counts as a claim only if its number is the highest when its author lists the log again. Its author has
    therefore read every entry below it, and the author of any later entry reads it. (An author with an old listing may
-   create a number anew that was removed below the highest. The second listing shows that; the author removes the entry
+   create a number again that was removed below the highest. The second listing shows that; the author removes the entry
    and claims again.)
 3. An entry names no key that a live launch held by the entries below it.
 
@@ -165,10 +165,8 @@ class Claims:
         self._stop = threading.Event()
         self._renewed, self._lapses = _now(), 0
         self._stored: float | None = None  # when the lease was last written, by the storage's clock
-        self._moment = (
-            self._renewed,
-            0.0,
-        )  # one moment by this machine's clock and (or a little earlier) by the storage's
+        # one moment by this machine's clock and (or a little earlier) by the storage's
+        self._moment = self._renewed, 0.0
         self._far: dict[str, dict[str, Any]] = {}  # leases of other machines, of which only the time stamps change
         self._renew()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
@@ -308,7 +306,7 @@ class Claims:
             if made is None or made["nonce"] != entry.nonce:  # the same nonce: a retried create met its own first try
                 return False
         if self._read_log(group, log) != number:
-            # removed below the highest entry and made anew from an old listing: it orders nothing
+            # removed below the highest entry and made again from an old listing: it orders nothing
             self.store.remove_file(_entry(group, number))
             log.entries.pop(number, None)
             return False

@@ -37,10 +37,9 @@ _OWN = (
 # columns that planning reads
 _PLANNING = ["key", "fingerprint", "stamp", "pack", "seconds", "share", "device"]
 _FAULTS = (
-    FileNotFoundError,
     pa.ArrowInvalid,
     OSError,
-)  # of a file that was merged away, is damaged, or not readable now
+)  # of a file that was merged away (FileNotFoundError), is damaged, or unreadable now
 
 _SCHEMA = pa.schema(
     [

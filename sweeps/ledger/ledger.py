@@ -126,7 +126,7 @@ class Ledger:
         try:
             stamp = self.store.stamp(key) if self.store.local else 0
             home, meta = self._meta(key)
-            rows = self._checked_file(key, home, meta, "rows.parquet")
+            rows = self._checked_file(key, home, facts(meta).get("rows.parquet"), "rows.parquet")
             table = rows_table(rows)
         except FileNotFoundError:
             if self.store.published(key):
@@ -139,6 +139,11 @@ class Ledger:
 
     def _meta(self, key: str) -> tuple[str, dict[str, Any]]:
         """(folder of the cell's files, cell.json); raises FileNotFoundError, DamagedCell."""
+        home, meta, _ = self._opened(key)
+        return home, meta
+
+    def _opened(self, key: str) -> tuple[str, dict[str, Any], str | None]:
+        """`_meta`, and the text of cell.json where the marker carries it."""
         marker = self._marker(key)
         attempt = marker.get("attempt", "")
         if not isinstance(attempt, str):
@@ -150,7 +155,7 @@ class Ledger:
             raise damaged(key, self.store.uri, "cell.json", "is no JSON object with identity and files")
         for name in meta["files"]:
             checked(name, f"cell {key} of {self.store.uri}")
-        return home, meta
+        return home, meta, text
 
     def _marker(self, key: str) -> dict[str, Any]:
         """The contents of the cell's marker; raises FileNotFoundError, DamagedCell."""
@@ -159,18 +164,8 @@ class Ledger:
         except ValueError as error:
             raise damaged(key, self.store.uri, MARKER, "is no JSON object") from error
 
-    def _raise_for(self, key: str, name: str, fault: str) -> None:
-        if fault:
-            raise damaged(key, self.store.uri, name, fault)
-
-    def _checked_file(self, key: str, home: str, meta: Mapping[str, Any], name: str) -> bytes:
-        try:
-            data = self.store.read(f"{home}/{name}")
-        except FileNotFoundError as error:
-            raise damaged(key, self.store.uri, name, "is missing") from error
-        known = facts(meta).get(name)
-        self._raise_for(key, name, known.fault(data) if known else "")
-        return data
+    def _checked_file(self, key: str, home: str, known: Facts | None, name: str) -> bytes:
+        return self.store.read_sound(f"{home}/{name}", known, lambda fault: damaged(key, self.store.uri, name, fault))
 
     def publish(
         self, cell: Cell, rows: Sequence[Row], files: Mapping[str, bytes | Path], meta: Mapping[str, Any]
@@ -197,7 +192,7 @@ class Ledger:
     def read(self, key: str) -> PublishedCell:
         """A published cell; raises FileNotFoundError where there is none, DamagedCell (one line) where it is one."""
         home, meta = self._meta(key)
-        data = self._checked_file(key, home, meta, "rows.parquet")
+        data = self._checked_file(key, home, facts(meta).get("rows.parquet"), "rows.parquet")
         try:
             rows = pd.read_parquet(io.BytesIO(data))
         except (pa.ArrowException, OSError, ValueError) as error:
@@ -209,12 +204,10 @@ class Ledger:
 
         def look(key: str) -> None:
             try:
-                home, meta = self._meta(key)
-                text = _text_in(self._marker(key))
+                home, meta, text = self._opened(key)
+                known = facts(meta) | ({} if text is None else {"cell.json": facts_of(text.encode())})
                 for name in _names(meta):
-                    data = self._checked_file(key, home, meta, name)
-                    if name == "cell.json" and text is not None:
-                        self._raise_for(key, name, facts_of(text.encode()).fault(data))
+                    self._checked_file(key, home, known.get(name), name)
             except FileNotFoundError:
                 self.damaged[key] = damaged(key, self.store.uri, "cell.json", "is missing")
             except DamagedCell as damage:

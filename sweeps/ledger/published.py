@@ -63,16 +63,10 @@ def file_sizes(meta: Mapping[str, Any]) -> dict[str, int]:
 def file_of(cell: PublishedCell, name: str) -> bytes:
     """Bytes of one of the cell's files; raises FileNotFoundError, DamagedCell where they are not those published."""
     known = facts(cell.meta).get(name)
+    if known is None:
+        return Store(cell.uri).read(name)
     ledger = cell.uri.split(f"/{cell.key}", 1)[0]
-    try:
-        data = Store(cell.uri).read(name)
-    except FileNotFoundError as error:
-        if known is None:
-            raise
-        raise damaged(cell.key, ledger, name, "is missing") from error
-    if known and (fault := known.fault(data)):
-        raise damaged(cell.key, ledger, name, fault)
-    return data
+    return Store(cell.uri).read_sound(name, known, lambda fault: damaged(cell.key, ledger, name, fault))
 
 
 def table_of(cell: PublishedCell, name: str) -> pd.DataFrame:

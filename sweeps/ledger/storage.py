@@ -237,6 +237,19 @@ class Store:
         finally:
             place.unlink(missing_ok=True)
 
+    def read_sound(self, name: str, known: Facts | None, damaged: Callable[[str], Exception]) -> bytes:
+        """Bytes of a file that was written and must be as it was; raises `damaged(FAULT)` where it is missing or not.
+
+        known: None where nobody recorded what it must be.
+        """
+        try:
+            data = self.read(name)
+        except FileNotFoundError as error:
+            raise damaged("is missing") from error
+        if known and (fault := known.fault(data)):
+            raise damaged(fault)
+        return data
+
     def read_json(self, name: str) -> Any | None:
         """Parsed JSON of a file, or None where there is none, or an empty one (after a power failure).
 

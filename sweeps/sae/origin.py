@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data import embedded_text
+from data._content import file_sha256
 from data._listing import is_hidden
 from data.token_stream import PILE_HUB, CorruptShard, StreamUnavailable, TokenStream
 from models.host.specs import HOST_LMS
@@ -133,9 +134,7 @@ def _hub_commit(hub_id: str, kind: str) -> str:
         if commit:
             return commit
         raise ConnectionError(f"it names no commit for {hub_id}")
-    except (
-        Exception
-    ) as error:  # the hub's client passes on errors of its HTTP library, and that library has changed before
+    except Exception as error:  # the hub's client passes on its HTTP library's errors, and has changed the library
         cached = try_to_load_from_cache(hub_id, "config.json") if kind == "model" else None
         if isinstance(cached, str):
             return Path(cached).parent.name
@@ -147,8 +146,4 @@ def _hub_commit(hub_id: str, kind: str) -> str:
 
 
 def _hash_files(files: Sequence[Path]) -> str:
-    total = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as f:
-            total.update(hashlib.file_digest(f, "sha256").digest())
-    return total.hexdigest()
+    return hashlib.sha256(b"".join(bytes.fromhex(file_sha256(file)) for file in files)).hexdigest()

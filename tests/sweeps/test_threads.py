@@ -1,4 +1,4 @@
-"""Threads by default: they follow from the whole plan, so that an interrupted run goes on with as many as before."""
+"""Threads by default: they follow from the whole plan, so that an interrupted run continues with as many as before."""
 
 from __future__ import annotations
 
