@@ -268,7 +268,9 @@ def test_a_login_in_the_environment_is_kept_as_one_on_the_command_line_is(
     ],
 )
 def test_passwords_in_a_query_are_refused_and_not_repeated(name: str) -> None:
-    with pytest.raises(UserError, match=rf"^--tracking-uri postgresql://h/db\?user=u has {name}=… behind") as refused:
+    with pytest.raises(
+        UserError, match=rf"^--tracking-uri postgresql://h/db\?user=u has {name}=… after its '\?'"
+    ) as refused:
         logins.given(f"postgresql://h/db?user=u&{name}={WORD}", "--tracking-uri")
     assert WORD not in str(refused.value)
     assert logins.given("postgresql://h/db?sslmode=require", "--tracking-uri").endswith("?sslmode=require")

@@ -151,7 +151,7 @@ def test_backends_draw_the_same_samples(tiny_codec_lm):
 
 _SAMPLE = """
 import torch
-from models.host.specs import build_lm
+from models.codec.names import build_lm
 from models.codec.sampling import generate
 torch.set_num_threads(1)
 made = generate(build_lm("local_olmo_hybrid"), 60, batch=3, backend="numba", seed=5)
