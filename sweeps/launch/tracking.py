@@ -488,12 +488,26 @@ class Tracker:
             else:
                 self._client.log_artifacts(run_id, folder)
 
+    def runs_link(self) -> str:
+        """Short address that opens MLflow on the runs of this launch; empty where MLflow was never reached.
+
+        The host is that of `make ui` where the store is a file.
+        """
+        if not self._experiment:
+            return ""
+        search = quote(f"tags.`plumbline.launch` = {_quoted(self.claims.launch_id)}", safe="")
+        return f"{self._base}/#/experiments/{self._experiment}/runs?searchFilter={search}"
+
+    @property
+    def _base(self) -> str:
+        """Address of MLflow's pages."""
+        return self.uri.rstrip("/") if self.uri.startswith("http") else "http://127.0.0.1:5000"
+
     def compare_link(self, keys: Sequence[str]) -> str:
         """Address of MLflow's compare page for the runs of these cells (the first hundred)."""
-        base = self.uri if self.uri.startswith("http") else "http://127.0.0.1:5000"
         runs = [self.run_ids[k] for k in keys if k in self.run_ids][:_COMPARE_RUNS]
         experiments = quote(json.dumps([self._experiment]))
-        return f"{base.rstrip('/')}/#/compare-runs?runs={quote(json.dumps(runs))}&experiments={experiments}"
+        return f"{self._base}/#/compare-runs?runs={quote(json.dumps(runs))}&experiments={experiments}"
 
 
 def _quiet_mlflow() -> None:
