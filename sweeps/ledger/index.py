@@ -15,7 +15,7 @@ import io
 import json
 import math
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from sweeps.ledger.storage import Store
 
 FOLDER = "_index"
 _SEGMENT_CELLS = 250_000  # larger files are not merged any more, which bounds the memory of one merge
+_BATCH = 4096  # cells that are decoded at once
 _INLINE_BYTES = 64 * 1024  # longer rows stay in their folder alone, so that the index stays quick to read
 # entries of cell.json that differ from cell to cell; the others are stored once for all cells that share them
 _OWN = (
@@ -133,20 +134,24 @@ class Index:
 
     def read(self, keys: Iterable[str]) -> dict[str, PublishedCell]:
         """The cells among `keys` that the index holds with their rows: one read per index file, none per cell."""
-        wanted: dict[str, list[tuple[int, str]]] = {}
+        return {cell.key: cell for cell in self.stream(keys)}
+
+    def stream(self, keys: Iterable[str]) -> Iterator[PublishedCell]:
+        """`read`, file by file and a batch at a time, so that only one file and one batch are in memory."""
+        wanted: dict[str, list[int]] = {}
         for key in keys:
             if key in self._place:
                 name, row = self._place[key]
-                wanted.setdefault(name, []).append((row, key))
-        out: dict[str, PublishedCell] = {}
+                wanted.setdefault(name, []).append(row)
         for name, rows in wanted.items():
             try:
                 table = pq.read_table(io.BytesIO(self.store.read(f"{FOLDER}/{name}")))
             except _FAULTS:
                 continue
-            for batch in table.take([row for row, _ in sorted(rows)]).to_batches(max_chunksize=4096):
-                out.update((c.key, c) for c in _cells(batch, self.store.uri))
-        return out
+            rows.sort()
+            for start in range(0, len(rows), _BATCH):
+                for batch in table.take(rows[start : start + _BATCH]).to_batches():
+                    yield from _cells(batch, self.store.uri)
 
     def add(self, records: Sequence[Record]) -> None:
         """Write the records as one file, merged with every file that is at most twice as large."""

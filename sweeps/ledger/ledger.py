@@ -19,7 +19,7 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -243,6 +243,34 @@ class Ledger:
         missing = [k for k in wanted if k not in found]
         found.update(zip(missing, in_order(self.read, missing), strict=True))
         return [found[k] for k in wanted]
+
+    def stream(self, keys: Iterable[str]) -> Iterator[PublishedCell]:
+        """Published cells one after another: those of the index, file by file, then the others in the order of `keys`.
+
+        Keys that are not published are passed over, as are cells that turn out `damaged`. Few cells are in memory at
+        once, whatever the ledger's size.
+        """
+        wanted = list(dict.fromkeys(keys))
+        there = self.done(wanted)
+        wanted = [key for key in wanted if key in there]
+        with self._lock:
+            self.index.refresh()
+            indexed = [key for key in wanted if self._indexed(key)]
+        seen = set()
+        for cell in self.index.stream(indexed):
+            seen.add(cell.key)
+            yield cell
+
+        def look(key: str) -> PublishedCell | None:
+            try:
+                return self.read(key)
+            except FileNotFoundError:
+                return None
+            except DamagedCell as damage:
+                self.damaged[key] = damage
+                return None
+
+        yield from (cell for cell in in_order(look, (k for k in wanted if k not in seen)) if cell is not None)
 
     def work(self, keys: Iterable[str]) -> list[tuple[str, float, float, str]]:
         """(pack attempt, seconds, share, device) of published cells, see `index.Entry`."""
