@@ -1,30 +1,32 @@
 """The language model under study: activations at a hook, their gradients, and the loss with a patch.
 
 Shape suffixes: B sequences, T tokens, D d_model, V vocabulary. Hooks are TransformerLens names,
-``blocks.{L}.hook_resid_post``: the residual stream after block L. Weights are used unprocessed (no folding of
-norms, no centring). The trunk is the Hugging Face model itself, cut into segments of blocks, which TransformerLens'
+``blocks.{L}.hook_resid_post`` (the residual stream after block L), ``hook_resid_pre``, ``hook_mlp_out`` and
+``hook_attn_out`` (what MLP and attention add to it). Weights are used unprocessed (no folding of norms, no centring).
+The trunk is the Hugging Face model itself, run in part (`models.host.trunk`), which TransformerLens'
 TransformerBridge equals bit for bit (a test holds it) and which can start and stop at any block.
 """
 
 from __future__ import annotations
 
-import copy
 import difflib
-from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.host import weights
+from models.host.layout import HOOKS, RESID_POST, RESID_PRE, find_layout
 from models.host.next_token_loss import NextTokenLoss
 from models.host.specs import HOST_LMS, HostLMSpec
+from models.host.trunk import FLAT_WHEN_CONSTANT, SEGMENTED, Hooks, Segments, Trunk
 from models.host.weights import Corpus, LMUnavailable
 
 __all__ = [
     "Corpus",
+    "HookPlace",
     "HostLM",
     "LMUnavailable",
     "check_checkpoint",
@@ -35,21 +37,47 @@ __all__ = [
 ]
 
 
+@dataclass(frozen=True)
+class HookPlace:
+    """Which activation of a block is under study, and the name of the model's block list where it is not found."""
+
+    hook: str = RESID_POST
+    blocks: str = ""
+
+    def __post_init__(self) -> None:
+        if self.hook not in HOOKS:
+            raise ValueError(f"hook={self.hook} is not known; choose one of {', '.join(HOOKS)}")
+
+
 class HostLM:
     """One frozen causal LM, cut at its hooks. Build it with `load_host_lm`.
 
     Activations, gradients and losses are float32 whatever ``dtype`` the trunk runs in.
     """
 
-    def __init__(self, name: str, model: nn.Module, spec: HostLMSpec, tokenizer_dir: Path | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        spec: HostLMSpec,
+        tokenizer_dir: Path | None,
+        place: HookPlace | None = None,
+    ) -> None:
         self.name = name
         self.spec = spec
+        self.place = place or HookPlace()
         self.d_model, self.n_layers, self.d_vocab = spec.d_model, spec.n_layers, spec.d_vocab
         self.tokenizer_dir = tokenizer_dir
         self.model = model.eval().requires_grad_(False)
-        self._base: Any = model.base_model
-        self._norm_name = "final_layer_norm" if spec.architecture == "gpt_neox" else "norm"
-        self._head = NextTokenLoss(model.get_output_embeddings())  # type: ignore[operator]
+        self._trunk: Trunk
+        readout = None
+        if spec.architecture in SEGMENTED and self.place == HookPlace():
+            self._trunk = Segments(model, "final_layer_norm" if spec.architecture == "gpt_neox" else "norm")
+        else:
+            layout = find_layout(model, spec.n_layers, spec.d_model, self.place.blocks)
+            self._trunk, readout = Hooks(model, layout, self.place.hook), layout.readout
+            layout.site(layout.block_list(model), 0, self.place.hook)
+        self._head = NextTokenLoss(model.get_output_embeddings(), readout)  # type: ignore[operator]
 
     @property
     def device(self) -> torch.device:
@@ -60,13 +88,13 @@ class HostLM:
         return next(self.model.parameters()).dtype
 
     def hook_name(self, layer: int) -> str:
-        """TransformerLens' name of the residual stream after block ``layer`` (0-based)."""
-        return f"blocks.{check_layer(self.name, layer, self.n_layers)}.hook_resid_post"
+        """TransformerLens' name of the hook in block ``layer`` (0-based)."""
+        return f"blocks.{check_layer(self.name, layer, self.n_layers)}.hook_{self.place.hook}"
 
     @torch.no_grad()
     def activations(self, tokens_BT: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
-        """Residual stream after each of ``layers``, {layer: a_BTD}; no block above the deepest one runs."""
-        return {layer: a_BTD.float() for layer, a_BTD in self._climb(tokens_BT, self._checked(layers))}
+        """The hook's activation in each of ``layers``, {layer: a_BTD}; no block above the deepest one runs."""
+        return {layer: a_BTD.float() for layer, a_BTD in self._trunk.climb(tokens_BT, self._checked(layers))}
 
     def loss_and_gradients(
         self,
@@ -86,16 +114,9 @@ class HostLM:
         """
         wanted = self._checked(layers)
         stops = self._checked([*layers, *also])
-        seen: dict[int, Tensor] = {}
-        with torch.no_grad():
-            for layer, a_BTD in self._climb(tokens_BT, [s for s in stops if s <= wanted[0]]):
-                seen[layer] = a_BTD.detach()
+        seen, hidden_BTD = self._trunk.through(tokens_BT, stops, wanted[0])
         with torch.enable_grad():
-            seen[wanted[0]].requires_grad_(True)
-            for below, layer in pairwise([s for s in stops if s >= wanted[0]]):
-                seen[layer] = self._segment(below + 1, layer + 1)(inputs_embeds=seen[below])
-            top = self._segment(stops[-1] + 1, self.n_layers, norm=True)
-            sum_B = self._head(top(inputs_embeds=seen[stops[-1]]), tokens_BT, logits_dtype=logits_dtype)
+            sum_B = self._head(hidden_BTD, tokens_BT, logits_dtype=logits_dtype)
             gradients = torch.autograd.grad(sum_B.sum(), [seen[layer] for layer in wanted])
         activations = {layer: a.detach().float() for layer, a in seen.items()}
         loss_B = sum_B.detach() / (tokens_BT.shape[1] - 1)
@@ -105,25 +126,35 @@ class HostLM:
     def patched_loss(
         self, a_BTD: Tensor, layer: int, tokens_BT: Tensor, *, logits_dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """The mean losses [B] with the residual stream after block ``layer`` replaced by ``a_BTD``.
+        """The mean losses [B] with the hook's activation in block ``layer`` replaced by ``a_BTD``.
 
-        Only later blocks run. B is free: stack several cells' reconstructions (and repeat the tokens) to run them in
-        one pass. The zero-ablated loss is that of zeros; `zero_loss` gives it for the price of one token.
+        Only later blocks run (at the hooks inside a block all of them do). B is free: stack several cells'
+        reconstructions (and repeat the tokens) to run them in one pass. `zero_loss` has the loss of zeros for less.
         """
         check_layer(self.name, layer, self.n_layers)
-        hidden_BTD = self._segment(layer + 1, self.n_layers, norm=True)(inputs_embeds=a_BTD.to(self.dtype))
+        hidden_BTD = self.tail(layer, tokens_BT)(a_BTD.to(self.dtype))
         return self._mean_loss(hidden_BTD, tokens_BT, logits_dtype)
+
+    def tail(self, layer: int, tokens_BT: Tensor) -> Callable[[Tensor], Tensor]:
+        """Final hidden states [B, T, D] (the unembedding's input) as a function of the hook's activation a_BTD.
+
+        Differentiable in reverse and forward mode (the latter under `SDPBackend.MATH`).
+        """
+        return self._trunk.tail(check_layer(self.name, layer, self.n_layers), tokens_BT)
 
     @torch.no_grad()
     def zero_loss(self, layer: int, tokens_BT: Tensor) -> Tensor:
-        """`patched_loss` of zeros, [B]: with the hook zero everywhere all positions stay equal, so one is computed.
+        """`patched_loss` of zeros, [B].
 
-        (Causal attention over equal values returns that value whatever its weights; position enters both
-        architectures through those weights alone.)
+        Where a residual stream of zeros stays the same at all positions (`FLAT_WHEN_CONSTANT`), one is computed;
+        elsewhere the pass is a real one.
         """
         check_layer(self.name, layer, self.n_layers)
+        if self.spec.architecture not in FLAT_WHEN_CONSTANT or self.place.hook not in (RESID_POST, RESID_PRE):
+            zeros_BTD = torch.zeros(*tokens_BT.shape, self.d_model, device=self.device)
+            return self.patched_loss(zeros_BTD, layer, tokens_BT)
         zero_11D = torch.zeros(1, 1, self.d_model, device=self.device, dtype=self.dtype)
-        hidden_11D = self._segment(layer + 1, self.n_layers, norm=True)(inputs_embeds=zero_11D)
+        hidden_11D = self.tail(layer, tokens_BT[:1, :1])(zero_11D)
         return self._head.of_constant(hidden_11D[0, 0], tokens_BT) / (tokens_BT.shape[1] - 1)
 
     def _mean_loss(self, hidden_BTD: Tensor, tokens_BT: Tensor, logits_dtype: torch.dtype) -> Tensor:
@@ -133,22 +164,6 @@ class HostLM:
         if not layers:
             raise ValueError("layers=[] asks for no activation; name at least one layer")
         return sorted({check_layer(self.name, layer, self.n_layers) for layer in layers})
-
-    def _climb(self, tokens_BT: Tensor, layers: list[int]) -> Iterator[tuple[int, Tensor]]:
-        inputs = {"input_ids": tokens_BT}
-        for start, stop in pairwise([0, *(layer + 1 for layer in layers)]):
-            a_BTD = self._segment(start, stop)(**inputs)
-            yield stop - 1, a_BTD
-            inputs = {"inputs_embeds": a_BTD}
-
-    def _segment(self, start: int, stop: int, *, norm: bool = False) -> Callable[..., Tensor]:
-        """Blocks start..stop−1 as a function of ``input_ids`` or ``inputs_embeds`` (shares the weights)."""
-        part = copy.copy(self._base)
-        part._modules = dict(self._base._modules)
-        part._modules["layers"] = self._base.layers[start:stop]
-        if not norm:
-            part._modules[self._norm_name] = nn.Identity()
-        return lambda **inputs: part(**inputs, use_cache=False).last_hidden_state
 
 
 def load_host_lm(

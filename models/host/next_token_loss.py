@@ -12,7 +12,9 @@ They are kept in bits (h scaled by log₂e), because exp2 costs half of exp.
 With bfloat16 logits only the normaliser is rounded, and as little as can be: the mean row of W is taken out first
 (softmax does not see a constant added to every logit of a token; small logits round to small errors), and the
 target's term is the exact float32 dot product in the sum as in the numerator, so that it cannot be off in one
-and not in the other.
+and not in the other. (With soft-capped logits the mean row stays in: the cap sees a constant.)
+
+An unembedding may have a bias, and its logits may be scaled and soft-capped (`models.host.layout.Readout`).
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from models.cpu.bfloat16 import multiplies_bfloat16
+from models.host.layout import Readout
 
 _ROWS, _COLUMNS = 1024, 2048  # a tile: 8 MiB of float32
 _LOG2_E = 1.0 / math.log(2.0)
@@ -32,11 +35,15 @@ _LOG2_E = 1.0 / math.log(2.0)
 class NextTokenLoss:
     """The unembedding of one model with its tile. Not thread-safe: one call at a time."""
 
-    def __init__(self, head: nn.Linear) -> None:
-        if head.bias is not None:
-            raise ValueError("the unembedding has a bias; NextTokenLoss covers bias-free heads only")
+    def __init__(self, head: nn.Linear, readout: Readout | None = None) -> None:
+        readout = readout or Readout()
+        self._scale = readout.scale
+        self._to_bits = _LOG2_E * readout.scale
+        self._cap = readout.cap * _LOG2_E  # in bits; 0: none
         self._weight_VD: Tensor = head.weight.detach().float()
-        self._mean_D: Tensor = self._weight_VD.mean(0)
+        bias = getattr(head, "bias", None)
+        self._bias_V: Tensor | None = None if bias is None else bias.detach().float() * self._to_bits
+        self._mean_D: Tensor = self._weight_VD.mean(0) * (1 - bool(self._cap))
         self._centred_bf16_VD: Tensor | None = None
         self._tiles: dict[torch.dtype, Tensor] = {}
 
@@ -52,7 +59,11 @@ class NextTokenLoss:
 
     def of_constant(self, hidden_D: Tensor, tokens_BT: Tensor) -> Tensor:
         """Summed CE of each sequence, [B] nats, when every position has the same final hidden state."""
-        log_p_V = (self._weight_VD @ hidden_D.float()).log_softmax(0)
+        logits_V = self._weight_VD @ hidden_D.float()
+        if self._bias_V is not None or self._cap or self._scale != 1.0:
+            bits_V = logits_V * self._to_bits if self._bias_V is None else logits_V * self._to_bits + self._bias_V
+            logits_V = self._capped(bits_V) / _LOG2_E
+        log_p_V = logits_V.log_softmax(0)
         return -log_p_V[tokens_BT[:, 1:]].sum(1)
 
     def rows(
@@ -67,7 +78,7 @@ class NextTokenLoss:
         for start in range(0, len(hidden_ND), height):
             rows = slice(start, start + height)
             grad_RD = None if grad_ND is None else grad_ND[rows].zero_()
-            h_RD = hidden_ND[rows].float() * _LOG2_E
+            h_RD = hidden_ND[rows].float() * self._to_bits
             loss_N[rows] = self._row_of_tiles(h_RD, targets_N[rows], logits_dtype, grad_RD)
         return loss_N, grad_ND
 
@@ -78,6 +89,9 @@ class NextTokenLoss:
         target_R1 = torch.empty_like(h_RD[:, :1])
         if rounded:
             target_R1 = (h_RD * (self._weight_VD[target_R] - self._mean_D)).sum(1, keepdim=True)
+            if self._bias_V is not None:
+                target_R1 += self._bias_V[target_R][:, None]
+            target_R1 = self._capped(target_R1)
         peak_R1 = torch.full_like(target_R1, -math.inf)
         sums_R1 = torch.zeros_like(target_R1)
         _, width = self._tile_shape
@@ -91,17 +105,37 @@ class NextTokenLoss:
                 target_R1[inside, 0] = bits_RC[inside, column]
             higher_R1 = torch.maximum(peak_R1, bits_RC.amax(1, keepdim=True))
             shrink_R1 = torch.exp2(peak_R1 - higher_R1)
+            slope_RC = self._slope(bits_RC) if self._cap and grad_RD is not None else None
             mass_RC = bits_RC.sub_(higher_R1).exp2_()
             sums_R1.mul_(shrink_R1).add_(mass_RC.sum(1, keepdim=True))
             if grad_RD is not None:
+                if slope_RC is not None:
+                    mass_RC *= slope_RC
                 grad_RD.mul_(shrink_R1).addmm_(mass_RC, self._weight_VD[first : first + width])
             peak_R1 = higher_R1
         if grad_RD is not None:
-            grad_RD.div_(sums_R1).sub_(self._weight_VD[target_R])
+            own_RD = self._weight_VD[target_R]
+            grad_RD.div_(sums_R1).sub_(own_RD * self._slope(target_R1) if self._cap else own_RD)
+            if self._scale != 1.0:
+                grad_RD *= self._scale
         return (sums_R1.log2_() + (peak_R1 - target_R1)).squeeze(1) * math.log(2.0)
+
+    def _capped(self, bits: Tensor) -> Tensor:
+        """Logits in bits, soft-capped in place where the model caps them."""
+        return bits.div_(self._cap).tanh_().mul_(self._cap) if self._cap else bits
+
+    def _slope(self, bits: Tensor) -> Tensor:
+        """d(capped)/d(logit) at capped logits in bits."""
+        return 1 - (bits / self._cap).square_()
 
     def _tile(self, h_RD: Tensor, first: int, logits_dtype: torch.dtype) -> Tensor:
         """Logits in bits of all rows and a tile's width of vocabulary from ``first`` on, float32 [R, C]."""
+        bits_RC = self._products(h_RD, first, logits_dtype)
+        if self._bias_V is not None:
+            bits_RC += self._bias_V[first : first + bits_RC.shape[1]]
+        return self._capped(bits_RC)
+
+    def _products(self, h_RD: Tensor, first: int, logits_dtype: torch.dtype) -> Tensor:
         columns = slice(first, min(first + self._tile_shape[1], len(self._weight_VD)))
         shape = (len(h_RD), columns.stop - columns.start)
         bits_RC = self._buffer(torch.float32, shape)

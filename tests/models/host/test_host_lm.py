@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
 from models.host.host_lm import HostLM, check_layer, host_lm_spec, lm_flops_per_token, load_host_lm
 from models.host.specs import HOST_LMS
@@ -261,10 +261,11 @@ def test_table_equals_the_architecture_on_the_meta_device(name):
         intermediate_size=spec.d_mlp,
         tie_word_embeddings=spec.tied_head,
     )
-    if spec.architecture == "gpt_neox":
-        config = GPTNeoXConfig(**sizes)
-    else:
-        config = LlamaConfig(**sizes, num_key_value_heads=spec.n_key_value_heads)
+    if spec.architecture != "gpt_neox":
+        sizes["num_key_value_heads"] = spec.n_key_value_heads
+    if name == "gemma-3-270m":
+        sizes["head_dim"] = 256
+    config = AutoConfig.for_model(spec.architecture, **sizes)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert spec.n_parameters == sum(p.numel() for p in model.parameters())
