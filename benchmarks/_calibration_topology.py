@@ -258,7 +258,7 @@ STATEMENTS = (
         simulate=chain_size,
         settings=grid(overlap=(0.2, 0.5, 0.8)),
         quick=({"overlap": 0.8},),
-        trials=400,
+        trials=200,
         quick_trials=50,
     ),
     Statement(

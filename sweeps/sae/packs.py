@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -84,6 +85,11 @@ def make_packs(cells: Sequence[SAECell], machine: Machine, run: RunSettings) -> 
 
     Raises UserError when a single SAE does not fit.
     """
+    return list(_packs(tuple(cells), machine, run))
+
+
+@functools.lru_cache(maxsize=1)  # a plan asks for its packs and then for what they take
+def _packs(cells: tuple[SAECell, ...], machine: Machine, run: RunSettings) -> tuple[Pack[SAECell], ...]:
     node = _Node.of(machine, run)
     parts, sizes, sharing = _fitting_parts(cells, machine, node, run)
     if machine.gpus:
@@ -91,7 +97,7 @@ def make_packs(cells: Sequence[SAECell], machine: Machine, run: RunSettings) -> 
     else:
         held = max(sharing, int(node.free // max(sizes)))
         cpus = run.threads or _threads(node.cores, node.at_once(len(parts)), held)
-    return [
+    return tuple(
         Pack(
             name=f"{part[0].model}-{i:02d}",
             cells=tuple(part),
@@ -100,7 +106,7 @@ def make_packs(cells: Sequence[SAECell], machine: Machine, run: RunSettings) -> 
             memory_bytes=size,
         )
         for i, (part, size) in enumerate(zip(parts, sizes, strict=True))
-    ]
+    )
 
 
 @dataclass(frozen=True)
