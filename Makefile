@@ -6,15 +6,23 @@ BENCHMARKS := sae_step sae_grid evaluation bootstrap topology odor_model sequenc
 
 TWO := -n 2 --dist loadfile --no-loadscope-reorder  # two processes, which share the files
 
-.PHONY: venv proxy-gap test test-fast lint bench ui cluster-up cluster-down clean
+# TORCH=cpu: torch's builds for CPUs, where the package index that pip is configured for has them.
+define SET_UP
+@echo "setting up .venv: about 8 GB, one to three minutes the first time"
+$(PYTHON) -m venv .venv
+$(PY) -P sweeps/core/set_up.py $(TORCH)
+touch $(READY)
+endef
 
-venv: $(READY)
+.PHONY: venv torch proxy-gap test test-fast lint bench ui cluster-up cluster-down clean
+
+venv: $(if $(TORCH),torch,$(READY))
 
 $(READY): requirements.lock
-	@echo "setting up .venv: about 8 GB, a few minutes the first time"
-	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps -r requirements.lock
-	touch $@
+	$(SET_UP)
+
+torch:
+	$(SET_UP)
 
 proxy-gap: $(READY)
 	$(PY) sweeps/proxy_gap.py
