@@ -46,7 +46,7 @@ def wide_sums(clips: pd.DataFrame, model: list[str]) -> tuple[pd.DataFrame, pd.D
 
 
 def likelihood_differences(a: pd.DataFrame, b: pd.DataFrame) -> npt.NDArray[np.float64]:
-    """d_SU whose mean is the difference of val_nll (nats a token), a less b, averaged over seeds.
+    """d_SU whose mean is the difference of val_nll (nats per token), a less b, averaged over seeds.
 
     val_nll is a ratio of sums, so each unit enters by its linearised influence on it (`crossed.ratio_influence`).
 

@@ -126,7 +126,7 @@ class ZipFiles:
                 self._opened = {pid: zipfile.ZipFile(self.path)}
             except (zipfile.BadZipFile, struct.error, EOFError, NotImplementedError) as error:
                 raise ValueError(
-                    f"{self.path} is no zip archive, or a damaged one ({error}); fetch it again"
+                    f"{self.path} is not a zip archive, or is damaged ({error}); fetch it again"
                 ) from error
         return self._opened[pid]
 
@@ -212,7 +212,7 @@ def _unpacked(path: Path, ending: str, place: Path) -> Path:
         return unpack_tar(path, place / f"{path.name.removesuffix(ending)}-{stamp}.unpacked")
     except _TAR_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} is no tar archive, or a damaged one ({reason}); fetch it again") from error
+        raise ValueError(f"{path} is not a tar archive, or is damaged ({reason}); fetch it again") from error
 
 
 def open_files(path: str | Path, cache: str | Path | None = None) -> AudioFiles:

@@ -36,7 +36,7 @@ _NPZ_ERRORS = (ValueError, zipfile.BadZipFile, zlib.error, EOFError, NotImplemen
 
 @dataclass(frozen=True, kw_only=True)
 class MelVQSpec:
-    """What a melvq is, before training. Frame rate = sample_rate / hop; bits a second = frame rate * K * log2 V.
+    """What a melvq is, before training. Frame rate = sample_rate / hop; bits per second = frame rate * K * log2 V.
 
     Args:
         sample_rate: Hz.
@@ -171,7 +171,7 @@ class MelVQ:
         try:
             return cls._load(path)
         except (*_NPZ_ERRORS, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"{path} is no melvq, or a damaged one ({e}); make one with data.melvq.train") from e
+            raise ValueError(f"{path} is not a melvq, or is damaged ({e}); make one with data.melvq.train") from e
 
     @classmethod
     def _load(cls, path: str | Path) -> MelVQ:

@@ -131,9 +131,9 @@ class TokenClips:
         return some
 
     def with_texts(self, texts: Sequence[str]) -> TokenClips:
-        """The same clips with other texts, one a clip; raises ValueError for another number of them."""
+        """The same clips with other texts, one per clip; raises ValueError for another number of them."""
         if len(texts) != len(self):
-            raise ValueError(f"{len(texts)} texts were given for {len(self)} clips; give one a clip")
+            raise ValueError(f"{len(texts)} texts were given for {len(self)} clips; give one per clip")
         other = copy.copy(self)
         other.texts = list(texts)
         return other

@@ -13,7 +13,7 @@ from analysis import plots
 from analysis.multiplicity import ALPHA
 
 _FOREST = (
-    ("worth", "val_nll with caches less control\n(nats a token; below 0: caches help)"),
+    ("worth", "val_nll with caches less control\n(nats per token; below 0: caches help)"),
     ("moved", "change of openness in training"),
     ("gate", "change of openness, less that of base"),
 )
@@ -122,7 +122,7 @@ def likelihood_figure(curves: pd.DataFrame, arms: pd.DataFrame, path: Path) -> N
             own = chosen[(chosen["role"] == "control") & (chosen["arm"] == members[0])].sort_values("step")
             axis.plot(own["step"], own["value"], color="k", linestyle="--", marker="x", label="control (no caches)")
             axis.legend(fontsize=7.5, loc="best")
-        plots.outer_labels(axes, "step", "held-out NLL (nats a token)")
+        plots.outer_labels(axes, "step", "held-out NLL (nats per token)")
         plots.save(figure, path)
 
 

@@ -20,7 +20,7 @@ _GATE_NOTE = (
     "every step agrees, as Adam moves a scalar by about the learning rate a step."
 )
 _WORTH_NOTE = (
-    "val_nll(MC) - val_nll(control), nats a token, averaged weights: below 0 the caches help. The control has the same "
+    "val_nll(MC) - val_nll(control), nats per token, averaged weights: below 0, caches help. The control has the same "
     "size, data, learning rate, seed, batches and held-out clips, no caches, and an MLP widened until its parameters "
     "match the base setting of that size. 95% intervals hold for other seeds and held-out recordings. `against "
     "base`: what the change adds to the difference; below 0, caching is worth more than in the base setting. Verdicts "

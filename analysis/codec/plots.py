@@ -85,7 +85,7 @@ def curve_figure(curves: pd.DataFrame, order: Sequence[str], path: Path) -> None
                     axis.fill_between(steps, *ends, color=_look(i)["color"], alpha=0.07, linewidth=0)
             axis.set_title(title)
             axis.set_xlabel("step")
-        axes[0, 0].set_ylabel("nats a token")
+        axes[0, 0].set_ylabel("nats per token")
         plots.legend_below(figure, handles)
         plots.save(figure, path)
 
@@ -146,7 +146,7 @@ def difference_figure(differences: pd.DataFrame, reference: str, path: Path) -> 
         axis.axvline(0, color=plots.GREY, linewidth=1)
         axis.set_yticks(range(len(rows)), [row[0] for row in rows])
         axis.set_ylim(-0.6, len(rows) - 0.4)
-        axis.set_xlabel(f"held-out NLL minus that of {reference} (nats a token); left is better")
+        axis.set_xlabel(f"held-out NLL minus that of {reference} (nats per token); left is better")
         plots.save(figure, path)
 
 

@@ -52,7 +52,7 @@ def _music(results: Results, chosen: pd.DataFrame) -> list[str]:
     if not rows:
         return []
     note = (
-        "Validation loss in nats a token over 9 codebooks of the earlier post's music baselines, of other sizes than "
+        "Validation loss in nats per token over 9 codebooks of the earlier post's music baselines, of other sizes than "
         "ours, and val_nll of the same architectures here."
     )
     return [note, table(["architecture", "published", "here, EMA / raw", "parameters here"], rows)]

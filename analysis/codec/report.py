@@ -118,10 +118,10 @@ def _sample_section(results: Results) -> list[str]:
 
 
 _TABLE_NOTE = (
-    "val_nll: true mean negative log-likelihood in nats a token. Its 95% interval holds for other held-out recordings "
+    "val_nll: true mean negative log-likelihood, nats per token. Its 95% interval holds for other held-out recordings "
     "and, where there are two seeds or more, other seeds; with one seed it speaks of the trained model at hand. The "
     "recordings' variation is shared by all models: overlapping intervals do not show two models to be equal; the "
-    "differences below do not contain it. seed sd: of val_nll over the seeds. Perplexity and bits a second follow from "
+    "differences below do not contain it. seed sd: val_nll over seeds. Perplexity and bits per second follow from "
     "val_nll. val_loss_smoothed is the published convention with label smoothing 0.1 and is no likelihood. unigram: "
     "the same clips under each codebook's training frequencies."
 )
@@ -219,7 +219,7 @@ def _lr_section(chosen: pd.DataFrame) -> list[str]:
 def _difference_note(arms: Arms) -> str:
     seeds = "/".join(map(str, sorted(set(arms.n_seeds))))
     note = (
-        f"Row minus column, val_nll of EMA weights in nats a token on the same {arms.n_units} held-out {arms.units}, "
+        f"Row minus column, val_nll of EMA weights in nats per token on the same {arms.n_units} held-out {arms.units}, "
         f"{seeds} {'seed' if seeds == '1' else 'seeds'} an architecture. "
     )
     if max(arms.n_seeds) < 2:

@@ -1,4 +1,4 @@
-"""What a codec language model knows: likelihood and accuracy by codebook, bits a second, long-range coherence.
+"""What a codec language model knows: likelihood and accuracy by codebook, bits per second, long-range coherence.
 
 Shape suffixes: B clips added at once, K codebooks, T frames, C clips in all, W windows.
 """
@@ -67,7 +67,7 @@ class CodebookScores:
         return math.exp(self.val_nll())
 
     def bits_per_second(self, frame_rate_hz: float) -> float:
-        """Code length of a second of audio: the sum over codebooks of bits a token, times the frame rate in Hz."""
+        """Code length of a second of audio: the sum over codebooks of bits per token, times the frame rate in Hz."""
         nats_K = self._sums("nll").sum(0) / self._sums("count").sum(0)
         return float(nats_K.sum() / math.log(2) * frame_rate_hz)
 

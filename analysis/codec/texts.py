@@ -157,7 +157,7 @@ def text_section(effects: pd.DataFrame, facts: Sequence[str], figure: str) -> li
     rows = [[name, *(_cell(found.get((contrast, name))) for contrast in contrasts)] for name in names]
     seeds = "/".join(map(str, sorted(set(effects["n_seeds"]))))
     note = (
-        f"val_nll of EMA weights in nats a token, paired by recording and seed ({effects['n_units'].iloc[0]} held-out "
+        f"val_nll of EMA weights (nats per token), paired by recording and seed ({effects['n_units'].iloc[0]} held-out "
         f"recordings, {seeds} seeds); \\*: p < 0.05 after Holm's correction over the architectures that were tested; "
         f"below 0 is better. {WORTH}: at the same number of parameters, each model at its own best learning rate. "
         f"{SHUFFLED}, {NO_TEXT}: one model, its input text changed. {REST}: what {WORTH} holds besides the text, "
@@ -211,5 +211,5 @@ def text_figure(effects: pd.DataFrame, path: Path) -> None:
             axis.set_yticks(np.arange(len(names)), names[::-1])
             axis.set_ylim(-0.6, len(names) - 0.4)
             axis.set_title(contrast)
-        plots.outer_labels(axes, "difference (nats a token)", "")
+        plots.outer_labels(axes, "difference (nats per token)", "")
         plots.save(figure, path)

@@ -318,7 +318,7 @@ class CodecLM(nn.Module):
             return [None] * len(self.blocks)
         texts = no_texts(batch, self.heads.device) if texts is None else texts
         if len(texts.length_B) != batch:
-            raise ValueError(f"{len(texts.length_B)} texts were given for {batch} clips; give one a clip")
+            raise ValueError(f"{len(texts.length_B)} texts were given for {batch} clips; give one per clip")
         memory = self.text_encoder(texts)
         crosses = [block.cross for block in self.blocks]
         return [cross.keys(memory) if isinstance(cross, CrossAttention) else None for cross in crosses]

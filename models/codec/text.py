@@ -84,7 +84,7 @@ def text_bytes(text: str) -> bytes:
 def encode_texts(texts: Sequence[str], max_bytes: int) -> Texts:
     """On the CPU, int64. Raises ValueError for no text at all, or one longer than `max_bytes` bytes."""
     if not texts:
-        raise ValueError("no texts were given; give one a clip, an empty one for a clip without")
+        raise ValueError("no texts were given; give one per clip, an empty one for a clip without")
     coded = [text_bytes(text) for text in texts]
     longest = max(coded, key=len)
     if len(longest) > max_bytes:

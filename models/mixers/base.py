@@ -97,7 +97,7 @@ class ResidualDropout(nn.Module):
         if not self.streams:
             return F.dropout(x_BTD, self.p)
         if len(self.streams) != len(x_BTD):
-            raise ValueError(f"{len(self.streams)} random streams for {len(x_BTD)} clips; seed one a clip")
+            raise ValueError(f"{len(self.streams)} random streams for {len(x_BTD)} clips; seed one per clip")
         shape, device = x_BTD.shape[1:], x_BTD.device
         keep_BTD = torch.stack([torch.rand(shape, generator=g, device=device) >= self.p for g in self.streams])
         return x_BTD * keep_BTD / (1 - self.p)

@@ -75,7 +75,7 @@ def _facts(done: Sequence[Arm], published: Mapping[str, PublishedCell], study: C
         f"{study.steps} steps of {study.batch_size} clips of up to {study.chunk_s:g} s; {tokens['train_clips']} "
         f"training clips in the base setting, {min(study.eval_clips, tokens['held_out_clips'])} held-out clips scored; "
         f"{tokens['codec']['name']} at {tokens['codec']['frame_rate_hz']:g} Hz with {tokens['codec']['n_codebooks']} "
-        f"codebooks; a unigram model has {unigram:.4f} nats a token",
+        f"codebooks; a unigram model has {unigram:.4f} nats per token",
         f"seeds {', '.join(map(str, study.seeds))}, each paired with its control's; averaged weights throughout"
         + ("" if len(study.seeds) > 1 else f"; ONE SEED: no interval, no p, no verdict: {NEEDS_SEEDS}"),
         f"hardware: {recorded(every, 'hardware')}",

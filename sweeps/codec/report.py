@@ -251,7 +251,7 @@ def _headline(main: pd.DataFrame) -> list[str]:
     if len(main) > 1 and (main["n_seeds"] < 2).any():
         one = main.loc[main["n_seeds"] < 2, "architecture"]
         lines.append(f"differences  not tested for {', '.join(one)}: {NEEDS_SEEDS}; the order above is no finding")
-    return [*lines, f"unigram      {main['unigram_nll'].iloc[0]:.4f} nats a token: what a model must beat"]
+    return [*lines, f"unigram      {main['unigram_nll'].iloc[0]:.4f} nats per token: what a model must beat"]
 
 
 def _text_effects(results: Results, study: Study) -> pd.DataFrame:

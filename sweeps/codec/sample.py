@@ -101,7 +101,7 @@ def sample(arguments: argparse.Namespace) -> list[str]:
     for i, wave_N in enumerate(waves):
         file = arguments.out / f"{name}-seed{arguments.seed}-{i:02d}.wav"
         file.write_bytes(wav(wave_N, codec.sample_rate))
-        lines.append(f"{file}  {len(wave_N) / codec.sample_rate:.2f} s, {made.log_probability[i]:.3f} nats a token")
+        lines.append(f"{file}  {len(wave_N) / codec.sample_rate:.2f} s, {made.log_probability[i]:.3f} nats per token")
     return lines
 
 

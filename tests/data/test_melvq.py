@@ -136,6 +136,6 @@ def test_damaged_files_are_one_line(tmp_path: Path) -> None:
     spoilt[60:100] = b"\xff" * 40
     for data in (whole[:200], bytes(spoilt), b"", b"no codec", (tmp_path / "matrix.npy").read_bytes()):
         (tmp_path / "x.npz").write_bytes(data)
-        with pytest.raises(ValueError, match=r"x\.npz is no melvq") as caught:
+        with pytest.raises(ValueError, match=r"x\.npz is not a melvq") as caught:
             MelVQ.load(tmp_path / "x.npz")
         assert "\n" not in str(caught.value)

@@ -15,7 +15,7 @@ N, TOKENS = 60, 100
 def scores(
     architecture: str, worth: float, seeds: tuple[int, ...] = (0, 1, 2), text: str | None = None
 ) -> pd.DataFrame:
-    """Clips of very different difficulty, the same for all models; a model is `worth` nats a token better, and a bit
+    """Clips of very different difficulty, the same for all models; a model is `worth` nats per token better, and a bit
     of its own on every clip."""
     clip_C = np.random.default_rng(0).normal(6.0, 1.0, N)
     parts = []

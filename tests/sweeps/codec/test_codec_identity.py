@@ -146,7 +146,7 @@ def test_nothing_readable_is_one_line_before_anything_starts(tmp_path: Path) -> 
     assert "1 missing (skipped), first b (wavs/b.wav)" in text
     assert "first a,one (no id|text: 'a,one')" in text
     (tmp_path / "a.zip").write_bytes(b"PK nothing")
-    with pytest.raises(UserError, match="is no zip archive"):
+    with pytest.raises(UserError, match="is not a zip archive"):
         check(study_at(tmp_path / "a.zip"))
 
 
