@@ -1,4 +1,4 @@
-"""Is the fused Gated DeltaNet kernel right on this machine? Asked once, in a process that may crash or hang.
+"""Is a fused kernel right on this machine? Asked once, in a process that may crash or hang.
 
 Fused kernels have been silently wrong on real stacks (right outputs, wrong gradients of beta and g), so a GPU model,
 driver and compiler combination is trusted only after outputs and gradients have agreed with the float64 reference.
@@ -24,9 +24,8 @@ from pathlib import Path
 
 import torch
 
-from models.ops._preflight_check import TOLERANCE, TRIALS, Case
+from models.ops._preflight_cases import Case, KernelCase, ScanCase
 
-FUSED = "models.ops.delta_rule:fused_gated_delta"
 TIMEOUT_S = 600.0
 
 log = logging.getLogger(__name__)
@@ -48,24 +47,29 @@ class Verdict:
 
 
 def run_preflight(
-    case: Case, *, candidate: str = FUSED, timeout_s: float = TIMEOUT_S, search_path: Sequence[str | Path] = ()
+    case: KernelCase,
+    *,
+    candidate: str | None = None,
+    timeout_s: float = TIMEOUT_S,
+    search_path: Sequence[str | Path] = (),
 ) -> Verdict:
     """Compare a kernel with the reference in a subprocess and judge what comes back.
 
     Args:
-        case: shape, dtype and device to test.
-        candidate: "package.module:function" taking (q, k, v, g, beta, initial_state, scale).
+        case: operator, shape, dtype and device to test.
+        candidate: "package.module:function" with the signature of the case's fused kernel, which it is when None.
         timeout_s: seconds after which the process and all its children are killed.
         search_path: folders in which the candidate's module may be found in addition to the usual ones.
 
     Returns:
         The verdict: trusted only if every output and gradient was finite and within the tolerance in every trial.
     """
+    asked = {"operator": case.operator, "case": asdict(case), "candidate": candidate or case.fused}
     root = Path(__file__).resolve().parents[2]
     paths = [str(root), *map(str, search_path), os.environ.get("PYTHONPATH", "")]
     with tempfile.TemporaryDirectory(prefix="preflight-") as folder:
         request, result, stderr = (Path(folder) / name for name in ("request.json", "result.json", "stderr"))
-        request.write_text(json.dumps({"case": asdict(case), "candidate": candidate}), encoding="utf-8")
+        request.write_text(json.dumps(asked), encoding="utf-8")
         with stderr.open("wb") as sink:
             child = subprocess.Popen(
                 [sys.executable, "-m", "models.ops._preflight_check", str(request), str(result)],
@@ -94,21 +98,21 @@ def run_preflight(
 
 
 def preflight(
-    case: Case,
+    case: KernelCase,
     *,
-    candidate: str = FUSED,
+    candidate: str | None = None,
     timeout_s: float = TIMEOUT_S,
     search_path: Sequence[str | Path] = (),
     cache_dir: Path | None = None,
 ) -> Verdict:
     """`run_preflight` with its verdict kept on disk, and logged when the kernel is not trusted.
 
-    A verdict holds for one GPU model, driver, torch, Triton, flash-linear-attention, dtype and family of shapes
+    A verdict holds for one GPU model, driver, torch, Triton, package of kernels, dtype and family of shapes
     (`shape_family`). `cache_dir` defaults to plumbline/preflight in the user's cache folder; delete a file there to
     test again.
     """
-    key = stack_fingerprint(case.device) | shape_family(case) | {"candidate": candidate}
-    key |= {"tolerance": TOLERANCE, "trials": [trial.name for trial in TRIALS]}
+    key = stack_fingerprint(case.device) | shape_family(case) | {"candidate": candidate or case.fused}
+    key |= {"tolerance": case.tolerance, "trials": [trial.name for trial in case.trials]}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     path = (cache_dir or default_cache_dir()) / f"{digest}.json"
     verdict = _read(path, key)
@@ -117,10 +121,10 @@ def preflight(
         if not verdict.transient:
             _write(path, {"key": key, "tested": asdict(case), "verdict": asdict(verdict)})
     if verdict.trusted:
-        log.info("fused gated delta rule trusted at %s (%s)", case, path)
+        log.info("fused %s trusted at %s (%s)", case.operator, case, path)
     else:
         kept = "not kept, the next process tests again" if verdict.transient else f"kept in {path}"
-        log.warning("fused gated delta rule not used at %s, chunked instead: %s (%s)", case, verdict.reason, kept)
+        log.warning("fused %s not used at %s, chunked instead: %s (%s)", case.operator, case, verdict.reason, kept)
     return verdict
 
 
@@ -129,7 +133,16 @@ def fused_is_trusted(k_shape: Sequence[int], v_shape: Sequence[int], dtype: torc
     B, T, h, K = k_shape
     H, V = v_shape[2:]
     name = str(dtype).removeprefix("torch.")
-    case = Case(B=B, T=T, h=h, H=H, K=K, V=V, dtype=name, device=str(device))
+    return _is_trusted(Case(B=B, T=T, h=h, H=H, K=K, V=V, dtype=name, device=str(device)))
+
+
+def scan_is_trusted(x_shape: Sequence[int], states: int, device: torch.device) -> bool:
+    """Whether "auto" may use the fused selective scan for inputs [B, T, D] and N states per channel."""
+    B, T, D = x_shape
+    return _is_trusted(ScanCase(B=B, T=T, D=D, N=states, dtype="float32", device=str(device)))
+
+
+def _is_trusted(case: KernelCase) -> bool:
     family = tuple(sorted(shape_family(case).items()))
     if family not in _trusted:
         _trusted[family] = preflight(case).trusted
@@ -139,7 +152,7 @@ def fused_is_trusted(k_shape: Sequence[int], v_shape: Sequence[int], dtype: torc
 _trusted: dict[tuple[tuple[str, object], ...], bool] = {}
 
 
-def shape_family(case: Case) -> dict[str, object]:
+def shape_family(case: KernelCase) -> dict[str, object]:
     """The shapes that one verdict covers: equal heads and widths, lengths and batches up to the next power of two.
 
     Trimmed batches have hundreds of lengths, but the compiled kernels differ only in whether the length is a
@@ -149,8 +162,7 @@ def shape_family(case: Case) -> dict[str, object]:
     return {
         "dtype": case.dtype,
         "device": torch.device(case.device).type,
-        "heads": (case.h, case.H),
-        "widths": (case.K, case.V),
+        **case.shape_constants(),
         "alignment": alignment,
         "length_up_to": 1 << (case.T - 1).bit_length(),
         "batch_up_to": 1 << (case.B - 1).bit_length(),
@@ -166,6 +178,7 @@ def stack_fingerprint(device: str) -> dict[str, object]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "fla": _version("flash-linear-attention"),
+        "mamba_ssm": _version("mamba-ssm"),
     }
 
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.cpu.threads import torch_threads
-from models.ops import _mamba2_chunked, selective_scan, selective_scan_step, ssd, ssd_step
+from models.ops import _mamba1_chunked, _mamba2_chunked, selective_scan, selective_scan_step, ssd, ssd_step
+from models.ops._mamba1_chunked import chunk_length, solve_
 
 Inputs = dict[str, Tensor]
 
@@ -85,6 +87,59 @@ def test_any_length(scan: Callable, make: Callable, T: int) -> None:
     actual = run(scan, make(T), torch.float64, "chunked")
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, rtol=1e-10, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("C", [1, 2, 3, 4, 5, 8, 13])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_pairing_neighbours_solves_the_recurrence(C: int, backwards: bool) -> None:
+    gen = torch.Generator().manual_seed(C)
+    decay, h = randn(gen, 2, C, 3, 4), randn(gen, 2, C, 3, 4)
+    expected = list(h.unbind(1))
+    order = range(C - 2, -1, -1) if backwards else range(1, C)
+    for t in order:
+        expected[t] = expected[t] + decay[:, t] * expected[t + 1 if backwards else t - 1]
+    solve_(decay, h, backwards=backwards)
+    torch.testing.assert_close(h, torch.stack(expected, 1), rtol=1e-12, atol=1e-12)
+
+
+def test_a_gpus_long_chunks_give_the_recurrence(monkeypatch: pytest.MonkeyPatch) -> None:
+    for C, T in ((64, 130), (128, 100)):
+        monkeypatch.setattr(_mamba1_chunked, "CHUNK", C)
+        expected = run(selective_scan, mamba1_inputs(T), torch.float64, "recurrent")
+        actual = run(selective_scan, mamba1_inputs(T), torch.float64, "chunked")
+        for name, value in expected.items():
+            torch.testing.assert_close(actual[name], value, rtol=1e-10, atol=1e-11, msg=name)
+
+
+def test_chunks_hold_what_a_gpu_has_room_for() -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    speech = 768 * 64
+    assert chunk_length(8, speech, torch.float32, cpu) == 16
+    assert chunk_length(8, speech, torch.float32, gpu) == 128
+    assert chunk_length(8, speech, torch.float64, gpu) == 64
+    assert chunk_length(10_000, speech, torch.float32, gpu) == 16
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operations that a device would be sent."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_operations_of_a_chunk_grow_with_the_logarithm_of_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+    for C in (64, 128, 256):
+        monkeypatch.setattr(_mamba1_chunked, "CHUNK", C)
+        inputs = {name: x.requires_grad_() for name, x in mamba1_inputs(C).items()}
+        with Counted() as counted:
+            y, _ = selective_scan(**inputs, impl="chunked")
+            torch.autograd.grad(y.sum(), list(inputs.values()), allow_unused=True)
+        counts.append(counted.count)
+    assert counts[1] - counts[0] == counts[2] - counts[1] < 64
 
 
 @pytest.mark.parametrize(
@@ -271,5 +326,5 @@ def test_bad_arguments_say_what_was_expected() -> None:
     inputs = mamba1_inputs(8)
     with pytest.raises(ValueError, match=r"A has shape \(6, 5\), expected \[D, N\] = \(7, 5\)"):
         selective_scan(**{**inputs, "A": inputs["A"][:6]})
-    with pytest.raises(ValueError, match="impl='fused' is not one of"):
-        selective_scan(**inputs, impl="fused")
+    with pytest.raises(ValueError, match="impl='fast' is not one of auto, recurrent, chunked, fused"):
+        selective_scan(**inputs, impl="fast")

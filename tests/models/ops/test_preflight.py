@@ -20,7 +20,8 @@ from models.mixers.gated_delta import GatedDeltaNet, SimpleDeltaNet
 from models.mixers.linear_attention import LinearAttention
 from models.ops import delta_rule, gated_delta, preflight
 from models.ops._delta_rule_chunked import chunked_gated_delta
-from models.ops._preflight_check import RESULTS, TRIALS, Case, compare, draw_inputs, relative_rms
+from models.ops._preflight_cases import Case
+from models.ops._preflight_check import compare, relative_rms
 from models.ops.preflight import Verdict, run_preflight, shape_family
 
 HERE = Path(__file__).parent
@@ -41,8 +42,8 @@ def faults() -> ModuleType:
 def test_a_right_kernel_passes_every_trial(dtype: str) -> None:
     findings = compare(chunked_gated_delta, replace(CASE, dtype=dtype))
     assert findings.failure is None
-    assert set(findings.errors) == {trial.name for trial in TRIALS}
-    assert all(set(errors) == set(RESULTS) for errors in findings.errors.values())
+    assert set(findings.errors) == {trial.name for trial in Case.trials}
+    assert all(set(errors) == set(Case.results) for errors in findings.errors.values())
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_a_verdict_is_kept_and_its_reason_logged_each_time(
     assert "chunked instead: relative RMS error 0.6 of dbeta (kept in " in caplog.records[1].getMessage()
 
 
-@pytest.mark.parametrize("what", ["gpu", "driver", "torch", "triton", "fla"])
+@pytest.mark.parametrize("what", ["gpu", "driver", "torch", "triton", "fla", "mamba_ssm"])
 def test_another_stack_is_tested_again(
     bad_runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -224,7 +225,7 @@ def test_mixers_give_the_fused_kernel_the_types_that_the_preflight_tests(
     monkeypatch.setattr(delta_rule, "chunked_gated_delta", delta_rule.fused_gated_delta)
     with torch.autocast("cpu", torch.bfloat16):
         mixer(torch.randn(1, 5, 16)).sum().backward()
-    *inputs, _ = draw_inputs(CASE, TRIALS[0])
+    *inputs, _ = CASE.draw(Case.trials[0])
     delta_rule.fused_gated_delta(*inputs, None, 1.0)
     in_training, in_preflight = calls
     assert in_training == in_preflight
