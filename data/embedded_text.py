@@ -16,16 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
-SEPARATOR = 256
-"""Token between documents in the byte vocabulary; ids 0..255 are the bytes themselves."""
+from data.document_coder import coder_of
 
-BYTE_VOCAB = 257
 N_SHARDS = 24
 HOLDOUT_EVERY = 6
 """One group of near-duplicates in six, by hash of its first name, is held out where its text occurs nowhere else;
@@ -166,35 +163,9 @@ def fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
-def encode_bytes(text: str) -> np.ndarray:
-    """UTF-8 bytes of ``text`` as int32 ids 0..255, shape [N]."""
-    return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32)
-
-
 def encode_documents(documents: Sequence[Document], tokenizer: str) -> list[np.ndarray]:
-    """int32 ids [N] of each document, its separator first.
-
-    ``tokenizer`` is "byte", or a directory that holds a Hugging Face tokenizer.json; its separator is
-    ``<|endoftext|>``, the id that GPT-NeoX and SmolLM2 were pretrained with between documents.
-    """
-    if tokenizer == "byte":
-        return [np.concatenate([[SEPARATOR], encode_bytes(d.text)]).astype(np.int32) for d in documents]
-    fast = _fast_tokenizer(tokenizer)
-    separator = fast.token_to_id("<|endoftext|>")
-    if separator is None:
-        raise ValueError(f"tokenizer {tokenizer} has no <|endoftext|> to separate documents; choose another")
-    encodings = fast.encode_batch_fast([d.text for d in documents], add_special_tokens=False)
-    return [np.array([separator, *e.ids], dtype=np.int32) for e in encodings]
-
-
-@lru_cache(maxsize=2)
-def _fast_tokenizer(directory: str) -> Any:
-    from tokenizers import Tokenizer
-
-    path = Path(directory) / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(f"tokenizer={directory} holds no tokenizer.json; give a Hugging Face directory or byte")
-    return Tokenizer.from_file(str(path))
+    """int32 ids [N] of each document, its separator first (`data.document_coder`)."""
+    return coder_of(tokenizer).encode([d.text for d in documents])
 
 
 def byte_corpus() -> tuple[np.ndarray, np.ndarray]:

@@ -11,32 +11,33 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.implementations.local import LocalFileSystem
 
 from data import embedded_text
 from data._content import content_of
 from data._listing import skipped_line, visible
+from data._places import CorruptShard, StreamUnavailable, filesystem_of, is_local, named_errors
+from data.document_coder import coder_of
 from data.token_ids import LARGEST_ID, bad_id, is_list
 
+__all__ = [
+    "CorruptShard",
+    "EmbeddedShards",
+    "ParquetShards",
+    "Shards",
+    "StreamUnavailable",
+    "held_out_rows",
+    "is_local",
+]
+
 BLOCK_ROWS = 512
-
-
-class StreamUnavailable(RuntimeError):
-    """The shards are unreachable from here; the message names what works instead."""
-
-
-class CorruptShard(RuntimeError):
-    """A shard that cannot be read, or whose rows are not token sequences; the message names it."""
 
 
 class Shards(Protocol):
@@ -86,7 +87,8 @@ def held_out_rows(shard_name: str, n_rows: int, every: int) -> np.ndarray:
 class ParquetShards:
     """Parquet files with a column ``tokens`` (list<int32>); a sequence is a row's first ``context`` tokens.
 
-    ``hidden`` are files whose names exclude them (`data._listing`).
+    ``hidden`` are files whose names exclude them (`data._listing`). With ``by_column`` a column ``held_out`` (bool)
+    says which rows are held out, in place of the hash (`data.text_shards` splits by document).
     """
 
     root: str
@@ -95,13 +97,14 @@ class ParquetShards:
     holdout_every: int
     endpoint: str | None = None
     hidden: tuple[str, ...] = ()
+    by_column: bool = False
 
     @classmethod
     def open(cls, source: str, context: int, holdout_every: int) -> ParquetShards:
         """List the shards of ``source`` (a directory, or any fsspec URI such as ``hf://datasets/…``)."""
         endpoint = os.environ.get("HF_ENDPOINT") if source.startswith("hf://") else None
-        with _named_errors(source):
-            filesystem, root = _filesystem(source, endpoint)
+        with named_errors(source):
+            filesystem, root = filesystem_of(source, endpoint)
             found = sorted(path for path in filesystem.find(root) if path.endswith(".parquet"))
         names, hidden = visible(path[len(root) :].lstrip("/") for path in found)
         if not names:
@@ -134,20 +137,22 @@ class ParquetShards:
         return f"row {rows[rank]} of {self.names[shard]}"
 
     def fingerprint(self, cache: Path | None) -> str:
-        filesystem, root = _filesystem(self.root, self.endpoint)
+        filesystem, root = filesystem_of(self.root, self.endpoint)
         lines = [f"parquet {self.context} {self.holdout_every}"]
         for name in self.names:
-            with _named_errors(self.root, name):
+            with named_errors(self.root, name):
                 lines.append(f"{name} {content_of(filesystem, f'{root}/{name}', cache)}")
         identity = "\n".join(lines)
         return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
     def _held_out_rows(self, shard: int) -> np.ndarray:
+        if self.by_column:
+            return _held_out_column(self, shard)
         return held_out_rows(self.names[shard], _n_rows(self, shard), self.holdout_every)
 
     def open_shard(self, shard: int) -> pq.ParquetFile:
         """The shard's footer, read by byte ranges; nothing else is fetched yet."""
-        filesystem, root = _filesystem(self.root, self.endpoint)
+        filesystem, root = filesystem_of(self.root, self.endpoint)
         file = pq.ParquetFile(filesystem.open(f"{root}/{self.names[shard]}", "rb"), pre_buffer=False)
         if "tokens" not in file.schema_arrow.names:
             raise CorruptShard(
@@ -158,7 +163,7 @@ class ParquetShards:
 
     def _rows(self, shard: int, row: int) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, tokens [n, T]) from ``row`` on; row groups before it are not fetched."""
-        with _named_errors(self.root, self.names[shard]), self.open_shard(shard) as file:
+        with named_errors(self.root, self.names[shard]), self.open_shard(shard) as file:
             starts = np.cumsum([0] + [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)])
             group = int(np.searchsorted(starts, row, side="right")) - 1
             at = int(starts[group])
@@ -206,15 +211,22 @@ class ParquetShards:
 
 @lru_cache(maxsize=1024)
 def _n_rows(shards: ParquetShards, shard: int) -> int:
-    with _named_errors(shards.root, shards.names[shard]), shards.open_shard(shard) as file:
+    with named_errors(shards.root, shards.names[shard]), shards.open_shard(shard) as file:
         return file.metadata.num_rows
+
+
+@lru_cache(maxsize=1024)
+def _held_out_column(shards: ParquetShards, shard: int) -> np.ndarray:
+    with named_errors(shards.root, shards.names[shard]), shards.open_shard(shard) as file:
+        return file.read(["held_out"]).column(0).to_numpy().astype(bool)
 
 
 @dataclass(frozen=True)
 class EmbeddedShards:
     """`data.embedded_text` packed to ``context``: documents of one side of the split, separated, cut, shuffled.
 
-    ``tokenizer`` is "byte" or a directory with tokenizer.json. The last, incomplete sequence of a shard is dropped.
+    ``tokenizer`` is "byte" or a directory with tokenizer.json; where that begins every text with a token of its own
+    (BOS), each sequence begins with it. The last, incomplete sequence of a shard is dropped.
     Sequences of a shard (some thirty documents) are permuted in a fixed way, so that neighbours in the stream
     are not neighbours in a file.
     """
@@ -249,8 +261,7 @@ class EmbeddedShards:
         return f"{'held-out' if held_out else 'training'} sequence {rank} of {self.names[shard]}"
 
     def fingerprint(self, cache: Path | None) -> str:
-        tokenizer = b"byte" if self.tokenizer == "byte" else _tokenizer_file(self.tokenizer).read_bytes()
-        digest = hashlib.sha256(tokenizer).hexdigest()
+        digest = coder_of(self.tokenizer).digest
         identity = f"embedded {embedded_text.fingerprint()} {digest} {self.context}"
         return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
@@ -261,62 +272,9 @@ def _packed(shards: EmbeddedShards, shard: int | None) -> np.ndarray:
     documents = embedded_text.split(held_out=shard is None)
     if shard is not None:
         documents = tuple(d for d in documents if d.shard == shard)
-    parts = embedded_text.encode_documents(documents, shards.tokenizer)
-    flat = np.concatenate(parts) if parts else np.empty(0, np.int32)
-    rows_NT = flat[: len(flat) // shards.context * shards.context].reshape(-1, shards.context)
+    coder = coder_of(shards.tokenizer)
+    rows_NT = coder.packed(coder.encode([d.text for d in documents]), shards.context)
     order = np.random.default_rng(0 if shard is None else shard + 1).permutation(len(rows_NT))
     packed_NT = rows_NT[order]
     packed_NT.flags.writeable = False
     return packed_NT
-
-
-def _tokenizer_file(tokenizer: str) -> Path:
-    return Path(tokenizer) / "tokenizer.json"
-
-
-def is_local(source: str) -> bool:
-    """Whether a folder or URI lies on a disk of this machine."""
-    filesystem, _ = _filesystem(source, None)
-    return isinstance(filesystem, LocalFileSystem)
-
-
-def _filesystem(source: str, endpoint: str | None) -> tuple[Any, str]:
-    if source.startswith("hf://"):
-        from huggingface_hub import HfFileSystem
-
-        return HfFileSystem(endpoint=endpoint), source.removeprefix("hf://").rstrip("/")
-    filesystem, root = fsspec.core.url_to_fs(source)
-    return filesystem, root.rstrip("/")
-
-
-@contextmanager
-def _named_errors(source: str, shard: str | None = None) -> Iterator[None]:
-    """Turn the libraries' errors into StreamUnavailable or CorruptShard that name the place."""
-    try:
-        yield
-    except (CorruptShard, StreamUnavailable):
-        raise
-    except Exception as error:
-        if source.startswith("hf://") and _is_network(error):
-            raise StreamUnavailable(
-                f"cannot reach {source} on the Hugging Face hub ({type(error).__name__}); "
-                "pass stream_path=DIR with a local copy, or use --preset local, which needs no network"
-            ) from error
-        if shard is None and isinstance(error, FileNotFoundError):
-            raise ValueError(f"stream {source} does not exist; give a directory of *.parquet shards") from error
-        if shard is not None and isinstance(error, OSError | pa.ArrowException | ValueError | EOFError):
-            reason = str(error).split("\n")[0][:200] if str(error) else type(error).__name__
-            raise CorruptShard(f"shard {shard} of {source} cannot be read: {reason}") from error
-        raise
-
-
-def _is_network(error: BaseException | None) -> bool:
-    from huggingface_hub.errors import HfHubHTTPError
-
-    while error is not None:
-        if isinstance(error, HfHubHTTPError | ConnectionError | TimeoutError):
-            return True
-        if any(c.__module__.startswith("httpx") for c in type(error).__mro__):  # httpx before huggingface_hub 2, httpx2
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -51,6 +51,9 @@ class TokenStream:
     holdout_every
         Parquet only: one row in so many, by hash of (shard name, row), is held out. (Embedded text holds out
         about a tenth of its documents, near-duplicates together: `data.embedded_text`.)
+    shards
+        Parquet only: that many shards, in name order, of which a column ``held_out`` says what is held out: a text
+        that `data.text_shards` tokenised so far. 0: all shards, held out by hash.
     on_corrupt
         ``"raise"`` stops at a corrupt shard and names it; ``"skip"`` warns, lists it and goes on.
     """
@@ -59,6 +62,7 @@ class TokenStream:
     context: int = 256
     tokenizer: str | None = None
     holdout_every: int = 32
+    shards: int = 0
     on_corrupt: Literal["raise", "skip"] = "raise"
 
     def __post_init__(self) -> None:
@@ -193,7 +197,8 @@ def _open(stream: TokenStream) -> Shards:
     if stream.source == EMBEDDED:
         assert stream.tokenizer is not None
         return EmbeddedShards(stream.tokenizer, stream.context)
-    return ParquetShards.open(stream.source, stream.context, stream.holdout_every)
+    found = ParquetShards.open(stream.source, stream.context, stream.holdout_every)
+    return replace(found, names=found.names[: stream.shards], by_column=True) if stream.shards else found
 
 
 class HeldOutText:

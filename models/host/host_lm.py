@@ -9,7 +9,6 @@ TransformerBridge equals bit for bit (a test holds it) and which can start and s
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,22 +17,27 @@ import torch
 from torch import Tensor, nn
 
 from models.host import weights
-from models.host.layout import HOOKS, RESID_POST, RESID_PRE, find_layout
+from models.host.hub import LMUnavailable
+from models.host.layout import Layout, find_layout
+from models.host.named import UnknownModel
 from models.host.next_token_loss import NextTokenLoss
-from models.host.specs import HOST_LMS, HostLMSpec
+from models.host.specs import HOOKS, HOST_LMS, RESID_POST, RESID_PRE, HostLMSpec
 from models.host.trunk import FLAT_WHEN_CONSTANT, SEGMENTED, Hooks, Segments, Trunk
-from models.host.weights import Corpus, LMUnavailable
+from models.host.weights import Corpus, tokenizer_of
 
 __all__ = [
     "Corpus",
     "HookPlace",
     "HostLM",
     "LMUnavailable",
+    "UnknownModel",
     "check_checkpoint",
+    "check_hook",
     "check_layer",
     "host_lm_spec",
     "lm_flops_per_token",
     "load_host_lm",
+    "tokenizer_of",
 ]
 
 
@@ -50,7 +54,8 @@ class HookPlace:
 
 
 class HostLM:
-    """One frozen causal LM, cut at its hooks. Build it with `load_host_lm`.
+    """One frozen causal LM, cut at its hooks. Build it with `load_host_lm`; without a ``layout`` the model, in float32,
+    is asked for it where its architecture does not settle it.
 
     Activations, gradients and losses are float32 whatever ``dtype`` the trunk runs in.
     """
@@ -62,6 +67,7 @@ class HostLM:
         spec: HostLMSpec,
         tokenizer_dir: Path | None,
         place: HookPlace | None = None,
+        layout: Layout | None = None,
     ) -> None:
         self.name = name
         self.spec = spec
@@ -71,10 +77,10 @@ class HostLM:
         self.model = model.eval().requires_grad_(False)
         self._trunk: Trunk
         readout = None
-        if spec.architecture in SEGMENTED and self.place == HookPlace():
+        if _segmented(spec, self.place):
             self._trunk = Segments(model, "final_layer_norm" if spec.architecture == "gpt_neox" else "norm")
         else:
-            layout = find_layout(model, spec.n_layers, spec.d_model, self.place.blocks)
+            layout = layout or find_layout(model, spec.n_layers, spec.d_model, self.place.blocks)
             self._trunk, readout = Hooks(model, layout, self.place.hook), layout.readout
             layout.site(layout.block_list(model), 0, self.place.hook)
         self._head = NextTokenLoss(model.get_output_embeddings(), readout)  # type: ignore[operator]
@@ -175,43 +181,64 @@ def load_host_lm(
     cache_dir: str | Path | None = None,
     corpus: Corpus | None = None,
     revision: str | None = None,
+    place: HookPlace | None = None,
 ) -> HostLM:
-    """The LM called ``name`` (a key of `models.host.specs.HOST_LMS`), frozen, in evaluation mode.
+    """The LM called ``name``, frozen, in evaluation mode: a key of `models.host.specs.HOST_LMS`, a local directory in
+    Hugging Face format, a ``.gguf`` file, or ``OWNER/NAME`` on the hub.
 
     ``lm_path`` reads a directory in Hugging Face format instead: the directory itself, or its sub-directory
-    called ``name``; a ``name`` outside the table is then free. Its sizes must be those of ``name``.
+    called ``name``; a ``name`` outside the table is then free. Its sizes must be those of ``name``. For a model that
+    benchmarks/fetch_models.py fetches it is the folder of weights.
     ``cache_dir`` (default $PLUMBLINE_CACHE, else ~/.cache/plumbline) keeps dequantised and stand-in weights.
     ``corpus`` is needed by the stand-ins alone, which are pretrained on it when not cached.
-    ``revision`` is the commit (or branch) of a model on the hub, ``main`` when not given.
+    ``revision`` is the commit (or branch) of a model on the hub, ``main`` when not given. ``place`` is the hook.
 
     Raises ValueError for an unknown name, sizes that disagree, files that cannot be read or tensors that are missing,
     left over or of another shape; LMUnavailable without network.
     """
-    if lm_path is None:
-        host_lm_spec(name)
-    directory, spec = weights.locate(name, lm_path=lm_path, cache_dir=cache_dir, corpus=corpus)
+    directory, spec = weights.locate(name, lm_path=lm_path, cache_dir=cache_dir, corpus=corpus, revision=revision)
     model = weights.read(name, directory, spec, revision)
     tokenizer = Path(directory) if (Path(directory) / "tokenizer.json").exists() else None
-    return HostLM(name, model.to(device=device, dtype=dtype), spec, tokenizer)
+    place = place or HookPlace()
+    layout = None  # is found in float32, before numbers are rounded
+    if not _segmented(spec, place):
+        layout = find_layout(model.eval(), spec.n_layers, spec.d_model, place.blocks)
+    return HostLM(name, model.to(device=device, dtype=dtype), spec, tokenizer, place, layout)
 
 
-def host_lm_spec(name: str, lm_path: str | Path | None = None) -> HostLMSpec:
-    """Sizes and depths of ``name`` without loading weights; with ``lm_path`` from its config.json."""
-    if lm_path is not None:
-        return weights.directory_spec(name, weights.directory_of(name, lm_path))
-    if name not in HOST_LMS:
-        near = difflib.get_close_matches(name, HOST_LMS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(HOST_LMS)}"
-        raise ValueError(f"model={name} is unknown; {hint} (or pass lm_path for a local directory)")
-    return HOST_LMS[name]
+def _segmented(spec: HostLMSpec, place: HookPlace) -> bool:
+    return spec.architecture in SEGMENTED and place == HookPlace()
 
 
-def check_checkpoint(name: str, lm_path: str | Path) -> None:
+def host_lm_spec(name: str, lm_path: str | Path | None = None, revision: str | None = None) -> HostLMSpec:
+    """Sizes and depths of ``name`` without loading weights, from the table or its config.
+
+    Raises ValueError for an unknown name or what is no decoder-only model, LMUnavailable where the hub cannot be asked.
+    """
+    return weights.spec_of(name, lm_path, revision)
+
+
+def check_checkpoint(name: str, lm_path: str | Path | None) -> None:
     """Raise ValueError (one line) if the local checkpoint of ``name`` cannot be read or its tensors do not fit.
 
-    Reads the files' headers alone, so that a launch can ask before any pack; `load_host_lm` asks again.
+    Reads the files' headers alone, so that a launch can ask before any pack; `load_host_lm` asks again. A model of the
+    hub is not asked for.
     """
-    weights.check_directory(name, weights.directory_of(name, lm_path))
+    source = weights.source_of(name, lm_path, None, None)
+    if isinstance(source, Path):
+        weights.check_directory(name, source)
+
+
+def check_hook(name: str, lm_path: str | Path | None, place: HookPlace) -> None:
+    """Raise ValueError (one line) if a model on this machine has no such hook, or its blocks are not found.
+
+    Loads it only where that has to be looked for: the residual stream of an architecture in `FLAT_WHEN_CONSTANT`,
+    all of which are tested, is known to be there.
+    """
+    spec = weights.spec_of(name, lm_path)
+    if not place.blocks and place.hook in (RESID_POST, RESID_PRE) and spec.architecture in FLAT_WHEN_CONSTANT:
+        return
+    load_host_lm(name, lm_path=lm_path, place=place)
 
 
 def check_layer(name: str, layer: int, n_layers: int | None = None) -> int:
@@ -223,13 +250,14 @@ def check_layer(name: str, layer: int, n_layers: int | None = None) -> int:
 
 
 def lm_flops_per_token(
-    name: str, up_to_layer: int | None = None, *, context: int = 256, lm_path: str | Path | None = None
+    name: str,
+    up_to_layer: int | None = None,
+    *,
+    context: int = 256,
+    lm_path: str | Path | None = None,
 ) -> float:
-    """Forward FLOPs per token through block ``up_to_layer``, or through the whole LM with its head (None).
-
-    Two per multiply-add; attention at the causal average of context/2 keys: 2·2·d·context/2 per block.
-    """
+    """`HostLMSpec.flops_per_token` of a model by name; raises ValueError for a block that it lacks."""
     spec = host_lm_spec(name, lm_path)
-    blocks = spec.n_layers if up_to_layer is None else check_layer(name, up_to_layer, spec.n_layers) + 1
-    trunk = blocks * (2.0 * spec.block_matmul_parameters + 2.0 * spec.d_model * context)
-    return trunk + (2.0 * spec.d_model * spec.d_vocab if up_to_layer is None else 0.0)
+    if up_to_layer is not None:
+        check_layer(name, up_to_layer, spec.n_layers)
+    return spec.flops_per_token(up_to_layer, context)

@@ -18,10 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-RESID_POST, RESID_PRE, MLP_OUT, ATTN_OUT = "resid_post", "resid_pre", "mlp_out", "attn_out"
-HOOKS = (RESID_POST, RESID_PRE, MLP_OUT, ATTN_OUT)
-"""Places in a block, as TransformerLens names them: the residual stream after and before the block, and what the MLP
-and the attention add to it (after a norm of their own, where the architecture has one there)."""
+from models.host.specs import ATTN_OUT, MLP_OUT, RESID_POST, RESID_PRE
 
 _B, _T = 2, 6
 _SAME = 1e-4  # relative difference up to which float32 sums of other order count as equal

@@ -6,6 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+RESID_POST, RESID_PRE, MLP_OUT, ATTN_OUT = "resid_post", "resid_pre", "mlp_out", "attn_out"
+HOOKS = (RESID_POST, RESID_PRE, MLP_OUT, ATTN_OUT)
+"""Places in a block, as TransformerLens names them: the residual stream after and before the block, and what the MLP
+and the attention add to it (after a norm of their own, where the architecture has one there)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class HostLMSpec:
@@ -47,6 +52,15 @@ class HostLMSpec:
             return 4 * d * d + 2 * d * ff
         d_kv = d // self.n_heads * (self.n_key_value_heads or self.n_heads)
         return 2 * d * d + 2 * d * d_kv + 3 * d * ff
+
+    def flops_per_token(self, up_to_layer: int | None, context: int) -> float:
+        """Forward FLOPs per token through block ``up_to_layer``, or through the whole LM with its head (None).
+
+        Two per multiply-add; attention at the causal average of context/2 keys: 2·2·d·context/2 per block.
+        """
+        blocks = self.n_layers if up_to_layer is None else up_to_layer + 1
+        trunk = blocks * (2.0 * self.block_matmul_parameters + 2.0 * self.d_model * context)
+        return trunk + (2.0 * self.d_model * self.d_vocab if up_to_layer is None else 0.0)
 
     @property
     def n_parameters(self) -> int:
@@ -110,7 +124,7 @@ def _qwen_coder(
         n_key_value_heads=2,
         d_mlp=d_mlp,
         d_vocab=151936,
-        tied_head=True,
+        tied_head=False,  # these files hold the head apart from the embedding, each with its own rounding
         depths=depths_of(n_layers),
         note=f"Qwen2.5-Coder-{size}-Instruct, dequantised from the 4-bit GGUF of PyPI packages "
         "(benchmarks/fetch_models.py)",
@@ -160,10 +174,10 @@ HOST_LMS: dict[str, HostLMSpec] = {
         counted=(5_570_560, 268_098_176),
     ),
     "qwen2.5-coder-0.5b": _qwen_coder(
-        "0.5B", 896, 24, 14, 4864, "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32", 494_032_768
+        "0.5B", 896, 24, 14, 4864, "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32", 630_167_424
     ),
     "qwen2.5-coder-1.5b": _qwen_coder(
-        "1.5B", 1536, 28, 12, 8960, "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046", 1_543_714_304
+        "1.5B", 1536, 28, 12, 8960, "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046", 1_777_088_000
     ),
 }
 

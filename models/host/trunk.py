@@ -22,7 +22,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from models.host.layout import RESID_POST, RESID_PRE, Layout, first, passing
+from models.host.layout import Layout, first, passing
+from models.host.specs import RESID_POST, RESID_PRE
 
 SEGMENTED = ("gpt_neox", "llama")
 """Architectures whose base models `Segments` may cut."""
@@ -98,7 +99,7 @@ Visit = Callable[[int, Tensor], Tensor | None]
 
 
 class Hooks:
-    """See the module's text. ``hook`` is a key of `models.host.layout.HOOKS`."""
+    """See the module's text. ``hook`` is one of `models.host.specs.HOOKS`."""
 
     def __init__(self, model: Any, layout: Layout, hook: str) -> None:
         self._model, self._layout, self._hook = model, layout, hook

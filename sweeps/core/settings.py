@@ -106,6 +106,7 @@ class RunSettings:
     min_workers: int = 0  # go on with as few, and with more when there is room again; 0: always `workers`
     grace_seconds: float = 25.0  # that running packs get to save when the launch is stopped
     lm_path: str = ""  # local folder with the language model (Hugging Face format) instead of the hub
+    weights: str = ""  # local folder of language models that benchmarks/fetch_models.py fetched; or PLUMBLINE_WEIGHTS
     stream_path: str = ""  # local folder with the token shards (same Parquet schema) instead of the hub
     hub_commits: tuple[str, ...] = ()  # owner/name@commit to read from the hub; else what `main` is at the start
     on_corrupt: str = "raise"  # a corrupt shard: "raise" names it and stops, "skip" names it and goes on

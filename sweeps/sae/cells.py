@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from models.host.specs import HOST_LMS
+from models.host.specs import HOOKS, HOST_LMS, RESID_POST
 from sweeps.core.cells import Cell, UserError
 
 if TYPE_CHECKING:
     from models.sae.trainer import SAEConfig
 
 DEPTHS = ("early", "mid", "late")
-_TOKEN_CHOICE = ("drop_positions", "max_norm_multiple")
+_LATER: Mapping[str, Any] = {
+    "drop_positions": 0,
+    "max_norm_multiple": 0.0,
+    "hook": RESID_POST,
+    "blocks": "",
+    "text": "",
+    "text_column": "",
+}
+"""Fields that came later, with the values that keep them out of a cell's identity: older cells keep their keys."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +39,7 @@ class SAECell(Cell):
     k: int
     seed: int
     tokens: int  # training budget
-    stream: str  # "pile" or "embedded"
+    stream: str  # "pile", "embedded" or "text"
     context: int
     d_sae: int
     batch_tokens: int
@@ -46,13 +55,14 @@ class SAECell(Cell):
     # tokens that neither training nor evaluation looks at; part of the identity where they are set
     drop_positions: int = 0
     max_norm_multiple: float = 0.0
+    hook: str = RESID_POST  # which activation of the block
+    blocks: str = ""  # name of the model's block list, where it is not found
+    text: str = ""  # of the stream "text": where its documents are, and which column holds them
+    text_column: str = ""
 
     def identity(self) -> dict[str, Any]:
         fields = super().identity()
-        for name in _TOKEN_CHOICE:
-            if not fields[name]:
-                del fields[name]
-        return fields
+        return {name: value for name, value in fields.items() if name not in _LATER or value != _LATER[name]}
 
     def __post_init__(self) -> None:
         if self.k > self.d_sae:
@@ -73,6 +83,8 @@ class SAECell(Cell):
         spec = HOST_LMS.get(self.model)
         if spec is not None and not 0 <= self.layer < spec.n_layers:
             raise UserError(f"layer={self.layer} is out of range for {self.model}; choose 0 to {spec.n_layers - 1}")
+        if self.hook not in HOOKS:
+            raise UserError(f"hook={self.hook!r} is not known; choose one of {', '.join(HOOKS)}")
         if self.schedule not in ("constant", "wsd"):
             raise UserError(
                 f"schedule={self.schedule!r} cannot serve nested budgets; choose constant, or wsd (one decay branch "
@@ -108,15 +120,15 @@ class SAECell(Cell):
     @functools.cached_property
     def _trajectory(self) -> tuple[Any, ...]:
         fields = self.identity()
-        plain = tuple(v for name, v in fields.items() if name not in ("tokens", *_TOKEN_CHOICE))
-        return plain + tuple((name, v) for name, v in fields.items() if name in _TOKEN_CHOICE)
+        plain = tuple(v for name, v in fields.items() if name not in ("tokens", *_LATER))
+        return plain + tuple((name, v) for name, v in fields.items() if name in _LATER)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
     """A preset. Every field can be changed with `--set field=value` (lists with commas)."""
 
-    models: tuple[str, ...]
+    models: tuple[str, ...]  # of the table, or OWNER/NAME on the hub, a folder, FILE.gguf
     k: tuple[int, ...]
     tokens: tuple[int, ...]
     depths: tuple[str, ...] = DEPTHS
@@ -136,6 +148,10 @@ class Grid:
     eval_sequences: int = 200
     lm_dtype: str = "float32"
     drop_positions: int = 0  # first tokens of each sequence that are left out of training and evaluation
+    hook: str = RESID_POST  # resid_post, resid_pre, mlp_out or attn_out, as TransformerLens names them
+    blocks: str = ""  # name of the models' block list, where it is not found by its shape
+    text: str = ""  # read these documents instead of `stream`: OWNER/NAME on the hub, a folder or a file
+    text_column: str = ""  # column or field that holds a document's text; "": text, or the only one of strings
     max_norm_multiple: float = 0.0  # tokens longer than so many times the median norm are, too; 0: none
 
 

@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+from models.host.specs import RESID_POST, RESID_PRE
 from sweeps.core.cells import Estimate, Pack
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
 from sweeps.launch.screen import duration
 from sweeps.sae.cells import SAECell, sae_config
-from sweeps.sae.packs import make_packs, shared_passes, spec_of, steps_of
+from sweeps.sae.lms import spec_of
+from sweeps.sae.packs import make_packs, shared_passes, steps_of
 
 _LM_EFFICIENCY = 0.6  # share of the matmul rate that a whole transformer block reaches
 _STEP_TOUCHES = 14  # a dense step reads and writes both matrices, their moments, and reads their gradients
@@ -56,7 +58,7 @@ def _work(pack: Pack[SAECell], run: RunSettings) -> _Work:
     from models.sae.trainer import step_flops
 
     cells = pack.cells
-    first, width, longest = cells[0], spec_of(cells[0], run).d_model, max(c.tokens for c in cells)
+    first, width, longest = cells[0], spec_of(cells[0].model, run).d_model, max(c.tokens for c in cells)
     sae_flops, traffic = 0.0, _weight_bytes(first, longest, run)
     for trajectories in shared_passes(cells).values():
         for own in trajectories.values():
@@ -69,22 +71,22 @@ def _work(pack: Pack[SAECell], run: RunSettings) -> _Work:
 
 def _lm_flops(cells: Sequence[SAECell], tokens: int, run: RunSettings) -> float:
     """FLOPs of a pack's language model: training up to the deepest layer, evaluation through all of them."""
-    from models.host.host_lm import lm_flops_per_token
-
     first = cells[0]
+    spec = spec_of(first.model, run)
 
     def forward(layer: int | None) -> float:
-        return lm_flops_per_token(first.model, layer, context=first.context, lm_path=run.lm_path or None)
+        return spec.flops_per_token(layer, first.context)
 
     evaluated = first.eval_sequences * first.context
     unpatched = _EVALUATION_PASSES * evaluated * forward(None)
-    patched = sum(evaluated * (forward(None) - forward(cell.layer)) for cell in cells)
+    skipped = [forward(cell.layer) if cell.hook in (RESID_POST, RESID_PRE) else 0.0 for cell in cells]
+    patched = sum(evaluated * (forward(None) - below) for below in skipped)
     return tokens * forward(max(c.layer for c in cells)) + unpatched + patched
 
 
 def _weight_bytes(cell: SAECell, tokens: int, run: RunSettings) -> float:
     """Traffic of the language model's weights: once per shuffle block, and in the evaluation's passes."""
-    weights = spec_of(cell, run).n_parameters * (2 if cell.lm_dtype == "bfloat16" else 4)
+    weights = spec_of(cell.model, run).n_parameters * (2 if cell.lm_dtype == "bfloat16" else 4)
     return weights * (tokens / (cell.shuffle_sequences * cell.context) + _EVALUATION_PASSES)
 
 
@@ -96,7 +98,7 @@ def _busy_seconds(packs: Sequence[Pack[SAECell]], work: Sequence[_Work], run: Ru
         cell = pack.cells[0]
         kind = (cell.model, cell.d_sae, cell.batch_tokens, pack.cpus)
         if kind not in rates:
-            rates[kind] = _probe(cell, spec_of(cell, run).d_model, int(pack.cpus), run)
+            rates[kind] = _probe(cell, spec_of(cell.model, run).d_model, int(pack.cpus), run)
         lm_rate, sae_rate = rates[kind]
         seconds += own.lm_flops / lm_rate + own.sae_flops / sae_rate
     return seconds
@@ -130,7 +132,7 @@ def _pretraining(models: Collection[str], run: RunSettings) -> dict[str, float]:
     from models.host.specs import HOST_LMS
     from models.host.standin import pretraining_seconds
 
-    names = [m for m in sorted(models) if not run.lm_path and HOST_LMS[m].origin == "standin"]
+    names = [m for m in sorted(models) if not run.lm_path and m in HOST_LMS and HOST_LMS[m].origin == "standin"]
     seconds = {name: pretraining_seconds(name, embedded_text.fingerprint()) for name in names}
     return {name: s for name, s in seconds.items() if s}
 

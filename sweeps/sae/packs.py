@@ -12,28 +12,19 @@ from sweeps.core.cells import Pack, UserError
 from sweeps.core.machine import HEADROOM, Machine
 from sweeps.core.settings import RunSettings
 from sweeps.sae.cells import SAECell, sae_config
+from sweeps.sae.lms import spec_of
 
 if TYPE_CHECKING:
-    from models.host.host_lm import HostLMSpec
     from models.sae.trainer import SAEConfig
 _PROCESS_BYTES = 3 * 2**29  # an interpreter with torch, transformers and Ray loaded
 _USABLE = 0.75  # share of free memory that packs may plan with
-
-
-def spec_of(cell: SAECell, run: RunSettings) -> HostLMSpec:
-    from models.host.host_lm import host_lm_spec
-
-    try:
-        return host_lm_spec(cell.model, run.lm_path or None)
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def pack_bytes(cells: Sequence[SAECell], run: RunSettings) -> int:
     """Peak memory of one pack: process, LM, SAEs with their training state, one shuffle block, evaluation."""
     from models.sae.trainer import bank_bytes
 
-    first, spec = cells[0], spec_of(cells[0], run)
+    first, spec = cells[0], spec_of(cells[0].model, run)
     width = spec.d_model
     layers = len({c.layer for c in cells})
     trajectories = [own for shared in shared_passes(cells).values() for own in shared.values()]
@@ -68,6 +59,7 @@ def shared_passes(cells: Sequence[SAECell]) -> dict[tuple[Any, ...], dict[tuple[
         shared = (
             *(cell.model, cell.stream, cell.context, cell.batch_tokens, cell.shuffle_sequences),
             *(cell.eval_sequences, cell.lm_dtype, cell.drop_positions, cell.max_norm_multiple),
+            *(cell.hook, cell.blocks, cell.text, cell.text_column),
         )
         groups.setdefault(shared, {}).setdefault(cell.trajectory(), []).append(cell)
     return groups

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import urllib.error
-import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from data.token_stream import PILE_HUB, CorruptShard, StreamUnavailable, TokenStream
+from models.host.hub import LMUnavailable, require_hub, require_weights
 from models.host.specs import HOST_LMS
 from sweeps.core.cells import UserError
 from sweeps.core.settings import RunSettings
-from sweeps.sae.origin import HUB_SECONDS
-from sweeps.sae.sources import corrupt, open_stream
+from sweeps.sae.lms import folder_of, hub_id_of, place_of, revision_of, spec_of
+from sweeps.sae.sources import corrupt, open_stream, tokenizer_folder
 from sweeps.sae.text import TextCheck
 
 if TYPE_CHECKING:
@@ -28,35 +27,78 @@ def preflight(cells: Sequence[SAECell], run: RunSettings) -> list[str]:
 
     Raises UserError where weights or text are unreachable, do not fit, or are too short.
     """
-    from models.host.host_lm import LMUnavailable, check_checkpoint, host_lm_spec
-
     lines: list[str] = []
+    vocabularies = {model: spec_of(model, run).d_vocab for model in sorted({c.model for c in cells})}
     try:
-        vocabularies = {c.model: host_lm_spec(c.model, run.lm_path or None).d_vocab for c in cells}
-        if run.lm_path:
-            for model in vocabularies:
-                check_checkpoint(model, run.lm_path)
+        for cell in {c.model: c for c in cells}.values():
+            _require_model(cell, run)
         for model in sorted({c.model for c in cells if c.stream == "pile"}):
             _require_pile_ids(model, vocabularies[model], run.stream_path or PILE_HUB)
-        wants_lm = not run.lm_path and any(HOST_LMS[c.model].origin == "hub" and not _cached(c.model) for c in cells)
+        wants_lm = any(c.model in HOST_LMS and hub_id_of(c.model, run) and not _cached(c.model) for c in cells)
         wants_text = not run.stream_path and any(c.stream == "pile" for c in cells)
         if wants_lm or wants_text:
-            _require_hub(wants_lm, wants_text)
+            local = " ".join(["--set lm_path=DIR"] * wants_lm + ["--set stream_path=DIR"] * wants_text)
+            require_hub(
+                "use --preset local or --preset smollm2, which need no network, or give local copies with " + local
+            )
         if run.stream_path:  # reads footers and held-out rows; on the hub that would be one request per shard
             for context, longest, n_eval in sorted(_needs(cells)):
-                first = next(c for c in cells if c.context == context)
-                stream = open_stream(first, run)
-                stream.require(longest, n_eval)
+                first = next(c for c in cells if c.stream == "pile" and c.context == context)
                 readers = {c.model for c in cells if c.stream == "pile" and c.context == context}
-                check = TextCheck(stream, stream.eval_sequences(n_eval), {m: vocabularies[m] for m in sorted(readers)})
-                if stream.local:
-                    _read_once(stream, check, -(-longest // context) + first.shuffle_sequences)
-                lines += [check.line()] * bool(check.line())
+                chosen = {m: vocabularies[m] for m in sorted(readers)}
+                lines += _look_at(open_stream(first, run), longest, n_eval, first.shuffle_sequences, chosen)
+        for longest_cell in _read_as_documents(cells):
+            lines += _look_at_documents(longest_cell, run, vocabularies)
     except CorruptShard as error:
         raise corrupt(error) from error
     except (LMUnavailable, StreamUnavailable, ValueError) as error:
         raise UserError(str(error)) from error
     return lines
+
+
+def _require_model(cell: SAECell, run: RunSettings) -> None:
+    """Raise ValueError or LMUnavailable where a model cannot be read or has no such hook.
+
+    Weights on this machine are looked at by their headers; they are loaded only where the architecture's hooks have to
+    be looked for. Those of a model on the hub are not downloaded yet.
+    """
+    from models.host.host_lm import check_checkpoint, check_hook
+
+    folder = folder_of(cell.model, run)
+    named_itself = cell.model not in HOST_LMS and not hub_id_of(cell.model, run)
+    if run.lm_path or named_itself or (cell.model in HOST_LMS and HOST_LMS[cell.model].origin == "file"):
+        check_checkpoint(cell.model, folder or None)
+        check_hook(cell.model, folder or None, place_of(cell))
+    elif cell.model not in HOST_LMS:
+        require_weights(cell.model, revision_of(cell.model, run))
+    if cell.stream != "pile":
+        tokenizer_folder(cell, run)
+
+
+def _look_at(stream: TokenStream, longest: int, n_eval: int, block: int, vocabularies: Mapping[str, int]) -> list[str]:
+    """Lines on a stream that is long enough and fits the models; its training text is read where that costs little."""
+    stream.require(longest, n_eval)
+    check = TextCheck(stream, stream.eval_sequences(n_eval), vocabularies)
+    if stream.local:
+        _read_once(stream, check, -(-longest // stream.context) + block)
+    return [check.line()] * bool(check.line())
+
+
+def _read_as_documents(cells: Sequence[SAECell]) -> list[SAECell]:
+    """Of all cells that read the same documents in the same way, the one of the largest budget."""
+    longest: dict[tuple[object, ...], SAECell] = {}
+    for cell in (c for c in cells if c.stream == "text"):
+        key = (cell.model, cell.text, cell.text_column, cell.context, cell.eval_sequences, cell.shuffle_sequences)
+        if key not in longest or cell.tokens > longest[key].tokens:
+            longest[key] = cell
+    return list(longest.values())
+
+
+def _look_at_documents(cell: SAECell, run: RunSettings, vocabularies: Mapping[str, int]) -> list[str]:
+    stream = open_stream(cell, run, say=lambda line: print(f"  {cell.model}: {line}", flush=True))
+    return _look_at(
+        stream, cell.tokens, cell.eval_sequences, cell.shuffle_sequences, {cell.model: vocabularies[cell.model]}
+    )
 
 
 def _read_once(stream: TokenStream, check: TextCheck, sequences: int) -> None:
@@ -90,20 +132,3 @@ def _cached(model: str) -> bool:
     hub_id = HOST_LMS[model].hub_id
     assert hub_id is not None
     return isinstance(try_to_load_from_cache(hub_id, "config.json"), str)
-
-
-def _require_hub(wants_lm: bool, wants_text: bool) -> None:
-    from huggingface_hub import constants
-
-    try:
-        if constants.HF_HUB_OFFLINE:
-            raise ConnectionError("HF_HUB_OFFLINE is set")
-        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=HUB_SECONDS).close()
-    except urllib.error.HTTPError:
-        return  # it answers; if it refuses a file, loading that file reports it
-    except OSError as error:
-        local = " ".join(["--set lm_path=DIR"] * wants_lm + ["--set stream_path=DIR"] * wants_text)
-        raise UserError(
-            f"the Hugging Face hub ({constants.ENDPOINT}) cannot be reached ({error}); use --preset local or --preset "
-            f"smollm2, which need no network, or give local copies with {local}"
-        ) from error

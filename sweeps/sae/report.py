@@ -13,7 +13,7 @@ from analysis.sae import published
 from analysis.sae.columns import IDENTITY, LAYER_COLUMNS
 from analysis.sae.report import measure, write_report
 from analysis.sae.variance_tables import answer
-from models.host.specs import HOST_LMS
+from models.host.specs import HOST_LMS, RESID_POST
 from sweeps.core.cells import PublishedCell
 from sweeps.ledger.published import recorded, tables_of
 from sweeps.sae.sources import banner
@@ -66,7 +66,8 @@ def write(cells: Sequence[PublishedCell], preset_name: str, grid: Grid, original
     stream = str(cells[0].identity["stream"])
     notes = [f"{m}: {HOST_LMS[m].note}" for m in grid.models if m in HOST_LMS and HOST_LMS[m].note]
     facts = {
-        "ran on": ". ".join(banner(preset_name, grid.models, stream)),
+        "ran on": ". ".join(banner(preset_name, grid.models, stream, grid.text)),
+        **({} if grid.hook == RESID_POST else {"hook": f"blocks.L.hook_{grid.hook}"}),
         **_local_sources(cells),
         "cells": str(len(cells)),
         "hardware": recorded(cells, "hardware"),

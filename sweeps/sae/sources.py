@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING
 
 from data import embedded_text
 from data._listing import skipped_line
+from data.documents import DocumentSource
+from data.text_shards import TokenisedText
 from data.token_stream import EMBEDDED, PILE_HUB, CorruptShard, StreamUnavailable, TokenStream
 from models.host.specs import HOST_LMS
 from sweeps.core.cells import UserError
+from sweeps.core.machine import user_cache
 from sweeps.core.settings import RunSettings
-from sweeps.sae.origin import at_commit, pinned_commits
+from sweeps.sae.lms import folder_of, place_of, revision_of
+from sweeps.sae.origin import at_commit, text_identity, text_place
 
 if TYPE_CHECKING:
     from models.host.host_lm import HostLM
@@ -28,28 +32,76 @@ def open_lm(cell: SAECell, run: RunSettings, device: str, progress: Callable[[st
     try:
         return load_host_lm(
             cell.model,
-            lm_path=run.lm_path or None,
+            lm_path=folder_of(cell.model, run) or None,
             device=device,
             dtype=getattr(torch, cell.lm_dtype),
             corpus=Corpus(embedded_text.fingerprint(), embedded_text.byte_corpus, progress),
-            revision=pinned_commits(run).get(HOST_LMS[cell.model].hub_id or "") if cell.model in HOST_LMS else None,
+            revision=revision_of(cell.model, run),
+            place=place_of(cell),
         )
     except (LMUnavailable, ValueError) as error:
         raise UserError(str(error)) from error
 
 
-def open_stream(cell: SAECell, run: RunSettings, tokenizer_dir: Path | None = None) -> TokenStream:
-    """The cell's token stream. `tokenizer_dir` is the language model's, for the embedded text."""
+def open_stream(
+    cell: SAECell,
+    run: RunSettings,
+    tokenizer_dir: Path | None = None,
+    *,
+    tokens: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> TokenStream:
+    """The cell's token stream. `tokenizer_dir` is the language model's, for embedded text and documents; where it is
+    not known, the model is asked for it.
+
+    Documents are tokenised first, as far as a budget of `tokens` (the cell's, when not given) needs them, with lines
+    to `say`. Raises UserError where the model has no tokenizer or the text cannot be read.
+    """
     if cell.stream == "embedded":
-        tokenizer = "byte" if HOST_LMS[cell.model].origin == "standin" else str(tokenizer_dir)
-        return TokenStream(source=EMBEDDED, context=cell.context, tokenizer=tokenizer)
+        return TokenStream(source=EMBEDDED, context=cell.context, tokenizer=tokenizer_folder(cell, run, tokenizer_dir))
+    if cell.stream == "text":
+        return _tokenised(cell, run, tokenizer_folder(cell, run, tokenizer_dir), tokens or cell.tokens, say)
     if cell.stream == "pile":
         return TokenStream(
             source=at_commit(run.stream_path or PILE_HUB, run),
             context=cell.context,
             on_corrupt="skip" if run.on_corrupt == "skip" else "raise",
         )
-    raise UserError(f"stream {cell.stream!r} is not known; choose pile or embedded")
+    raise UserError(f"stream {cell.stream!r} is not known; choose pile or embedded, or name documents with --set text=")
+
+
+def tokenizer_folder(cell: SAECell, run: RunSettings, folder: Path | None = None) -> str:
+    """What `data.document_coder` reads the cell's tokenizer from; raises UserError where the model has none."""
+    if cell.model in HOST_LMS and HOST_LMS[cell.model].origin == "standin":
+        return "byte"
+    if folder is not None:
+        return str(folder)
+    from models.host.host_lm import LMUnavailable, tokenizer_of
+
+    try:
+        return str(tokenizer_of(cell.model, folder_of(cell.model, run) or None, revision_of(cell.model, run)))
+    except (LMUnavailable, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
+def _tokenised(cell: SAECell, run: RunSettings, tokenizer: str, tokens: int, say: Callable[[str], None]) -> TokenStream:
+    """The documents' tokens as far as whole shuffle blocks of the budget need them: a block cut short by how much
+    happens to be tokenised would be shuffled in another way."""
+    block = cell.shuffle_sequences * cell.context
+    try:
+        text = TokenisedText(
+            DocumentSource(at_commit(text_place(cell), run), cell.text_column),
+            text_identity(cell, run),
+            tokenizer,
+            cell.context,
+            str(user_cache()),
+        )
+        state = text.extend(-(-tokens // block) * cell.shuffle_sequences, cell.eval_sequences, say)
+    except (CorruptShard, StreamUnavailable, ValueError) as error:
+        raise UserError(str(error)) from error
+    if not state["shards"]:
+        raise UserError(f"text {cell.text} holds no document; give files with text")
+    return TokenStream(source=str(text.folder), context=cell.context, shards=len(state["shards"]))
 
 
 def remarks(stream: str, run: RunSettings) -> list[str]:
@@ -68,8 +120,8 @@ def corrupt(error: CorruptShard) -> UserError:
     return UserError(f"{error}; mend the shard, or leave it out with --set on_corrupt=skip (and --retry-failed)")
 
 
-def banner(preset_name: str, models: Sequence[str], stream: str) -> list[str]:
-    """What the numbers stand on, in plain words."""
+def banner(preset_name: str, models: Sequence[str], stream: str, text: str = "") -> list[str]:
+    """What the numbers stand on, in plain words. `text` names the documents of the stream "text"."""
     lines = []
     origins = {HOST_LMS[m].origin for m in models if m in HOST_LMS}
     if "standin" in origins:
@@ -88,7 +140,12 @@ def banner(preset_name: str, models: Sequence[str], stream: str) -> list[str]:
         )
     if "hub" in origins:
         lines.append("language models: Pythia, weights used unprocessed (no folding, no centring)")
-    if stream == "embedded":
+    lines += [f"language model: {HOST_LMS[m].note}" for m in models if m in HOST_LMS and HOST_LMS[m].origin == "file"]
+    if others := [m for m in models if m not in HOST_LMS]:
+        lines.append(f"language models: {', '.join(others)}, weights used unprocessed (no folding, no centring)")
+    if text:
+        lines.append(f"text: documents of {text}, tokenised with each model's own tokenizer, held out by document")
+    elif stream == "embedded":
         lines.append(
             "text: Python's own documentation and standard-library source, near-duplicate files on one side of the "
             "split; not the Pile"

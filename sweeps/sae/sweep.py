@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-from models.host.specs import HOST_LMS
-from sweeps.core.cells import Estimate, Pack, PublishedCell, UserError, nearest
+from sweeps.core.cells import Estimate, Pack, PublishedCell, UserError
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
 from sweeps.launch.context import PackContext
 from sweeps.launch.sweep import Sweep
 from sweeps.sae.cells import Grid, SAECell
+from sweeps.sae.lms import spec_of
 from sweeps.sae.presets import PRESETS
 
 
@@ -30,12 +30,11 @@ class ProxyGap(Sweep[SAECell, Grid]):
     def plan(self, preset: Grid) -> Sequence[SAECell]:
         cells: list[SAECell] = []
         for model in preset.models:
-            spec = HOST_LMS.get(model)
-            if spec is None:
-                raise UserError(
-                    f"model {model!r} is not known{nearest(model, HOST_LMS)}; models: {', '.join(HOST_LMS)}"
-                )
+            spec = spec_of(model)
             if preset.layers:
+                wrong = [layer for layer in preset.layers if not 0 <= layer < spec.n_layers]
+                if wrong:
+                    raise UserError(f"layer={wrong[0]} is out of range for {model}; choose 0 to {spec.n_layers - 1}")
                 places = [(f"L{layer}", layer) for layer in preset.layers]
             else:
                 unknown = [d for d in preset.depths if d not in spec.depths]
@@ -58,7 +57,7 @@ class ProxyGap(Sweep[SAECell, Grid]):
             k=k,
             seed=seed,
             tokens=tokens,
-            stream=preset.stream,
+            stream="text" if preset.text else preset.stream,
             context=preset.context,
             d_sae=preset.expansion * d_model,
             batch_tokens=preset.batch_tokens,
@@ -73,6 +72,10 @@ class ProxyGap(Sweep[SAECell, Grid]):
             lm_dtype=preset.lm_dtype,
             drop_positions=preset.drop_positions,
             max_norm_multiple=preset.max_norm_multiple,
+            hook=preset.hook,
+            blocks=preset.blocks,
+            text=preset.text,
+            text_column=preset.text_column,
         )
 
     def pack(self, cells: Sequence[SAECell], preset: Grid, machine: Machine, run: RunSettings) -> list[Pack[SAECell]]:
@@ -123,7 +126,7 @@ class ProxyGap(Sweep[SAECell, Grid]):
     def banner(self, preset_name: str, preset: Grid) -> list[str]:
         from sweeps.sae.sources import banner
 
-        lines = banner(preset_name, preset.models, preset.stream)
+        lines = banner(preset_name, preset.models, preset.stream, preset.text)
         steps = min(preset.tokens, default=0) // preset.batch_tokens
         if preset.schedule == "constant" and steps < preset.warmup_steps:
             lines.append(

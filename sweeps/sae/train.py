@@ -158,9 +158,12 @@ def train_pack(cells: Sequence[SAECell], context: PackContext) -> None:
 class _PackRun:
     def __init__(self, cells: Sequence[SAECell], lm: HostLM, context: PackContext) -> None:
         self.lm, self.context, self.first = lm, context, cells[0]
-        self.stream = open_stream(self.first, context.run, lm.tokenizer_dir)
+        longest = max(c.tokens for c in cells)
+        self.stream = open_stream(
+            self.first, context.run, lm.tokenizer_dir, tokens=longest, say=lambda line: context.progress(phase=line)
+        )
         try:
-            self.stream.require(max(c.tokens for c in cells), self.first.eval_sequences)
+            self.stream.require(longest, self.first.eval_sequences)
         except ValueError as error:
             raise UserError(str(error)) from error
         self.batch = self.first.batch_tokens

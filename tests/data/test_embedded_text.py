@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from data import embedded_text
-from data.embedded_text import BYTE_VOCAB, SEPARATOR, Document
+from data.document_coder import BYTE_VOCAB, SEPARATOR
+from data.embedded_text import Document
 
 
 def test_split_is_a_partition_of_the_documents():

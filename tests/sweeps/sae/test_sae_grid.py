@@ -71,7 +71,7 @@ def lm() -> HostLM:
 @pytest.fixture(autouse=True)
 def toy_sources(lm: HostLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_module, "open_lm", lambda cell, run, device, progress: lm)
-    monkeypatch.setattr(train_module, "open_stream", lambda cell, run, tokenizer_dir=None: Numbers())
+    monkeypatch.setattr(train_module, "open_stream", lambda cell, run, tokenizer_dir=None, **how: Numbers())
     monkeypatch.setattr(train_module, "_SAVE_PAUSE", 0)
 
 
@@ -118,7 +118,7 @@ def assert_same(a: Ledger, b: Ledger, keys: list[str]) -> None:
 def packed(lm: HostLM) -> Ledger:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_module, "open_lm", lambda cell, run, device, progress: lm)
-        patch.setattr(train_module, "open_stream", lambda cell, run, tokenizer_dir=None: Numbers())
+        patch.setattr(train_module, "open_stream", lambda cell, run, tokenizer_dir=None, **how: Numbers())
         ledger = fresh()
         train(plan(), ledger)
         return ledger
@@ -243,7 +243,7 @@ ONE = replace(GRID, k=(4,), depths=("mid",), tokens=(384,))
 def test_resume_after_a_skipped_shard_is_the_uninterrupted_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """A block is three steps here: the checkpoints lie where the next begins and inside one."""
     gappy = Numbers(gap=range(10, 30))
-    monkeypatch.setattr(train_module, "open_stream", lambda cell, run, tokenizer_dir=None: gappy)
+    monkeypatch.setattr(train_module, "open_stream", lambda cell, run, tokenizer_dir=None, **how: gappy)
     whole = fresh()
     train(plan(ONE), whole)
     for step in (9, 10):
@@ -334,10 +334,10 @@ def test_curve_reaches_the_budget(packed: Ledger) -> None:
 
 
 def test_short_stream_and_nan_are_one_line(lm: HostLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_module, "open_stream", lambda cell, run, tokenizer_dir=None: Numbers(length=30))
+    monkeypatch.setattr(train_module, "open_stream", lambda cell, run, tokenizer_dir=None, **how: Numbers(length=30))
     with pytest.raises(UserError, match="640 tokens asked of 480; choose a smaller budget"):
         train(plan(), fresh())
-    monkeypatch.setattr(train_module, "open_stream", lambda cell, run, tokenizer_dir=None: Numbers())
+    monkeypatch.setattr(train_module, "open_stream", lambda cell, run, tokenizer_dir=None, **how: Numbers())
     real = lm.activations
 
     def poisoned(tokens: torch.Tensor, layers: Any) -> dict[int, torch.Tensor]:
@@ -356,7 +356,7 @@ def test_text_of_another_tokenizer_is_one_line(monkeypatch: pytest.MonkeyPatch) 
         def sequences(self, start: int) -> Iterator[tuple[int, np.ndarray]]:
             return ((first, tokens + 100) for first, tokens in super().sequences(start))
 
-    monkeypatch.setattr(train_module, "open_stream", lambda cell, run, tokenizer_dir=None: Wide())
+    monkeypatch.setattr(train_module, "open_stream", lambda cell, run, tokenizer_dir=None, **how: Wide())
     with pytest.raises(UserError, match=r"token 3\d\d of numbers exceeds the vocabulary of standin-small, 257; choose"):
         train(plan(ONE), fresh())
 
