@@ -45,8 +45,8 @@ def test_no_sweep_module_shadows_a_package() -> None:
     assert [s for s in stems if s in sys.stdlib_module_names or importlib.util.find_spec(s)] == []
 
 
-FLOORS = {"core": 0, "ledger": 1, "launch": 2, "sae": 3, "topology": 3, "codec": 3, "caching": 4}
-COMMANDS = 5
+FLOORS = {"core": 0, "ledger": 1, "search": 2, "launch": 3, "sae": 4, "topology": 4, "codec": 4, "caching": 5}
+COMMANDS = 6
 MOST_MODULES = 24  # of a room
 
 

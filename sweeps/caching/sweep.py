@@ -9,7 +9,7 @@ from sweeps.caching.arms import arms
 from sweeps.caching.cells import VARIABLES, CacheCell, CacheStudy
 from sweeps.caching.presets import PRESETS
 from sweeps.codec.cells import CORPORA
-from sweeps.codec.packs import CPU_FLOPS, GPU_BASIS, TRACKED, packs, threads, work
+from sweeps.codec.packs import CPU_FLOPS, FIXED, GPU_BASIS, TRACKED, packs, threads, work
 from sweeps.core.cells import Estimate, Pack, PublishedCell
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
@@ -28,6 +28,7 @@ class MemoryCacheSweep(Sweep[CacheCell, CacheStudy]):
     headline = "nats below unigram"
     named = ("architecture", *VARIABLES, "seed")
     tracked = TRACKED
+    fixed = FIXED
     default_preset = "local"
     presets = PRESETS
 

@@ -9,8 +9,15 @@ from sweeps.codec.cells import LMCell, TokenStudy, columns
 from sweeps.core.cells import Pack
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
+from sweeps.launch.sweep import BY_CHANCE
 
 TRACKED = ("weights", "group", "layer", "codebook")  # parameters of rows that MLflow shows, see `Sweep`
+_DATA = ("corpus", "corpus_clips", "audio_path", "codec", "codec_weights", "codebooks", "codebook_size", "text")
+_SIZES = ("chunk_s", "min_s", "holdout", "eval_clips")
+# fields that no search may vary, see `Sweep`
+FIXED = {"seeds": BY_CHANCE} | dict.fromkeys(
+    (*_DATA, *_SIZES), "its trials would be scored on other tokens, or other recordings"
+)
 CPU_FLOPS = 16e9  # a core's rate on small models, forward and backward
 _GPU_FLOPS = 30e12  # assumed of an A100 in bfloat16; never measured
 GPU_BASIS = "an assumed 30 TFLOP/s a GPU; never measured"

@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 
 from sweeps.codec.cells import CORPORA, HalvedCell, LMCell, Study, TextCell, model_config
-from sweeps.codec.packs import CPU_FLOPS, GPU_BASIS, TRACKED, packs, threads, work
+from sweeps.codec.packs import CPU_FLOPS, FIXED, GPU_BASIS, TRACKED, packs, threads, work
 from sweeps.codec.presets import OPTIONS, PRESETS
 from sweeps.codec.texts import NONE, arm_name
 from sweeps.core.cells import Estimate, Pack, PublishedCell, UserError
@@ -35,6 +35,7 @@ class CodecLMSweep(Sweep[LMCell, Study]):
     headline = "nats below unigram"
     named = ("architecture", "text", "lr", "seed")
     tracked = TRACKED
+    fixed = FIXED
     default_preset = "local"
     presets = PRESETS
     options = OPTIONS

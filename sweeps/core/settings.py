@@ -47,7 +47,7 @@ def apply_settings(values: Sequence[str], *targets: Any) -> list[Any]:
         for i, target in enumerate(targets):
             if name in {f.name for f in dataclasses.fields(target)}:
                 try:
-                    out[i] = dataclasses.replace(out[i], **{name: _parse(raw, hints[i][name])})
+                    out[i] = dataclasses.replace(out[i], **{name: parse_text(raw, hints[i][name])})
                 except UserError:
                     raise
                 except ValueError as error:
@@ -60,14 +60,15 @@ def apply_settings(values: Sequence[str], *targets: Any) -> list[Any]:
     return out
 
 
-def _parse(raw: str, kind: Any) -> Any:
+def parse_text(raw: str, kind: Any) -> Any:
+    """The value that a text spells for a field's annotation; raises ValueError."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         if raw.lower() in ("none", ""):
             return None
-        return _parse(raw, next(a for a in arguments if a is not type(None)))
+        return parse_text(raw, next(a for a in arguments if a is not type(None)))
     if origin is tuple:
-        return tuple(_parse(part.strip(), arguments[0]) for part in raw.split(",") if part.strip())
+        return tuple(parse_text(part.strip(), arguments[0]) for part in raw.split(",") if part.strip())
     if kind is bool:
         if raw.lower() not in ("true", "false", "1", "0", "yes", "no"):
             raise ValueError("write true or false")

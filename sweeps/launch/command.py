@@ -2,6 +2,7 @@
 
     python sweeps/NAME.py [--preset P] [--plan] [--only KEY ...] [--report] [--retry-failed] [--storage URI]
                           [--tracking-uri URI] [--report-dir DIR] [--address ADDR] [--set field=value ...]
+                          [--search KIND --objective COLUMN:min|max --set field=RANGE ...]
 
 Exit codes: 0 when every planned cell is published, 2 for bad arguments, 1 otherwise.
 """
@@ -26,7 +27,7 @@ from sweeps.core.cells import Cell, CellT, Pack, UserError, nearest
 from sweeps.core.machine import Machine, check_folder, git_commit, prepare_process
 from sweeps.core.settings import RunSettings, add_settings, apply_settings
 from sweeps.launch.address import check as check_address
-from sweeps.launch.cost import cost_lines
+from sweeps.launch.cost import cost_lines, unit_of
 from sweeps.launch.failure import SYSTEM_ERROR, one_line
 from sweeps.launch.pack_queue import Queue
 from sweeps.launch.ray_session import connect, shutdown_ray
@@ -41,6 +42,9 @@ from sweeps.ledger.claims import Claims
 from sweeps.ledger.ledger import Ledger
 from sweeps.ledger.logins import clean_arguments, given, hide_arguments
 from sweeps.ledger.storage import normal_storage
+from sweeps.search.options import add_search, read_asked
+from sweeps.search.report import write_evidence
+from sweeps.search.search import Search
 
 _WAIT_SECONDS = 4.0  # before the ledger is looked at again for the cells of other launches
 _WAIT_SHARE = 20  # ... and at least so many times what the last look took
@@ -69,6 +73,7 @@ def parser(sweep: Sweep[Any, Any]) -> argparse.ArgumentParser:
     p.add_argument("--report-dir", default="runs/reports", metavar="DIR", help="reports; default: runs/reports")
     p.add_argument("--address", default=None, metavar="ADDR", help="Ray cluster to join (auto, HOST:PORT)")
     add_settings(p, sweep.options)
+    add_search(p)
     return p
 
 
@@ -112,20 +117,26 @@ class _Launch(Generic[CellT, PresetT]):
         self.sweep, self.arguments, self.stopper = sweep, arguments, stopper
         self.preset: PresetT
         self.run: RunSettings
-        self.preset, self.run = apply_settings(arguments.set, sweep.presets[arguments.preset], RunSettings())
+        settings, asked = read_asked(arguments)
+        self.preset, self.run = apply_settings(settings, sweep.presets[arguments.preset], RunSettings())
         arguments.storage = given(arguments.storage, "--storage")
         self.storage = normal_storage(arguments.storage)
         tracking = arguments.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri()
         self.tracking_uri = normal_uri(given(tracking, "--tracking-uri"))
         self.ledger = Ledger(self.storage, sweep.name, sweep.version)
+        self.search = None if asked is None else Search(asked, sweep, self.preset, self.ledger)
         self.cells = self._planned()
         self.by_key = {cell.key: cell for cell in self.cells}
         self.done = self.ledger.done(self.by_key)
         self.failures = self.ledger.failures(set(self.by_key) - self.done)
         self._verified: set[str] = set()  # finished cells whose fingerprint was looked at
-        self.out = Path(arguments.report_dir).expanduser() / sweep.name / arguments.preset
+        folder = arguments.preset + ("-search" if self.search else "")
+        self.out = Path(arguments.report_dir).expanduser() / sweep.name / folder
 
     def _planned(self) -> list[CellT]:
+        if self.search is not None:
+            self.whole = self.search.planned(record=not self.arguments.plan, ask=not self.arguments.report)
+            return self.whole
         cells = list({cell.key: cell for cell in self.sweep.plan(self.preset)}.values())  # a grid may name one twice
         if not cells:
             raise UserError("the plan has no cells; give every grid field at least one value")
@@ -181,7 +192,21 @@ class _Launch(Generic[CellT, PresetT]):
         print(f"time         {duration(estimate.seconds)} h:m:s on this machine ({estimate.basis})")
         for line in cost_lines(estimate, machine, self.run, self.ledger.work(sorted(self.done))):
             print(line)
+        if self.search is not None:
+            print(self._search_cost(self.search, machine))
         print("nothing was run")
+
+    def _search_cost(self, search: Search[CellT], machine: Machine) -> str:
+        """What the search costs at most: as many of its dearest trials as are left, one after another."""
+        quick = replace(self.run, probe=False)
+        left, cells = search.most_costly(lambda some: self.sweep.estimate(some, self.preset, machine, quick).seconds)
+        each = self.sweep.estimate(cells, self.preset, machine, self.run).seconds if cells else 0.0
+        hours = left * each / 3600 * unit_of(machine)[1]
+        money = f" = {hours * self.run.price_per_hour:.2f}" if self.run.price_per_hour else ""
+        return (
+            f"search       {left} trials to come, at most {hours:.2f} {unit_of(machine)[0]} hours{money}: each as long "
+            f"as the longest at the ends of the ranges ({duration(each)}), with nothing shared"
+        )
 
     def _rounds(self, missing: list[CellT], machine: Machine) -> list[Pack[CellT]]:
         """The packs of every round to come."""
@@ -237,6 +262,8 @@ class _Launch(Generic[CellT, PresetT]):
         if self.arguments.retry_failed:
             self.ledger.forget_failures(self.failures)
             self.failures = {}
+            if self.search is not None:
+                self.search.forget_failures()
         board = Board(self.sweep.name, len(self.cells), self.sweep.headline)
         board.already(len(self.done))
         claims = Claims(self.ledger.store)
@@ -321,7 +348,7 @@ class _Launch(Generic[CellT, PresetT]):
 
     @property
     def _whole(self) -> bool:
-        return len(self.done) == len(self.cells)
+        return len(self.done) == len(self.cells) and (self.search is None or self.search.finished)
 
     def _status(self, interrupted: bool) -> str:
         """What the launch's run in MLflow says of its end."""
@@ -335,6 +362,8 @@ class _Launch(Generic[CellT, PresetT]):
             looked = time.monotonic()
             missing = self._missing(fingerprints, tracker)
             if not missing:
+                if self._grown(fingerprints, board):
+                    continue
                 return
             others = claims.held(missing, fingerprints=fingerprints)
             self._refuse_foreign(claims.foreign())
@@ -354,6 +383,19 @@ class _Launch(Generic[CellT, PresetT]):
                 board.say(f"{len(others)} cells are being computed by launch {next(iter(others.values()))}; waiting")
                 waiting_said = True
             time.sleep(max(_WAIT_SECONDS, _WAIT_SHARE * looked))
+
+    def _grown(self, fingerprints: dict[str, str], board: Board) -> bool:
+        """Whether a search has asked for more cells, which are part of the plan now."""
+        if self.search is None:
+            return False
+        self.whole = self.cells = self.search.advance(record=True)
+        fresh = [cell for cell in self.cells if cell.key not in self.by_key]
+        self.by_key = {cell.key: cell for cell in self.cells}
+        self.run = self.sweep.pin(self.cells, self.run)
+        fingerprints.update({c.key: self.sweep.fingerprint(c, self.preset, self.run) for c in fresh})
+        board.cells = len(self.cells)
+        board.say(f"search: {self.search.progress()}")
+        return bool(fresh)
 
     def _missing(self, fingerprints: dict[str, str], tracker: Tracker) -> list[str]:
         """Keys that are neither done nor failed; what others have done meanwhile is checked and copied, too.
@@ -380,7 +422,8 @@ class _Launch(Generic[CellT, PresetT]):
     def _settle_threads(self, machine: Machine) -> None:
         """Threads of a pack follow from the whole plan: an interrupted run continues with as many as it began with."""
         if not self.run.threads:
-            self.run = replace(self.run, threads=self.sweep.threads(self.whole, self.preset, machine, self.run))
+            sized = self.whole if self.search is None else self.search.first_cells()
+            self.run = replace(self.run, threads=self.sweep.threads(sized, self.preset, machine, self.run))
 
     def _say_other_threads(self, board: Board) -> None:
         """A change of threads since the cells that are done: another machine, or a setting."""
@@ -439,13 +482,17 @@ class _Launch(Generic[CellT, PresetT]):
         self.done = set(keys)  # without what was found damaged
         if not cells:
             return ["report       left out: no cell can be read"], []
-        lines = self.sweep.report(cells, self.arguments.preset, self.preset, made)
+        if self.search is None:
+            lines = self.sweep.report(cells, self.arguments.preset, self.preset, made)
+        else:
+            lines = write_evidence(self.search, self.sweep.question, made)
         if len(keys) < len(self.whole):
             say_partial(made / "report.md", len(keys), len(self.whole))
             lines = [*lines, f"partial      {len(keys)} of {len(self.whole)} planned cells"]
         settings = [part for setting in self.arguments.set for part in ("--set", setting)]
         only = ["--only", *self.arguments.only] if self.arguments.only else []
-        say_settings(made / "report.md", shlex.join(["--preset", self.arguments.preset, *settings, *only]))
+        searched = self.search.asked.arguments() if self.search else []
+        say_settings(made / "report.md", shlex.join(["--preset", self.arguments.preset, *settings, *only, *searched]))
         return [*lines, f"report       {self.out / 'report.md'}"], put_in_place(made, self.out)
 
     def _close(self, lines: list[str], tracker: Tracker, synced: bool, started: float) -> None:

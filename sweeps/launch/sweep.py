@@ -17,6 +17,7 @@ from sweeps.core.settings import RunSettings
 from sweeps.launch.context import PackContext
 
 PresetT = TypeVar("PresetT")
+BY_CHANCE = "the best of several seeds is chance; judge each trial by several, as in seeds=0,1,2"
 
 
 class Sweep(ABC, Generic[CellT, PresetT]):
@@ -28,7 +29,8 @@ class Sweep(ABC, Generic[CellT, PresetT]):
     headline: the name of the number that `progress(best=…)` carries. named: the fields of a cell that name its run in
     MLflow; without them the run is called by the cell's key. tracked: the parameters of rows that MLflow gets as
     `metric/value`; rows with other parameters are in the ledger alone. options: further options of the command line,
-    each with the field of the preset that it sets.
+    each with the field of the preset that it sets. fixed: {field: reason} of fields of the preset that no search may
+    vary, because its trials would be measured differently.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Sweep(ABC, Generic[CellT, PresetT]):
     named: Sequence[str] = ()
     tracked: Sequence[str] = ()
     options: Mapping[str, str] = {}
+    fixed: Mapping[str, str] = {}
 
     @abstractmethod
     def plan(self, preset: PresetT) -> Sequence[CellT]:

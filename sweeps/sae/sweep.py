@@ -10,7 +10,7 @@ from sweeps.core.cells import Estimate, Pack, PublishedCell, UserError
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
 from sweeps.launch.context import PackContext
-from sweeps.launch.sweep import Sweep
+from sweeps.launch.sweep import BY_CHANCE, Sweep
 from sweeps.sae.cells import Grid, SAECell
 from sweeps.sae.lms import spec_of
 from sweeps.sae.presets import PRESETS
@@ -24,6 +24,10 @@ class ProxyGap(Sweep[SAECell, Grid]):
     question = "does reconstruction fidelity (R²) rank SAEs as the patched language model does?"
     headline = "CE_rec"
     named = ("model", "depth", "layer", "k", "seed", "tokens")
+    fixed = {"seeds": BY_CHANCE} | dict.fromkeys(
+        ("models", "stream", "context", "eval_sequences", "lm_dtype", "drop_positions", "max_norm_multiple"),
+        "its trials would be scored on another model or other tokens",
+    )
     default_preset = "local"
     presets = PRESETS
 

@@ -24,6 +24,10 @@ class OdorTopology(Sweep[TopologyCell, Audit]):
     headline = "top H1"
     named = ("representation", "table", "metric", "route", "run", "null", "first_draw", "split", "member")
     tracked = ("target", "family")
+    fixed = dict.fromkeys(
+        ("study", "table", "table_path", "blank_labels", "clouds", "embedding", "runs", "draws", "splits"),
+        "its trials would answer another question",
+    )
     default_preset = "audit"
     presets = PRESETS
 

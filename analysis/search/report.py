@@ -1,0 +1,106 @@
+"""The report of a search: best settings, every trial, and figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from analysis.markdown import table
+from analysis.search import plots
+from analysis.search.trials import Axis, Goal, StudyTable, edges
+
+_SHOWN = 10  # trials listed per study; all are in trials.parquet
+_CHOSEN_NOTE = (
+    "The value is the one by which the setting was chosen among the trials, so it flatters the setting: a fresh "
+    "training at the same setting is to be expected a little worse."
+)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a search found. facts: lines on what was searched."""
+
+    question: str
+    axes: tuple[Axis, ...]
+    goals: tuple[Goal, ...]
+    studies: tuple[StudyTable, ...]
+    facts: tuple[str, ...] = ()
+
+
+def write_report(evidence: Evidence, out: Path) -> list[str]:
+    """Write report.md, trials.parquet and the figures into the folder `out`; returns lines for the screen."""
+    out.mkdir(parents=True, exist_ok=True)
+    parts = [f"# Search: {evidence.question}", "\n".join(f"- {fact}" for fact in evidence.facts)]
+    best, lines = _best(evidence)
+    parts += ["## Best setting" + ("s" if len(evidence.studies) > 1 else ""), best, _CHOSEN_NOTE]
+    parts += _warnings(evidence, lines)
+    plots.progress(evidence.studies, evidence.goals[0], out / "progress.png")
+    parts += ["## Budget spent and best found", "![best value against trials](progress.png)"]
+    for study in evidence.studies:
+        parts += [f"## Trials{f' of {study.group}' if study.group else ''}", _trials(evidence, study)]
+    everything = [s.trials.assign(group=s.group) for s in evidence.studies]
+    pd.concat(everything, ignore_index=True).to_parquet(out / "trials.parquet", index=False)
+    (out / "report.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    return lines
+
+
+def _best(evidence: Evidence) -> tuple[str, list[str]]:
+    """(table of each study's best trial, the same as lines)."""
+    rows, lines = [], []
+    for study in evidence.studies:
+        best = study.best(evidence.goals)
+        head = [study.group] if study.group else []
+        name = f"{study.group}: " if study.group else ""
+        if best is None:
+            rows.append([*head, "–", *("–" for _ in (*evidence.axes, *evidence.goals))])
+            lines.append(f"best         {name}–: no trial has a value that meets every condition")
+            continue
+        point = [_text(best[a.field]) for a in evidence.axes]
+        values = [_text(best[g.column]) for g in evidence.goals]
+        rows.append([*head, str(best["trial"]), *point, *values])
+        spelled = " ".join(f"{a.field}={v}" for a, v in zip(evidence.axes, point, strict=True))
+        found = " ".join(f"{g.column}={v}" for g, v in zip(evidence.goals, values, strict=True))
+        lines.append(f"best         {name}{spelled}: {found}")
+    group = ["group"] if any(s.group for s in evidence.studies) else []
+    names = [*(a.field for a in evidence.axes), *(f"{g.column} ({g.direction})" for g in evidence.goals)]
+    return table([*group, "trial", *names], rows), lines
+
+
+def _warnings(evidence: Evidence, lines: list[str]) -> list[str]:
+    """A list of what to look at before the best setting is believed; the lines go on the screen too."""
+    found = []
+    for study in evidence.studies:
+        name = f"{study.group}: " if study.group else ""
+        best = study.best(evidence.goals)
+        found += [f"{name}{line}" for line in edges(best, evidence.axes)] if best is not None else []
+        failed = study.trials[study.trials["state"] == "failed"]
+        if len(failed):
+            found.append(f"{name}{len(failed)} of {len(study.trials)} trials failed; first: {failed['reason'].iloc[0]}")
+    lines += [f"note         {line}" for line in found]
+    return ["\n".join(f"- {line}" for line in found)] if found else []
+
+
+def _trials(evidence: Evidence, study: StudyTable) -> str:
+    """The best trials of a study, then those without a value, as a table."""
+    goal = evidence.goals[0]
+    order = goal.loss(study.trials[goal.column]).where(study.trials["state"] == "done").sort_values(kind="stable").index
+    shown = study.trials.loc[order[:_SHOWN]]
+    names = [*(a.field for a in evidence.axes), *(g.column for g in evidence.goals)]
+    rows = [
+        [str(row["trial"]), *(_text(row[name]) for name in names), row["state"] if row["allowed"] else _why(row)]
+        for _, row in shown.iterrows()
+    ]
+    count = f"{len(shown)} of {len(study.trials)} trials, the best first; `trials.parquet` has all."
+    return f"{count}\n\n{table(['trial', *names, 'state'], rows)}"
+
+
+def _why(row: pd.Series) -> str:
+    return "breaks a condition" if row["state"] == "done" else str(row["reason"] or row["state"])
+
+
+def _text(value: object) -> str:
+    if value is None or value != value:
+        return "–"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

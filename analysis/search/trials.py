@@ -1,0 +1,92 @@
+"""What a search's tables hold, and the numbers that follow from them: best so far, front, ranges whose end won."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+EDGE = 0.05  # of a range's length: a best value so near an end may lie beyond it
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A searched field: a range lo..hi, logarithmic or not, or the choices of one."""
+
+    field: str
+    kind: Literal["log", "lin", "int", "choice"]
+    lo: float = 0.0
+    hi: float = 0.0
+    choices: tuple[str, ...] = ()
+
+    def unit(self, values: pd.Series) -> np.ndarray:
+        """Places (N,) of values (N,) in 0..1; a choice's in the order of the choices."""
+        if self.kind == "choice":
+            places = {choice: i for i, choice in enumerate(self.choices)}
+            return np.array([places[str(v)] for v in values], dtype=float) / max(1, len(self.choices) - 1)
+        x = values.to_numpy(dtype=float)
+        if self.kind == "log":
+            return np.log(x / self.lo) / np.log(self.hi / self.lo)
+        return (x - self.lo) / (self.hi - self.lo)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A column to make small ("min") or large ("max")."""
+
+    column: str
+    direction: str
+
+    def loss(self, values: pd.Series) -> pd.Series:
+        """Values turned so that smaller is better."""
+        return -values if self.direction == "max" else values
+
+
+@dataclass(frozen=True)
+class StudyTable:
+    """One study. trials: a row per trial, in their order, with the columns trial, state (done, failed, open), reason,
+    allowed (done and no condition broken), one per field and one per goal.
+    """
+
+    group: str
+    trials: pd.DataFrame
+
+    def best(self, goals: Sequence[Goal]) -> pd.Series | None:
+        """The best allowed trial by the first goal, the first of equals; None where there is none."""
+        allowed = self.trials[self.trials["allowed"]]
+        if allowed.empty:
+            return None
+        return allowed.iloc[int(goals[0].loss(allowed[goals[0].column]).to_numpy(dtype=float).argmin())]
+
+    def best_so_far(self, goal: Goal) -> np.ndarray:
+        """(N,) the goal's best allowed value among the first 1..N trials; NaN before there is one."""
+        loss = goal.loss(self.trials[goal.column]).where(self.trials["allowed"])
+        return goal.loss(loss.cummin().ffill()).to_numpy(dtype=float)
+
+    def front(self, goals: Sequence[Goal]) -> pd.DataFrame:
+        """The allowed trials that no other one beats in a goal without losing in another (the Pareto front)."""
+        allowed = self.trials[self.trials["allowed"]]
+        losses_NG = np.stack([goal.loss(allowed[goal.column]).to_numpy(dtype=float) for goal in goals], axis=1)
+        beaten_N = np.array(
+            [bool(((losses_NG <= own).all(axis=1) & (losses_NG < own).any(axis=1)).any()) for own in losses_NG],
+            dtype=bool,
+        )
+        front = allowed[~beaten_N]
+        return front.sort_values(goals[0].column, ascending=goals[0].direction == "min", kind="stable")
+
+
+def edges(best: pd.Series, axes: Sequence[Axis]) -> list[str]:
+    """A line for each range whose end the best trial lies at: the best value may lie beyond it."""
+    lines = []
+    for axis in axes:
+        if axis.kind == "choice":
+            continue
+        place = float(axis.unit(pd.Series([best[axis.field]]))[0])
+        end = "lower" if place <= EDGE else "upper" if place >= 1 - EDGE else ""
+        if end:
+            bound = axis.lo if end == "lower" else axis.hi
+            lines.append(f"{axis.field}={best[axis.field]:g} lies at the {end} end of its range ({bound:g}); widen it")
+    return lines

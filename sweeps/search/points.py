@@ -1,0 +1,222 @@
+"""Where a search looks next: batches of points that follow from the seed and the finished trials before them.
+
+`random`, `qmc` (a scrambled Sobol sequence) and `grid` (in a seeded order) ignore what was found. `tpe` (Optuna's
+tree-structured Parzen estimator, multivariate, with the points of a batch as liars for each other) and `cmaes` (one
+generation of CMA-ES a batch) learn from it. Nothing here depends on time, machine, or the order in which trials ended.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from scipy.stats import qmc
+
+from sweeps.core.cells import UserError
+from sweeps.search.space import Point, Space, Value
+
+if TYPE_CHECKING:
+    import optuna
+STARTUP = 10  # points of the Sobol sequence before `tpe` learns
+
+
+@dataclass(frozen=True)
+class Told:
+    """A closed trial: its losses (smaller is better, one per objective) and how far it breaks each condition.
+
+    losses is empty for a failed trial.
+    """
+
+    point: Point
+    losses: tuple[float, ...] = ()
+    excess: tuple[float, ...] = ()
+
+
+class Sampler(Protocol):
+    """Batch `number` (from 0), given the closed trials of all batches before it, in their order."""
+
+    def batch(self, number: int, told: Sequence[Told]) -> list[Point]: ...
+
+
+def sampler(kind: str, space: Space, seed: int, size: int, objectives: int) -> Sampler:
+    """The sampler of a search. size: points per batch. Raises UserError for a space that it cannot search."""
+    if kind == "random":
+        return Random(space, seed, size)
+    if kind == "qmc":
+        return Sobol(space, seed, size)
+    if kind == "grid":
+        return Grid(space, seed, size)
+    if kind == "tpe":
+        return TPE(space, seed, size, objectives)
+    raise UserError(f"--search {kind!r} is not known; choose from {', '.join(SEARCHES)}")
+
+
+SEARCHES = ("tpe", "random", "qmc", "grid")
+
+
+@dataclass(frozen=True)
+class Random:
+    """Independent points, uniform on (the logarithm of) each range; point i follows from (seed, i) alone."""
+
+    space: Space
+    seed: int
+    size: int
+
+    def batch(self, number: int, told: Sequence[Told]) -> list[Point]:
+        first = number * self.size
+        return [self._point(i) for i in range(first, first + self.size)]
+
+    def _point(self, i: int) -> Point:
+        return at(self.space, np.random.default_rng([self.seed, i]).random(len(self.space)))
+
+
+@dataclass(frozen=True)
+class Sobol:
+    """The points of a scrambled Sobol sequence, spread more evenly than random ones."""
+
+    space: Space
+    seed: int
+    size: int
+
+    def batch(self, number: int, told: Sequence[Told]) -> list[Point]:
+        first = number * self.size
+        return [at(self.space, u) for u in sobol(len(self.space), self.seed, first + self.size)[first:]]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Every combination of the dimensions' values, once, in an order that follows from the seed."""
+
+    space: Space
+    seed: int
+    size: int
+
+    @functools.cached_property
+    def points(self) -> list[Point]:
+        combined = itertools.product(*(d.grid() for d in self.space))
+        names = [d.field for d in self.space]
+        points = [dict(zip(names, values, strict=True)) for values in combined]
+        return [points[i] for i in np.random.default_rng(self.seed).permutation(len(points))]
+
+    def batch(self, number: int, told: Sequence[Told]) -> list[Point]:
+        return self.points[number * self.size : (number + 1) * self.size]
+
+
+def at(space: Space, u_D: Sequence[float] | np.ndarray) -> Point:
+    """The point at a place of the unit cube, one coordinate per dimension."""
+    return {d.field: d.at(float(u)) for d, u in zip(space, u_D, strict=True)}
+
+
+@functools.lru_cache(maxsize=4)
+def _sobol(dimensions: int, seed: int, power: int) -> np.ndarray:
+    return qmc.Sobol(dimensions, scramble=True, rng=np.random.default_rng(seed)).random_base2(power)
+
+
+def sobol(dimensions: int, seed: int, count: int) -> np.ndarray:
+    """The first `count` points (count, dimensions) of the scrambled sequence; more begin with the same ones."""
+    return _sobol(dimensions, seed, max(4, math.ceil(math.log2(count))))[:count]
+
+
+class TPE:
+    """Optuna's TPE in batches: the first STARTUP points are a Sobol sequence's, each later batch is asked of a study
+    that holds the trials of all batches before it. Points of a batch that is being asked count as bad for the others.
+
+    The study is kept between batches and only lengthened; one that is made anew from all trials asks the same points.
+    """
+
+    def __init__(self, space: Space, seed: int, size: int, objectives: int) -> None:
+        self.space, self.seed, self.size, self.objectives = space, seed, size, objectives
+        self._study: optuna.Study | None = None
+        self._held = 0
+
+    def batch(self, number: int, told: Sequence[Told]) -> list[Point]:
+        first = number * self.size
+        start = [at(self.space, u) for u in sobol(len(self.space), self.seed, STARTUP)[first : first + self.size]]
+        return start + self._asked(number, told, self.size - len(start)) if len(start) < self.size else start
+
+    def _asked(self, number: int, told: Sequence[Told], count: int) -> list[Point]:
+        study, distributions = self._lengthened(told), _distributions(self.space)
+        seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
+        with _quiet():
+            import optuna
+
+            study.sampler = optuna.samplers.TPESampler(
+                seed=seed, multivariate=True, constant_liar=True, n_startup_trials=1, warn_independent_sampling=False
+            )
+            asked = [study.ask(distributions) for _ in range(count)]
+            for trial in asked:  # what is told later are the rounded values, once they are measured
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        return [_from_optuna(self.space, trial.params) for trial in asked]
+
+    def _lengthened(self, told: Sequence[Told]) -> optuna.Study:
+        with _quiet():
+            import optuna
+
+            if self._study is None or self._held > len(told):
+                self._study, self._held = optuna.create_study(directions=["minimize"] * self.objectives), 0
+            distributions = _distributions(self.space)
+            self._study.add_trials(
+                optuna.create_trial(
+                    params=_to_optuna(self.space, t.point),
+                    distributions=distributions,
+                    values=t.losses,
+                    constraints={str(i): x for i, x in enumerate(t.excess)} or None,
+                )
+                for t in told[self._held :]
+                if t.losses
+            )
+            self._held = len(told)
+            return self._study
+
+
+def _distributions(space: Space) -> dict[str, Any]:
+    """Optuna's distribution of each dimension; a choice by the place of its value."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    out: dict[str, Any] = {}
+    for d in space:
+        if d.kind == "choice":
+            out[d.field] = CategoricalDistribution(range(len(d.choices)))
+        elif d.whole:
+            out[d.field] = IntDistribution(int(d.lo), int(d.hi), log=d.kind == "log")
+        else:
+            out[d.field] = FloatDistribution(d.lo, d.hi, log=d.kind == "log")
+    return out
+
+
+def _to_optuna(space: Space, point: Point) -> dict[str, Any]:
+    return {d.field: d.choices.index(point[d.field]) if d.kind == "choice" else point[d.field] for d in space}
+
+
+def _from_optuna(space: Space, params: dict[str, Any]) -> Point:
+    def value(d: Any) -> Value:
+        if d.kind == "choice":
+            return d.choices[params[d.field]]
+        return int(params[d.field]) if d.whole else d.rounded(params[d.field])
+
+    return {d.field: value(d) for d in space}
+
+
+class _quiet:
+    """Optuna without its log lines and its warnings about experimental options."""
+
+    def __enter__(self) -> None:
+        self._caught = warnings.catch_warnings()
+        self._caught.__enter__()
+        warnings.simplefilter("ignore")
+        import optuna
+
+        self._level = optuna.logging.get_verbosity()
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+    def __exit__(self, *error: object) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(self._level)
+        self._caught.__exit__(None, None, None)

@@ -1,0 +1,94 @@
+"""From a search's trials to the tables that `analysis` turns into the report, and `search.json` for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis.search.report import Evidence, write_report
+from analysis.search.trials import Axis, Goal, StudyTable
+from sweeps.core.cells import CellT
+from sweeps.search.search import Search
+from sweeps.search.study import Outcome, Study, Trial
+
+
+def write_evidence(search: Search[CellT], question: str, out: Path) -> list[str]:
+    """Write the search's report into the folder `out`; returns lines for the screen."""
+    studies = tuple(StudyTable(s.group, _table(search, s)) for s in search.studies)
+    evidence = Evidence(question, _axes(search), _goals(search), studies, tuple(_facts(search)))
+    lines = write_report(evidence, out)
+    (out / "search.json").write_text(json.dumps(_record(search), indent=1), encoding="utf-8")
+    return lines
+
+
+def _axes(search: Search[CellT]) -> tuple[Axis, ...]:
+    space = search.rules.space
+    return tuple(Axis(d.field, d.kind, d.lo, d.hi, tuple(str(c) for c in d.choices)) for d in space)
+
+
+def _goals(search: Search[CellT]) -> tuple[Goal, ...]:
+    return tuple(Goal(o.column, o.direction) for o in search.rules.objectives)
+
+
+def _facts(search: Search[CellT]) -> list[str]:
+    rules, asked = search.rules, search.asked
+    facts = [f"`{d}`" for d in rules.space]
+    facts = [f"searched by {rules.kind}: {', '.join(facts)}; {asked.trials} trials in batches of {rules.size}"]
+    facts.append(f"objective: {', '.join(map(str, rules.objectives))}, the mean over a trial's cells")
+    if rules.conditions:
+        facts.append(f"conditions: {', '.join(map(str, rules.conditions))}")
+    if asked.each:
+        facts.append(f"each value of {asked.each} has a search of its own, of as many trials")
+    return facts
+
+
+def _table(search: Search[CellT], study: Study[CellT]) -> pd.DataFrame:
+    outcomes = search.outcomes(study)
+    return pd.DataFrame([_row(search, t, o) for t, o in zip(study.trials(len(outcomes)), outcomes, strict=True)])
+
+
+def _row(search: Search[CellT], trial: Trial[CellT], outcome: Outcome) -> dict[str, Any]:
+    objectives = search.rules.objectives
+    values = outcome.values or [math.nan] * len(objectives)
+    return {
+        "trial": trial.number,
+        "state": outcome.state,
+        "reason": outcome.reason,
+        "allowed": outcome.allowed,
+        **trial.point,
+        **{o.column: v for o, v in zip(objectives, values, strict=True)},
+        "cells": " ".join(cell.key for cell in trial.cells),
+    }
+
+
+def _record(search: Search[CellT]) -> dict[str, Any]:
+    """What a program reads of a search: the rules, each study's best trial, and its front with several objectives."""
+
+    def described(study: Study[CellT], outcomes: Sequence[Outcome], number: int | None) -> dict[str, Any] | None:
+        if number is None:
+            return None
+        trial, names = study.trials(len(outcomes))[number], [o.column for o in search.rules.objectives]
+        values = dict(zip(names, outcomes[number].values, strict=True))
+        return {"trial": number, "setting": trial.point, "values": values, "cells": [c.key for c in trial.cells]}
+
+    studies = []
+    for study in search.studies:
+        outcomes = search.outcomes(study)
+        front = study.front(outcomes) if len(search.rules.objectives) > 1 else []
+        studies.append(
+            {
+                "study": study.name,
+                "group": study.group,
+                "trials": len(outcomes),
+                "failed": sum(o.state == "failed" for o in outcomes),
+                "best": described(study, outcomes, study.best(outcomes)),
+                "front": [described(study, outcomes, i) for i in front],
+            }
+        )
+    objectives = [str(o) for o in search.rules.objectives]
+    return {"search": search.rules.kind, "objectives": objectives, "studies": studies}

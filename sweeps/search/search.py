@@ -1,0 +1,223 @@
+"""A search as a launch sees it: cells that are added to the plan batch by batch as trials close.
+
+The state is the ledger alone. Whoever opens the same search reads the recorded batches and the finished cells, and asks
+the next batch as soon as every trial of a study is closed (measured or failed); so a launch that was killed goes on
+with the same points, and two launches work on the same ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+from sweeps.core.cells import Cell, CellT, PublishedCell, UserError, nearest
+from sweeps.ledger.ledger import Ledger
+from sweeps.search.objective import number, unknown
+from sweeps.search.options import Asked
+from sweeps.search.space import Space, place, read_space, spelled
+from sweeps.search.study import Known, Outcome, Rules, Study, Trial
+
+_LOOK = 100  # published cells that are asked for an objective's column before anything runs
+_ASKED = "asked-"
+
+
+_OfSweep = TypeVar("_OfSweep", bound=Cell, covariant=True)
+
+
+class Searchable(Protocol[_OfSweep]):
+    """What a search needs of a `Sweep`."""
+
+    tracked: Sequence[str]
+    fixed: Mapping[str, str]
+
+    def plan(self, preset: Any) -> Sequence[_OfSweep]: ...
+
+
+class Search(Generic[CellT]):
+    """All studies of one command; `preset` holds what is not searched. Raises UserError for what cannot be searched."""
+
+    def __init__(self, asked: Asked, sweep: Searchable[CellT], preset: Any, ledger: Ledger) -> None:
+        self.asked, self.sweep, self.preset, self.ledger = asked, sweep, preset, ledger
+        self.rules = Rules(
+            kind=asked.kind,
+            space=read_space(asked.ranges, preset, sweep.fixed),
+            objectives=asked.objectives,
+            conditions=asked.conditions,
+            seed=asked.seed,
+            size=asked.batch,
+        )
+        self.known = Known()
+        self.studies = [
+            Study(self.rules, own, sweep.plan, ledger.store, group)
+            for group, own in _groups(preset, asked.each, self.rules.space)
+        ]
+        for study in self.studies:
+            _check_ends(self.rules.space, study.preset, sweep)
+        for study in self.studies:
+            study.open()
+        self._check_columns()
+        self._look()
+        self._check_trials()
+
+    def cells(self) -> list[CellT]:
+        """The cells of all trials that were asked so far, each once."""
+        return list({c.key: c for s in self.studies for t in self._trials(s) for c in t.cells}.values())
+
+    def planned(self, *, record: bool, ask: bool) -> list[CellT]:
+        """The cells that a launch begins with; `ask`: also those of batches that are due. Raises UserError if none."""
+        cells = self.advance(record=record) if ask else self.cells()
+        if cells:
+            return cells
+        refused = [o.reason for s in self.studies for o in self.outcomes(s) if o.reason]
+        if refused:
+            raise UserError(f"the sweep refuses every trial; the first: {refused[0]}")
+        raise UserError("this search has no trials yet; run the same command without --report")
+
+    def first_cells(self) -> list[CellT]:
+        """Those of each study's first batch: what packs are sized for, however far the search has come."""
+        return [c for s in self.studies for t in s.trials(self.rules.size) for c in t.cells]
+
+    def advance(self, *, record: bool) -> list[CellT]:
+        """Ask what can be asked now, and return `cells`. record: write the new batches to the ledger.
+
+        Raises UserError for an objective that no finished cell measures.
+        """
+        if record:
+            for study in self.studies:
+                self.ledger.store.create(f"{study.folder}/{_ASKED}{self.asked.trials:07d}", b"")
+        while True:
+            self._look()
+            ready = [s for s in self.studies if self._ready(s)]
+            for study in ready:
+                study.ask(self.outcomes(study, study.asked), record=record)
+            if not ready:
+                return self.cells()
+
+    def _ready(self, study: Study[CellT]) -> bool:
+        if study.over or study.asked >= self.asked.trials:
+            return False
+        return all(o.state != "open" for o in self.outcomes(study, study.asked))
+
+    def _trials(self, study: Study[CellT]) -> list[Trial[CellT]]:
+        return study.trials(self.asked.trials)
+
+    def outcomes(self, study: Study[CellT], count: int | None = None) -> list[Outcome]:
+        """Of the first `count` trials, by default of those that this command asks for."""
+        trials = study.trials(self.asked.trials if count is None else count)
+        return [study.outcome(trial, self.known) for trial in trials]
+
+    def forget_failures(self) -> None:
+        """Failed cells are to run again."""
+        self.known.failed.clear()
+
+    def _look(self) -> None:
+        """Bring `known` up to date with the ledger."""
+        open_keys = [
+            c.key for s in self.studies for t in s.trials(s.asked) for c in t.cells if not self.known.closed(c.key)
+        ]
+        if not open_keys:
+            return
+        done = self.ledger.done(open_keys)
+        found = self.ledger.sound(key for key in open_keys if key in done)
+        for cell in found:
+            self.known.numbers[cell.key] = {c: number(cell, c, self.sweep.tracked) for c in self.rules.columns}
+        failed = self.ledger.failures(set(open_keys) - self.known.numbers.keys())
+        self.known.failed.update((key, str(record.get("error"))) for key, record in failed.items())
+        self._refuse_unmeasured(found)
+
+    def _refuse_unmeasured(self, fresh: Sequence[PublishedCell]) -> None:
+        for column in self.rules.columns:
+            if fresh and all(values[column] is None for values in self.known.numbers.values()):
+                raise unknown(self._option(column), column, fresh, self.sweep.tracked)
+
+    def _option(self, column: str) -> str:
+        return "--objective" if any(o.column == column for o in self.rules.objectives) else "--where"
+
+    def _check_columns(self) -> None:
+        """Raise UserError where published cells of the kind that is planned have no such column."""
+        study = self.studies[0]
+        planned = self.sweep.plan(place(study.preset, {d.field: d.at(0.5) for d in self.rules.space}))
+        kinds = {frozenset(cell.identity()) for cell in planned}
+        keys = sorted(self.ledger.done())[:_LOOK]
+        alike = [cell for cell in self.ledger.sound(keys) if frozenset(cell.identity) in kinds] if keys else []
+        for column in self.rules.columns:
+            if alike and all(number(cell, column, self.sweep.tracked) is None for cell in alike):
+                raise unknown(self._option(column), column, alike, self.sweep.tracked)
+
+    def _check_trials(self) -> None:
+        """Raise UserError for fewer trials than an earlier command asked for and finished."""
+        for study in self.studies:
+            names = [n for n in self.ledger.store.names(study.folder) if n.startswith(_ASKED)]
+            most = max((int(n.removeprefix(_ASKED)) for n in names), default=0)
+            closed = sum(o.state != "open" for o in self.outcomes(study, most))
+            if self.asked.trials < closed:
+                raise UserError(
+                    f"--trials {self.asked.trials} is below the {closed} trials that this search has finished; choose "
+                    f"{closed} or more, or another --search-seed for a new search"
+                )
+
+    def most_costly(self, seconds_of: Callable[[Sequence[CellT]], float]) -> tuple[float, list[CellT]]:
+        """(trials still to come, the cells of one trial that takes as long as any may), by the ends of the ranges."""
+        left = sum(o.state == "open" for s in self.studies for o in self.outcomes(s))
+        left += sum(max(0, self.asked.trials - s.asked) for s in self.studies if not s.over)
+        dearest: tuple[float, list[CellT]] = (-1.0, [])
+        for study in self.studies:
+            for corner in study.cost_corners():
+                try:
+                    cells = list(self.sweep.plan(place(study.preset, corner)))
+                except UserError:
+                    continue
+                dearest = max(dearest, (seconds_of(cells), cells), key=lambda pair: pair[0])
+        return left, dearest[1]
+
+    @property
+    def finished(self) -> bool:
+        """Every trial that was asked for is closed, and no further batch is due."""
+        return not any(self._ready(s) for s in self.studies) and all(
+            o.state != "open" for s in self.studies for o in self.outcomes(s)
+        )
+
+    def progress(self) -> str:
+        """One line: how many trials are closed, and the best setting so far."""
+        parts = []
+        for study in self.studies:
+            outcomes = self.outcomes(study)
+            closed = sum(o.state != "open" for o in outcomes)
+            best = study.best(outcomes)
+            text = f"{study.group + ': ' if study.group else ''}{closed} of {self.asked.trials} trials"
+            if best is not None:
+                objective = self.rules.objectives[0]
+                point = spelled(self._trials(study)[best].point)
+                text += f", best {objective.column} {outcomes[best].values[0]:.6g} at {point}"
+            parts.append(text)
+        return "; ".join(parts)
+
+
+def _groups(preset: Any, each: str, space: Space) -> list[tuple[str, Any]]:
+    """[(value's text, preset with that value alone)] for the field of `--each`; one nameless group without it."""
+    if not each:
+        return [("", preset)]
+    names = {f.name for f in dataclasses.fields(preset)}
+    if each not in names:
+        raise UserError(f"--each {each!r} is not a field of this sweep{nearest(each, names)}")
+    if any(d.field == each for d in space):
+        raise UserError(f"--each {each}: {each} is searched; leave out --each or its range")
+    values = getattr(preset, each)
+    if not isinstance(values, tuple) or not values:
+        raise UserError(f"--each {each}: {each} is no list with values; name a field such as seeds or architectures")
+    return [(str(value), place(preset, {each: value})) for value in dict.fromkeys(values)]
+
+
+def _check_ends(space: Space, preset: Any, sweep: Searchable[CellT]) -> None:
+    """Raise UserError for a range whose end the sweep refuses, and for a field that no cell depends on."""
+    middle = {d.field: d.at(0.5) for d in space}
+    for d in space:
+        plans: list[Sequence[Cell]] = []
+        for value in d.ends():
+            try:
+                plans.append(sweep.plan(place(preset, {**middle, d.field: value})))
+            except UserError as error:
+                raise UserError(f"--set {d}: {d.field}={value} is refused: {error}") from error
+        if len({tuple(cell.key for cell in plan) for plan in plans}) < 2:
+            raise UserError(f"--set {d}: no planned cell depends on {d.field}; leave it out")

@@ -1,0 +1,101 @@
+"""A search from the command line to its report, with packs that run in this process instead of on Ray."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from sweeps.core.machine import Machine
+from sweeps.launch import command
+from sweeps.launch.pack_queue import Queue
+from sweeps.launch.tune import Job, run_one
+from tests.sweeps.search.bowl import SWEEP
+
+Main = Callable[..., int]
+MACHINE = Machine(nodes=1, cpus=2, gpus=0, memory_bytes=2**33, hardware="test")
+TPE = ("--search=tpe", "--set=x=lin:-3:3", "--set=n=int:2:12", "--objective=depth:min", "--trials=10")
+
+
+class NoTracker:
+    """MLflow left out."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: ""
+
+
+class Killed(BaseException):
+    """Ends a launch between two packs, as a signal would."""
+
+
+@pytest.fixture
+def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Main]:
+    left = [10**9]
+
+    def run_packs(job: Job, queue: Queue, board: Any, published: Callable[[list[str]], None]) -> dict[str, str]:
+        while (pack := queue.next()) is not None:
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            run_one(job, pack, lambda state: published(state["progress"].get("keys", [])))
+        return {}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "Tracker", NoTracker)
+    monkeypatch.setattr(command, "connect", lambda *address: MACHINE)
+    monkeypatch.setattr(command, "run_packs", run_packs)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def call(*arguments: str, packs: int = 10**9) -> int:
+        left[0] = packs
+        return command.main(SWEEP, [*arguments, "--report-dir", "reports"])
+
+    yield call
+    signal.signal(signal.SIGTERM, before)
+
+
+def record(preset: str = "one") -> dict[str, Any]:
+    return json.loads(Path(f"reports/bowl/{preset}-search/search.json").read_text(encoding="utf-8"))
+
+
+def test_a_killed_search_ends_with_the_same_report(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(*TPE, "--storage=whole") == 0
+    whole, trials = record(), pd.read_parquet("reports/bowl/one-search/trials.parquet")
+    for packs in (4, 3, 2):
+        with pytest.raises(Killed):
+            main(*TPE, "--storage=killed", packs=packs)
+    capsys.readouterr()
+    assert main(*TPE, "--storage=killed") == 0
+    shown = capsys.readouterr().out
+    assert record() == whole
+    pd.testing.assert_frame_equal(pd.read_parquet("reports/bowl/one-search/trials.parquet"), trials)
+    best = whole["studies"][0]["best"]
+    assert f"x={best['setting']['x']:.6g} n={best['setting']['n']}: depth={best['values']['depth']:.6g}" in shown
+    assert trials.loc[trials["depth"].idxmin(), "trial"] == best["trial"]
+    text = Path("reports/bowl/one-search/report.md").read_text(encoding="utf-8")
+    assert "## Best setting" in text and "progress.png" in text  # noqa: PT018
+    assert main(*TPE, "--storage=killed", "--report") == 0
+
+
+def test_failed_trials_are_closed_and_exit_with_1(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = ("--search=grid", "--set=n=choice:8,17", "--objective=depth:min", "--storage=s")
+    assert main(*grid) == 1
+    assert "1 of 2 trials failed; first: cell" in capsys.readouterr().out
+    assert record()["studies"][0]["failed"] == 1
+    assert main(*grid, "--retry-failed") == 1
+
+
+def test_the_plan_says_what_the_search_costs_at_most(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(*TPE, "--storage=s", "--plan", "--set=price_per_hour=2") == 0
+    # ten trials as long as the one of n=12: 36 s times 12
+    assert "10 trials to come, at most 1.20 machine hours = 2.40" in capsys.readouterr().out
+    assert not Path("s").exists()
+    assert main(*TPE, "--storage=s", "--report") == 2
+    assert "this search has no trials yet" in capsys.readouterr().err
