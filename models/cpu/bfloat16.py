@@ -20,7 +20,10 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether the device has instructions for bfloat16."""
     if device.type != "cpu":
         return True
-    has = torch.cpu.get_capabilities()
+    ask = getattr(torch.cpu, "get_capabilities", None)
+    if ask is None:  # older PyTorch, which a machine with a GPU may have
+        return bool(torch.cpu._is_avx512_bf16_supported())
+    has = ask()
     return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
