@@ -18,6 +18,7 @@ from sweeps.ledger.checkpoints import WorkStore
 from sweeps.ledger.ledger import Ledger
 
 PROGRESS_SECONDS = 1.0
+NEWS = ("keys", "notes", "failures")  # lists of a pack's state that a report carries once
 
 
 @dataclass(frozen=True)
@@ -140,12 +141,13 @@ class PackContext:
         """Give up one cell for a reason that a retry cannot change; the pack continues with the others."""
         self.ledger.record_failure(cell, error, attempts=1)
         self._state["failed"] += 1
-        self.progress(force=True)
+        self.progress(force=True, failures=[*self._state.get("failures", []), (cell.key, error)])
 
     def progress(self, *, force: bool = False, **state: Any) -> None:
         """Update the progress line: done, total (tokens), rate (tokens/s), best (headline number), phase (text).
 
-        `keys` are cells published since the last report, `reached` names the last of them or the last checkpoint.
+        `keys` are cells published since the last report, `failures` those that failed with the reason, `reached` names
+        the last published one or the last checkpoint.
         """
         self._state |= state
         now = time.monotonic()
@@ -153,5 +155,5 @@ class PackContext:
             return
         self._said = now
         self._report(dict(self._state))
-        for name in ("keys", "notes"):
+        for name in NEWS:
             self._state.pop(name, None)

@@ -38,7 +38,7 @@ from ray.util.placement_group import (
 from sweeps.core.cells import CellT, Pack, UserError
 from sweeps.core.machine import HEADROOM
 from sweeps.core.world import World
-from sweeps.launch.context import PackContext
+from sweeps.launch.context import NEWS, PackContext
 from sweeps.launch.failure import SYSTEM_ERROR, death, one_line, refusal, settle
 from sweeps.launch.same_code import other_code
 from sweeps.launch.stop import PackStopped, listen, lower_flag, raise_flag, terminated, working
@@ -307,7 +307,7 @@ class _Board:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._lists: dict[str, list[Any]] = {"keys": [], "notes": []}
+        self._lists: dict[str, list[Any]] = {name: [] for name in NEWS}
 
     def put(self, state: Mapping[str, Any]) -> None:
         """Replace the state; lists of news only grow, so that none is lost between two looks."""
@@ -346,7 +346,7 @@ def _relay(board: _Board, context: PackContext) -> Iterator[None]:
         state = board.state()
         if not state or state == seen:
             return
-        news = {name: state[name][len(seen.get(name, [])) :] for name in ("keys", "notes")}
+        news = {name: state[name][len(seen.get(name, [])) :] for name in NEWS}
         seen.clear()
         seen.update(state)
         context.progress(force=True, **(state | news))
