@@ -31,6 +31,7 @@ class MemoryCacheSweep(Sweep[CacheCell, CacheStudy]):
     fixed = FIXED
     default_preset = "local"
     presets = PRESETS
+    follow_up = {"local": "thorough"}
 
     def plan(self, preset: CacheStudy) -> Sequence[CacheCell]:
         preset.check_source(CORPORA, " (the recall task is planted=true)")

@@ -38,6 +38,7 @@ class CodecLMSweep(Sweep[LMCell, Study]):
     fixed = FIXED
     default_preset = "local"
     presets = PRESETS
+    follow_up = {"local": "asterisk", "text_local": "text_asterisk"}
     options = OPTIONS
 
     def plan(self, preset: Study) -> Sequence[LMCell]:

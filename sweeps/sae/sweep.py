@@ -30,6 +30,7 @@ class ProxyGap(Sweep[SAECell, Grid]):
     )
     default_preset = "local"
     presets = PRESETS
+    follow_up = {"local": "smollm2"}
 
     def plan(self, preset: Grid) -> Sequence[SAECell]:
         cells: list[SAECell] = []
