@@ -77,7 +77,7 @@ def glance(main: pd.DataFrame, pairs: pd.DataFrame) -> list[str]:
     rows = main.to_dict("records")
     named = [f"{r['architecture']} {interval(r['val_nll'], r['lo'], r['hi'], 4)}" for r in rows]
     listed = ", ".join(named[:_LISTED]) + (f", …, {named[-1]}" if len(named) > _LISTED else "")
-    what = "held-out NLL in nats a token, averaged weights"
+    what = "held-out NLL in nats per token, averaged weights"
     lines = [f"{what}{', lowest first' if len(rows) > 1 else ''}: {listed}; unigram {rows[0]['unigram_nll']:.4f}."]
     lines += _differing(str(rows[0]["architecture"]), pairs)
     if edges := [f"{r['architecture']} (the {r['edge']})" for r in rows if r["edge"] in ("lowest", "highest")]:

@@ -88,7 +88,7 @@ def test_a_whole_report(tmp_path: Path) -> None:
     )
     nll = main["val_nll"].tolist()
     assert findings[0].startswith(
-        f"held-out NLL in nats a token, averaged weights, lowest first: olmo_hybrid {nll[0]:.4f} ["
+        f"held-out NLL in nats per token, averaged weights, lowest first: olmo_hybrid {nll[0]:.4f} ["
     )
     assert (
         findings[1]
