@@ -17,7 +17,16 @@ import pandas as pd
 from analysis.bootstrap import Floats, count_blocks
 from analysis.crossed import Component, Effect, effects, ratio_influence, skew_factor, units_component
 from analysis.sae.budget import FeatureCounts, rate_bits
-from analysis.sae.columns import AUDIT_COLUMNS, CELL_COLUMNS, CONFIGURATION, IDENTITY, LOSSES, NUMBERS, SEQUENCE_COLUMNS
+from analysis.sae.columns import (
+    AUDIT_COLUMNS,
+    CELL_COLUMNS,
+    CONFIGURATION,
+    IDENTITY,
+    LOSSES,
+    NUMBERS,
+    RUNG_COLUMNS,
+    SEQUENCE_COLUMNS,
+)
 
 if TYPE_CHECKING:
     from analysis.sae.fidelity import SequenceSums
@@ -37,7 +46,8 @@ def cell_numbers(
         sums: the evaluated sequences, with their losses.
         features: what fired on the same tokens.
         geometry: `pr` and `pr_deflated` of the hooked layer (`CovarianceSums.summary`), and AUDIT_COLUMNS
-            (`VarianceSums.summary`, `ControlledErrors.metrics`); those that are not given are NaN.
+            (`VarianceSums.summary`, `ControlledErrors.metrics`) and RUNG_COLUMNS (`rungs.rung_numbers`); those that
+            are not given are NaN.
 
     Raises:
         ValueError: sequences without losses.
@@ -58,7 +68,7 @@ def cell_numbers(
         "pr_deflated": geometry["pr_deflated"],
         "d_model": sums.mean_D.numel(),
         "d_sae": features.d_sae,
-        **{name: geometry.get(name, float("nan")) for name in AUDIT_COLUMNS},
+        **{name: geometry.get(name, float("nan")) for name in (*AUDIT_COLUMNS, *RUNG_COLUMNS)},
     }
     return {name: float(values[name]) for name in NUMBERS}
 
@@ -95,10 +105,11 @@ def sequence_component(mean_S: Floats, twice: float = 0.0) -> Component:
 def prepare_cells(cells: pd.DataFrame) -> pd.DataFrame:
     """The cells in report order (model by width, layer, k, tokens, seed), contract columns first.
 
-    AUDIT_COLUMNS that an older ledger lacks are NaN. Raises ValueError on other missing columns and on two rows of the
-    same cell.
+    AUDIT_COLUMNS and RUNG_COLUMNS that an older ledger lacks are NaN. Raises ValueError on other missing columns and on
+    two rows of the same cell.
     """
-    cells = cells.assign(**{c: float("nan") for c in AUDIT_COLUMNS if c not in cells.columns})
+    later = [c for c in (*AUDIT_COLUMNS, *RUNG_COLUMNS) if c not in cells.columns]
+    cells = cells.assign(**dict.fromkeys(later, float("nan")))
     missing = [c for c in CELL_COLUMNS if c not in cells.columns]
     if missing:
         raise ValueError(f"the cells table lacks columns {missing}; build its rows with cells.cell_numbers")

@@ -26,11 +26,18 @@ CONTROLS = (
 IDENTITY = ("model", "layer", "depth", "k", "seed", "tokens")
 # R² and PR without the tokens and directions that own the variance; older ledgers lack them
 AUDIT_COLUMNS = ("r2_no_sinks", "pr_no_sinks", "sst_share_first", "sst_share_top1pct", *CONTROLS[1:])
+# the ladder of proxies beyond R² (analysis.sae.rungs): per sequence, and per cell; older ledgers lack them
+RUNG_SUMS = ("first_order", "fisher", "fisher_diag", "fisher_sampled", "kl", "attention_plan")
+RUNG_COLUMNS = (
+    *("kl", "fisher", "fisher_diag", "fisher_sampled", "fisher_deviation"),
+    *("first_order", "first_order_slope", "first_order_correlation", "first_order_signs"),
+    *("attention_plan", "attention_cost"),
+)
 CELL_COLUMNS = (
     *IDENTITY,
     *("r2", "r2_legacy", "r2_energy", "ce_rec", "ce_rec_lo", "ce_rec_hi", "ce_loss_score", "mse", "cosine"),
     *("relative_error", "alive", "swd", "abs_gdelta", "nmse", "rate_bits", "rate_bits_entropy"),
-    *("pr", "pr_deflated", *LOSSES, "d_model", "d_sae", "cell_key", *AUDIT_COLUMNS),
+    *("pr", "pr_deflated", *LOSSES, "d_model", "d_sae", "cell_key", *AUDIT_COLUMNS, *RUNG_COLUMNS),
 )
 NUMBERS = tuple(name for name in CELL_COLUMNS if name not in (*IDENTITY, "cell_key"))
 CONFIGURATION = ("model", "depth", "layer", "k", "tokens")

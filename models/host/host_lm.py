@@ -20,7 +20,8 @@ from models.host import weights
 from models.host.hub import LMUnavailable
 from models.host.layout import Layout, find_layout
 from models.host.named import UnknownModel
-from models.host.next_token_loss import NextTokenLoss
+from models.host.next_token_loss import NextTokenLoss, wide
+from models.host.predictions import drawn_score
 from models.host.specs import HOOKS, HOST_LMS, RESID_POST, RESID_PRE, HostLMSpec
 from models.host.trunk import FLAT_WHEN_CONSTANT, SEGMENTED, Hooks, Segments, Trunk
 from models.host.weights import Corpus, tokenizer_of
@@ -31,6 +32,7 @@ __all__ = [
     "HostLM",
     "LMUnavailable",
     "UnknownModel",
+    "Unpatched",
     "check_checkpoint",
     "check_hook",
     "check_layer",
@@ -51,6 +53,24 @@ class HookPlace:
     def __post_init__(self) -> None:
         if self.hook not in HOOKS:
             raise ValueError(f"hook={self.hook} is not known; choose one of {', '.join(HOOKS)}")
+
+
+@dataclass(frozen=True)
+class Unpatched:
+    """A forward and backward pass of the unpatched model, shared by every SAE of every hooked layer.
+
+    loss_B: each sequence's mean next-token cross-entropy over its T−1 predictions, nats. activations: {layer: a_BTD}.
+    gradients: {layer: ∂L/∂a}, L the sum of these cross-entropies. hidden_BTD: final hidden states (the unembedding's
+    input); pull_BTD: ∂L/∂hidden. scores: {layer: ∂/∂a of Σ_t log p_t(y_t)} with each y_t drawn from p_t, where asked
+    for: E of their outer product is the Fisher information of the sequence's predictions.
+    """
+
+    loss_B: Tensor
+    activations: dict[int, Tensor]
+    gradients: dict[int, Tensor]
+    hidden_BTD: Tensor
+    pull_BTD: Tensor
+    scores: dict[int, Tensor]
 
 
 class HostLM:
@@ -86,6 +106,11 @@ class HostLM:
         self._head = NextTokenLoss(model.get_output_embeddings(), readout)  # type: ignore[operator]
 
     @property
+    def head(self) -> NextTokenLoss:
+        """The unembedding and its loss."""
+        return self._head
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
@@ -100,7 +125,7 @@ class HostLM:
     @torch.no_grad()
     def activations(self, tokens_BT: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
         """The hook's activation in each of ``layers``, {layer: a_BTD}; no block above the deepest one runs."""
-        return {layer: a_BTD.float() for layer, a_BTD in self._trunk.climb(tokens_BT, self._checked(layers))}
+        return {layer: wide(a_BTD) for layer, a_BTD in self._trunk.climb(tokens_BT, self._checked(layers))}
 
     def loss_and_gradients(
         self,
@@ -118,15 +143,41 @@ class HostLM:
         of B; divide g by T−1 for the gradient of the mean loss. The same pass gives the activations, without
         gradients, of the layers in ``also``.
         """
+        found = self.unpatched(tokens_BT, layers, also=also, logits_dtype=logits_dtype)
+        return found.loss_B, found.activations, found.gradients
+
+    def unpatched(
+        self,
+        tokens_BT: Tensor,
+        layers: Sequence[int],
+        *,
+        also: Sequence[int] = (),
+        logits_dtype: torch.dtype = torch.float32,
+        draws: torch.Generator | None = None,
+    ) -> Unpatched:
+        """`loss_and_gradients` with what else the same pass gives; ``draws`` asks for the scores of drawn labels, which
+        take one more backward pass."""
         wanted = self._checked(layers)
         stops = self._checked([*layers, *also])
         seen, hidden_BTD = self._trunk.through(tokens_BT, stops, wanted[0])
+        leaves = [seen[layer] for layer in wanted]
         with torch.enable_grad():
             sum_B = self._head(hidden_BTD, tokens_BT, logits_dtype=logits_dtype)
-            gradients = torch.autograd.grad(sum_B.sum(), [seen[layer] for layer in wanted])
-        activations = {layer: a.detach().float() for layer, a in seen.items()}
-        loss_B = sum_B.detach() / (tokens_BT.shape[1] - 1)
-        return loss_B, activations, {layer: g.float() for layer, g in zip(wanted, gradients, strict=True)}
+            *gradients, pull_BTD = torch.autograd.grad(
+                sum_B.sum(), [*leaves, hidden_BTD], retain_graph=draws is not None
+            )
+        scores: Sequence[Tensor] = ()
+        if draws is not None:
+            up_BTD = drawn_score(self._head, hidden_BTD.detach(), pull_BTD, tokens_BT, draws, logits_dtype)
+            scores = torch.autograd.grad(hidden_BTD, leaves, up_BTD)
+        return Unpatched(
+            sum_B.detach() / (tokens_BT.shape[1] - 1),
+            {layer: wide(a.detach()) for layer, a in seen.items()},
+            {layer: wide(g) for layer, g in zip(wanted, gradients, strict=True)},
+            wide(hidden_BTD.detach()),
+            wide(pull_BTD),
+            {layer: wide(s) for layer, s in zip(wanted, scores, strict=False)},
+        )
 
     @torch.no_grad()
     def patched_loss(
@@ -137,9 +188,8 @@ class HostLM:
         Only later blocks run (at the hooks inside a block all of them do). B is free: stack several cells'
         reconstructions (and repeat the tokens) to run them in one pass. `zero_loss` has the loss of zeros for less.
         """
-        check_layer(self.name, layer, self.n_layers)
         hidden_BTD = self.tail(layer, tokens_BT)(a_BTD.to(self.dtype))
-        return self._mean_loss(hidden_BTD, tokens_BT, logits_dtype)
+        return self.mean_loss(hidden_BTD, tokens_BT, logits_dtype=logits_dtype)
 
     def tail(self, layer: int, tokens_BT: Tensor) -> Callable[[Tensor], Tensor]:
         """Final hidden states [B, T, D] (the unembedding's input) as a function of the hook's activation a_BTD.
@@ -163,7 +213,8 @@ class HostLM:
         hidden_11D = self.tail(layer, tokens_BT[:1, :1])(zero_11D)
         return self._head.of_constant(hidden_11D[0, 0], tokens_BT) / (tokens_BT.shape[1] - 1)
 
-    def _mean_loss(self, hidden_BTD: Tensor, tokens_BT: Tensor, logits_dtype: torch.dtype) -> Tensor:
+    def mean_loss(self, hidden_BTD: Tensor, tokens_BT: Tensor, *, logits_dtype: torch.dtype = torch.float32) -> Tensor:
+        """Each sequence's mean next-token cross-entropy [B] from final hidden states."""
         return self._head(hidden_BTD, tokens_BT, logits_dtype=logits_dtype) / (tokens_BT.shape[1] - 1)
 
     def _checked(self, layers: Sequence[int]) -> list[int]:

@@ -20,16 +20,22 @@ An unembedding may have a bias, and its logits may be scaled and soft-capped (`m
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models.cpu.bfloat16 import multiplies_bfloat16
+from models.cpu.bfloat16 import multiplies_bfloat16, product
 from models.host.layout import Readout
 
 _ROWS, _COLUMNS = 1024, 2048  # a tile: 8 MiB of float32
 _LOG2_E = 1.0 / math.log(2.0)
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if it is that already."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class NextTokenLoss:
@@ -40,9 +46,11 @@ class NextTokenLoss:
         self._scale = readout.scale
         self._to_bits = _LOG2_E * readout.scale
         self._cap = readout.cap * _LOG2_E  # in bits; 0: none
-        self._weight_VD: Tensor = head.weight.detach().float()
+        self._weight_VD: Tensor = wide(head.weight.detach())
+        self.exact: torch.dtype = self._weight_VD.dtype
+        """What logits_dtype=float32 computes in: float64 for a model of that type."""
         bias = getattr(head, "bias", None)
-        self._bias_V: Tensor | None = None if bias is None else bias.detach().float() * self._to_bits
+        self._bias_V: Tensor | None = None if bias is None else wide(bias.detach()) * self._to_bits
         self._mean_D: Tensor = self._weight_VD.mean(0) * (1 - bool(self._cap))
         self._centred_bf16_VD: Tensor | None = None
         self._tiles: dict[torch.dtype, Tensor] = {}
@@ -59,7 +67,7 @@ class NextTokenLoss:
 
     def of_constant(self, hidden_D: Tensor, tokens_BT: Tensor) -> Tensor:
         """Summed CE of each sequence, [B] nats, when every position has the same final hidden state."""
-        logits_V = self._weight_VD @ hidden_D.float()
+        logits_V = self._weight_VD @ hidden_D.to(self.exact)
         if self._bias_V is not None or self._cap or self._scale != 1.0:
             bits_V = logits_V * self._to_bits if self._bias_V is None else logits_V * self._to_bits + self._bias_V
             logits_V = self._capped(bits_V) / _LOG2_E
@@ -72,13 +80,13 @@ class NextTokenLoss:
         """CE of each prediction [N], and its gradient in ``hidden_ND`` when asked for."""
         if logits_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"logits_dtype={logits_dtype} is not supported; choose float32 or bfloat16")
-        loss_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)
-        grad_ND = torch.empty_like(hidden_ND, dtype=torch.float32) if with_gradient else None
+        loss_N = hidden_ND.new_empty(len(hidden_ND), dtype=self.exact)
+        grad_ND = torch.empty_like(hidden_ND, dtype=self.exact) if with_gradient else None
         height, _ = self._tile_shape
         for start in range(0, len(hidden_ND), height):
             rows = slice(start, start + height)
             grad_RD = None if grad_ND is None else grad_ND[rows].zero_()
-            h_RD = hidden_ND[rows].float() * self._to_bits
+            h_RD = hidden_ND[rows].to(self.exact) * self._to_bits
             loss_N[rows] = self._row_of_tiles(h_RD, targets_N[rows], logits_dtype, grad_RD)
         return loss_N, grad_ND
 
@@ -138,18 +146,69 @@ class NextTokenLoss:
     def _products(self, h_RD: Tensor, first: int, logits_dtype: torch.dtype) -> Tensor:
         columns = slice(first, min(first + self._tile_shape[1], len(self._weight_VD)))
         shape = (len(h_RD), columns.stop - columns.start)
-        bits_RC = self._buffer(torch.float32, shape)
+        bits_RC = self._buffer(self.exact, shape)
         if logits_dtype == torch.float32:
             return torch.mm(h_RD, self._weight_VD[columns].T, out=bits_RC)
-        if self._centred_bf16_VD is None:
-            self._centred_bf16_VD = (self._weight_VD - self._mean_D).bfloat16()
         low_RC = self._buffer(torch.bfloat16, shape)
-        low_RD, weight_DC = h_RD.bfloat16(), self._centred_bf16_VD[columns].T
+        low_RD, weight_DC = h_RD.bfloat16(), self._centred_bf16[columns].T
         if multiplies_bfloat16(h_RD.device):
             torch.mm(low_RD, weight_DC, out=low_RC)
         else:  # as in `bfloat16.product`, but in this buffer: a new one for each tile takes a fifth longer
             low_RC.copy_(torch.mm(low_RD.float(), weight_DC.float(), out=bits_RC))
         return bits_RC.copy_(low_RC)
+
+    @property
+    def _centred_bf16(self) -> Tensor:
+        if self._centred_bf16_VD is None:
+            self._centred_bf16_VD = (self._weight_VD - self._mean_D).bfloat16()
+        return self._centred_bf16_VD
+
+    @property
+    def linear(self) -> bool:
+        """Whether the logits are linear in the hidden states (no soft cap)."""
+        return not self._cap
+
+    @property
+    def rows_at_once(self) -> int:
+        """Predictions of one tile."""
+        return self._tile_shape[0]
+
+    def tiles(self, hidden_RD: Tensor, logits_dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Logits in bits, up to a constant a row, a width of vocabulary at a time: (its columns, [R, C]).
+
+        One buffer serves all tiles. ``hidden_RD``: at most `rows_at_once` rows.
+        """
+        for first in range(0, len(self._weight_VD), self._tile_shape[1]):
+            bits_RC = self.tile(hidden_RD, first, logits_dtype)
+            yield slice(first, first + bits_RC.shape[1]), bits_RC
+
+    def tile(self, hidden_RD: Tensor, first: int, logits_dtype: torch.dtype) -> Tensor:
+        """The one of `tiles` that begins at vocabulary entry ``first``."""
+        return self._tile(hidden_RD.to(self.exact) * self._to_bits, first, logits_dtype)
+
+    def logit_gradient(self, index_N: Tensor, hidden_ND: Tensor) -> Tensor:
+        """d logit_v / d hidden at one vocabulary entry v for each row, [N, D]."""
+        own_ND = self._weight_VD[index_N] * self._scale
+        if self.linear:
+            return own_ND
+        bits_N1 = (own_ND * hidden_ND.to(self.exact)).sum(1, keepdim=True) * _LOG2_E
+        if self._bias_V is not None:
+            bits_N1 += self._bias_V[index_N][:, None]
+        return own_ND * self._slope(self._capped(bits_N1))
+
+    def moved(
+        self, tangent_RD: Tensor, mean_R: Tensor, tile: tuple[slice, Tensor], logits_dtype: torch.dtype
+    ) -> Tensor:
+        """Change of a tile's logits in nats when the final hidden states move by ``tangent_RD``, less ``mean_R``."""
+        columns, bits_RC = tile
+        tangent_RD = tangent_RD * self._scale
+        if not self.linear:
+            moved_RC = tangent_RD @ self._weight_VD[columns].T
+            return moved_RC.mul_(self._slope(bits_RC)).sub_(mean_R[:, None])
+        if logits_dtype == torch.float32:
+            return torch.addmm(-mean_R[:, None], tangent_RD, self._weight_VD[columns].T)
+        moved_RC = product(tangent_RD.bfloat16(), self._centred_bf16[columns].T).to(self.exact)
+        return moved_RC.sub_((mean_R - tangent_RD @ self._mean_D)[:, None])
 
     def _buffer(self, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
         if dtype not in self._tiles:

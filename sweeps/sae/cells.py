@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from models.sae.trainer import SAEConfig
 
 DEPTHS = ("early", "mid", "late")
+RUNGS = ("all", "free")
 _LATER: Mapping[str, Any] = {
     "drop_positions": 0,
     "max_norm_multiple": 0.0,
@@ -22,6 +23,7 @@ _LATER: Mapping[str, Any] = {
     "blocks": "",
     "text": "",
     "text_column": "",
+    "rungs": "all",
 }
 """Fields that came later, with the values that keep them out of a cell's identity: older cells keep their keys."""
 
@@ -59,6 +61,7 @@ class SAECell(Cell):
     blocks: str = ""  # name of the model's block list, where it is not found
     text: str = ""  # of the stream "text": where its documents are, and which column holds them
     text_column: str = ""
+    rungs: str = "all"  # which rungs of the ladder are measured
 
     def identity(self) -> dict[str, Any]:
         fields = super().identity()
@@ -97,6 +100,8 @@ class SAECell(Cell):
             )
         if self.lm_dtype not in ("float32", "bfloat16"):
             raise UserError(f"lm_dtype={self.lm_dtype!r} is not known; choose float32 or bfloat16")
+        if self.rungs not in RUNGS:
+            raise UserError(f"rungs={self.rungs!r} is not known; choose {' or '.join(RUNGS)}")
         if not 0 <= self.drop_positions < self.context:
             raise UserError(
                 f"drop_positions={self.drop_positions} leaves no token of context={self.context}; choose 0 to "
@@ -114,14 +119,14 @@ class SAECell(Cell):
         return self.tokens // self.batch_tokens
 
     def trajectory(self) -> tuple[Any, ...]:
-        """What cells of nested budgets share: all but the budget."""
+        """What cells of nested budgets share in training: all but the budget and what is evaluated."""
         return self._trajectory
 
     @functools.cached_property
     def _trajectory(self) -> tuple[Any, ...]:
         fields = self.identity()
         plain = tuple(v for name, v in fields.items() if name not in ("tokens", *_LATER))
-        return plain + tuple((name, v) for name, v in fields.items() if name in _LATER)
+        return plain + tuple((name, v) for name, v in fields.items() if name in _LATER and name != "rungs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +158,7 @@ class Grid:
     text: str = ""  # read these documents instead of `stream`: OWNER/NAME on the hub, a folder or a file
     text_column: str = ""  # column or field that holds a document's text; "": text, or the only one of strings
     max_norm_multiple: float = 0.0  # tokens longer than so many times the median norm are, too; 0: none
+    rungs: str = "all"  # "free": only what needs no pass of the language model beyond CE_rec's
 
 
 def sae_config(cell: SAECell, d_in: int) -> SAEConfig:

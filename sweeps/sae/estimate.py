@@ -20,6 +20,8 @@ _STEP_TOUCHES = 14  # a dense step reads and writes both matrices, their moments
 _NOMINAL_FLOPS = 5e10  # FLOP/s of a CPU core, when nothing is measured
 _EVALUATION_PASSES = 4  # in forward passes over the held-out text that all SAEs of a pack share: one, and its backward
 
+_RUNG_PASSES = 3.2  # in patched passes: the Fisher forms and the attention plans of one SAE
+
 
 def estimate(cells: Sequence[SAECell], machine: Machine, run: RunSettings) -> Estimate:
     """Passes, tokens, FLOPs, memory and time to finish `cells` on this machine."""
@@ -80,7 +82,8 @@ def _lm_flops(cells: Sequence[SAECell], tokens: int, run: RunSettings) -> float:
     evaluated = first.eval_sequences * first.context
     unpatched = _EVALUATION_PASSES * evaluated * forward(None)
     skipped = [forward(cell.layer) if cell.hook in (RESID_POST, RESID_PRE) else 0.0 for cell in cells]
-    patched = sum(evaluated * (forward(None) - below) for below in skipped)
+    of_cell = 1 if first.rungs == "free" else 1 + _RUNG_PASSES
+    patched = sum(of_cell * evaluated * (forward(None) - below) for below in skipped)
     return tokens * forward(max(c.layer for c in cells)) + unpatched + patched
 
 

@@ -24,6 +24,7 @@ from models.sae.trainer import TopKSAE, encoder
 from sweeps.core.cells import Row, UserError
 from sweeps.launch.context import PackContext
 from sweeps.ledger.published import parquet_bytes
+from sweeps.sae.rungs import FREE, CellRungs, Clock, SharedPass
 from sweeps.sae.text import TextCheck
 from sweeps.sae.tokens import kept_tokens, leaves_out
 
@@ -38,13 +39,17 @@ _UNITS = {"mse": "squared norm / d_model", "loss_orig": "nats/token", "loss_reco
     "rate_bits_entropy": "bits/token",
     "swd": "nats²",
     "abs_gdelta": "nats",
+    **dict.fromkeys(("kl", "first_order"), "nats/token"),
+    **dict.fromkeys(("fisher", "fisher_diag", "fisher_sampled"), "nats²/token"),
+    **dict.fromkeys(("attention_plan", "attention_cost"), "nats"),
 }
 
 
 class Evaluation:
     """The held-out sequences of a stream, with what all SAEs of a pack share, computed once.
 
-    Holds activations and gradients of the hooked layers: 2 · layers · S · T · D float32 on the device. Tokens that the
+    Holds activations, gradients and scores of the hooked layers, and final hidden states with their gradients:
+    (3 · layers + 2) · S · T · D float32 on the device (2 · layers + 2 with rungs=free). Tokens that the
     cells leave out keep their own activations in the patched pass, and no metric counts them; the geometry of the
     layers is that of all tokens.
     """
@@ -70,18 +75,18 @@ class Evaluation:
         sums = {layer: VarianceSums(self.tokens_ST.numel()) for layer in range(self.lm.n_layers)}
         losses: list[torch.Tensor] = []
         acts, grads, zero_losses = (_lists(self.layers) for _ in range(3))
+        self.shared = SharedPass(self.lm, self.logits_dtype, self.cell.rungs != FREE, Clock(self.context.device))
+        self.shared.time_passes(self.tokens_ST, list(self.layers))
         for rows in self._chunks():
             self.context.progress(phase=f"unpatched model, sequence {rows.start} of {len(self.tokens_ST)}")
             tokens_BT = self.tokens_ST[rows]
-            loss_B, a, g = self.lm.loss_and_gradients(
-                tokens_BT, self.layers, also=list(sums), logits_dtype=self.logits_dtype
-            )
-            losses.append(loss_B)
-            for layer, a_BTD in a.items():
+            found = self.shared.run(rows, tokens_BT, list(self.layers), list(sums))
+            losses.append(found.loss_B)
+            for layer, a_BTD in found.activations.items():
                 sums[layer].update(a_BTD)
             for layer in self.layers:
-                acts[layer].append(a[layer])
-                grads[layer].append(g[layer])
+                acts[layer].append(found.activations[layer])
+                grads[layer].append(found.gradients[layer])
                 zero_losses[layer].append(self.lm.zero_loss(layer, tokens_BT))
         self.loss_orig_S = torch.cat(losses)
         self._require_finite(sums)
@@ -119,6 +124,7 @@ class Evaluation:
         sums, controlled = SequenceSums(self.mean_D[cell.layer]), ControlledErrors(self.controls[cell.layer])
         kept_ST = self.kept_ST.get(cell.layer)
         features = FeatureCounts(cell.d_sae)
+        rungs = CellRungs(self.shared, cell.layer, len(self.tokens_ST), self.context.device)
         encode = encoder(sae)
         for rows in self._chunks():
             a_BTD = self.a_STD[cell.layer][rows]
@@ -136,15 +142,19 @@ class Evaluation:
             controlled.update(a_BTD, a_hat_BTD, rows)
             counted = slice(None) if kept_BT is None else kept_BT.flatten()
             features.update(index_BTk.flatten(0, -2)[counted], value_BTk.flatten(0, -2)[counted])
-            recon_B = self.lm.patched_loss(a_hat_BTD, cell.layer, self.tokens_ST[rows], logits_dtype=self.logits_dtype)
+            recon_B = rungs.patched_loss(rows, a_BTD, a_hat_BTD, self.g_STD[cell.layer][rows])
             sums.add_losses(sequence_B, self.loss_orig_S[rows], recon_B, self.loss_zero_S[cell.layer][rows])
-        numbers = cell_numbers(cell.k, sums, features, self.geometry[cell.layer] | controlled.metrics())
+        sequences = sums.table()
+        audit = self.geometry[cell.layer] | controlled.metrics() | rungs.numbers(sequences)
+        numbers = cell_numbers(cell.k, sums, features, audit)
         rows_out = [Row(name, value, _UNITS.get(name, "")) for name, value in numbers.items()]
         for layer, summary in self.geometry.items():
             at = {"geometry_layer": layer}
             rows_out += [Row(f"{n}_of_layer", summary[n], "", at) for n in ("pr", "pr_deflated", *LAYER_COLUMNS)]
-        sequences = parquet_bytes(sums.table().assign(**controlled.by_sequence()))
-        files = {"sequences.parquet": sequences, **self._sae_files(cell, sae)}
+        rows_out += rungs.layer_rows()
+        sequences = sequences.assign(**controlled.by_sequence(), **rungs.table())
+        tables = {"sequences.parquet": parquet_bytes(sequences), "rungs.parquet": parquet_bytes(rungs.costs())}
+        files = {**tables, **self._sae_files(cell, sae)}
         return rows_out, files, numbers["ce_rec"]
 
     def _sae_files(self, cell: SAECell, sae: TopKSAE) -> dict[str, bytes | Path]:

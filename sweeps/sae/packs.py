@@ -32,7 +32,7 @@ def pack_bytes(cells: Sequence[SAECell], run: RunSettings) -> int:
     saes = [sae_config(own[0], width) for own in trajectories for _ in range(1 + _branches_at_once(own))]
     lm = spec.n_parameters * (2 if first.lm_dtype == "bfloat16" else 4)
     block = layers * first.shuffle_sequences * first.context * width * 4
-    evaluation = 2 * layers * first.eval_sequences * first.context * width * 4
+    evaluation = ((2 if first.rungs == "free" else 3) * layers + 2) * first.eval_sequences * first.context * width * 4
     # in addition to each covariance: the first four tokens per sequence and the longest of all (analysis.sae.variance)
     apart = first.eval_sequences * (4 + 0.02 * first.context)
     covariance = spec.n_layers * (width * width * 8 + int(apart) * width * 4)
@@ -59,7 +59,7 @@ def shared_passes(cells: Sequence[SAECell]) -> dict[tuple[Any, ...], dict[tuple[
         shared = (
             *(cell.model, cell.stream, cell.context, cell.batch_tokens, cell.shuffle_sequences),
             *(cell.eval_sequences, cell.lm_dtype, cell.drop_positions, cell.max_norm_multiple),
-            *(cell.hook, cell.blocks, cell.text, cell.text_column),
+            *(cell.hook, cell.blocks, cell.text, cell.text_column, cell.rungs),
         )
         groups.setdefault(shared, {}).setdefault(cell.trajectory(), []).append(cell)
     return groups

@@ -82,6 +82,7 @@ class ProxyGap(Sweep[SAECell, Grid]):
             blocks=preset.blocks,
             text=preset.text,
             text_column=preset.text_column,
+            rungs=preset.rungs,
         )
 
     def pack(self, cells: Sequence[SAECell], preset: Grid, machine: Machine, run: RunSettings) -> list[Pack[SAECell]]:
