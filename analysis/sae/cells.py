@@ -25,7 +25,9 @@ from analysis.sae.columns import (
     LOSSES,
     NUMBERS,
     RUNG_COLUMNS,
+    RUNG_SUMS,
     SEQUENCE_COLUMNS,
+    SEQUENCE_SUMS,
 )
 
 if TYPE_CHECKING:
@@ -166,7 +168,12 @@ _METRICS = {
     "swd": _Ratio(0.0, 1.0, "swd_sum", "n_tokens"),
     "abs_gdelta": _Ratio(0.0, 1.0, "abs_sum", "n_tokens"),
     "ce_rec": _Ratio(2.0, -1.0, "loss_recon", "loss_orig"),
+    "r2_legacy": _Ratio(0.0, 1.0, "legacy_sum", "n_tokens"),
+    "r2_no_sinks": _Ratio(1.0, -1.0, *SEQUENCE_SUMS),
+    **{name: _Ratio(0.0, 1.0, name, "n_tokens") for name in RUNG_SUMS},
 }
+RESAMPLED = tuple(_METRICS)
+"""Metrics whose sums are known by sequence."""
 
 
 class SequenceTables:
@@ -271,11 +278,15 @@ class SequenceTables:
 
 
 def _summands(table: pd.DataFrame) -> dict[str, Floats]:
-    """What the metrics' sums run over, by sequence: token sums as they are, mean losses times the sequence's tokens."""
-    columns_CS = table[list(SEQUENCE_COLUMNS)].to_numpy(float).T
+    """What the metrics' sums run over, by sequence: token sums as they are, means times the sequence's tokens.
+
+    Columns that an older ledger lacks are NaN.
+    """
+    names = (*SEQUENCE_COLUMNS, *SEQUENCE_SUMS, *RUNG_SUMS)
+    columns_CS = table.reindex(columns=names).to_numpy(float).T
     columns_CS = np.ascontiguousarray(columns_CS[:, np.argsort(columns_CS[0], kind="stable")])
-    columns = dict(zip(SEQUENCE_COLUMNS, columns_CS, strict=True))
-    return columns | {name: columns["n_tokens"] * columns[name] for name in LOSSES}
+    columns = dict(zip(names, columns_CS, strict=True))
+    return columns | {name: columns["n_tokens"] * columns[name] for name in (*LOSSES, *RUNG_SUMS)}
 
 
 def _checked(key: str, table: pd.DataFrame) -> pd.DataFrame:

@@ -31,7 +31,7 @@ from scipy import special
 
 from analysis.bootstrap import Floats
 from analysis.crossed import LEVEL
-from analysis.sae.cells import SequenceTables, needs_sequences
+from analysis.sae.cells import RESAMPLED, SequenceTables, needs_sequences
 
 TARGET = "ce_rec"
 REFERENCE = "r2"
@@ -40,6 +40,7 @@ RELATIONS = ("pooled", "within k")
 STATISTICS = ("pearson", "spearman")
 MIN_CLUSTERS = 6
 NEEDS_RANKS = "Pearson's has no interval; see Spearman"
+NEEDS_SUMS = "its sums are not kept by sequence"
 _CLUSTERS = {"pooled": ["model", "layer", "k"], "within k": ["k"]}
 _CLUSTER_NAMES = {"pooled": "trajectories (model, layer and k)", "within k": "values of k"}
 
@@ -60,11 +61,23 @@ def _identity(x: Floats) -> Floats:
 
 PROXIES = (
     Proxy("r2", "R²", "r2", _identity),
+    Proxy("r2_legacy", "R² legacy", "r2_legacy", _identity),
+    Proxy("r2_no_sinks", "R² without sinks", "r2_no_sinks", _identity),
+    Proxy("r2_deflated1", "R² without top eigenvector", "r2_deflated1", _identity),
+    Proxy("r2_whitened", "R² whitened", "r2_whitened", _identity),
     Proxy("cosine", "cosine", "cosine", _identity),
     Proxy("inv_nmse", "1/NMSE", "nmse", np.reciprocal),
     Proxy("inv_swd", "1/SWD", "swd", np.reciprocal),
     Proxy("inv_abs_gdelta", "1/E|gᵀδ|", "abs_gdelta", np.reciprocal),
+    Proxy("first_order", "−Σgᵀδ (first order)", "first_order", np.negative),
+    Proxy("fisher_sampled", "−Fisher form, drawn labels", "fisher_sampled", np.negative),
+    Proxy("fisher_diag", "−Fisher form, diagonal", "fisher_diag", np.negative),
+    Proxy("fisher", "−Fisher form", "fisher", np.negative),
+    Proxy("kl", "−KL(p ‖ p̂)", "kl", np.negative),
+    Proxy("attention_plan", "−attention-plan distance", "attention_plan", np.negative),
 )
+BEYOND_R2 = tuple(p.name for p in PROXIES if p.name in ("inv_swd", "inv_abs_gdelta") or p.transform is np.negative)
+"""Proxies from rung 1 of the ladder on: those that look at the language model."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +156,7 @@ class _Spread:
 
     squares_PP: Floats  # squared half widths on the z scale, and their products between proxies
     needs: str = ""
+    over_sequences: bool = False  # whether the sequences' variance is part of them
 
     def limits(self, value_P: Floats, n_cells: int) -> tuple[Floats, Floats]:
         z_P, half_P = _fisher(value_P, n_cells), np.sqrt(np.diag(self.squares_PP))
@@ -169,16 +183,20 @@ class _Scope:
         columns = {name: cells[name].to_numpy(float)[None] for name in (TARGET, *(p.metric for p in proxies))}
         self.series = self.of(columns)
         self.resampled: dict[str, list[Floats]] = {relation: [] for relation in RELATIONS}
+        self.by_sequence = np.array([p.metric in RESAMPLED for p in proxies])
 
     def of(self, metrics: Mapping[str, Floats]) -> list[Floats]:
         return [metrics[TARGET], *(proxy.transform(metrics[proxy.metric]) for proxy in self.proxies)]
 
     def add_resamples(self, metrics: Mapping[str, Floats]) -> None:
         """Rank correlations of all cells in some resamples of the sequences."""
-        series = self.of(metrics)
+        some = [proxy for proxy, known in zip(self.proxies, self.by_sequence, strict=True) if known]
+        series = [metrics[TARGET], *(proxy.transform(metrics[proxy.metric]) for proxy in some)]
         ones = np.ones_like(series[0])
         for relation in RELATIONS:
-            r_PR = _correlations(series, ones, self.k_C, relation, "spearman")
+            r_PR = np.full((len(self.proxies), len(ones)), np.nan)
+            if some:
+                r_PR[self.by_sequence] = _correlations(series, ones, self.k_C, relation, "spearman")
             self.resampled[relation].append(_fisher(r_PR, len(self.cells)))
 
     def values(self, relation: str, statistic: str) -> Floats:
@@ -205,7 +223,7 @@ class _Scope:
         if self.resampled[relation] and self.sequences:
             over_sequences_PP = np.cov(np.concatenate(self.resampled[relation], axis=1)).reshape(jackknife_PP.shape)
             squares_PP = squares_PP + _t(self.sequences - 1) ** 2 * over_sequences_PP
-        return _Spread(squares_PP)
+        return _Spread(squares_PP, over_sequences=bool(self.resampled[relation] and self.sequences))
 
 
 def _t(df: int) -> float:
@@ -257,7 +275,7 @@ def leaderboard(
         for name, mask in masks.items()
     }
     if tables.given:
-        metrics = [TARGET, *(proxy.metric for proxy in proxies)]
+        metrics = [TARGET, *(proxy.metric for proxy in proxies if proxy.metric in RESAMPLED)]
         for block in tables.blocks(metrics, n_resamples=n_resamples, seed=seed):
             for name, mask in masks.items():
                 chosen[name].add_resamples({metric: values[:, mask] for metric, values in block.items()})
@@ -286,13 +304,19 @@ def _rank_rows(
     for rank, i in enumerate(order, start=1):
         row = {**key, "rank": rank, "proxy": proxies[i].name, "label": proxies[i].label, "n_cells": n_cells}
         row |= {"value": value_P[i], "lo": lo_P[i], "hi": hi_P[i]}
-        row["needs"] = spread.needs or ("" if np.isfinite(lo_P[i]) else "needs ranks that vary between clusters")
+        row["needs"] = spread.needs or ("" if np.isfinite(lo_P[i]) else _needs(proxies[i], spread))
         if reference is not None and i != reference:
             row[f"minus_{REFERENCE}"] = value_P[i] - value_P[reference]
             limits = spread.difference(value_P, n_cells, i, reference)
             row[f"minus_{REFERENCE}_lo"], row[f"minus_{REFERENCE}_hi"] = limits
         rows.append(row)
     return rows
+
+
+def _needs(proxy: Proxy, spread: _Spread) -> str:
+    if spread.over_sequences and proxy.metric not in RESAMPLED:
+        return NEEDS_SUMS
+    return "needs ranks that vary between clusters"
 
 
 def _pair_rows(

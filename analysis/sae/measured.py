@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -11,6 +11,7 @@ import pandas as pd
 from analysis.sae import published
 from analysis.sae.cells import depths_of, models_of
 from analysis.sae.leaderboard import Leaderboard
+from analysis.sae.rungs import merged_costs
 
 MAX_ROWS = 72
 
@@ -28,6 +29,7 @@ class Study:
     sequences: bool  # whether the evaluated sequences were given
     n_resamples: int  # of the sequences, for the leaderboard
     earlier_intervals: int = 0  # cells whose stored interval of CE_rec is of an earlier method
+    costs: pd.DataFrame = field(default_factory=lambda: merged_costs({}))  # of the rungs, as `rungs.merged_costs`
 
     @property
     def models(self) -> list[str]:

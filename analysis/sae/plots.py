@@ -30,6 +30,7 @@ from analysis.plots import (
 from analysis.sae import published
 from analysis.sae.cells import tokens_label
 from analysis.sae.measured import Study
+from analysis.sae.rungs import cost_of
 
 _K_LABEL = "k (active features a token)"
 
@@ -234,6 +235,34 @@ def leaderboard(study: Study) -> Figure | None:
     return figure
 
 
+def cost(study: Study) -> Figure | None:
+    """Rank correlation of each proxy with CE_rec against what it costs per SAE; None where no cost was measured."""
+    board = study.board.table
+    board = board[(board["scope"] == "all cells") & (board["statistic"] == "spearman")]
+    if board.empty or study.costs.empty:
+        return None
+    saes = len(study.cells) / len(study.models)
+    passes = {name: cost_of(name, study.costs).each(saes) for name in board["proxy"].unique()}
+    relations = list(board["relation"].unique())
+    names = sorted(passes, key=lambda name: (not np.isfinite(passes[name]), passes[name], name))
+    figure, axes = panels(1, len(relations), width=4.6, height=3.6)
+    for axis, relation in zip(axes[0], relations, strict=True):
+        part = board[board["relation"] == relation].set_index("proxy")
+        for i, name in enumerate(names):
+            row = part.loc[name]
+            error = error_lengths(*(np.array([row[c]], float) for c in ("value", "lo", "hi")))
+            look = {"color": PALETTE[i % len(PALETTE)], "marker": MARKERS[i // len(PALETTE) % len(MARKERS)]}
+            axis.errorbar([passes[name]], [row["value"]], error, linestyle="", label=row["label"], **look)
+        axis.set_xscale("symlog", linthresh=0.1)
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_ylim(-1.05, 1.05)
+        axis.axhline(0, color="black", linewidth=0.9)
+        axis.set_title(relation)
+    outer_labels(axes, "forward passes per SAE", "Spearman with CE_rec, 95% CI")
+    legend_below(figure, axes[0, 0].get_legend_handles_labels()[0])
+    return figure
+
+
 def _proxy_order(names: pd.Series) -> pd.Series:
     return names.map(lambda name: (name != "r2", name))
 
@@ -327,6 +356,7 @@ FIGURES: dict[str, tuple[str, Callable[[Study], Figure | None]]] = {
     "delta.png": ("Widest minus narrowest model", delta),
     "budget.png": ("CE_rec against the training budget", budget),
     "leaderboard.png": ("Proxy leaderboard", leaderboard),
+    "cost.png": ("Rank correlation with CE_rec against the cost of the proxy", cost),
     "participation_ratio.png": ("Participation ratio by layer", participation_ratio),
     "rate_distortion.png": ("Rate-distortion curves", rate_distortion),
     "alive.png": ("Features alive", alive),

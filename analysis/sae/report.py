@@ -22,6 +22,8 @@ from analysis.sae.contrasts import configuration_means, model_deltas
 from analysis.sae.leaderboard import leaderboard
 from analysis.sae.measured import Study, measured, study_name
 from analysis.sae.plots import write_figures
+from analysis.sae.rung_tables import rungs
+from analysis.sae.rungs import merged_costs
 from analysis.sae.tables import markdown
 
 SEED = 0
@@ -50,6 +52,7 @@ def write_report(study: Study, out: Path, *, preset: str, facts: Mapping[str, st
         "leaderboard.csv": study.board.table,
         "leaderboard_pairs.csv": study.board.pairs,
         "geometry.csv": study.geometry,
+        "costs.csv": study.costs.rename_axis("rung").reset_index(),
     }.items():
         table.to_csv(out / name, index=False)
     figures = write_figures(study, out)
@@ -65,6 +68,7 @@ def measure(
     *,
     published: bool = False,
     n_resamples: int = N_RESAMPLES,
+    costs: Mapping[str, pd.DataFrame] | None = None,
 ) -> Study:
     """Everything that the report prints or draws, computed.
 
@@ -76,6 +80,7 @@ def measure(
             columns.LAYER_COLUMNS; None leaves the sections out.
         published: whether the preset is one of the study's, so that its numbers are printed with ours.
         n_resamples: of the sequences, for the leaderboard.
+        costs: what each rung took, by cell_key (`rungs.merged_costs`).
     Raises:
         ValueError: a table lacks columns, repeats a cell, or is empty.
     """
@@ -94,6 +99,7 @@ def measure(
         sequences=evaluated.given,
         n_resamples=n_resamples,
         earlier_intervals=earlier,
+        costs=merged_costs(costs or {}),
     )
 
 
@@ -116,7 +122,8 @@ def compose(
         (tables.model_deltas(study), ["delta.png"]),
         (tables.by_model_and_k(study), []),
         (tables.correlations(study), []),
-        (details.leaderboard(study), ["leaderboard.png"]),
+        (details.leaderboard(study), ["leaderboard.png", "cost.png"]),
+        (rungs(study), []),
         (tables.k_stars(study), ["ce_rec_vs_k.png"]),
         (tables.budget_deltas(study), []),
         (tables.budget_cells(study), ["budget.png"]),

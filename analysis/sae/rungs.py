@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -51,6 +52,47 @@ def deviation(fisher_sum: float, expected_sum: float) -> float:
         expected_sum: Σ over tokens of ‖δ_t‖² ‖s_t‖² / D.
     """
     return fisher_sum / expected_sum if expected_sum > 0 else math.nan
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a proxy takes beyond the pass that gives the activations, in forward passes of the whole model.
+
+    own: for every SAE. shared: once for all SAEs of a model. NaN where it was not measured; `reason` says why.
+    """
+
+    own: float
+    shared: float
+    reason: str = ""
+
+    def each(self, saes: float) -> float:
+        """Passes per SAE when so many of a model share what can be shared."""
+        return self.own + self.shared / saes
+
+    def __str__(self) -> str:
+        if math.isnan(self.own + self.shared):
+            return f"– ({self.reason})" if self.reason else "–"
+        return f"{self.shared:.2f} per model" if self.shared else f"{self.own:.2f}"
+
+
+_SPANS_OF = {
+    **dict.fromkeys(("inv_swd", "inv_abs_gdelta", "first_order"), ("backward",)),
+    "fisher_sampled": ("drawn",),
+    **dict.fromkeys(("fisher", "fisher_diag"), ("fisher",)),
+    "kl": ("patched",),
+    "ce_rec": ("patched",),
+    "attention_plan": ("patched", "plans"),
+}
+
+
+def cost_of(proxy: str, costs: pd.DataFrame) -> Cost:
+    """Cost of a proxy (`leaderboard.PROXIES`, or "ce_rec") from `merged_costs`; R² and its like take nothing."""
+    spans = list(_SPANS_OF.get(proxy, ()))
+    if not set(spans) <= set(costs.index):
+        return Cost(math.nan, 0.0)
+    part = costs.loc[spans]
+    own, shared = (float(part.loc[part["shared"] == once, "passes"].sum(skipna=False)) for once in (False, True))
+    return Cost(own, shared, "; ".join(reason for reason in part["reason"] if reason))
 
 
 def merged_costs(costs: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

@@ -19,6 +19,7 @@ from analysis.sae import published
 from analysis.sae.budget import format_k_star, k_star, k_star_interval
 from analysis.sae.cells import depths_of, tokens_label
 from analysis.sae.measured import Study, interval, limited, measured, number, study_name
+from analysis.sae.rungs import cost_of
 
 
 def _source(study: Study, sweep: str) -> list[str]:
@@ -275,7 +276,10 @@ def leaderboard(study: Study) -> Section:
     table = table[table["scope"] == "all cells"]
     if table.empty:
         return Section(title, needs="at least three cells", lines=[f"Left out: {d}." for d in study.board.dropped])
-    rows = [_leaderboard_row(row) for row in each(table)]
+    rows = [
+        _leaderboard_row(row) | {"cost in forward passes": str(cost_of(row["proxy"], study.costs))}
+        for row in each(table)
+    ]
     lines = [
         f"{len(study.cells)} cells. Ranks follow the values and are no verdict: see the differences. Pooled: over all "
         "cells of this grid; the interval speaks of other trainings of these configurations and other sequences, not "
@@ -284,6 +288,10 @@ def leaderboard(study: Study) -> Section:
         "Differences are paired and each has an interval of its own. Pearson's correlation has none, since it hangs on "
         "how the cells are spread."
     ]
+    lines.append(
+        "Cost: measured, in forward passes of the whole model over the same tokens, beyond the pass that gives the "
+        f"activations; “per model” is shared by all its SAEs. CE_rec itself takes {cost_of('ce_rec', study.costs)}."
+    )
     lines += _missing(table)
     lines += [f"Left out: {reason}." for reason in study.board.dropped]
     return Section(title, rows, lines)

@@ -46,6 +46,12 @@ def tables(cells: Sequence[PublishedCell]) -> tuple[pd.DataFrame, pd.DataFrame, 
     return frame, pd.concat(sequences, ignore_index=True), layers
 
 
+def _costs(cells: Sequence[PublishedCell]) -> dict[str, pd.DataFrame]:
+    """What each rung took, by cell; cells of an older ledger have no such file."""
+    known = [c for c in cells if "rungs.parquet" in c.files]
+    return {c.key: table for c, table in zip(known, tables_of(known, "rungs.parquet"), strict=True)}
+
+
 def _local_sources(cells: Sequence[PublishedCell]) -> dict[str, str]:
     """Folders that stood in for the hub, so that no report passes local weights or text off as the hub's."""
     names = {"lm_path": "language models read from", "stream_path": "text read from"}
@@ -75,7 +81,9 @@ def write(cells: Sequence[PublishedCell], preset_name: str, grid: Grid, original
         "hardware": recorded(cells, "hardware"),
         "commit": recorded(cells, "git_commit"),
     }
-    study = measure(frame, sequences, geometry, published=is_the_studys(preset_name, grid, original))
+    study = measure(
+        frame, sequences, geometry, published=is_the_studys(preset_name, grid, original), costs=_costs(cells)
+    )
     write_report(study, out, preset=preset_name, facts=facts, notes=notes)
     best = frame.sort_values("ce_rec").to_dict("records")[-1]
     return [

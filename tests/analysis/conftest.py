@@ -11,8 +11,16 @@ import pytest
 
 from analysis.sae.budget import rate_bits, rate_bits_entropy
 from analysis.sae.cells import ce_rec_interval
-from analysis.sae.columns import AUDIT_COLUMNS, CELL_COLUMNS, LAYER_COLUMNS, SEQUENCE_COLUMNS
+from analysis.sae.columns import (
+    AUDIT_COLUMNS,
+    CELL_COLUMNS,
+    LAYER_COLUMNS,
+    RUNG_SUMS,
+    SEQUENCE_COLUMNS,
+    SEQUENCE_SUMS,
+)
 from analysis.sae.fidelity import metrics_from_table
+from analysis.sae.rungs import rung_numbers
 
 LAYERS = {
     "pythia-70m": (512, 6, (1, 3, 5)),
@@ -55,7 +63,11 @@ def _sequence_table(
         }
     )
     table["legacy_sum"] = t * (r2 - 0.03)
-    return table[list(SEQUENCE_COLUMNS)]
+    rise = table["loss_recon"] - original
+    for name, share in zip(RUNG_SUMS, (0.6, 2.2, 2.6, 2.0, 1.0, 0.1), strict=True):
+        table[name] = share * rise * np.exp(0.1 * rng.normal(size=n))
+    table["sse_no_sinks"], table["sst_no_sinks"] = table["sse"], table["sst"] / 1.1
+    return table[[*SEQUENCE_COLUMNS, *SEQUENCE_SUMS, *RUNG_SUMS]]
 
 
 def build_grid(
@@ -106,6 +118,9 @@ def build_grid(
                             | {"rate_bits": rate_bits(32 * d, k), "rate_bits_entropy": rate_bits_entropy(11.5, k)}
                             | {"pr": 40.0 / (1 + position), "pr_deflated": 90.0}
                             | dict.fromkeys(AUDIT_COLUMNS, 0.9 * r2)
+                            | {"r2_no_sinks": float(1 - table["sse_no_sinks"].sum() / table["sst_no_sinks"].sum())}
+                            | rung_numbers(table)
+                            | {"fisher_deviation": 1.3, "attention_cost": 0.02}
                         )
     geometry = [
         {

@@ -11,7 +11,7 @@ from scipy import stats
 
 from analysis.sae import published
 from analysis.sae.cells import SequenceTables, prepare_cells
-from analysis.sae.leaderboard import available_proxies, demean_within, leaderboard, midranks, pearson
+from analysis.sae.leaderboard import PROXIES, available_proxies, demean_within, leaderboard, midranks, pearson
 
 MODELS = ("pythia-70m", "pythia-160m", "pythia-410m")
 
@@ -68,6 +68,7 @@ def test_planted_ranking_is_recovered(make_grid):
     """SWD is built from CE_rec and R² against it at fixed k, so 1/SWD leads within k and R² is negative."""
     _, board = _board(make_grid(models=MODELS, depths=("mid",), n_sequences=40), n_resamples=100)
     within = board.table[(board.table.relation == "within k") & (board.table.statistic == "spearman")]
+    within = within[within["proxy"].isin(["r2", "inv_nmse", "cosine", "inv_swd", "inv_abs_gdelta"])]
     assert within.iloc[-1]["proxy"] in {"r2", "inv_nmse", "cosine"}
     assert within.iloc[0]["proxy"] in {"inv_swd", "inv_abs_gdelta"}
     assert _value(board, "r2", "within k", "spearman", column="hi") < 0
@@ -140,7 +141,7 @@ def test_scopes_missing_proxies_and_tiny_grids(make_grid):
     cells["swd"] = np.nan
     cells.loc[0, "abs_gdelta"] = 0.0
     kept, dropped = available_proxies(cells)
-    assert [p.name for p in kept] == ["r2", "cosine", "inv_nmse"]
+    assert [p.name for p in kept] == [p.name for p in PROXIES if p.name not in ("inv_swd", "inv_abs_gdelta")]
     assert dropped == ["1/SWD: no cell measured `swd`", "1/E|gᵀδ|: `abs_gdelta` is missing or zero in 1 of 12 cells"]
     scopes = {"early": (cells.depth == "early").to_numpy(), "two": np.arange(12) < 2}
     board = leaderboard(cells, SequenceTables(cells, grid.sequences), scopes=scopes, n_resamples=20)
@@ -148,6 +149,22 @@ def test_scopes_missing_proxies_and_tiny_grids(make_grid):
     alone = leaderboard(cells[:2], SequenceTables(cells[:2], grid.sequences), n_resamples=50)
     assert alone.table.empty
     assert alone.pairs.empty
+
+
+def test_a_proxy_that_is_ce_itself_ranks_first_and_sums_by_sequence_give_intervals(make_grid):
+    grid = make_grid(models=MODELS, depths=("mid",), n_sequences=40)
+    tables = {key: t.assign(kl=t["loss_recon"] / t["loss_orig"].mean()) for key, t in grid.sequences.items()}
+    cells = prepare_cells(grid.cells)
+    cells["kl"] = 1 - cells["ce_rec"]
+    board = leaderboard(cells, SequenceTables(cells, tables), n_resamples=50).table
+    for _, part in board[board.statistic == "spearman"].groupby("relation"):
+        best = part.iloc[0]
+        assert best["proxy"] == "kl"
+        assert best["value"] == pytest.approx(1.0)
+        needs = part.set_index("proxy")["needs"]
+        if not needs["kl"].startswith("needs ≥"):
+            assert needs["r2_whitened"] == "its sums are not kept by sequence"
+            assert np.isfinite(part.set_index("proxy").loc["fisher", ["lo", "hi"]].to_numpy(float)).all()
 
 
 def test_board_is_deterministic(make_grid):
@@ -165,4 +182,4 @@ def test_large_grid_is_fast(make_grid):
     _, board = _board(grid)
     assert len(grid.cells) == 486
     assert time.process_time() - start < 20
-    assert len(board.table) == 20
+    assert len(board.table) == 4 * len(PROXIES)

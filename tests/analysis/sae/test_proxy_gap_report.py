@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from analysis.sae import published
-from analysis.sae.columns import CELL_COLUMNS
+from analysis.sae.columns import AUDIT_COLUMNS, CELL_COLUMNS, RUNG_COLUMNS
 from analysis.sae.measured import interval, number
 from analysis.sae.plots import FIGURES
 from analysis.sae.report import compose, confounds, glance, measure, write_report
@@ -45,7 +45,7 @@ def test_every_file_is_written_and_cells_keep_the_contract(fast2):
     assert len(cells) == 36
     pd.testing.assert_frame_equal(cells, pd.read_csv(out / "cells.csv"), check_dtype=False, rtol=1e-12)
     shown = {name for name in FIGURES if f"]({name})" in text}
-    assert shown == set(FIGURES) - {"budget.png"}
+    assert shown == set(FIGURES) - {"budget.png", "cost.png"}  # one budget, no measured cost
     for name in shown:
         assert (out / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert "a caveat of the caller" in text
@@ -140,6 +140,7 @@ def test_one_cell_says_what_it_needs_and_leaves_published_blank(make_grid, tmp_p
 def test_uneven_grid_without_sequences_gradients_or_geometry(make_grid):
     grid = make_grid(ks=(8, 16, 32), n_sequences=12)
     cells = grid.cells.drop(index=[0, 4, 17]).assign(swd=np.nan, abs_gdelta=np.nan)
+    cells = cells.drop(columns=[c for c in (*RUNG_COLUMNS, *AUDIT_COLUMNS) if c in cells]).assign(r2_legacy=np.nan)
     text = compose(measure(cells, None, None, **SMALL), {}, preset="local", facts={})
     assert "Left out: 1/SWD: no cell measured `swd`." in text
     assert "no sequence tables were given" in text
