@@ -70,12 +70,12 @@ def server() -> Iterator[str]:
     running.stop()
 
 
-def in_process(job: Any, queue: Any, board: Any, published: Callable[[list[str]], None]) -> dict[str, str]:
+def in_process(job: Any, queue: Any, board: Any, heard: Callable[[dict[str, Any]], None]) -> dict[str, str]:
     """Stands in for `run_packs`: the packs one by one, in this process."""
     from sweeps.launch.tune import run_one
 
     def report(result: dict[str, Any]) -> None:
-        published(result["progress"].get("keys", []))
+        heard(result["progress"])
 
     while (pack := queue.next()) is not None:
         run_one(job, pack, report)

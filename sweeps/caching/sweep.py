@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
 
 from sweeps.caching.arms import arms
 from sweeps.caching.cells import VARIABLES, CacheCell, CacheStudy
@@ -15,6 +14,7 @@ from sweeps.core.cells import Estimate, Pack, PublishedCell
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
 from sweeps.launch.context import PackContext
+from sweeps.launch.first_view import Chart, View
 from sweeps.launch.sweep import Sweep
 
 _CPU_OVERHEAD = 0.03  # seconds per step of a small model, in addition to its arithmetic
@@ -30,9 +30,20 @@ class MemoryCacheSweep(Sweep[CacheCell, CacheStudy]):
     named = ("architecture", *VARIABLES, "seed")
     tracked = TRACKED
     fixed = FIXED
+    view = View(
+        params=("architecture", *VARIABLES, "seed"),
+        metrics=("final_val_nll/ema", "final_val_nll/raw", "gate_openness/ema/layer 1"),
+        charts=(
+            Chart("Held-out NLL without and with caches", "scatter", "final_val_nll/ema", "architecture", x_param=True),
+            *(Chart(f"Held-out NLL by {n}", "scatter", "final_val_nll/ema", n, x_param=True) for n in VARIABLES),
+            Chart("The gate of layer 1 over steps", "line", "gate_openness/ema/layer 1"),
+            Chart("Held-out NLL over steps", "line", "val_nll/ema"),
+            Chart("Held-out NLL, as it is trained", "line", "live/val_nll/ema"),
+            Chart("Training loss, as it is trained", "line", "live/train_loss"),
+        ),
+    )
     default_preset = "local"
     presets = PRESETS
-    follow_up = MappingProxyType({"local": "thorough"})
 
     def plan(self, preset: CacheStudy) -> Sequence[CacheCell]:
         preset.check_source(CORPORA, " (the recall task is planted=true)")

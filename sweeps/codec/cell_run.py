@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import tempfile
@@ -56,6 +57,18 @@ class TrainingStream:
         inputs, targets = training_pair(batch.codes_BKT, pad=self.config.pad, bos=self.config.bos)
         texts = given_texts(self.config, self.cell.texts_at(step, batch.texts), self.device)
         return Batch(inputs.to(self.device), targets.to(self.device), batch.real_tokens, texts)
+
+
+def _on_the_way(trainer: Trainer, stats: StepStats, rate: float) -> dict[str, float]:
+    """What MLflow shows of a step: the step's own numbers, and held-out ones where the step was measured."""
+    measured = itertools.takewhile(lambda point: point[1] == stats.step, reversed(trainer.curve))
+    return {
+        "train_loss": stats.loss,
+        "grad_norm": stats.grad_norm,
+        "learning_rate": trainer.config.lr_at(stats.step - 1),
+        "tokens_per_second": rate,
+        **{metric: value for metric, _, value in measured if metric.startswith("val_nll")},
+    }
 
 
 @dataclass(frozen=True)
@@ -248,6 +261,7 @@ class CellRun(Owner):
         return numbers | gate_numbers(model, self.held_out, self.cell.curve_clips, self.cell.precision)
 
     def report(self, trainer: Trainer, stats: StepStats, rate: float) -> None:
+        self.context.curve(self.cell, stats.step, _on_the_way(trainer, stats, rate))
         left = (self.cell.steps - stats.step) / max(stats.step, 1) * trainer.real_tokens
         self.context.progress(
             done=trainer.real_tokens,

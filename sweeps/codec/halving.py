@@ -72,7 +72,7 @@ def _train(
     give_up: Callable[[HalvedCell, AnomalyError], None],
     context: PackContext,
 ) -> None:
-    context.progress(force=True, cell=cell.key)
+    context.begin(cell, cell=cell.key)
     run = open_run(cell)
     try:
         rate = run.train_to(rung)

@@ -60,7 +60,7 @@ def run_pack(cells: Sequence[LMCell], study: Study, context: PackContext) -> Non
             continue
         if context.world.sum([float(context.stopping())])[0]:
             raise PackStopped("stopped between two cells")
-        context.progress(force=True, cell=cell.key)
+        context.begin(cell, cell=cell.key)
         try:
             open_run(cell).go()
         except AnomalyError as error:

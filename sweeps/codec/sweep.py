@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import fields
 from itertools import product
 from pathlib import Path
-from types import MappingProxyType
 
 from sweeps.codec.cells import CORPORA, HalvedCell, LMCell, Study, TextCell, model_config
 from sweeps.codec.packs import CPU_FLOPS, FIXED, GPU_BASIS, TRACKED, packs, threads, work
@@ -16,6 +15,7 @@ from sweeps.core.cells import Estimate, Pack, PublishedCell, UserError
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
 from sweeps.launch.context import PackContext
+from sweeps.launch.first_view import Chart, View
 from sweeps.launch.sweep import Sweep
 
 
@@ -37,9 +37,20 @@ class CodecLMSweep(Sweep[LMCell, Study]):
     named = ("architecture", "text", "lr", "seed")
     tracked = TRACKED
     fixed = FIXED
+    view = View(
+        params=("architecture", "lr", "seed", "text"),
+        metrics=("final_val_nll/ema", "final_val_nll/raw", "unigram_nll", "n_parameters", "tokens_per_second"),
+        charts=(
+            Chart("Held-out NLL over steps, averaged weights", "line", "val_nll/ema"),
+            Chart("Held-out NLL at the end, averaged weights", "bar", "final_val_nll/ema"),
+            Chart("Held-out NLL by architecture", "scatter", "final_val_nll/ema", "architecture", x_param=True),
+            Chart("Held-out NLL by learning rate", "scatter", "final_val_nll/ema", "lr", x_param=True),
+            Chart("Held-out NLL, as it is trained", "line", "live/val_nll/ema"),
+            Chart("Training loss, as it is trained", "line", "live/train_loss"),
+        ),
+    )
     default_preset = "local"
     presets = PRESETS
-    follow_up = MappingProxyType({"local": "asterisk", "text_local": "text_asterisk"})
     options = OPTIONS
 
     def plan(self, preset: Study) -> Sequence[LMCell]:

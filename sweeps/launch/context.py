@@ -13,12 +13,13 @@ from sweeps.core.cells import Cell, Row
 from sweeps.core.machine import hardware, provenance
 from sweeps.core.settings import RunSettings
 from sweeps.core.world import World
+from sweeps.launch.live import Curves, Load
 from sweeps.launch.stop import PackStopped, StopFlag, terminated
 from sweeps.ledger.checkpoints import WorkStore
 from sweeps.ledger.ledger import Ledger
 
 PROGRESS_SECONDS = 1.0
-NEWS = ("keys", "notes", "failures")  # lists of a pack's state that a report carries once
+NEWS = ("keys", "notes", "begun", "failures", "points")  # lists in a report, each of what is new since the last
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class PackContext:
         self._flag = StopFlag(ledger.store, [place.launch_id] if place.launch_id else [])
         self._state: dict[str, Any] = {"published": 0, "failed": 0}
         self._said = 0.0
+        self._curves: Curves | None = None
         self._started = time.time()
         self._meta = {**provenance(), "hardware": hardware(), "node": platform.node()}
         self._meta |= {"threads": threads, "device": device}
@@ -86,7 +88,7 @@ class PackContext:
         return there
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_report": None, "_flag": None}
+        return self.__dict__ | {"_report": None, "_flag": None, "_curves": None}
 
     def close(self) -> None:
         """End what watches for the pack's stop; to be called when the pack's work is over."""
@@ -117,8 +119,30 @@ class PackContext:
 
     def note(self, line: str) -> None:
         """Print one line on the launch's screen."""
-        self._state["notes"] = [*self._state.get("notes", []), line]
+        self._news("notes", line)
         self.progress(force=True)
+
+    def _news(self, name: str, *entries: Any) -> None:
+        """Add to a list of the next report."""
+        self._state[name] = [*self._state.get(name, []), *entries]
+
+    def begin(self, *cells: Cell, **state: Any) -> None:
+        """Tell that work on these cells begins, so that MLflow shows them; `state` as for `progress`."""
+        self._news("begun", *(cell.key for cell in cells))
+        self.progress(force=True, **state)
+
+    def curve(self, cell: Cell, step: int, values: Mapping[str, float]) -> None:
+        """Tell values of a cell on its way, for MLflow alone, where they are called `live/NAME`.
+
+        Costs next to nothing and may be called at every step: the latest values are passed on, at most every
+        CURVE_SECONDS.
+        """
+        if self._report is None:
+            return
+        self._curves = self._curves or Curves(Load(self.device))
+        if points := self._curves.add(cell.key, step, values):
+            self._news("points", *map(list, points))
+            self.progress()
 
     def publish(self, cell: Cell, rows: Sequence[Row], files: Mapping[str, bytes | Path] | None = None) -> bool:
         """Publish a finished cell; False when another launch was first (its result stays)."""
@@ -130,8 +154,15 @@ class PackContext:
         }
         fresh = self.ledger.publish(cell, rows, files or {}, meta)
         self._state["published"] += 1
-        self.progress(force=True, keys=[*self._state.get("keys", []), cell.key], reached=cell.key)
+        self._news("keys", cell.key)
+        self._leave(cell)
+        self.progress(force=True, reached=cell.key)
         return fresh
+
+    def _leave(self, cell: Cell) -> None:
+        """The cell is published or given up."""
+        if self._curves is not None:
+            self._curves.drop(cell.key)
 
     def _reach(self, place: str) -> None:
         """Tell how far the work is for good: an end of this process from now on is none without progress."""
@@ -141,13 +172,14 @@ class PackContext:
         """Give up one cell for a reason that a retry cannot change; the pack continues with the others."""
         self.ledger.record_failure(cell, error, attempts=1)
         self._state["failed"] += 1
-        self.progress(force=True, failures=[*self._state.get("failures", []), (cell.key, error)])
+        self._news("failures", [cell.key, error])
+        self._leave(cell)
+        self.progress(force=True)
 
     def progress(self, *, force: bool = False, **state: Any) -> None:
         """Update the progress line: done, total (tokens), rate (tokens/s), best (headline number), phase (text).
 
-        `keys` are cells published since the last report, `failures` those that failed with the reason, `reached` names
-        the last published one or the last checkpoint.
+        `reached` names the last published cell or the last checkpoint.
         """
         self._state |= state
         now = time.monotonic()

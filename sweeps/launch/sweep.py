@@ -15,6 +15,7 @@ from sweeps.core.cells import CellT, Estimate, Pack, PublishedCell
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
 from sweeps.launch.context import PackContext
+from sweeps.launch.first_view import View
 
 PresetT = TypeVar("PresetT")
 BY_CHANCE = "the best of several seeds is chance; judge each trial by several, as in seeds=0,1,2"
@@ -28,10 +29,9 @@ class Sweep(ABC, Generic[CellT, PresetT]):
 
     headline: the name of the number that `progress(best=…)` carries. named: the fields of a cell that name its run in
     MLflow; without them the run is called by the cell's key. tracked: the parameters of rows that MLflow gets as
-    `metric/value`; rows with other parameters are in the ledger alone. options: further options of the command line,
-    each with the field of the preset that it sets. fixed: {field: reason} of fields of the preset that no search may
-    vary, because its trials would be measured differently. follow_up: {preset: the one that one would run after it},
-    for presets on stand-ins.
+    `metric/value`; rows with other parameters are in the ledger alone. view: the columns and charts that MLflow opens
+    on. options: further options of the command line, each with the field of the preset that it sets. fixed: {field:
+    reason} of fields of the preset that no search may vary, because its trials would be measured differently.
     """
 
     name: str
@@ -42,9 +42,9 @@ class Sweep(ABC, Generic[CellT, PresetT]):
     headline: str = "value"
     named: Sequence[str] = ()
     tracked: Sequence[str] = ()
+    view: View = View()
     options: Mapping[str, str] = {}
     fixed: Mapping[str, str] = {}
-    follow_up: Mapping[str, str] = {}
 
     @abstractmethod
     def plan(self, preset: PresetT) -> Sequence[CellT]:
@@ -72,9 +72,8 @@ class Sweep(ABC, Generic[CellT, PresetT]):
 
     @abstractmethod
     def report(self, cells: Sequence[PublishedCell], preset_name: str, preset: PresetT, out: Path) -> list[str]:
-        """Write the report into the folder `out`; return the answer in three to six lines, each below its label.
+        """Write the report into the folder `out`; return lines to print (headline numbers, caveats).
 
-        They are the last thing that a launch prints: what was found, in words with the numbers, and on what.
         Touches neither Ray nor a checkpoint.
         """
 

@@ -1,8 +1,8 @@
 """Copy the ledger to MLflow: one parent run per launch and exactly one run per cell, whatever restarts happen.
 
-The ledger is the record and MLflow a copy of it. A thread copies published cells that MLflow lacks, so a tracking
-server that is down costs nothing but the copy: the next launch copies what is missing. The times of all points
-follow from the published cell alone, so copying twice writes the same rows.
+The ledger is the record and MLflow a copy of it. A thread makes the run of each cell that is begun, follows it
+(`live.Live`), and fills it once the cell is published. Nothing waits for that thread while packs run, so a tracking
+server that is slow or down costs nothing but the copy: the next launch copies what is missing.
 """
 
 from __future__ import annotations
@@ -11,84 +11,66 @@ import contextlib
 import importlib
 import itertools
 import json
-import logging
 import os
 import re
 import shlex
-import sqlite3
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, unquote
+from typing import Any
+from urllib.parse import quote
 
-import filelock
 import tenacity
 
-from sweeps.core.cells import PublishedCell, UserError, digest
+from sweeps.core.cells import Cell, UserError, digest
+from sweeps.launch.cell_runs import GRID, TAG_LENGTH, CellRuns, Run
+from sweeps.launch.first_view import View, runs_address, share
+from sweeps.launch.live import CURVE_SECONDS
+from sweeps.launch.mlflow_store import alone, pages, quiet_mlflow, quoted, sqlite_file
 from sweeps.ledger.claims import Claims
 from sweeps.ledger.ledger import Ledger
-from sweeps.ledger.logins import http_login, remember, with_login, without_password
-from sweeps.ledger.published import file_of, file_sizes
-
-if TYPE_CHECKING:
-    from mlflow.entities import Param
+from sweeps.ledger.logins import http_login, with_login, without_password
 
 _POLL_SECONDS = 0.5  # between looks for newly published cells
+_FOLLOW_SHARE = 0.01  # of the time goes to runs of cells that are computed, however many there are
 _FINISH_TRIES = 4  # of a store that answered before: SQLite may be locked by another launch
 _WAIT_SECONDS = 60.0  # for cells that another launch is copying
-_BATCH = 1000  # metrics a log_batch call may carry (MLflow REST limit)
 _CHUNK = 256  # cells claimed and copied at once: few requests per cell, and other launches get a share
 _SINGLE_LOOKUPS = 20  # cells looked up one by one; more are found by one listing
 _WRITERS = 8  # threads that copy to a server, since each waits for its answers; SQLite allows one writer
 _SAY_SECONDS = 15.0  # between lines of progress while `finish` copies
-_PAGE = 5000  # runs a search may return at once
-_TAG_LENGTH = 5000  # characters that MLflow takes in a tag
 _COMPARE_RUNS = 100  # the compare page slows beyond this
-_PLAIN = "/!$&'()*+,;=:@"  # characters of a path that need no percent-encoding in an address
 _BUSY = re.compile(r"database is locked|database table is locked")  # SQLite, while another launch writes
 # answers that would be the same next time: no permission, the schema of another MLflow
 _FINAL = re.compile(r"error code 40[0134]|PERMISSION_DENIED|UNAUTHENTICATED|out-of-date database schema")
-
-
-def default_uri() -> str:
-    """The tracking store used when none is named: a SQLite file under runs/."""
-    return _sqlite_uri(Path("runs/mlflow.db"))
-
-
-def normal_uri(uri: str) -> str:
-    """The address; a SQLite file's path is made absolute, since MLflow keeps no artifacts next to a relative one."""
-    file = sqlite_file(uri)
-    if file is None or (file.is_absolute() and "%" not in uri):
-        return uri
-    options = uri.partition("?")[2]
-    return _sqlite_uri(file) + (f"?{options}" if options else "")
-
-
-def sqlite_file(uri: str) -> Path | None:
-    """The file of a SQLite store, percent-encoding undone as SQLAlchemy does it; None for another kind of store."""
-    found = re.match(r"sqlite(?:\+\w+)?:///([^?]+)", uri)
-    return Path(unquote(found[1])) if found else None
-
-
-def _sqlite_uri(file: Path) -> str:
-    """The address of a SQLite file. A path alone will not do: `?` would end it, and `%20` would be a blank.
-
-    With the driver named where anything is encoded: for `sqlite:///` MLflow makes the folder that the encoded path is.
-    """
-    path = str(file.parent.resolve() / file.name)
-    encoded = quote(path, safe=_PLAIN)
-    return f"sqlite:///{path}" if encoded == path else f"sqlite+pysqlite:///{encoded}"
 
 
 class Refused(Exception):
     """MLflow refuses, and asking again changes nothing; the text gives the remedy."""
 
 
-class Tracker:
+@dataclass(frozen=True)
+class Plan:
+    """What a launch is about. cells: those it may compute, by key. grid: the keys of the whole grid they belong to.
+
+    view: how MLflow shows it, by the name `title`.
+    """
+
+    cells: Mapping[str, Cell] = field(default_factory=dict)
+    grid: Sequence[str] = ()
+    view: View = field(default_factory=View)
+    title: str = "grid"
+
+    @property
+    def grid_name(self) -> str:
+        """The same for the same grid, whoever launches it; empty without cells."""
+        return digest(sorted(self.grid))[:8] if self.grid else ""
+
+
+class Tracker(CellRuns):
     """Copies the cells of one ledger into one MLflow experiment; `say` prints a line for the user.
 
     Raises UserError for a ledger that MLflow's searches cannot name, and nothing after construction: an unreachable
@@ -106,32 +88,29 @@ class Tracker:
         named: Sequence[str] = (),
         tracked: Sequence[str] = (),
     ) -> None:
-        self.uri, self.ledger, self.claims, self.say = remember(uri), ledger, claims, say
-        _quoted(ledger.store.uri)
-        self._group = f"track-{digest(self.uri)[:8]}"
-        self._artifact_bytes = artifact_mb * 2**20
-        self._named, self._tracked = tuple(named), tuple(tracked)
+        quoted(ledger.store.uri)
+        super().__init__(uri, ledger, claims, artifact_mb=artifact_mb, named=named, tracked=tracked)
+        self.say = say
+        self._plan = Plan()
+        self._parent_params: dict[str, Any] = {}
+        self._parent_tags: dict[str, str] = {}
         self._wanted: dict[str, None] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._left = threading.Event()  # set by `leave`
         self._thread: threading.Thread | None = None
-        self._client: Any = None
-        self._address = ""
-        self._experiment = ""
-        self._parent = ""
+        self._shared_view = ""
         self._down = False
         self._refused = False
         self._ended = False  # `finish` or `leave` was called
-        self._many = False  # more cells than are looked up one by one
-        self._listed = False  # every run of this ledger's cells that was made before is in `run_ids` or `_begun`
-        self._begun: dict[str, str] = {}  # {key: id of a run that a launch left unfinished}
         self._left_out: set[str] = set()  # damaged cells
-        self.run_ids: dict[str, str] = {}
+        self._follow_at = 0.0
+        self._load: _DriverLoad | None = None
 
-    def start(self, parent_params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        """Open the launch's parent run in a thread that then copies whatever `want` names."""
-        self._parent_params, self._parent_tags = dict(parent_params), dict(tags)
+    def start(self, parent_params: Mapping[str, Any], tags: Mapping[str, str], plan: Plan = Plan()) -> None:
+        """Open the launch's parent run in a thread that then follows cells and copies whatever `want` names."""
+        self._parent_params, self._parent_tags, self._plan = dict(parent_params), dict(tags), plan
+        self._cells, self._grid = plan.cells, plan.grid_name
         self._many = int(parent_params.get("cells", 0)) > _SINGLE_LOOKUPS
         with contextlib.suppress(ImportError):  # MLflow imports it in the thread; Matplotlib fails on one half loaded
             importlib.import_module("IPython")
@@ -140,8 +119,10 @@ class Tracker:
 
     def want(self, keys: Iterable[str]) -> None:
         """Add published cells to those that are copied."""
+        keys = list(keys)
+        self.live.forget(keys)
         with self._lock:
-            self._wanted.update(dict.fromkeys(k for k in keys if k not in self.run_ids))
+            self._wanted.update(dict.fromkeys(k for k in keys if k not in self._finished))
 
     def finish(self, status: str, metrics: Mapping[str, float], files: Sequence[Path], timeout: float = 600.0) -> bool:
         """Copy what is left, close the parent run with its summary and report files; False if MLflow is unreachable."""
@@ -165,7 +146,16 @@ class Tracker:
         except Exception as error:
             self._unreachable(error)
             return False
+        finally:
+            self._say_dropped()
         return not self._wanted
+
+    def _say_dropped(self) -> None:
+        if self.live.dropped:
+            self.say(
+                f"MLflow at {self.uri} was too slow or down: {self.live.dropped} points of curves (live/…) were "
+                "dropped; the cells' own numbers are complete"
+            )
 
     def _worth_another_try(self, error: BaseException) -> bool:
         """Whether a store that answered before may answer again: not a file, unless another launch is writing to it."""
@@ -189,14 +179,16 @@ class Tracker:
                 self.say(
                     f"MLflow: {total - len(self._wanted)} of {total} cells copied; the next launch copies the rest"
                 )
+        self._end_lost()
         self._end_parent(status, metrics, files)
 
     def _end_parent(self, status: str, metrics: Mapping[str, float], files: Sequence[Path]) -> None:
         now = int(time.time() * 1000)
-        self._log_points(self._parent, [(n, v, now, 0) for n, v in metrics.items()])
+        self._log(self._parent, [(n, v, now, 0) for n, v in metrics.items()])
         for file in files:
             self._client.log_artifact(self._parent, str(file), "report")
         self._client.set_terminated(self._parent, status)
+        self._end_followed()
 
     def leave(self, status: str, metrics: Mapping[str, float], seconds: float) -> None:
         """Copy nothing more and close the parent run, if that works within `seconds`; the next launch does the rest.
@@ -227,8 +219,9 @@ class Tracker:
             stopping = self._stop.is_set()
             try:
                 self._open()
+                self._follow()
                 while self._drain() and not self._stop.is_set():
-                    pass
+                    self._follow()
             except Exception as error:
                 self._unreachable(error)
                 if self._refused:
@@ -263,14 +256,18 @@ class Tracker:
             return
         self._experiment = self._connect()
         own = self._end_dead_launches()
+        self._kill_deserted()
         self._parent = own or self._make_parent()
+        with contextlib.suppress(Exception):  # a view is a convenience: the address then carries a search
+            plan = self._plan
+            self._shared_view = share(self._client, self.uri, self._experiment, plan.view, self._grid, plan.title)
         if self._down:
             self.say(f"MLflow at {self.uri} answers again")
             self._down = False
 
     def _connect(self) -> str:
         """Make the client and return the id of the experiment, which is made where there is none."""
-        _quiet_mlflow()
+        quiet_mlflow()
         from mlflow.tracking import MlflowClient
 
         self._address = with_login(self.uri)
@@ -278,7 +275,7 @@ class Tracker:
             os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"] = login
             self._address = self.uri
         name, file = f"plumbline/{self.ledger.sweep}", sqlite_file(self.uri)
-        with contextlib.nullcontext() if file is None else _alone(file):
+        with contextlib.nullcontext() if file is None else alone(file):
             self._client = MlflowClient(self._address)
             found = self._client.get_experiment_by_name(name)
         if found is None:
@@ -300,8 +297,8 @@ class Tracker:
     def _end_dead_launches(self) -> str:
         """Mark open runs of launches that died as KILLED; returns this launch's own open run, empty if it has none."""
         own = ""
-        here = f"tags.`plumbline.ledger` = {_quoted(self.ledger.identifier())} and attributes.status = 'RUNNING'"
-        for run in self._client.search_runs([self._experiment], here):
+        here = f"tags.`plumbline.ledger` = {quoted(self.ledger.identifier())} and attributes.status = 'RUNNING'"
+        for run in self._search(here):
             launch = run.data.tags["plumbline.launch"]
             if launch == self.claims.launch_id:
                 own = run.info.run_id  # made by a call whose answer was lost
@@ -316,42 +313,12 @@ class Tracker:
             "plumbline.kind": "launch",
             "plumbline.launch": launch,
             "plumbline.ledger": self.ledger.identifier(),
+            GRID: self._grid,
             **self._parent_tags,
-            **{f"setting.{name}": str(value)[:_TAG_LENGTH] for name, value in self._parent_params.items()},
+            **{f"setting.{name}": str(value)[:TAG_LENGTH] for name, value in self._parent_params.items()},
         }
         made = self._client.create_run(self._experiment, run_name=f"launch {launch}", tags=tags)
         return str(made.info.run_id)
-
-    def _tag(self, key: str) -> str:
-        """Identifies the run of a cell: the ledger's own name (so that a ledger may be moved), then the cell's key."""
-        return f"{self.ledger.identifier()}/{key}"
-
-    def _look_up(self, keys: Sequence[str] | None) -> None:
-        """Find the runs that exist for these cells (None: all of this ledger's), finished ones and others."""
-        self._look_up_by("plumbline.cell", self._tag(""), keys)
-        if self.ledger.had_no_name:  # copied before ledgers had a name of their own: by address
-            for uri in self.ledger.store.former_uris():
-                self._look_up_by("plumbline.cell_uri", f"{uri}/", keys)
-
-    def _look_up_by(self, tag: str, here: str, keys: Sequence[str] | None) -> None:
-        """Runs whose tag is `here` followed by a key."""
-        kind = "tags.`plumbline.kind` = 'cell'"
-        if keys is None:
-            filters = [f"{kind} and tags.`{tag}` LIKE {_quoted(f'{here}%')}"]
-        else:
-            filters = [f"{kind} and tags.`{tag}` = {_quoted(here + key)}" for key in keys]
-        for text in filters:
-            token = None
-            while True:
-                page = self._client.search_runs([self._experiment], text, max_results=_PAGE, page_token=token)
-                for run in page:
-                    named = run.data.tags[tag]
-                    if named.startswith(here):  # LIKE ignores case and takes `_` for any character
-                        found = self.run_ids if run.info.status == "FINISHED" else self._begun
-                        found[named.removeprefix(here)] = run.info.run_id
-                token = page.token
-                if not token:
-                    break
 
     def _drain(self) -> bool:
         """Copy a chunk of the wanted cells; False where there are none that no other live launch is copying."""
@@ -359,224 +326,137 @@ class Tracker:
             wanted = list(itertools.islice(self._wanted, _CHUNK))
         if not wanted or self._left.is_set():
             return False
-        # claimed first, looked up second: nobody else can make a run for these cells after the look-up
         lapses = self.claims.lapses()
-        ours, _ = self.claims.claim(wanted, self._group)
-        if self._many and not self._listed:
-            self._look_up(None)
-            self._listed = True
-        elif not self._listed or self.claims.shared(self._group):  # else nobody made a run since the listing
-            self._look_up(wanted)
+        ours = self._claimed(wanted)
         try:
-            self._copy_all([key for key in ours if key not in self.run_ids], lapses)
+            self._join_grid(key for key in ours if key in self._finished)
+            self._copy_all([key for key in ours if key not in self._finished], lapses)
         except BaseException:
             self._listed = False  # a run may have been made whose id did not arrive
             raise
         finally:
-            finished = [key for key in wanted if key in self.run_ids]
+            finished = [key for key in wanted if key in self._finished]
             self.claims.done_with(finished, self._group)
             with self._lock:
                 for key in wanted:
                     self._wanted.pop(key, None)
-                over = self.run_ids.keys() | self._left_out
+                over = self._finished.keys() | self._left_out
                 self._wanted.update({key: None for key in wanted if key not in over})
         return bool(finished)
 
     def _copy_all(self, keys: Sequence[str], lapses: int) -> None:
         pool = ThreadPoolExecutor(_WRITERS if sqlite_file(self.uri) is None else 1)
         try:
-            copies = {pool.submit(self._copy, key, self._begun.get(key, ""), lapses): key for key in keys}
+            copies = {pool.submit(self._copy, key, self._begun.get(key), lapses): key for key in keys}
             for copy in as_completed(copies):
                 try:
-                    run_id = copy.result()
+                    run = copy.result()
                 except UserError as error:  # the cell's fault, not MLflow's: the others go on
                     self._left_out.add(copies[copy])
                     self.say(f"not copied to MLflow: {error}")
                     continue
-                if run_id:
-                    self.run_ids[copies[copy]] = run_id
+                if run.id:
+                    self._finished[copies[copy]] = run
                 else:
                     self._listed = False
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _copy(self, key: str, unfinished: str, lapses: int) -> str:
-        """Make the run of a cell, or fill the one that a launch left unfinished; returns its id.
+    def _copy(self, key: str, known: Run | None, lapses: int) -> Run:
+        """`_fill`, unless the launch is about to end."""
+        return Run("") if self._left.is_set() else self._fill(key, known, lapses)
 
-        An empty text where this launch was paused so long (more `lapses` than when it claimed) that another took over,
-        and where it is about to end.
-        """
-        from mlflow.entities import Param, RunTag
+    def _follow(self) -> None:
+        """Bring runs up to what was heard of cells that are computed, in at most a hundredth of the time."""
+        began = time.monotonic()
+        if began < self._follow_at or self._left.is_set():
+            return
+        try:
+            self._still_followed()
+            self._begin_all(self.live.begun(_CHUNK))
+            self._end_lost()
+            self._log_live()
+            self._log_load()
+        except Exception:
+            self._listed = False  # a run may have been made whose id did not arrive
+            raise
+        finally:
+            ended = time.monotonic()
+            self._follow_at = ended + (ended - began) / _FOLLOW_SHARE
 
-        if self._left.is_set():
-            return ""
-        cell = self.ledger.read(key)
-        published = int(cell.meta["published_unix"] * 1000)
-        began = published - int(cell.meta.get("pack_seconds", 0.0) * 1000)
-        tags = self._cell_tags(cell)
-        run_id, place = unfinished, ""
-        if not run_id:
-            made = self._client.create_run(
-                self._experiment, start_time=began, run_name=_name(cell, self._named), tags=tags
-            )
-            run_id, place = made.info.run_id, made.info.artifact_uri
-            away = self.claims.lapses() != lapses or self.claims.overtaken(self._group)
-            if away and self._taken_over(key, run_id):
-                self._client.delete_run(run_id)
-                return ""
-        if unfinished:
-            self._client.log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()])
-        params = [Param(k, str(v)) for k, v in cell.identity.items()]
-        self._log_points(run_id, list(_points(cell, began, published, self._tracked)), params)
-        self._log_files(run_id, place, cell)
-        self._client.set_terminated(run_id, "FINISHED", end_time=published)
-        return run_id
+    def _begin_all(self, heard: Sequence[str]) -> None:
+        keys = [key for key in heard if key in self._cells and key not in self._finished]
+        if keys:
+            lapses = self.claims.lapses()
+            if not self._followed:
+                self._followed_since = lapses
+            for key in self._claimed(keys):
+                if key not in self._finished and (run := self._begin(key, lapses)).id:
+                    self._followed[key] = run
+        self.live.forget(heard)
 
-    def _cell_tags(self, cell: PublishedCell) -> dict[str, str]:
-        """What the run of a cell is found by, where it belongs, and every field of the cell."""
-        return {
-            "plumbline.kind": "cell",
-            "plumbline.cell_key": cell.key,
-            "plumbline.cell": self._tag(cell.key),
-            "plumbline.cell_uri": f"{self.ledger.store.uri}/{cell.key}",
-            "plumbline.version": self.ledger.version,
-            "plumbline.launch": str(cell.meta.get("launch", "")),
-            "plumbline.git_commit": str(cell.meta.get("git_commit", "")),
-            "plumbline.packages": json.dumps(cell.meta.get("packages", {})),
-            "plumbline.hardware": str(cell.meta.get("hardware", "")),
-            "mlflow.parentRunId": self._parent,
-            **{str(k): str(v) for k, v in cell.identity.items()},
-        }
+    def _end_lost(self) -> None:
+        """End the runs of cells that were given up."""
+        heard = self.live.lost()
+        keys = [key for key in heard if key in self._cells and key not in self._finished]
+        if keys:
+            lapses = self.claims.lapses()
+            for key in self._claimed(keys):
+                if key not in self._finished:
+                    self._give_up(key, heard[key], lapses)
+                self._followed.pop(key, None)
+            self.claims.done_with(keys, self._group)
+        self.live.forget(heard)
 
-    def _taken_over(self, key: str, run_id: str) -> bool:
-        """Whether another launch copies the cell, or has made a run of it besides this one."""
-        if not self.claims.claim([key], self._group)[0]:
-            return True
-        place = f"tags.`plumbline.cell` = {_quoted(self._tag(key))}"
-        return any(run.info.run_id != run_id for run in self._client.search_runs([self._experiment], place))
-
-    def _log_points(
-        self, run_id: str, points: Sequence[tuple[str, float, int, int]], params: Sequence[Param] = ()
-    ) -> None:
-        from mlflow.entities import Metric
-
-        first = _BATCH - len(params)  # a call carries so many entries in all
-        rest = [points[i : i + _BATCH] for i in range(first, len(points), _BATCH)]
-        for i, part in enumerate([points[:first], *rest]):
-            metrics = [Metric(*point) for point in part]
-            self._client.log_batch(run_id, metrics=metrics, params=() if i else params)
-
-    def _log_files(self, run_id: str, place: str, cell: PublishedCell) -> None:
-        """Copy the cell's files to the run's artifacts at `place`, the address that MLflow gave (empty: not known)."""
-        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
-        left_out = []
-        with tempfile.TemporaryDirectory() as folder:
-            sizes = file_sizes(cell.meta)
-            for name in cell.files:
-                if sizes.get(name, 0) > self._artifact_bytes:
-                    left_out.append(name)
-                    continue
-                copy = Path(folder, name)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                copy.write_bytes(file_of(cell, name))
-            if left_out:
-                text = "".join(f"{cell.uri}/{name}\n" for name in left_out)
-                Path(folder, "larger_files_in_ledger.txt").write_text(text, encoding="utf-8")
-            if place:  # the client would request the whole run first, only to learn the same address
-                get_artifact_repository(place, tracking_uri=self._address).log_artifacts(folder)
-            else:
-                self._client.log_artifacts(run_id, folder)
+    def _log_load(self) -> None:
+        """What the launch's own machine is busy with, every CURVE_SECONDS, as measured by MLflow's monitors."""
+        if self._load is None:
+            self._load = _DriverLoad(self._parent, self._address)
+        if entries := self._load.due():
+            self._log(self._parent, entries)
 
     def runs_link(self) -> str:
-        """Short address that opens MLflow on the runs of this launch; empty where MLflow was never reached.
+        """Short address that opens MLflow on the runs of this launch's grid; empty where MLflow was never reached.
 
         The host is that of `make ui` where the store is a file.
         """
         if not self._experiment:
             return ""
-        search = quote(f"tags.`plumbline.launch` = {_quoted(self.claims.launch_id)}", safe="")
-        return f"{self._base}/#/experiments/{self._experiment}/runs?searchFilter={search}"
-
-    @property
-    def _base(self) -> str:
-        """Address of MLflow's pages."""
-        return self.uri.rstrip("/") if self.uri.startswith("http") else "http://127.0.0.1:5000"
+        if self._grid:
+            return runs_address(pages(self.uri), self._experiment, self._grid, self._shared_view)
+        search = quote(f"tags.`plumbline.launch` = {quoted(self.claims.launch_id)}", safe="")
+        return f"{pages(self.uri)}/#/experiments/{self._experiment}/runs?searchFilter={search}"
 
     def compare_link(self, keys: Sequence[str]) -> str:
         """Address of MLflow's compare page for the runs of these cells (the first hundred)."""
-        runs = [self.run_ids[k] for k in keys if k in self.run_ids][:_COMPARE_RUNS]
+        runs = [self._finished[k].id for k in keys if k in self._finished][:_COMPARE_RUNS]
         experiments = quote(json.dumps([self._experiment]))
-        return f"{self._base}/#/compare-runs?runs={quote(json.dumps(runs))}&experiments={experiments}"
+        return f"{pages(self.uri)}/#/compare-runs?runs={quote(json.dumps(runs))}&experiments={experiments}"
 
 
-def _quiet_mlflow() -> None:
-    """Have MLflow give up soon on a server that is unreachable, and print no lines of its own."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+class _DriverLoad:
+    """MLflow's monitors of CPU, memory, disk, network and GPUs, without its thread, which would ask the server."""
 
+    def __init__(self, run_id: str, address: str) -> None:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-def _alone(file: Path) -> contextlib.AbstractContextManager[Any]:
-    """A lock for the first call on a SQLite file, which makes its tables: two launches doing so at once break them.
+        self._monitor = SystemMetricsMonitor(run_id, tracking_uri=address)
+        self._monitor.collect_metrics()  # the first begins the time that the next is about
+        self._clear()
+        self._began = self._last = time.monotonic()
 
-    Raises sqlite3.Error where the file cannot be written.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(file.parent / "mlflow.db.lock")
-    _open_once(file)
-    return lock
+    def _clear(self) -> None:
+        for monitor in self._monitor.monitors:
+            monitor.clear_metrics()
 
-
-def _open_once(file: Path) -> None:
-    """Open and lock a SQLite file for writing; raises sqlite3.Error.
-
-    MLflow asks ten times with growing pauses, nearly two minutes in all, whatever is wrong with a file.
-    """
-    with contextlib.closing(sqlite3.connect(file, timeout=60.0, isolation_level=None)) as database:
-        database.execute("BEGIN IMMEDIATE")
-        database.execute("ROLLBACK")
-
-
-def _quoted(text: str) -> str:
-    """A text as MLflow's search filters take it; raises UserError for one with both kinds of quotes."""
-    if "'" not in text:
-        return f"'{text}'"
-    if '"' in text:
-        raise UserError(f"storage {text} has both ' and \" in its path, which MLflow cannot search; choose one without")
-    return f'"{text}"'
-
-
-def _name(cell: PublishedCell, named: Sequence[str]) -> str:
-    """`pythia-70m mid layer=3 k=8 seed=0 tokens=10000000`: texts bare, all else with the field's name."""
-    shown = {name: cell.identity[name] for name in named if name in cell.identity}
-    bare = {name for name, value in shown.items() if isinstance(value, str)} - {"text"}
-    return " ".join(str(v) if name in bare else f"{name}={v}" for name, v in shown.items()) or cell.key
-
-
-def _points(
-    cell: PublishedCell, began: int, published: int, tracked: Sequence[str]
-) -> Iterable[tuple[str, float, int, int]]:
-    """(name, value, time in ms, step): rows with a `step` are curves; `codebook_nll/ema/codebook 2` has `tracked` ones.
-
-    Rows with other parameters stay in the ledger.
-
-    A curve's points are spread evenly over the pack's time, since rows do not record it: MLflow's pages open on
-    time as the x axis, where points of one moment would lie on one vertical line.
-    """
-    rows = cell.rows
-    last = max(1.0, float(rows["step"].max())) if "step" in rows.columns and rows["step"].notna().any() else 1.0
-    parameters = [c for c in rows.columns if c not in ("metric", "value", "unit", "step")]
-    shown = set(tracked)
-    for record in rows.to_dict("records"):
-        given = {p: record[p] for p in parameters if record[p] is not None and record[p] == record[p]}
-        if not given.keys() <= shown or record["value"] != record["value"]:
-            continue
-        values = {p: v if isinstance(v, str) else f"{p} {v:g}" for p, v in given.items()}
-        name = "/".join([record["metric"], *(values[p] for p in tracked if p in values)])
-        step = record.get("step")
-        if step is None or step != step:
-            yield name, record["value"], published, 0
-        else:
-            yield name, record["value"], int(began + (published - began) * step / last), int(step)
+    def due(self) -> list[tuple[str, float, int, int]]:
+        """(name, value, time in ms, step) entries, the step in seconds; none where the last are too recent."""
+        now = time.monotonic()
+        if now - self._last < CURVE_SECONDS:
+            return []
+        self._last = now
+        self._monitor.collect_metrics()
+        found = self._monitor.aggregate_metrics()
+        self._clear()
+        at = int(time.time() * 1000), int(now - self._began)
+        return [(f"system/{name}", float(value), *at) for name, value in found.items()]

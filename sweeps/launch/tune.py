@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import shutil
 import tempfile
 import zlib
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, cast
 
 from sweeps.core import limits as process_limits
-from sweeps.core.cells import Cell, CellT, Pack, described, varying
+from sweeps.core.cells import Cell, CellT, Pack
 from sweeps.core.machine import HEADROOM, prepare_process
 from sweeps.core.settings import RunSettings
-from sweeps.launch.context import PackContext, Place
+from sweeps.launch.context import NEWS, PackContext, Place
 from sweeps.launch.failure import SYSTEM_ERROR, death, last_failure, refusal, settle
 from sweeps.launch.pack_queue import Queue
 from sweeps.launch.same_code import other_code
@@ -29,7 +27,6 @@ from sweeps.ledger.ledger import Ledger
 from sweeps.ledger.logins import VARIABLE as LOGINS
 from sweeps.ledger.logins import without_password
 
-_SAID = 3  # cells that are named when they fail, of each reason
 _BUCKETS = 64  # objects that the packs of a launch travel in
 _TUNE = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -58,13 +55,13 @@ class Job(Generic[CellT, PresetT]):
 
 
 def run_packs(
-    job: Job[CellT, PresetT], queue: Queue, board: Board, published: Callable[[list[str]], None]
+    job: Job[CellT, PresetT], queue: Queue, board: Board, heard: Callable[[Mapping[str, Any]], None]
 ) -> dict[str, str]:
     """Run packs as Tune trials; returns {pack name: error line} of those that crashed more than `max_retries` times
     without a cell or a checkpoint in between.
 
-    A pack is taken from the queue when there is room for it. `published` is told the keys of cells as packs report
-    them.
+    A pack is taken from the queue when there is room for it. `heard` gets what is new of cells (`context.NEWS`) as
+    packs report it; it must not block.
 
     Raises KeyboardInterrupt when the user stops it; published cells and checkpoints stay.
     """
@@ -102,7 +99,7 @@ def run_packs(
                 storage_path=folder,
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=job.run.max_retries),
-                callbacks=[_board_callback(_Attempts(board, by_name, published, errors, job.run.max_retries))],
+                callbacks=[_board_callback(_Attempts(board, by_name, heard, errors, job.run.max_retries))],
             ),
         ).fit()
         return errors
@@ -202,47 +199,25 @@ class _Attempts:
 
     board: Board
     packs: Mapping[str, Pack]
-    published: Callable[[list[str]], None]
+    news: Callable[[Mapping[str, Any]], None]
     errors: dict[str, str]
     max_retries: int
     reached: dict[str, str] = field(default_factory=dict)  # by each pack: the last progress that was heard of
-    reasons: Counter[str] = field(default_factory=Counter)  # of cells that failed
 
     def heard(self, trial: Any, progress: Mapping[str, Any]) -> None:
         """A pack reports."""
         name, state = trial.config["pack"], dict(progress)
         for line in state.pop("notes", []):
             self.board.say(f"{name}: {line}")
-        if keys := state.pop("keys", None):
-            self.published(keys)
+        if news := {name: state.pop(name) for name in NEWS if name in state}:
+            self.news(news)
         place = state.pop("reached", "")
         if place and place != self.reached.get(name):
             self.reached[name] = place
             trial.max_failures = trial.num_failures + self.max_retries
         if line := state.pop("refused", None):
             self.errors[name] = line
-        for key, reason in state.pop("failures", []):
-            self.tell_failure(key, reason)
-        self.board.update(name, state, len(self.packs[name].cells))
-
-    def tell_failure(self, key: str, reason: str) -> None:
-        """Print which cell failed and why, the first few that fail for one reason; the launch's end lists them."""
-        before = self.reasons[reason]
-        self.reasons[reason] += 1
-        if before < _SAID:
-            cell = self.cells[key]
-            self.board.say(f"failed {key} {described(cell, self.differing)}: {reason}")
-        elif before == _SAID:
-            self.board.say(f"more cells fail for the same reason ({reason}); all are counted at the end")
-
-    @functools.cached_property
-    def cells(self) -> dict[str, Cell]:
-        return {cell.key: cell for pack in self.packs.values() for cell in pack.cells}
-
-    @functools.cached_property
-    def differing(self) -> list[str]:
-        """Names of the fields in which the cells differ."""
-        return varying(list(self.cells.values()))[0]
+        self.board.update(name, state)
 
     def ended(self, trial: Any, outcome: str) -> str:
         """Print why an attempt ended and what follows; returns the reason.

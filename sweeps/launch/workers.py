@@ -13,6 +13,7 @@ import os
 import tempfile
 import threading
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from typing import Any
@@ -46,6 +47,7 @@ from sweeps.launch.sweep import PresetT
 from sweeps.ledger.logins import VARIABLE as LOGINS
 
 _RELAY_SECONDS = 1.0
+_POINTS = 500  # points of curves that wait for the trial's next look
 _ENVIRONMENT = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -307,13 +309,22 @@ class _Board:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._lists: dict[str, list[Any]] = {name: [] for name in NEWS}
+        self._lists: dict[str, list[Any]] = {name: [] for name in NEWS if name != "points"}
+        self._points: deque[Any] = deque(maxlen=_POINTS)
+        self._points_told = 0
 
     def put(self, state: Mapping[str, Any]) -> None:
-        """Replace the state; lists of news only grow, so that none is lost between two looks."""
+        """Replace the state; lists of news only grow, so that none is lost between two looks.
+
+        Of the points of curves the last _POINTS are kept, with the number of all so far.
+        """
         for name, items in self._lists.items():
             items += state.get(name, [])
-        self._write("state", dict(state) | self._lists)
+        points = state.get("points", [])
+        self._points.extend(points)
+        self._points_told += len(points)
+        kept = {"points": list(self._points), "points_told": self._points_told}
+        self._write("state", dict(state) | self._lists | kept)
 
     def state(self) -> dict[str, Any]:
         return self._read("state") or {}
@@ -346,10 +357,13 @@ def _relay(board: _Board, context: PackContext) -> Iterator[None]:
         state = board.state()
         if not state or state == seen:
             return
-        news = {name: state[name][len(seen.get(name, [])) :] for name in NEWS}
+        news = {name: state[name][len(seen.get(name, [])) :] for name in NEWS if name != "points"}
+        fresh = state["points_told"] - seen.get("points_told", 0)
+        news["points"] = state["points"][-fresh:] if fresh else []
         seen.clear()
         seen.update(state)
-        context.progress(force=True, **(state | news))
+        told = {name: value for name, value in (state | news).items() if name != "points_told"}
+        context.progress(force=True, **told)
 
     def watch() -> None:
         told = False

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from types import MappingProxyType
 
 from sweeps.core.cells import Estimate, Pack, PublishedCell, UserError
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
 from sweeps.launch.context import PackContext
+from sweeps.launch.first_view import Chart, View
 from sweeps.launch.sweep import BY_CHANCE, Sweep
 from sweeps.sae.cells import Grid, SAECell
 from sweeps.sae.lms import spec_of
@@ -29,9 +29,20 @@ class ProxyGap(Sweep[SAECell, Grid]):
         ("models", "stream", "context", "eval_sequences", "lm_dtype", "drop_positions", "max_norm_multiple"),
         "its trials would be scored on another model or other tokens",
     )
+    view = View(
+        params=("model", "depth", "layer", "k", "seed", "tokens"),
+        metrics=("ce_rec", "r2", "r2_no_sinks", "cosine", "nmse", "swd", "abs_gdelta"),
+        charts=(
+            Chart("CE_rec against R²", "scatter", "ce_rec", "r2"),
+            Chart("CE_rec against R² without sinks", "scatter", "ce_rec", "r2_no_sinks"),
+            Chart("CE_rec by k", "scatter", "ce_rec", "k", x_param=True),
+            Chart("CE_rec by model", "scatter", "ce_rec", "model", x_param=True),
+            Chart("Loss over tokens", "line", "train_loss"),
+            Chart("Loss over tokens, as it is trained", "line", "live/train_loss"),
+        ),
+    )
     default_preset = "local"
     presets = PRESETS
-    follow_up = MappingProxyType({"local": "smollm2"})
 
     def plan(self, preset: Grid) -> Sequence[SAECell]:
         cells: list[SAECell] = []

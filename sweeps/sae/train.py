@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from data.token_stream import CorruptShard
-from models.sae.trainer import SAEBank, SAEConfig, SparseTrainer
+from models.sae.trainer import SAEBank, SAEConfig, SparseTrainer, StepStats
 from sweeps.core.cells import Row, UserError, digest
 from sweeps.core.machine import hardware, user_cache
 from sweeps.launch.context import PackContext
@@ -192,6 +192,7 @@ class _PackRun:
         self._save_took = 0.0
         self._began = (time.monotonic(), 0)
         self._best = float("-inf")
+        self._rate = float("nan")
 
     def go(self) -> None:
         self.evaluation = Evaluation(self.lm, self.stream, self.layers, self.first, self.context)
@@ -200,6 +201,7 @@ class _PackRun:
         self._finish_due()
         if not self.trajectories:
             return
+        self.context.begin(*(cell for t in self.trajectories for cell in t.cells))
         step = min(t.step_count for t in self.trajectories)
         self._began = (time.monotonic(), step)
         for block, index, acts_ND in self._blocks():
@@ -286,10 +288,24 @@ class _PackRun:
                     continue
                 except ValueError as error:
                     raise UserError(str(error)) from error
+                self._show(t, trainer, stats)
                 if stats.step % max(1, 2 ** (stats.step.bit_length() - 1) // _CURVE_POINTS) == 0:
                     t.curves.setdefault(budget, []).append((stats.step, stats.loss, stats.grad_norm, stats.dead))
             t.block = block
         self._forget_finished()
+
+    def _show(self, t: Trajectory, trainer: SparseTrainer, stats: StepStats) -> None:
+        """Tell MLflow of a step: of the trunk for every cell that has not left it."""
+        values = {
+            "train_loss": stats.loss,
+            "train_grad_norm": stats.grad_norm,
+            "train_dead": stats.dead,
+            "learning_rate": stats.lr,
+            "tokens_per_second": self._rate,
+        }
+        for cell in t.cells:
+            if t.trainer_of(cell) is trainer:
+                self.context.curve(cell, stats.step * cell.batch_tokens, values)
 
     def _finish_due(self) -> None:
         """Evaluate and publish the cells whose budget is reached; forget SAEs with no cell left."""
@@ -331,7 +347,7 @@ class _PackRun:
 
     def _tell(self, step: int) -> None:
         then, start = self._began
-        rate = (step - start) * self.batch / max(1e-6, time.monotonic() - then)
+        self._rate = rate = (step - start) * self.batch / max(1e-6, time.monotonic() - then)
         self.context.progress(
             done=step * self.batch,
             total=self._last * self.batch,

@@ -42,7 +42,7 @@ def run_pack(cells: Sequence[TopologyCell], preset: Audit, context: PackContext)
     own = _Representations(Sources(preset), context)
     for done, cell in enumerate(cells, start=1):
         context.check_stop()
-        context.progress(force=True, phase=f"{cell.table} {cell.representation}")
+        context.begin(cell, phase=f"{cell.table} {cell.representation}")
         try:
             if isinstance(cell, MemberCell):
                 own.member(cell)
@@ -82,15 +82,20 @@ class _Representations:
         """Train and publish a member; on a table without labels, one that was trained on the curated table."""
         rows, own = self.sources.training_table(cell.table), self.sources.table(cell.table)
         self.context.progress(force=True, phase=f"training {cell.representation}")
+
+        def progress(epoch: int, auroc: float) -> None:
+            self.context.curve(cell, epoch, {"auroc_val": auroc})
+            self.context.progress(
+                phase=f"training {cell.representation}, epoch {epoch}/{cell.epochs}, validation AUROC {auroc:.3f}"
+            )
+
         result = train_member(
             rows.smiles,
             rows.labels_NL,
             cell.member,
             epochs=cell.epochs,
             threads=self.context.threads,
-            progress=lambda epoch, auroc: self.context.progress(
-                phase=f"training {cell.representation}, epoch {epoch}/{cell.epochs}, validation AUROC {auroc:.3f}"
-            ),
+            progress=progress,
         )
         out = [
             Row("auroc_test", result.auroc_test),
@@ -127,6 +132,7 @@ def _diagrams(cell: DiagramCell, own: _Representations, context: PackContext) ->
         ]
         if cell.null == OBSERVED:
             out.append(Row("h1_top1_quantile", top1_quantile(pairs_P2, distance_nn), "share of distances", at))
+        context.curve(cell, draw + 1, {"h1_top1": float(length_P.max(initial=0.0))})
         context.progress(phase=f"{cell.representation} {cell.null} draw {draw + 1}")
     out.append(Row("h1_top1_mean", float(np.mean([r.value for r in out if r.metric == "h1_top1"])), "distance"))
     lengths = np.array([len(p) for p in diagrams])

@@ -9,6 +9,7 @@ from sweeps.core.cells import Estimate, Pack, PublishedCell
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
 from sweeps.launch.context import PackContext
+from sweeps.launch.first_view import Chart, View
 from sweeps.launch.sweep import Sweep
 from sweeps.topology.cells import Audit, TopologyCell
 from sweeps.topology.presets import PRESETS
@@ -27,6 +28,25 @@ class OdorTopology(Sweep[TopologyCell, Audit]):
     fixed = dict.fromkeys(
         ("study", "table", "table_path", "blank_labels", "clouds", "embedding", "runs", "draws", "splits"),
         "its trials would answer another question",
+    )
+    view = View(
+        params=("kind", "table", "representation", "metric", "null", "run"),
+        metrics=("h1_top1_mean", "auroc_test", "utility_gain/label_jaccard/ridge", "utility_delta/label_jaccard/ridge"),
+        charts=(
+            Chart(
+                "Largest H1 persistence by representation", "scatter", "h1_top1_mean", "representation", x_param=True
+            ),
+            Chart("Largest H1 persistence, observed and nulls", "scatter", "h1_top1_mean", "null", x_param=True),
+            Chart(
+                "What topology adds to geometry, by representation",
+                "scatter",
+                "utility_gain/label_jaccard/ridge",
+                "representation",
+                x_param=True,
+            ),
+            Chart("Held-out AUROC of the odor models", "bar", "auroc_test"),
+            Chart("Validation AUROC, as it is trained", "line", "live/auroc_val"),
+        ),
     )
     default_preset = "audit"
     presets = PRESETS

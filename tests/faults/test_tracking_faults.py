@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from fault_rig import PATIENCE, Survived, wait_for
-from fault_sweeps import assert_tracked
-from fault_warm import MakeBench, References
+from fault_sweeps import assert_tracked, results
+from fault_warm import Bench, MakeBench, References
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -71,16 +71,53 @@ def test_down_for_a_whole_launch(bench: MakeBench, reference: References, surviv
 def test_server_comes_back_and_dies_again(
     bench: MakeBench, reference: References, survived: Survived, database: Path
 ) -> None:
-    here = bench("odor_topology")
+    """Killed while one launch copies cells that another server missed, and one follows a cell that it computes."""
+    here, slow = bench("odor_topology"), bench("toy", place="slow", seconds=1.0, n="0,1,2")
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
     assert here.launch(uri=uri) == 0, here.output()
     expected = reference("odor_topology")
     with server(here.folder, database, port):
-        running = here.start(uri=uri)
+        running, following = here.start(uri=uri), slow.start(uri=uri)
         wait_for(lambda: (here.folder / "server" / "artifacts").is_dir(), PATIENCE)  # the first cell is being copied
+        wait_for(lambda: statuses(slow, uri), PATIENCE)
     assert here.wait(running, 2 * PATIENCE) == 0, here.output()
+    assert slow.wait(following, 2 * PATIENCE) == 0, slow.output()
+    assert "does not answer" in slow.output()
     with server(here.folder, database, port):
-        assert here.launch(uri=uri) == 0, here.output()
+        for launch in (here, slow):
+            assert launch.launch(uri=uri) == 0, launch.output()
         assert_tracked(here.tiny, uri, here.ledger.store.uri, expected, here.count)
+        assert_tracked(slow.tiny, uri, slow.ledger.store.uri, results(slow.ledger), slow.count)
     survived.add("MLflow down", "server away, back, killed while cells are copied, back", "odor_topology", n=2)
+    survived.add("MLflow down", "server killed while a cell is followed, back", "toy")
+
+
+def statuses(here: Bench, uri: str = "") -> set[str]:
+    """Of the cells' runs, after checking that no cell has two; nothing before the first launch has made its own."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(uri or here.uri)
+    experiment = client.get_experiment_by_name(f"plumbline/{here.tiny.name}")
+    if experiment is None:
+        return set()
+    runs = client.search_runs([experiment.experiment_id], "tags.`plumbline.kind` = 'cell'")
+    keys = [run.data.tags["plumbline.cell_key"] for run in runs]
+    assert len(set(keys)) == len(keys)
+    return {run.info.status for run in runs}
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_a_driver_killed_while_its_cells_are_followed(bench: MakeBench, survived: Survived, at_once: int) -> None:
+    """kill -9 leaves their runs open; the same command again continues them and makes no other."""
+    here = bench("toy", seconds=2.0, n="0,1,2,3")
+    running = [here.start() for _ in range(at_once)]
+    wait_for(lambda: "RUNNING" in statuses(here), PATIENCE, pause=0.1)
+    for pid in running:
+        os.kill(pid, signal.SIGKILL)
+        here.wait(pid)
+    assert "RUNNING" in statuses(here)
+    assert here.launch() == 0, here.output()
+    assert statuses(here) == {"FINISHED"}
+    here.check(results(here.ledger))
+    survived.add("driver killed", f"kill -9 while {at_once} at once follow their cells in MLflow", "toy", n=at_once)

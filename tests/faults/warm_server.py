@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-_CALLS = ("create_run", "log_batch", "log_artifacts", "log_artifact", "set_terminated")
+_CALLS = ("create_run", "update_run", "log_batch", "log_artifacts", "log_artifact", "set_terminated", "set_tag")
 
 
 def _serve() -> None:
@@ -89,13 +89,13 @@ def _launch(order: dict[str, Any]) -> int:
 
 
 def _in_process(
-    job: Any, queue: Any, board: Any, published: Callable[[list[str]], None] = lambda keys: None
+    job: Any, queue: Any, board: Any, heard: Callable[[dict[str, Any]], None] = lambda news: None
 ) -> dict[str, str]:
     from sweeps.launch.failure import one_line
     from sweeps.launch.tune import run_one
 
     def report(result: dict[str, Any]) -> None:
-        published(result["progress"].get("keys", []))
+        heard(result["progress"])
 
     errors = {}
     while (pack := queue.next()) is not None:

@@ -87,7 +87,7 @@ def work(cells: Sequence[Square], preset: Toy, context: PackContext) -> None:
         if preset.scratch:
             with open(Path(preset.scratch, f"{cell.n}.tries"), "a") as f:
                 f.write("x")
-        context.progress(force=True, cell=cell.key)
+        context.begin(cell, cell=cell.key)
         if cell.n in preset.deadly:
             os.kill(os.getpid(), signal.SIGKILL)
         if cell.n in preset.bad:
@@ -99,6 +99,7 @@ def work(cells: Sequence[Square], preset: Toy, context: PackContext) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
         context.check_stop()
         time.sleep(preset.seconds)
+        context.curve(cell, 1, {"half": cell.n**2 / 2})
         rows = [Row("square", cell.n**2), Row("curve", 1.0, params={"step": 1})]
         context.publish(cell, rows, {"value.txt": str(cell.n**2).encode()})
         context.progress(done=done + 1, total=len(cells), best=float(cell.n**2))

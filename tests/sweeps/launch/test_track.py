@@ -14,7 +14,9 @@ import pytest
 
 from benchmarks import scale
 from sweeps.core.cells import PublishedCell, UserError
-from sweeps.launch.tracking import Tracker, _name, _points, _quoted, default_uri, normal_uri, sqlite_file
+from sweeps.launch.cell_runs import Run, points, run_name
+from sweeps.launch.mlflow_store import default_uri, normal_uri, quoted, sqlite_file
+from sweeps.launch.tracking import Tracker
 from sweeps.ledger.claims import Claims
 from sweeps.ledger.ledger import Ledger
 from tests.sweeps.mlflow_runs import runs_of_cells
@@ -54,10 +56,10 @@ class Slow(Tracker):
         super().__init__(*arguments, **named)
         self.copying, self.go_on = threading.Event(), threading.Event()
 
-    def _copy(self, key: str, unfinished: str, lapses: int) -> str:
+    def _copy(self, key: str, known: Run | None, lapses: int) -> Run:
         self.copying.set()
         assert self.go_on.wait(60)
-        return super()._copy(key, unfinished, lapses)
+        return super()._copy(key, known, lapses)
 
 
 def held_in_a_copy(ledger: Ledger, said: list[str] | None = None) -> Slow:
@@ -74,7 +76,7 @@ def test_texts_with_quotes_are_found_as_they_are(ledger: Ledger) -> None:
     from mlflow.utils.search_utils import SearchUtils
 
     for text in ("/a b/c_%d", "/o'b", "/o'b/d'e", '/x"y'):
-        assert [f["value"] for f in SearchUtils.parse_search_filter(f"tags.x = {_quoted(text)}")] == [text]
+        assert [f["value"] for f in SearchUtils.parse_search_filter(f"tags.x = {quoted(text)}")] == [text]
     both = Ledger(f"{ledger.store.root}/'\"", "scale", "1")
     with pytest.raises(UserError, match="has both ' and \" in its path"):
         Tracker("sqlite:///x.db", both, Claims(ledger.store), artifact_mb=1.0, say=print)
@@ -95,9 +97,9 @@ def test_rows_with_tracked_parameters_are_metrics_and_others_stay_in_the_ledger(
     )
     cell = PublishedCell("key", {}, rows, (), "uri", {})
     loss = [("loss", 3.0, 1500, 5), ("loss", 2.0, 2000, 10)]
-    assert list(_points(cell, 1000, 2000, ())) == loss
+    assert list(points(cell, 1000, 2000, ())) == loss
     with_parameters = [("nll/ema", 1.5, 2000, 0), ("nll/ema/codebook 2", 1.25, 2000, 0)]
-    assert list(_points(cell, 1000, 2000, ("weights", "codebook"))) == loss + with_parameters
+    assert list(points(cell, 1000, 2000, ("weights", "codebook"))) == loss + with_parameters
 
 
 def test_the_end_does_not_copy_what_the_thread_is_copying(ledger: Ledger) -> None:
@@ -281,6 +283,6 @@ def test_names_tell_the_runs_of_a_preset_apart(sweep: str, preset: str) -> None:
     study: Any = importlib.import_module(f"sweeps.{sweep}").SWEEP
     cells = study.plan(study.presets[preset])
     published = [PublishedCell(c.key, c.identity(), pd.DataFrame(), (), "", {}) for c in cells]
-    names = Counter(_name(cell, study.named) for cell in published)
+    names = Counter(run_name(cell.key, cell.identity, study.named) for cell in published)
     assert max(names.values()) == 1, names.most_common(3)
     assert not names.keys() & {c.key for c in cells}

@@ -1,0 +1,92 @@
+"""Where MLflow keeps its runs: the store's address, the first call on a file, the texts that its searches take."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import sqlite3
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+import filelock
+
+from sweeps.core.cells import UserError
+
+_PLAIN = "/!$&'()*+,;=:@"  # characters of a path that need no percent-encoding in an address
+
+
+def default_uri() -> str:
+    """The tracking store used when none is named: a SQLite file under runs/."""
+    return _sqlite_uri(Path("runs/mlflow.db"))
+
+
+def normal_uri(uri: str) -> str:
+    """The address; a SQLite file's path is made absolute, since MLflow keeps no artifacts next to a relative one."""
+    file = sqlite_file(uri)
+    if file is None or (file.is_absolute() and "%" not in uri):
+        return uri
+    options = uri.partition("?")[2]
+    return _sqlite_uri(file) + (f"?{options}" if options else "")
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file of a SQLite store, percent-encoding undone as SQLAlchemy does it; None for another kind of store."""
+    found = re.match(r"sqlite(?:\+\w+)?:///([^?]+)", uri)
+    return Path(unquote(found[1])) if found else None
+
+
+def _sqlite_uri(file: Path) -> str:
+    """The address of a SQLite file. A path alone will not do: `?` would end it, and `%20` would be a blank.
+
+    With the driver named where anything is encoded: for `sqlite:///` MLflow makes the folder that the encoded path is.
+    """
+    path = str(file.parent.resolve() / file.name)
+    encoded = quote(path, safe=_PLAIN)
+    return f"sqlite:///{path}" if encoded == path else f"sqlite+pysqlite:///{encoded}"
+
+
+def quiet_mlflow() -> None:
+    """Have MLflow give up soon on a server that is unreachable, and print no lines of its own."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")  # its import would set its own
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def alone(file: Path) -> contextlib.AbstractContextManager[Any]:
+    """A lock for the first call on a SQLite file, which makes its tables: two launches doing so at once break them.
+
+    Raises sqlite3.Error where the file cannot be written.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(file.parent / "mlflow.db.lock")
+    _open_once(file)
+    return lock
+
+
+def _open_once(file: Path) -> None:
+    """Open and lock a SQLite file for writing; raises sqlite3.Error.
+
+    MLflow asks ten times with growing pauses, nearly two minutes in all, whatever is wrong with a file.
+    """
+    with contextlib.closing(sqlite3.connect(file, timeout=60.0, isolation_level=None)) as database:
+        database.execute("BEGIN IMMEDIATE")
+        database.execute("ROLLBACK")
+
+
+def quoted(text: str) -> str:
+    """A text as MLflow's search filters take it; raises UserError for one with both kinds of quotes."""
+    if "'" not in text:
+        return f"'{text}'"
+    if '"' in text:
+        raise UserError(f"storage {text} has both ' and \" in its path, which MLflow cannot search; choose one without")
+    return f'"{text}"'
+
+
+def pages(uri: str) -> str:
+    """Address of MLflow's pages: the server's own, or that of `make ui` where the store is a file."""
+    return uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
