@@ -9,12 +9,18 @@ import pandas as pd
 
 from analysis.markdown import table
 from analysis.search import plots
+from analysis.search.importance import importances
 from analysis.search.trials import Axis, Goal, StudyTable, edges
 
 _SHOWN = 10  # trials listed per study; all are in trials.parquet
 _CHOSEN_NOTE = (
     "The value is the one by which the setting was chosen among the trials, so it flatters the setting: a fresh "
     "training at the same setting is to be expected a little worse."
+)
+
+_IMPORTANCE_NOTE = (
+    "Functional ANOVA of a random forest fitted to the trials, over the whole space: a field that matters only near "
+    "the best settings has a small share. The trials were chosen by the search, so shares are rough."
 )
 
 
@@ -38,12 +44,47 @@ def write_report(evidence: Evidence, out: Path) -> list[str]:
     parts += _warnings(evidence, lines)
     plots.progress(evidence.studies, evidence.goals[0], out / "progress.png")
     parts += ["## Budget spent and best found", "![best value against trials](progress.png)"]
-    for study in evidence.studies:
-        parts += [f"## Trials{f' of {study.group}' if study.group else ''}", _trials(evidence, study)]
+    for i, study in enumerate(evidence.studies):
+        parts += _study(evidence, study, f"-{i}" if len(evidence.studies) > 1 else "", out)
     everything = [s.trials.assign(group=s.group) for s in evidence.studies]
     pd.concat(everything, ignore_index=True).to_parquet(out / "trials.parquet", index=False)
     (out / "report.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     return lines
+
+
+def _study(evidence: Evidence, study: StudyTable, end: str, out: Path) -> list[str]:
+    """Sections on one study, its figures written with `end` after their names."""
+    of = f" of {study.group}" if study.group else ""
+    parts: list[str] = []
+    goal, done = evidence.goals[0], study.trials[study.trials["state"] == "done"]
+    if len(evidence.goals) > 1 and study.trials["allowed"].any():
+        plots.pareto(study, evidence.goals, out / f"pareto{end}.png")
+        parts += [f"## Pareto front{of}", _front(evidence, study), f"![Pareto front](pareto{end}.png)"]
+    parts.append(f"## What matters{of}")
+    order = list(evidence.axes)
+    try:
+        shares = importances(study, evidence.axes, goal)
+    except ValueError as error:
+        parts.append(f"Importance of the fields: – ({error}).")
+    else:
+        order = sorted(evidence.axes, key=lambda a: -shares[a.field])
+        rows = [[a.field, f"{shares[a.field]:.2f}"] for a in order]
+        parts += [table(["field", f"share of {goal.column}'s variance"], rows), _IMPORTANCE_NOTE]
+    if len(done):
+        plots.slices(study, evidence.axes, goal, out / f"slices{end}.png")
+        parts.append(f"![{goal.column} against each field](slices{end}.png)")
+    if len(done) and len(order) > 1:
+        if plots.contour(study, (order[0], order[1]), goal, out / f"contour{end}.png") is not None:
+            parts.append(f"![{goal.column} over {order[0].field} and {order[1].field}](contour{end}.png)")
+        plots.parallel(study, evidence.axes, goal, out / f"parallel{end}.png")
+        parts.append(f"![all fields of every trial](parallel{end}.png)")
+    return [*parts, f"## Trials{of}", _trials(evidence, study)]
+
+
+def _front(evidence: Evidence, study: StudyTable) -> str:
+    names = [*(a.field for a in evidence.axes), *(g.column for g in evidence.goals)]
+    front = study.front(evidence.goals)
+    return table(["trial", *names], [[str(r["trial"]), *(_text(r[n]) for n in names)] for _, r in front.iterrows()])
 
 
 def _best(evidence: Evidence) -> tuple[str, list[str]]:

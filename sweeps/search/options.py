@@ -9,10 +9,10 @@ from typing import Any
 
 from sweeps.core.cells import UserError, nearest
 from sweeps.search.objective import Condition, Objective, read_conditions, read_objectives
-from sweeps.search.points import SEARCHES
+from sweeps.search.points import SEARCHES, usual_size
 from sweeps.search.space import split_settings
 
-TRIALS, BATCH = 20, 4
+TRIALS = 20
 _NEEDS_SEARCH = ("trials", "objective", "where", "each", "batch", "search_seed")
 
 
@@ -25,7 +25,7 @@ class Asked:
     objectives: tuple[Objective, ...]
     conditions: tuple[Condition, ...] = ()
     trials: int = TRIALS
-    batch: int = BATCH
+    batch: int
     seed: int = 0
     each: str = ""
 
@@ -45,7 +45,7 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--trials", type=int, default=None, metavar="N", help=f"settings to try; default: {TRIALS}")
     group.add_argument("--where", action="append", default=None, metavar="COLUMN>=X", help="a condition to meet")
     group.add_argument("--each", default=None, metavar="FIELD", help="a search of its own for each value of a field")
-    group.add_argument("--batch", type=int, default=None, metavar="N", help=f"settings asked at once; default: {BATCH}")
+    group.add_argument("--batch", type=int, default=None, metavar="N", help="settings asked at once; default: 4")
     group.add_argument("--search-seed", type=int, default=None, metavar="N", help="of the search; default: 0")
 
 
@@ -72,7 +72,7 @@ def read_asked(arguments: argparse.Namespace) -> tuple[list[str], Asked | None]:
         objectives=read_objectives(arguments.objective),
         conditions=read_conditions(arguments.where or ()),
         trials=_at_least(1, "--trials", arguments.trials, TRIALS),
-        batch=_at_least(1, "--batch", arguments.batch, BATCH),
+        batch=_at_least(1, "--batch", arguments.batch, usual_size(arguments.search, len(ranges))),
         seed=_at_least(0, "--search-seed", arguments.search_seed, 0),
         each=arguments.each or "",
     )

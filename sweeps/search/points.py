@@ -1,7 +1,7 @@
 """Where a search looks next: batches of points that follow from the seed and the finished trials before them.
 
 `random`, `qmc` (a scrambled Sobol sequence) and `grid` (in a seeded order) ignore what was found. `tpe` (Optuna's
-tree-structured Parzen estimator, multivariate, with the points of a batch as liars for each other) and `cmaes` (one
+tree-structured Parzen estimator, with the points of a batch as liars for each other) and `cmaes` (one
 generation of CMA-ES a batch) learn from it. Nothing here depends on time, machine, or the order in which trials ended.
 """
 
@@ -54,10 +54,17 @@ def sampler(kind: str, space: Space, seed: int, size: int, objectives: int) -> S
         return Grid(space, seed, size)
     if kind == "tpe":
         return TPE(space, seed, size, objectives)
+    if kind == "cmaes":
+        return CMAES.over(space, seed, size, objectives)
     raise UserError(f"--search {kind!r} is not known; choose from {', '.join(SEARCHES)}")
 
 
-SEARCHES = ("tpe", "random", "qmc", "grid")
+SEARCHES = ("tpe", "random", "cmaes", "qmc", "grid")
+
+
+def usual_size(kind: str, dimensions: int) -> int:
+    """Points per batch where none is asked for: four, or for `cmaes` the usual population (Hansen 2016, table 1)."""
+    return 4 + int(3 * math.log(dimensions)) if kind == "cmaes" else 4
 
 
 @dataclass(frozen=True)
@@ -147,7 +154,7 @@ class TPE:
             import optuna
 
             study.sampler = optuna.samplers.TPESampler(
-                seed=seed, multivariate=True, constant_liar=True, n_startup_trials=1, warn_independent_sampling=False
+                seed=seed, constant_liar=True, n_startup_trials=1, warn_independent_sampling=False
             )
             asked = [study.ask(distributions) for _ in range(count)]
             for trial in asked:  # what is told later are the rounded values, once they are measured
@@ -173,6 +180,64 @@ class TPE:
             )
             self._held = len(told)
             return self._study
+
+
+class CMAES:
+    """CMA-ES on the unit cube, a generation per batch, begun in the middle, and anew at a random place when it is done.
+
+    A failed trial counts as the worst of its generation; one that breaks a condition is worse than all that do not.
+    The optimiser is kept between batches; one that is made anew from all trials asks the same points.
+    """
+
+    def __init__(self, space: Space, seed: int, size: int) -> None:
+        self.space, self.seed, self.size = space, seed, size
+        self._generations: list[list[np.ndarray]] = []  # what was asked, unrounded
+        self._told = 0
+        self._cma = self._begun(np.full(len(space), 0.5), 0)
+
+    @classmethod
+    def over(cls, space: Space, seed: int, size: int, objectives: int) -> CMAES:
+        """Raises UserError for a space, population or number of objectives that CMA-ES does not take."""
+        if objectives > 1:
+            raise UserError("--search cmaes takes one objective; use tpe for several")
+        if words := [d for d in space if d.kind == "choice"]:
+            raise UserError(f"--search cmaes takes numbers only, and {words[0]} is a choice; use tpe")
+        if len(space) < 2:
+            raise UserError(f"--search cmaes needs two ranges or more, and {space[0]} is the only one; use tpe")
+        if size < 4:
+            raise UserError(f"--batch {size} is too small a population for cmaes; choose 4 or more")
+        return cls(space, seed, size)
+
+    def _begun(self, mean_D: np.ndarray, start: int) -> Any:
+        from cmaes import CMA
+
+        bounds_D2 = np.tile([0.0, 1.0], (len(self.space), 1))
+        seed = int(np.random.SeedSequence([self.seed, start]).generate_state(1)[0])
+        return CMA(mean=mean_D, sigma=0.25, bounds=bounds_D2, seed=seed, population_size=self.size)
+
+    def batch(self, number: int, told: Sequence[Told]) -> list[Point]:
+        while len(self._generations) <= number:
+            if self._generations:
+                generation = told[self._told : self._told + self.size]
+                self._cma.tell(list(zip(self._generations[-1], _ranked(generation), strict=True)))
+                self._told += self.size
+                if self._cma.should_stop():
+                    start = len(self._generations)
+                    mean_D = np.random.default_rng([self.seed, start]).random(len(self.space))
+                    self._cma = self._begun(mean_D, start)
+            self._generations.append([self._cma.ask() for _ in range(self.size)])
+        return [at(self.space, np.minimum(u, 1 - 1e-12)) for u in self._generations[number]]
+
+
+def _ranked(generation: Sequence[Told]) -> list[float]:
+    """A number per trial whose order is: allowed by their loss, then by how far a condition is broken, then failed."""
+
+    def order(t: Told) -> tuple[int, float]:
+        broken = max((x for x in t.excess if x > 0), default=0.0)
+        return (2, 0.0) if not t.losses else (1, broken) if broken else (0, t.losses[0])
+
+    ranks = {key: float(i) for i, key in enumerate(sorted({order(t) for t in generation}))}
+    return [ranks[order(t)] for t in generation]
 
 
 def _distributions(space: Space) -> dict[str, Any]:
