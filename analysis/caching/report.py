@@ -70,7 +70,7 @@ def write_report(
     figures.step_figure(inside, effects, "gate_cache_mass", "share of mass on caches", out / "cache_mass.png")
     figures.likelihood_figure(curves, effects, out / "curves.png")
     lines = headline(effects)
-    text = [f"# Memory caching: {preset}", "", *[f"- {fact}" for fact in facts], "", "## In short", ""]
+    text = [f"# Memory caching: {preset}", "", *[f"- {fact}" for fact in facts], "", "## At a glance", ""]
     text += [f"- {line}" for line in lines]
     text += ["", "## What moves the gate", "", _GATE_NOTE, "", _gate_table(audio), "", "![effects](effects.png)", ""]
     text += ["![openness over training](openness.png)", ""]

@@ -17,6 +17,7 @@ from analysis.markdown import table
 from analysis.multiplicity import ALPHA
 
 REAL = "real audio"
+_LISTED = 3  # architectures that the findings name with their numbers, from the best on
 
 
 def write_report(
@@ -29,8 +30,10 @@ def write_report(
     published: Published | None = None,
     tried: Mapping[str, Sequence[float]] | None = None,
     texts: Sequence[str] = (),
-) -> pd.DataFrame:
-    """Write report.md, its figures and the tables as Parquet and CSV into `out`; returns the main table.
+) -> tuple[pd.DataFrame, list[str]]:
+    """Write report.md, its figures and the tables as Parquet and CSV into `out`.
+
+    Returns the main table and the findings in sentences.
 
     Args:
         facts: lines on what the numbers stand on. audio_facts: the same for distances and coherence.
@@ -43,11 +46,14 @@ def write_report(
     arms, raw = (arm_resamples(at(results.clips[results.clips["weights"] == w], chosen)) for w in ("ema", "raw"))
     main = _main_frame(results, chosen, arms, raw)
     order = [str(name) for name in main["architecture"]]
-    for name, frame in {"cells": results.models, "architectures": main, "differences": arms.differences()}.items():
+    pairs = arms.differences()
+    for name, frame in {"cells": results.models, "architectures": main, "differences": pairs}.items():
         frame.to_parquet(out / f"{name}.parquet", index=False)
         frame.to_csv(out / f"{name}.csv", index=False)
     plots.lr_figure(results.models, chosen, order, out / "learning_rates.png")
+    findings = glance(main, pairs)
     text = [f"# Audio-token language models: {preset}", "", *[f"- {fact}" for fact in facts], ""]
+    text += ["## At a glance", "", *[f"- {line}" for line in findings], ""]
     text += ["## Held-out likelihood at matched size", "", _TABLE_NOTE, "", _main_table(main), ""]
     text += [*texts, *_lr_section(chosen), *_difference_section(arms, order, out)]
     text += published_section(results, chosen, published) if published else []
@@ -60,7 +66,42 @@ def write_report(
         text += ["## Memory caches", "", _GATE_NOTE, "", _gate_table(at(results.gates, chosen)), ""]
     text += _sample_section(results)
     (out / "report.md").write_text("\n".join(text), encoding="utf-8")
-    return main
+    return main, findings
+
+
+def glance(main: pd.DataFrame, pairs: pd.DataFrame) -> list[str]:
+    """The findings in sentences: the order of the architectures, which of them differ, what they must beat.
+
+    main: what `write_report` returns; pairs: of `Arms.differences`.
+    """
+    rows = main.to_dict("records")
+    named = [f"{r['architecture']} {interval(r['val_nll'], r['lo'], r['hi'], 4)}" for r in rows]
+    listed = ", ".join(named[:_LISTED]) + (f", …, {named[-1]}" if len(named) > _LISTED else "")
+    what = "held-out NLL in nats per token, averaged weights"
+    lines = [f"{what}{', lowest first' if len(rows) > 1 else ''}: {listed}; unigram {rows[0]['unigram_nll']:.4f}."]
+    lines += _differing(str(rows[0]["architecture"]), pairs)
+    if edges := [f"{r['architecture']} (the {r['edge']})" for r in rows if r["edge"] in ("lowest", "highest")]:
+        lines.append(f"The learning rate chosen lies at the edge of those tried for {', '.join(edges)}.")
+    return lines
+
+
+def _differing(best: str, pairs: pd.DataFrame) -> list[str]:
+    """Which pairs differ by their tests; why none was tested."""
+    if pairs.empty:
+        return []
+    tested = pairs[pairs["p_holm"].notna()]
+    untested = pairs.loc[pairs["p_holm"].isna(), "needs"]
+    lines = []
+    if len(tested):
+        beaten = tested.loc[(tested["a"] == best) & (tested["p_holm"] < ALPHA), "b"].tolist()
+        count = int((tested["p_holm"] < ALPHA).sum())
+        lines.append(
+            f"{count} of {len(tested)} pairs differ (p < {ALPHA:g} after Holm); {best} is lower than "
+            f"{', '.join(beaten) or 'none of the others'} by these tests."
+        )
+    for needs, n in untested.value_counts().items():
+        lines.append(f"{n} of {len(pairs)} differences not tested ({needs}); their order is no finding.")
+    return lines
 
 
 def _difference_section(arms: Arms, order: Sequence[str], out: Path) -> list[str]:

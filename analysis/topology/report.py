@@ -12,8 +12,10 @@ from analysis.markdown import table
 from analysis.topology import plots
 from analysis.topology.tables import Audit
 from analysis.topology.unit import Unit
-from analysis.topology.utility_report import agreement_lines, utility_section
+from analysis.topology.utility_report import agreement_lines, utility_findings, utility_section
+from analysis.topology.verdict import LABELS
 
+_LISTED = 4  # representations that the findings name of each verdict
 PUBLISHED = {  # top-1 ratios of the study's own texts, by place
     ("curated", "bits_r4", "jaccard", "direct"): "2.445",
     ("curated", "bits_r4", "jaccard", "landmark"): "1.67",
@@ -36,8 +38,8 @@ def write_report(
     members: pd.DataFrame,
     correlations: pd.DataFrame,
     utility: pd.DataFrame,
-) -> None:
-    """Write report.md, cells.parquet, cells.csv, universal.parquet and figures into `out`.
+) -> list[str]:
+    """Write report.md, cells.parquet, cells.csv, universal.parquet and figures into `out`; returns the findings.
 
     `members` has columns table, member, auroc_test, auroc_val; `correlations` a, b, spearman, pearson;
     `utility` those of `utility_section`. Empty frames leave their sections out.
@@ -47,6 +49,8 @@ def write_report(
     result.cells.to_csv(out / "cells.csv", index=False)
     result.universal.to_parquet(out / "universal.parquet", index=False)
     text = [f"# Topology audit: {preset}", "", *[f"- {fact}" for fact in facts], ""]
+    findings = glance(result, members, correlations, utility)
+    text += ["## At a glance", "", *[f"- {line}" for line in findings], ""] if findings else []
     if units:
         text += ["## Verdicts", "", *([_FEW_DRAWS, ""] if result.few_draws else []), *_verdicts(result), ""]
         text += ["## Ratios and tests", "", _RATIO_NOTE, "", _markdown(_ratio_table(result.cells)), ""]
@@ -76,6 +80,44 @@ def write_report(
             plots.utility(scored, out / "utility.png")
             text += ["![utility](utility.png)", ""]
     (out / "report.md").write_text("\n".join(text), encoding="utf-8")
+    return findings
+
+
+def glance(result: Audit, members: pd.DataFrame, correlations: pd.DataFrame, utility: pd.DataFrame) -> list[str]:
+    """The findings in sentences, from the tables below them: representations by verdict, then what else was measured.
+
+    Frames as `write_report` takes them.
+    """
+    by_label: dict[str, list[str]] = {}
+    for (molecules, name), verdict in result.verdicts.items():
+        by_label.setdefault(verdict.label, []).append(f"{molecules} {name}{_numbers(result.cells, molecules, name)}")
+    lines = []
+    for label in (label for label in LABELS if label in by_label):
+        named = by_label[label]
+        rest = f" and {len(named) - _LISTED} more" if len(named) > _LISTED else ""
+        lines.append(f"{label}: {', '.join(named[:_LISTED])}{rest}.")
+    if not members.empty:
+        scores = members["auroc_test"]
+        lines.append(
+            f"{len(members)} members of the own odor model: test AUROC {scores.mean():.3f} on average, from "
+            f"{scores.min():.3f} to {scores.max():.3f}."
+        )
+    if not correlations.empty:
+        lines.append(
+            f"Distances of {len(correlations)} pairs of embeddings: Pearson {correlations['pearson'].mean():.3f} on "
+            f"average, from {correlations['pearson'].min():.3f} to {correlations['pearson'].max():.3f}."
+        )
+    return [*lines, *utility_findings(utility)]
+
+
+def _numbers(cells: pd.DataFrame, molecules: str, name: str) -> str:
+    """` (top-1 ratio 2.45, p Holm 0.025)` of a representation, of its first place that has both."""
+    own = cells[(cells["table"] == molecules) & (cells["representation"] == name)]
+    for _, place in _places(_own(own)).iterrows():
+        ratio, p = _pick(own, place, "top1_ratio"), _pick(own, place, "p_holm")
+        if ratio is not None and p is not None:
+            return f" (top-1 ratio {ratio['value']:.2f}, p Holm {p['value']:.3g})"
+    return ""
 
 
 _RATIO_NOTE = (

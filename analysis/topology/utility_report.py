@@ -11,7 +11,7 @@ from scipy import stats
 from scipy.spatial.distance import pdist
 
 from analysis.markdown import table
-from analysis.multiplicity import holm_list
+from analysis.multiplicity import ALPHA, holm_list
 
 PUBLISHED_GAINS = (0.0476, 0.0415)
 PUBLISHED_PEARSON = "0.808 [0.753, 0.861]"
@@ -69,6 +69,21 @@ def utility_section(frame: pd.DataFrame) -> list[str]:
         for _, row in scored.iterrows()
     ]
     return [*lines, "", table([*head, "control's 95%", "delta", "p", "p Holm"], rows), ""]
+
+
+def utility_findings(frame: pd.DataFrame) -> list[str]:
+    """How many gains pass their test, and the largest; no line where nothing was scored. `frame` as above."""
+    scored = frame[frame["target"].notna()] if len(frame) else frame
+    if scored.empty:
+        return []
+    holm = _holm(scored)
+    passed, tests = int((holm < ALPHA).sum()), int(holm.notna().sum())
+    text = f"Utility of local topology: {passed} of {tests} tests pass 5% after Holm"
+    gains = scored.dropna(subset="delta").sort_values("delta").to_dict("records")
+    if not gains:
+        return [f"{text}."]
+    where = " ".join(str(gains[-1][name]) for name in ("representation", "split", "target", "family"))
+    return [f"{text}; the largest of {len(gains)} gains over the control is {gains[-1]['delta']:+.4f} ({where})."]
 
 
 def _holm(scored: pd.DataFrame) -> pd.Series:

@@ -19,6 +19,7 @@ from sweeps.codec.loop import TrainConfig
 from sweeps.codec.report import final_scores, tokens_of_one_codec
 from sweeps.codec.tokens import banner
 from sweeps.core.cells import PublishedCell, UserError
+from sweeps.launch.lines import labelled
 from sweeps.ledger.published import recorded, tables_of
 
 _CURVES = ("val_nll", "gate_openness", "gate_cache_mass")
@@ -48,8 +49,8 @@ def write(cells: Sequence[PublishedCell], preset_name: str, study: CacheStudy, o
     out.mkdir(parents=True, exist_ok=True)
     _cell_table(done, published).to_parquet(out / "cells.parquet", index=False)
     notes = [*banner(study.token_study(planted=False)), *([PLANTED] if study.planted else [])]
-    notes += [f"not finished, left out: {', '.join(missing)}"] if missing else []
-    facts = [*notes, *_facts(done, published, study)]
+    unfinished = [f"not finished, left out: {', '.join(missing)}"] if missing else []
+    facts = [*notes, *unfinished, *_facts(done, published, study)]
     lines = write_report(
         table,
         pd.concat(layers, ignore_index=True),
@@ -58,7 +59,7 @@ def write(cells: Sequence[PublishedCell], preset_name: str, study: CacheStudy, o
         preset=preset_name,
         facts=facts,
     )
-    return [*notes, *lines]
+    return [*labelled("answer", [*lines, *unfinished]), *labelled("ran on", notes[:1])]
 
 
 def _facts(done: Sequence[Arm], published: Mapping[str, PublishedCell], study: CacheStudy) -> list[str]:

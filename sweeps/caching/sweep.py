@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from sweeps.caching.arms import arms
 from sweeps.caching.cells import VARIABLES, CacheCell, CacheStudy
@@ -44,6 +45,7 @@ class MemoryCacheSweep(Sweep[CacheCell, CacheStudy]):
     )
     default_preset = "local"
     presets = PRESETS
+    follow_up = MappingProxyType({"local": "thorough"})
 
     def plan(self, preset: CacheStudy) -> Sequence[CacheCell]:
         preset.check_source(CORPORA, " (the recall task is planted=true)")

@@ -14,7 +14,7 @@ import pandas as pd
 from analysis.codec.audio_distance import LEAST_CLIPS, Embeddings, frechet_distance, kernel_distance
 from analysis.codec.contrasts import choose_lr
 from analysis.codec.published import Published
-from analysis.codec.report import REAL, interval, write_report
+from analysis.codec.report import REAL, write_report
 from analysis.codec.results import Results, at
 from analysis.codec.texts import text_effects, text_figure, text_section, verdict
 from analysis.crossed import NEEDS_SEEDS, units_mean
@@ -24,6 +24,7 @@ from sweeps.codec.clip_tables import with_recordings
 from sweeps.codec.texts import NONE, RIGHT, arm_name, text_arm
 from sweeps.codec.tokens import banner
 from sweeps.core.cells import PublishedCell, UserError
+from sweeps.launch.lines import labelled
 from sweeps.ledger.published import file_of, files_of, recorded, tables_of
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ def write(cells: Sequence[PublishedCell], preset_name: str, study: Study, out: P
         effects.to_csv(out / "texts.csv", index=False)
         text_figure(effects, out / "texts.png")
     names = {c.identity["architecture"] for c in cells}
-    main = write_report(
+    _, findings = write_report(
         replace(results, samples=_write_samples(_chosen(cells, results.models), out)),
         out,
         preset=preset_name,
@@ -223,7 +224,13 @@ def write(cells: Sequence[PublishedCell], preset_name: str, study: Study, out: P
         tried={name: study.rates(name) for name in names} if study.rungs else None,
         texts=text_section(effects, _text_facts(tokens[0], study), "texts.png") if len(effects) else [],
     )
-    return [*banner(study), *_headline(main), *([f"text         {verdict(effects)}"] if len(effects) else [])]
+    said = [*findings, *([verdict(effects)] if len(effects) else [])]
+    return [*labelled("answer", said), *labelled("ran on", _stands_on(banner(study)))]
+
+
+def _stands_on(lines: Sequence[str]) -> list[str]:
+    """What the numbers stand on, of the banner: the audio, and whatever else is not real."""
+    return [lines[0], *(line for line in lines[1:] if "random" in line.lower() or "stand-in" in line.lower())]
 
 
 def _write_samples(cells: Sequence[PublishedCell], out: Path) -> list[tuple[str, str]]:
@@ -239,19 +246,6 @@ def _write_samples(cells: Sequence[PublishedCell], out: Path) -> list[tuple[str,
             (out / copy).write_bytes(file_of(cell, file))
         samples.append((name, f"{name}.png"))
     return samples
-
-
-def _headline(main: pd.DataFrame) -> list[str]:
-    """A line per architecture in the report's order, what the order is worth, and what a model must beat."""
-    lines = [
-        f"val_nll      {interval(r['val_nll'], r['lo'], r['hi'], 4)} {r['architecture']} (lr {r['lr']:g}"
-        + (f", the {r['edge']} tried)" if r["edge"] in ("lowest", "highest") else ")")
-        for r in main.to_dict("records")
-    ]
-    if len(main) > 1 and (main["n_seeds"] < 2).any():
-        one = main.loc[main["n_seeds"] < 2, "architecture"]
-        lines.append(f"differences  not tested for {', '.join(one)}: {NEEDS_SEEDS}; the order above is no finding")
-    return [*lines, f"unigram      {main['unigram_nll'].iloc[0]:.4f} nats per token: what a model must beat"]
 
 
 def _text_effects(results: Results, study: Study) -> pd.DataFrame:

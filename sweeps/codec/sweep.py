@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 
 from sweeps.codec.cells import CORPORA, HalvedCell, LMCell, Study, TextCell, model_config
 from sweeps.codec.packs import CPU_FLOPS, FIXED, GPU_BASIS, TRACKED, packs, threads, work
@@ -51,6 +52,7 @@ class CodecLMSweep(Sweep[LMCell, Study]):
     )
     default_preset = "local"
     presets = PRESETS
+    follow_up = MappingProxyType({"local": "asterisk", "text_local": "text_asterisk"})
     options = OPTIONS
 
     def plan(self, preset: Study) -> Sequence[LMCell]:

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -63,6 +63,20 @@ class Cell:
 
     def __str__(self) -> str:
         return " ".join(f"{name}={value}" for name, value in self.identity().items())
+
+
+def varying(cells: Sequence[Cell]) -> tuple[list[str], str]:
+    """(names of the fields that differ among the cells, the others as text)."""
+    identities = [cell.identity() for cell in cells]
+    names = dict.fromkeys(name for identity in identities for name in identity)
+    differ = [name for name in names if len({str(i.get(name)) for i in identities}) > 1]
+    return differ, " ".join(f"{name}={value}" for name, value in identities[0].items() if name not in differ)
+
+
+def described(cell: Cell, names: Iterable[str]) -> str:
+    """The cell's fields among `names`: `k=8 seed=0`."""
+    wanted = set(names)
+    return " ".join(f"{name}={value}" for name, value in cell.identity().items() if name in wanted)
 
 
 CellT = TypeVar("CellT", bound=Cell)

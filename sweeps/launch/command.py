@@ -1,7 +1,8 @@
 """The one command line of every sweep: plan → skip what is done → pack → Ray Tune → report.
 
-    python sweeps/NAME.py [--preset P] [--plan] [--only KEY ...] [--report] [--retry-failed] [--storage URI]
-                          [--tracking-uri URI] [--report-dir DIR] [--address ADDR] [--set field=value ...]
+    python sweeps/NAME.py [--preset P] [--plan [--all]] [--only KEY ...] [--report] [--open] [--retry-failed]
+                          [--storage URI] [--tracking-uri URI] [--report-dir DIR] [--address ADDR]
+                          [--set field=value ...]
                           [--search KIND --objective COLUMN:min|max --set field=RANGE ...]
 
 Exit codes: 0 when every planned cell is published, 2 for bad arguments, 1 otherwise.
@@ -23,18 +24,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic
 
-from sweeps.core.cells import Cell, CellT, Pack, UserError, nearest
+from sweeps.core.cells import CellT, Pack, UserError, nearest
 from sweeps.core.machine import Machine, check_folder, git_commit, prepare_process
 from sweeps.core.settings import RunSettings, add_settings, apply_settings
+from sweeps.core.units import duration
 from sweeps.launch.address import check as check_address
 from sweeps.launch.cost import cost_lines, unit_of
+from sweeps.launch.ending import failure_lines, mlflow_lines, next_lines, open_page
 from sweeps.launch.failure import SYSTEM_ERROR, one_line
+from sweeps.launch.lines import tell
 from sweeps.launch.mlflow_store import default_uri, normal_uri, sqlite_file
 from sweeps.launch.pack_queue import Queue
+from sweeps.launch.plan import PlanText
 from sweeps.launch.ray_session import connect, shutdown_ray
-from sweeps.launch.report_folder import put_in_place, say_partial, say_settings
+from sweeps.launch.report_folder import put_in_place, say_partial, say_runs, say_settings
+from sweeps.launch.report_page import write_page
 from sweeps.launch.same_code import OTHER_CODE, own_code
-from sweeps.launch.screen import Board, duration, quantity
+from sweeps.launch.screen import Board
 from sweeps.launch.stop import Stopper
 from sweeps.launch.sweep import PresetT, Sweep
 from sweeps.launch.tracking import Plan, Tracker
@@ -65,8 +71,10 @@ def parser(sweep: Sweep[Any, Any]) -> argparse.ArgumentParser:
     )
     p.add_argument("--preset", default=sweep.default_preset, metavar="P", help=f"one of {', '.join(sweep.presets)}")
     p.add_argument("--plan", action="store_true", help="print cells, work, memory, time and cost; run nothing")
+    p.add_argument("--all", action="store_true", help="with --plan: list every cell of a large grid")
     p.add_argument("--only", nargs="+", default=[], metavar="KEY", help="only cells whose key starts with KEY")
     p.add_argument("--report", action="store_true", help="write the report from what is published; run nothing")
+    p.add_argument("--open", action="store_true", help="open the report (report.html) in a browser at the end")
     p.add_argument("--retry-failed", action="store_true", help="run cells again that failed for good")
     storage = os.environ.get("PLUMBLINE_STORAGE") or "runs/ledger"
     p.add_argument("--storage", default=storage, metavar="URI", help="ledger: a path, s3:// or another object store")
@@ -89,22 +97,25 @@ def main(sweep: Sweep[CellT, PresetT], argv: Sequence[str] | None = None) -> int
     try:
         prepare_process()
     except UserError as error:
-        print(f"{sweep.name}: {one_line(error)}", file=sys.stderr)
+        tell([f"{sweep.name}: {one_line(error)}"], error=True)
         return 2
     own_code()
-    arguments = parser(sweep).parse_args(clean_arguments(sys.argv[1:] if argv is None else argv))
+    typed = clean_arguments(sys.argv[1:] if argv is None else argv)
+    arguments = parser(sweep).parse_args(typed)
+    arguments.typed = typed
+    arguments.script = sys.argv[0] if argv is None else f"sweeps/{sweep.name}.py"
     stopper = Stopper()
     stopper.install()
     try:
         return _Launch(sweep, arguments, stopper).go()
     except UserError as error:
-        print(f"{sweep.name}: {one_line(error)}", file=sys.stderr)
+        tell([f"{sweep.name}: {one_line(error)}"], error=True)
         return 2
     except OSError as error:
-        print(f"{sweep.name}: {one_line(error)}; what is published stays: run the same command again", file=sys.stderr)
+        tell([f"{sweep.name}: {one_line(error)}; what is published stays: run the same command again"], error=True)
         return 1
     except KeyboardInterrupt:
-        print("\nstopped; run the same command to continue where it was", file=sys.stderr)
+        tell(["", "stopped; run the same command to continue where it was"], error=True)
         return 1
 
 
@@ -115,6 +126,10 @@ class _Launch(Generic[CellT, PresetT]):
         if arguments.preset not in sweep.presets:
             hint = nearest(arguments.preset, sweep.presets)
             raise UserError(f"preset {arguments.preset!r} is not known{hint}; presets: {', '.join(sweep.presets)}")
+        if arguments.plan and arguments.open:
+            raise UserError("--open shows a report and --plan writes none; leave one of them out")
+        if arguments.all and not arguments.plan:
+            raise UserError("--all lists the cells of a plan; give it together with --plan")
         self.sweep, self.arguments, self.stopper = sweep, arguments, stopper
         self.preset: PresetT
         self.run: RunSettings
@@ -159,43 +174,32 @@ class _Launch(Generic[CellT, PresetT]):
             self._check_report_folder()
             with tempfile.TemporaryDirectory(prefix="plumbline-report-") as made:
                 lines, _ = self._report(Path(made))
-            for line in lines:
-                print(line)
-            self._print_failures()
+            self._print_banner()
+            self._close(lines)
             return 0 if self._whole else 1
         return self._execute()
 
     def _print_plan(self) -> None:
         missing = [c for c in self.cells if c.key not in self.done]
         machine = Machine.here()
-        print(f"{self.sweep.name} --preset {self.arguments.preset}: {self.sweep.question}")
-        self._print_banner()
-        varying, common = _fields(self.cells)
-        print(f"  all cells: {common}")
-        print(f"{'key':16}  state    cell")
-        for cell in self.cells:
-            state = "done" if cell.key in self.done else "failed" if cell.key in self.failures else "to do"
-            print(f"{cell.key}  {state:7}  {' '.join(f'{n}={v}' for n, v in cell.identity().items() if n in varying)}")
+        tell([f"{self.sweep.name} --preset {self.arguments.preset}: {self.sweep.question}"])
         self._settle_threads(machine)
-        packs = self._rounds(missing, machine)
-        estimate = self.sweep.estimate(missing, self.preset, machine, self.run)
-        print(f"cells        {len(self.cells)} planned, {len(self.done)} done, {len(missing)} to do")
-        print(f"packs        {len(packs)} on {machine.cpus} CPUs, {machine.gpus} GPUs")
-        if estimate.lm_passes:
-            print(f"LM passes    {estimate.lm_passes} shared by all cells of a model and stream")
-        for line in estimate.shared:
-            print(f"shared       {line}")
-        if estimate.tokens:
-            print(f"tokens       {quantity(estimate.tokens)}")
-        if estimate.flops:
-            print(f"FLOPs        {quantity(estimate.flops)}")
-        print(f"memory       {estimate.memory_bytes / 2**30:.2f} GiB in the largest pack")
-        print(f"time         {duration(estimate.seconds)} h:m:s on this machine ({estimate.basis})")
-        for line in cost_lines(estimate, machine, self.run, self.ledger.work(sorted(self.done))):
-            print(line)
+        plan = PlanText(
+            cells=self.cells,
+            done=self.done,
+            failed=self.failures,
+            packs=len(self._rounds(missing, machine)),
+            estimate=self.sweep.estimate(missing, self.preset, machine, self.run),
+            machine=machine,
+        )
+        tell([plan.summary()])
+        self._print_banner()
+        tell(plan.details())
+        tell(cost_lines(plan.estimate, machine, self.run, self.ledger.work(sorted(self.done))))
         if self.search is not None:
-            print(self._search_cost(self.search, machine))
-        print("nothing was run")
+            tell([self._search_cost(self.search, machine)])
+        tell(plan.table(self.arguments.all))
+        tell(["nothing was run"])
 
     def _search_cost(self, search: Search[CellT], machine: Machine) -> str:
         """What the search costs at most: as many of its dearest trials as are left, one after another."""
@@ -224,8 +228,7 @@ class _Launch(Generic[CellT, PresetT]):
         for name in ("lm_path", "stream_path"):
             if path := getattr(self.run, name):
                 lines.append(f"{name}: read from {path} instead")
-        for line in (*lines, *self.sweep.remarks(self.preset, self.run)):
-            print(f"  {line}")
+        tell(f"  {line}" for line in (*lines, *self.sweep.remarks(self.preset, self.run)))
 
     def _check_report_folder(self) -> None:
         check_folder(self.out, "the folder for reports", "choose another with --report-dir DIR")
@@ -245,14 +248,12 @@ class _Launch(Generic[CellT, PresetT]):
         self._check_places(missing)
         self.ledger.store.remove_leftovers()
         started = time.monotonic()
-        print(f"{self.sweep.name} --preset {self.arguments.preset} → {self.ledger.store.uri}")
+        tell([f"{self.sweep.name} --preset {self.arguments.preset} → {self.ledger.store.uri}"])
         self._print_banner()
         if missing:
-            for line in self.sweep.preflight(missing, self.preset, self.run):
-                print(f"  {line}")
+            tell(f"  {line}" for line in self.sweep.preflight(missing, self.preset, self.run))
         self.run = self.sweep.pin(self.cells, self.run)
-        for entry in self.run.hub_commits:
-            print(f"  from the hub: {entry}")
+        tell(f"  from the hub: {entry}" for entry in self.run.hub_commits)
         fingerprints = {c.key: self.sweep.fingerprint(c, self.preset, self.run) for c in self.cells}
         if self.arguments.retry_failed:
             self.ledger.check(self.done)
@@ -266,7 +267,7 @@ class _Launch(Generic[CellT, PresetT]):
             if self.search is not None:
                 self.search.forget_failures()
         board = Board(self.sweep.name, len(self.cells), self.sweep.headline)
-        board.already(len(self.done))
+        board.already(len(self.done), len(self.failures))
         claims = Claims(self.ledger.store)
         try:
             return self._execute_with(claims, fingerprints, board, started)
@@ -317,6 +318,7 @@ class _Launch(Generic[CellT, PresetT]):
         interrupted = False
         trouble: OSError | None = None
         try:
+            board.open()
             self._work(fingerprints, claims, tracker, board)
         except KeyboardInterrupt:
             interrupted = True
@@ -326,13 +328,14 @@ class _Launch(Generic[CellT, PresetT]):
         finally:
             shutdown_ray()
             self.done = self.ledger.done(self.by_key)
+            failed = self.ledger.failures(self.by_key.keys() - self.done)
             board.forget()
-            board.already(len(self.done))
+            board.already(len(self.done), len(failed))
             board.close()
         if interrupted and self.stopper.terminated:  # SIGKILL follows soon: others may go on at once
             claims.release()
             tracker.leave(self._status(interrupted), self._metrics(started), _LEAVE_SECONDS)
-            self._close([_LEFT_OUT], tracker, False, started)
+            self._close([_LEFT_OUT], started)
             raise KeyboardInterrupt
         with contextlib.suppress(OSError):  # the index only saves reading
             self.ledger.compact(self.done)
@@ -343,7 +346,11 @@ class _Launch(Generic[CellT, PresetT]):
         with tempfile.TemporaryDirectory(prefix="plumbline-report-") as made:
             lines, files = self._report(Path(made)) if self.done else ([], [])
             synced = tracker.finish(self._status(interrupted), self._metrics(started), files)
-        self._close(lines, tracker, synced, started)
+            if synced and self.done:
+                self._say_runs(Path(made), tracker)
+        if synced:
+            lines += mlflow_lines(self.tracking_uri, tracker.runs_link())
+        self._close(lines, started)
         if interrupted:
             raise KeyboardInterrupt
         if trouble is not None:
@@ -372,7 +379,7 @@ class _Launch(Generic[CellT, PresetT]):
             others = claims.held(missing, fingerprints=fingerprints)
             self._refuse_foreign(claims.foreign())
             looked = time.monotonic() - looked
-            board.already(len(self.done))
+            board.already(len(self.done), len(self.failures))
             if free := [self.by_key[key] for key in missing if key not in others]:
                 self.ledger.compact((), missing)
                 if machine is None:
@@ -499,26 +506,38 @@ class _Launch(Generic[CellT, PresetT]):
         only = ["--only", *self.arguments.only] if self.arguments.only else []
         searched = self.search.asked.arguments() if self.search else []
         say_settings(made / "report.md", shlex.join(["--preset", self.arguments.preset, *settings, *only, *searched]))
-        return [*lines, f"report       {self.out / 'report.md'}"], put_in_place(made, self.out)
+        write_page(made)
+        return [*lines, f"report       {self.out / 'report.md'} (report.html shows it)"], put_in_place(made, self.out)
 
-    def _close(self, lines: list[str], tracker: Tracker, synced: bool, started: float) -> None:
-        uri = self.tracking_uri
-        for line in lines:
-            print(line)
-        if synced:
-            print(f"MLflow       {uri}" + ("" if uri.startswith("http") else "   (make ui opens it)"))
-            if self.done:
-                print(f"compare      {tracker.compare_link([k for k in self.by_key if k in self.done])}")
-        self._print_failures()
-        print(f"cells        {len(self.done)}/{len(self.cells)} published in {duration(time.monotonic() - started)}")
-        if len(self.done) < len(self.cells):
-            print("             run the same command to continue; --retry-failed repeats failed cells", file=sys.stderr)
+    def _say_runs(self, made: Path, tracker: Tracker) -> None:
+        """Add to the report the address with the runs of its cells, which are known once they are copied."""
+        say_runs(made / "report.md", tracker.compare_link([k for k in self.by_key if k in self.done]))
+        write_page(made)
+        put_in_place(made, self.out)
 
-    def _print_failures(self) -> None:
-        varying, _ = _fields(self.cells)
-        for key, record in self.ledger.failures(self.by_key.keys() - self.done).items():
-            where = "".join(f" {n}={v}" for n, v in self.by_key[key].identity().items() if n in varying)
-            print(f"failed       {key}{where}: {record.get('error')}", file=sys.stderr)
+    def _close(self, lines: Sequence[str], started: float | None = None) -> None:
+        """The last lines: what failed, how many cells there are, the answer and where it is, what one would type."""
+        reasons = {
+            key: str(record.get("error"))
+            for key, record in self.ledger.failures(self.by_key.keys() - self.done).items()
+        }
+        tell(failure_lines(self.by_key, reasons), error=True)
+        took = "" if started is None else f" in {duration(time.monotonic() - started)}"
+        tell([f"cells        {len(self.done)}/{len(self.cells)} published{took}", *lines])
+        if self.arguments.open and self.done:
+            tell([open_page(self.out / "report.html")])
+        missing = len(self.cells) - len(self.done)
+        follow_up = "" if self.search else self.sweep.follow_up.get(self.arguments.preset, "")
+        tell(
+            next_lines(
+                self.arguments.script,
+                self.arguments.typed,
+                missing=missing,
+                failed=len(reasons),
+                follow_up=follow_up,
+            ),
+            error=bool(missing),
+        )
 
 
 class _Watch:
@@ -561,11 +580,3 @@ def _chosen(cells: Sequence[CellT], only: Sequence[str]) -> list[CellT]:
     for text in only:
         by_length.setdefault(len(text), set()).add(text)
     return [c for c in cells if any(c.key[:length] in texts for length, texts in by_length.items())]
-
-
-def _fields(cells: Sequence[Cell]) -> tuple[list[str], str]:
-    """(names of the fields that differ among the cells, the others as text)."""
-    identities = [cell.identity() for cell in cells]
-    names = dict.fromkeys(name for identity in identities for name in identity)
-    varying = [name for name in names if len({str(i.get(name)) for i in identities}) > 1]
-    return varying, " ".join(f"{name}={value}" for name, value in identities[0].items() if name not in varying)

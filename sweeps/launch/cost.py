@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sweeps.core.cells import Estimate
 from sweeps.core.gpus import GPU_TYPES, GPUType, asked_types
-from sweeps.launch.screen import duration
+from sweeps.core.units import span
 
 if TYPE_CHECKING:
     from sweeps.core.machine import Machine
@@ -78,7 +78,7 @@ def cost_lines(
         hours = gpu_hours(estimate, kind)
         rates = f"{FLOPS_SHARE:.0%} of {kind.bf16_tflops:g} TFLOP/s and {BYTES_SHARE:.0%} of {kind.memory_tb_s:g} TB/s"
         lines.append(
-            f"on {name:14} {hours:.2f} GPU hours ({duration(hours * 3600)} on one){money(hours, rate or price)}; "
+            f"on {name:14} {hours:.2f} GPU hours ({span(hours * 3600)} on one){money(hours, rate or price)}; "
             f"assumed {rates} ({kind.source}), not measured"
         )
     return lines

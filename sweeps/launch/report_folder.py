@@ -23,6 +23,12 @@ def say_settings(report: Path, arguments: str) -> None:
     report.write_text(f"{text}\n\nSettings of this launch: `{arguments}`.\n", encoding="utf-8")
 
 
+def say_runs(report: Path, address: str) -> None:
+    """Say at the end of a Markdown report where MLflow compares the runs of its cells."""
+    text = report.read_text(encoding="utf-8").rstrip("\n")
+    report.write_text(f"{text}\n\nIn MLflow: [these cells compared]({address}).\n", encoding="utf-8")
+
+
 def say_partial(report: Path, cells: int, planned: int) -> None:
     """Say below the heading of a Markdown report (at the head of one without) that it is of a part of the plan."""
     heading, rest = "", report.read_text(encoding="utf-8")

@@ -32,6 +32,7 @@ class Sweep(ABC, Generic[CellT, PresetT]):
     `metric/value`; rows with other parameters are in the ledger alone. view: the columns and charts that MLflow opens
     on. options: further options of the command line, each with the field of the preset that it sets. fixed: {field:
     reason} of fields of the preset that no search may vary, because its trials would be measured differently.
+    follow_up: {preset: the one that one would run after it}, for presets on stand-ins.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Sweep(ABC, Generic[CellT, PresetT]):
     view: View = View()
     options: Mapping[str, str] = {}
     fixed: Mapping[str, str] = {}
+    follow_up: Mapping[str, str] = {}
 
     @abstractmethod
     def plan(self, preset: PresetT) -> Sequence[CellT]:
@@ -72,8 +74,9 @@ class Sweep(ABC, Generic[CellT, PresetT]):
 
     @abstractmethod
     def report(self, cells: Sequence[PublishedCell], preset_name: str, preset: PresetT, out: Path) -> list[str]:
-        """Write the report into the folder `out`; return lines to print (headline numbers, caveats).
+        """Write the report into the folder `out`; return the answer in three to six lines, each below its label.
 
+        They are the last thing that a launch prints: what was found, in words with the numbers, and on what.
         Touches neither Ray nor a checkpoint.
         """
 

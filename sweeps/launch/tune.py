@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, cast
 
 from sweeps.core import limits as process_limits
-from sweeps.core.cells import Cell, CellT, Pack
+from sweeps.core.cells import Cell, CellT, Pack, described, varying
 from sweeps.core.machine import HEADROOM, prepare_process
 from sweeps.core.settings import RunSettings
 from sweeps.launch.context import NEWS, PackContext, Place
@@ -27,6 +29,7 @@ from sweeps.ledger.ledger import Ledger
 from sweeps.ledger.logins import VARIABLE as LOGINS
 from sweeps.ledger.logins import without_password
 
+_SAID = 3  # cells that are named when they fail, of each reason
 _BUCKETS = 64  # objects that the packs of a launch travel in
 _TUNE = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -203,6 +206,7 @@ class _Attempts:
     errors: dict[str, str]
     max_retries: int
     reached: dict[str, str] = field(default_factory=dict)  # by each pack: the last progress that was heard of
+    reasons: Counter[str] = field(default_factory=Counter)  # of cells that failed
 
     def heard(self, trial: Any, progress: Mapping[str, Any]) -> None:
         """A pack reports."""
@@ -211,13 +215,34 @@ class _Attempts:
             self.board.say(f"{name}: {line}")
         if news := {name: state.pop(name) for name in NEWS if name in state}:
             self.news(news)
+        for key, reason in news.get("failures", []):
+            self.tell_failure(key, reason)
         place = state.pop("reached", "")
         if place and place != self.reached.get(name):
             self.reached[name] = place
             trial.max_failures = trial.num_failures + self.max_retries
         if line := state.pop("refused", None):
             self.errors[name] = line
-        self.board.update(name, state)
+        self.board.update(name, state, len(self.packs[name].cells))
+
+    def tell_failure(self, key: str, reason: str) -> None:
+        """Print which cell failed and why, the first few that fail for one reason; the launch's end lists them."""
+        before = self.reasons[reason]
+        self.reasons[reason] += 1
+        if before < _SAID:
+            cell = self.cells[key]
+            self.board.say(f"failed {key} {described(cell, self.differing)}: {reason}")
+        elif before == _SAID:
+            self.board.say(f"more cells fail for the same reason ({reason}); all are counted at the end")
+
+    @functools.cached_property
+    def cells(self) -> dict[str, Cell]:
+        return {cell.key: cell for pack in self.packs.values() for cell in pack.cells}
+
+    @functools.cached_property
+    def differing(self) -> list[str]:
+        """Names of the fields in which the cells differ."""
+        return varying(list(self.cells.values()))[0]
 
     def ended(self, trial: Any, outcome: str) -> str:
         """Print why an attempt ended and what follows; returns the reason.

@@ -10,7 +10,7 @@ from models.host.specs import RESID_POST, RESID_PRE
 from sweeps.core.cells import Estimate, Pack
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
-from sweeps.launch.screen import duration
+from sweeps.core.units import duration
 from sweeps.sae.cells import SAECell, sae_config
 from sweeps.sae.lms import spec_of
 from sweeps.sae.packs import make_packs, shared_passes, steps_of

@@ -11,16 +11,18 @@ import pandas as pd
 
 from analysis.sae import published
 from analysis.sae.columns import IDENTITY, LAYER_COLUMNS
-from analysis.sae.report import measure, write_report
+from analysis.sae.report import glance, measure, write_report
 from analysis.sae.variance_tables import answer
 from models.host.specs import HOST_LMS, RESID_POST
 from sweeps.core.cells import PublishedCell
+from sweeps.launch.lines import labelled
 from sweeps.ledger.published import recorded, tables_of
 from sweeps.sae.sources import banner
 
 if TYPE_CHECKING:
     from sweeps.sae.cells import Grid
 
+_FINDINGS = 3  # sentences of the report's "At a glance" that the screen shows
 _SELECTION = ("models", "k", "tokens", "depths", "layers", "seeds")  # fields that choose among cells
 _GEOMETRY = {f"{name}_of_layer": name for name in ("pr", "pr_deflated", *LAYER_COLUMNS)}
 
@@ -85,7 +87,8 @@ def write(cells: Sequence[PublishedCell], preset_name: str, grid: Grid, original
     write_report(study, out, preset=preset_name, facts=facts, notes=notes)
     best = frame.sort_values("ce_rec").to_dict("records")[-1]
     return [
-        f"answer       {answer(study)}",
+        *labelled("answer", [answer(study), *glance(study)[:_FINDINGS]]),
         f"best CE_rec  {best['ce_rec']:.3f} at R² {best['r2']:.3f} "
         f"({best['model']}, {best['depth']}, k={best['k']}, {best['tokens']} tokens)",
+        *labelled("ran on", banner(preset_name, grid.models, stream)[:1]),
     ]

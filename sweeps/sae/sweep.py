@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 
 from sweeps.core.cells import Estimate, Pack, PublishedCell, UserError
 from sweeps.core.machine import Machine
@@ -43,6 +44,7 @@ class ProxyGap(Sweep[SAECell, Grid]):
     )
     default_preset = "local"
     presets = PRESETS
+    follow_up = MappingProxyType({"local": "smollm2"})
 
     def plan(self, preset: Grid) -> Sequence[SAECell]:
         cells: list[SAECell] = []

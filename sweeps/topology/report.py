@@ -14,6 +14,7 @@ from analysis.topology.tables import audit
 from analysis.topology.unit import OBSERVED, Unit
 from analysis.topology.utility_report import ensemble_correlations
 from sweeps.core.cells import PublishedCell
+from sweeps.launch.lines import labelled
 from sweeps.ledger.published import files_of
 from sweeps.topology.cells import UTILITY_SCORES, Audit
 from sweeps.topology.sources import Sources
@@ -64,7 +65,7 @@ def write(cells: Sequence[PublishedCell], preset_name: str, preset: Audit, out: 
     if (kept_out := sources.invalid_rows()) is not None:
         kept_out.to_csv(out / "invalid.csv", index=False)
         facts.append(f"rows kept out of the table: {len(kept_out)}, listed in invalid.csv")
-    write_report(
+    findings = write_report(
         units,
         result,
         out,
@@ -74,8 +75,7 @@ def write(cells: Sequence[PublishedCell], preset_name: str, preset: Audit, out: 
         correlations=ensemble_correlations(embeddings) if len(embeddings) > 1 else pd.DataFrame(),
         utility=utility_frame(cells),
     )
-    lines = [f"verdict      {table} {name}: {v.label}" for (table, name), v in result.verdicts.items()]
-    return lines or [f"members      {len(members)}"]
+    return [*labelled("answer", findings), *labelled("ran on", sources.banner()[:1])]
 
 
 def _members(cells: Sequence[PublishedCell]) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:

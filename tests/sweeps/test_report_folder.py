@@ -95,7 +95,7 @@ def test_a_report_names_its_settings_and_holds_its_own_figures(
     monkeypatch.setattr(type(SWEEP), "report", report)
     monkeypatch.setattr(command, "put_in_place", noted)
     out = tmp_path / "runs/reports/toy/small"
-    for numbers, names in (("1,2", ["pairs.png", "report.md"]), ("2", ["report.md"])):
+    for numbers, names in (("1,2", ["pairs.png", "report.html", "report.md"]), ("2", ["report.html", "report.md"])):
         assert main("--report", "--set", f"n={numbers}").code == 0
         assert list(visible(out)) == uploaded[-1] == names
         assert f"`--preset small --set n={numbers}`" in (out / "report.md").read_text()

@@ -83,13 +83,23 @@ def made_up(seeds: tuple[int, ...] = SEEDS, rates: tuple[float, ...] = RATES) ->
 
 
 def test_a_whole_report(tmp_path: Path) -> None:
-    main = write_report(
+    main, findings = write_report(
         made_up(), tmp_path, preset="p", facts=["FACT"], audio_facts=["AUDIO"], published=Published("speech")
     )
+    nll = main["val_nll"].tolist()
+    assert findings[0].startswith(
+        f"held-out NLL in nats per token, averaged weights, lowest first: olmo_hybrid {nll[0]:.4f} ["
+    )
+    assert (
+        findings[1]
+        == "3 of 3 pairs differ (p < 0.05 after Holm); olmo_hybrid is lower than transformer, mc_la by these tests."
+    )
+    assert findings[2].endswith("at the edge of those tried for transformer (the highest), mc_la (the lowest).")
     assert main["architecture"].tolist() == ["olmo_hybrid", "transformer", "mc_la"]
     assert main["lr"].tolist() == [BEST[name] for name in main["architecture"]]
     assert main["n_seeds"].tolist() == [2, 2, 2]
     text = (tmp_path / "report.md").read_text()
+    assert all(f"- {line}" in text for line in findings)
     for piece in ("- FACT", "- AUDIO", "Embedder: ears", "3.8207 / 45.63", "4.2847 / 72.58", "gate bias"):
         assert piece in text
     assert "grid's edge (\\* above) for transformer (highest), mc_la (lowest)" in text
@@ -127,12 +137,13 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     results = made_up(seeds=(0,), rates=(2e-3,))
     curves = results.curves[results.curves["metric"] != "grad_norm"]
     results = replace(results, gates=nothing, audio=nothing, curves=curves)
-    write_report(
+    _, findings = write_report(
         results, tmp_path, preset="p", facts=[], audio_facts=[], published=Published("speech", "another codec")
     )
     text = (tmp_path / "report.md").read_text()
     assert "One learning rate only, not tuned and perhaps handicapped by it: olmo_hybrid, transformer, mc_la" in text
     assert "grid's edge" not in text
+    assert findings[1:] == ["3 of 3 differences not tested (needs ≥ 2 seeds); their order is no finding."]
     assert "**No intervals and no tests: needs ≥ 2 seeds.**" in text
     assert " [–] |" in text
     differences = text[text.index("## Differences") : text.index("## Compared")]
@@ -148,7 +159,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
 def test_rates_that_left_no_cell_still_bound_the_grid(tmp_path: Path) -> None:
     results = made_up(seeds=(0,), rates=(2e-3,))
     tried = {"olmo_hybrid": (1e-3, 2e-3, 4e-3), "transformer": (1e-3, 2e-3), "mc_la": (2e-3, 4e-3)}
-    main = write_report(results, tmp_path, preset="p", facts=[], audio_facts=[], tried=tried)
+    main, _ = write_report(results, tmp_path, preset="p", facts=[], audio_facts=[], tried=tried)
     edges = dict(zip(main["architecture"], main["edge"], strict=True))
     assert edges == {"olmo_hybrid": "", "transformer": "highest", "mc_la": "lowest"}
     text = (tmp_path / "report.md").read_text()

@@ -62,8 +62,11 @@ def test_known_shapes_get_their_verdicts(tmp_path: Path) -> None:
     keys = [c.key for c in SWEEP.plan(SHAPES)]
     assert ledger.done() == set(keys)
     lines = write(ledger.read_many(keys), "audit", SHAPES, tmp_path)
-    assert "verdict      cloud:circle points: real, uniqueness not tested" in lines
-    assert "verdict      cloud:gaussian_blob points: not distinguishable" in lines
+    assert lines[0].startswith("answer       real, uniqueness not tested: cloud:circle points (top-1 ratio ")
+    assert lines[1].startswith("             not distinguishable: cloud:gaussian_blob points (top-1 ratio ")
+    assert lines[0].endswith("p Holm 0.025).")
+    report = (tmp_path / "report.md").read_text()
+    assert all(f"- {line[13:]}" in report for line in lines[:2])
     import pandas as pd
 
     table = pd.read_parquet(tmp_path / "cells.parquet")
