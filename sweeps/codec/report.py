@@ -224,8 +224,8 @@ def write(cells: Sequence[PublishedCell], preset_name: str, study: Study, out: P
         tried={name: study.rates(name) for name in names} if study.rungs else None,
         texts=text_section(effects, _text_facts(tokens[0], study), "texts.png") if len(effects) else [],
     )
-    said = [*findings, *([verdict(effects)] if len(effects) else [])]
-    return [*labelled("answer", said), *labelled("ran on", _stands_on(banner(study)))]
+    text = labelled("text", [verdict(effects)] if len(effects) else [])
+    return [*labelled("answer", findings), *text, *labelled("ran on", _stands_on(banner(study)))]
 
 
 def _stands_on(lines: Sequence[str]) -> list[str]:

@@ -100,14 +100,23 @@ def test_command_line_is_frozen() -> None:
         "--help": ("==SUPPRESS==", 0, None),
         "--preset": ("local", None, "P"),
         "--plan": (False, 0, None),
+        "--all": (False, 0, None),
         "--only": ([], "+", "KEY"),
         "--report": (False, 0, None),
+        "--open": (False, 0, None),
         "--retry-failed": (False, 0, None),
         "--storage": ("runs/ledger", None, "URI"),
         "--tracking-uri": (None, None, "URI"),
         "--report-dir": ("runs/reports", None, "DIR"),
         "--address": (None, None, "ADDR"),
         "--set": ([], None, "FIELD=VALUE"),
+        "--search": (None, None, "KIND"),
+        "--objective": (None, None, "COLUMN:min|max"),
+        "--trials": (None, None, "N"),
+        "--where": (None, None, "COLUMN>=X"),
+        "--each": (None, None, "FIELD"),
+        "--batch": (None, None, "N"),
+        "--search-seed": (None, None, "N"),
     }
     assert list(PRESETS) == ["local", "smollm2", "fast2", "fast3", "phase2", "budget_k32", "bridge"]
     named = {"cells_per_pack", "threads", "max_retries", "checkpoint_seconds", "lm_path", "stream_path", "on_corrupt"}
