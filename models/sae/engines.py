@@ -1,4 +1,4 @@
-"""One training step of a TopK SAE, the dense way and the sparse way in torch operations.
+"""One training step of an SAE, the dense way and the sparse way in torch operations.
 
 Shape suffixes: B tokens, D = d_in, M = d_sae, k active features, K > k screened candidates, E = B·k entries.
 
@@ -12,14 +12,20 @@ The norms scale h up in the encoder and down in the decoder, so their own gradie
 loss (Gao et al. 2024, appendix A.2; SAELens' variant without variance normalisation) lets the n_aux dead features
 with the largest a·n reconstruct e = x − x̂, without bias and without relu:
 L_aux = c · min(#dead / n_aux, 1) · Σ_b ‖Σ_j a_bj W_dec[j] − e_b‖² / B, with e held constant.
+
+BatchTopK keeps the k·B largest positive a·n of the whole batch instead of k per token; the equations stay. Matryoshka
+adds the same squared error of x̂^w, the reconstruction by the features below w, for each width w. Then the gradient g
+of feature j is the sum of g^w = 2 (x̂^w − x) / B over the widths that hold it (w > j); b_dec gets the sum over all.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -67,6 +73,8 @@ class Losses:
     active: int  # entries with h > 0
     fired_M: torch.Tensor  # bool, features with h > 0 for some token
     rescreened: int  # rows (main and auxiliary) that were scored again in float32 because the screen was too close
+    inner: float = 0.0  # Matryoshka: Σ_w Σ ‖x̂^w − x‖² / B over the widths below d_sae
+    least: float = math.nan  # BatchTopK: the smallest positive a·n that was kept; NaN where none was
 
 
 def n_candidates(k: int, features: int, least: int = 16) -> int:
@@ -163,22 +171,36 @@ class DenseEngine(Engine):
             xc = x_BD - b_dec if self.config.apply_b_dec_to_input else x_BD
             norm = W_dec.norm(dim=-1) if self.config.rescale_acts_by_decoder_norm else torch.ones_like(b_enc)
             scores = (xc @ W_enc.T + b_enc) * norm
-            top = scores.topk(self.config.k, dim=-1, sorted=False)
-            h = torch.zeros_like(scores).scatter(-1, top.indices, top.values.relu())
+            h = self._kept(scores)
             x_hat = (h / norm) @ W_dec + b_dec
             mse = (x_hat - x_BD).square().sum(-1).mean()
-            aux = torch.zeros_like(mse)
+            aux, inner = torch.zeros_like(mse), torch.zeros_like(mse)
+            for width in self.config.widths[:-1]:
+                x_hat_w = (h[:, :width] / norm[:width]) @ W_dec[:width] + b_dec
+                inner = inner + (x_hat_w - x_BD).square().sum(-1).mean()
             if dead is not None:
                 k_aux, weight = self.aux_plan(dead)
                 residual = (x_BD - x_hat).detach()
                 dead_top = scores[:, dead].topk(k_aux, dim=-1, sorted=False)
                 a = torch.zeros_like(scores).scatter(-1, dead[dead_top.indices], dead_top.values)
                 aux = weight * ((a / norm) @ W_dec - residual).square().sum(-1).mean()
-            grads = torch.autograd.grad(mse + aux, list(leaves.values()))
+            grads = torch.autograd.grad(mse + inner + aux, list(leaves.values()))
         for name, grad in zip(leaves, grads, strict=True):
             self.grad(name).copy_(grad)
         active = h > 0
-        return Losses(mse.item(), aux.item(), int(active.sum()), active.any(dim=0), 0)
+        least = float(h[active].detach().min()) if self.config.kind != "topk" and bool(active.any()) else math.nan
+        count, fired_M = int(active.sum()), active.any(dim=0)
+        return Losses(mse.item(), aux.item(), count, fired_M, 0, inner.item(), least)
+
+    def _kept(self, scores_BM: torch.Tensor) -> torch.Tensor:
+        """h [B, M]: the relu of the kept scores, zero elsewhere."""
+        k = self.config.k
+        if self.config.kind == "topk":
+            top = scores_BM.topk(k, dim=-1, sorted=False)
+            return torch.zeros_like(scores_BM).scatter(-1, top.indices, top.values.relu())
+        flat = scores_BM.relu().flatten()
+        best = flat.topk(k * len(scores_BM), sorted=False)
+        return torch.zeros_like(flat).scatter(-1, best.indices, best.values).view_as(scores_BM)
 
 
 def screen_dtype(device: torch.device) -> torch.dtype:
@@ -228,6 +250,47 @@ def exact_topk(
     return idx
 
 
+@dataclass(frozen=True)
+class Level:
+    """The features low:high of a dictionary and g [B, D], the gradient of what they add to the reconstruction."""
+
+    low: int
+    high: int
+    g_BD: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Entries that tokens keep, row by row: how many each token has, their features and their h (or a)."""
+
+    counts_B: torch.Tensor
+    index_E: torch.Tensor
+    value_E: torch.Tensor
+
+    @classmethod
+    def of(cls, idx_Bk: torch.Tensor, value_Bk: torch.Tensor) -> Kept:
+        """The same number for every token."""
+        rows, k = idx_Bk.shape
+        return cls(torch.full((rows,), k, device=idx_Bk.device), idx_Bk.flatten(), value_Bk.flatten())
+
+    def tokens(self) -> torch.Tensor:
+        """The token of each entry [E]."""
+        return torch.arange(len(self.counts_B), device=self.index_E.device).repeat_interleave(self.counts_B)
+
+    def within(self, low: int, high: int, d_sae: int) -> Kept:
+        """Only the entries of the features low:high of d_sae."""
+        if (low, high) == (0, d_sae):
+            return self
+        mine = (self.index_E >= low) & (self.index_E < high)
+        counts_B = torch.bincount(self.tokens()[mine], minlength=len(self.counts_B))
+        return Kept(counts_B, self.index_E[mine], self.value_E[mine])
+
+    def decode(self, W_MD: torch.Tensor) -> torch.Tensor:
+        """Σ value · W[index] of every token [B, D]."""
+        offsets = self.counts_B.cumsum(0) - self.counts_B
+        return F.embedding_bag(self.index_E, W_MD, offsets, mode="sum", per_sample_weights=self.value_E)
+
+
 class TorchEngine(Engine):
     """The sparse step in torch operations alone, for any device.
 
@@ -257,43 +320,85 @@ class TorchEngine(Engine):
         sae, rows = self.sae, len(x_BD)
         xc = sae.centred(x_BD)
         norm = sae.decoder_norms()
-        screens = self._screen(xc, norm, dead)
-        idx, a, rescreened = self._select(xc, norm, screens[0], self.config.k, None)
-        h = a.relu_()
+        by_token = self.config.kind == "topk"
+        wanted: list[tuple[int, torch.Tensor | None]] = [(self.config.k, None)] if by_token else []
+        screens = self._screen(xc, norm, wanted if dead is None else [*wanted, (self.aux_plan(dead)[0], dead)])
+        rescreened, least = 0, math.nan
+        if by_token:
+            idx, a, rescreened = self._select(xc, norm, screens[0], self.config.k, None)
+            kept = Kept.of(idx, a.relu_())
+        else:
+            kept, least = self._largest_of_batch(xc, norm)
         fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=x_BD.device)
-        fired[idx[h > 0]] = True
-        g = F.embedding_bag(idx, sae.W_dec, mode="sum", per_sample_weights=h).add_(sae.b_dec).sub_(x_BD)
-        mse = float(g.square().sum()) / rows
-        residual = g.neg() if dead is not None else None
-        g.mul_(2 / rows)
-        self._scatter(idx, h, g, xc, relu=True)
-        g_sum = g.sum(0)
+        fired[kept.index_E[kept.value_E > 0]] = True
+        levels = self._errors(kept, x_BD)
+        squares = [float(level.g_BD.square().sum()) / rows for level in levels]
+        residual = levels[-1].g_BD.neg() if dead is not None else None
+        for level in levels:
+            level.g_BD.mul_(2 / rows)
+        for above, level in zip(levels[:0:-1], levels[-2::-1], strict=True):
+            level.g_BD.add_(above.g_BD)
+        self._scatter(kept, levels, xc, relu=True)
+        g_sum = levels[0].g_BD.sum(0)
         aux = 0.0
         if dead is not None and residual is not None:
             k_aux, weight = self.aux_plan(dead)
             live = torch.ones(sae.d_sae, dtype=torch.bool, device=x_BD.device)
             live[dead] = False
-            idx, a, again = self._select(xc, norm, screens[1], k_aux, live.nonzero().flatten())
+            idx, a, again = self._select(xc, norm, screens[-1], k_aux, live.nonzero().flatten())
             rescreened += again
             g = F.embedding_bag(idx, sae.W_dec, mode="sum", per_sample_weights=a).sub_(residual)
             aux = weight * float(g.square().sum()) / rows
-            g.mul_(2 * weight / rows)
-            self._scatter(idx, a, g, xc, relu=False)
+            whole = [Level(0, sae.d_sae, g.mul_(2 * weight / rows))]
+            self._scatter(Kept.of(idx, a), whole, xc, relu=False)
         grad_b_dec = self.grad("b_dec").copy_(g_sum)
         if self.config.apply_b_dec_to_input:
             grad_b_dec.sub_(self.grad("b_enc") @ sae.W_enc)
-        return Losses(mse, aux, int((h > 0).sum()), fired, rescreened)
+        active = int((kept.value_E > 0).sum())
+        return Losses(squares[-1], aux, active, fired, rescreened, sum(squares[:-1]), least)
+
+    def _errors(self, kept: Kept, x_BD: torch.Tensor) -> list[Level]:
+        """x̂^w − x of each nested reconstruction (one unless Matryoshka)."""
+        sae = self.sae
+        levels: list[Level] = []
+        decoded: torch.Tensor = sae.b_dec
+        for low, high in pairwise((0, *self.config.widths)):
+            decoded = kept.within(low, high, sae.d_sae).decode(sae.W_dec).add_(decoded)
+            levels.append(Level(low, high, decoded - x_BD))
+        return levels
+
+    def _largest_of_batch(self, xc_BD: torch.Tensor, norm_M: torch.Tensor) -> tuple[Kept, float]:
+        """The k·B largest positive a·n of the batch, and the smallest of them (NaN where there is none).
+
+        Scored in float32 a block of rows at a time; of equal scores those of earlier rows are kept.
+        """
+        sae, wanted = self.sae, self.config.k * len(xc_BD)
+        at_E = torch.empty(0, dtype=torch.int64, device=xc_BD.device)
+        a_E, score_E = (torch.empty(0, device=xc_BD.device) for _ in range(2))
+        least = 0.0
+        for rows in row_chunks(len(xc_BD), 4 * sae.d_sae):
+            a = torch.addmm(sae.b_enc, xc_BD[rows], sae.W_enc.T).flatten()
+            scores = a.view(-1, sae.d_sae).mul(norm_M).flatten()
+            more = (scores > least).nonzero().flatten()
+            at_E = torch.cat([at_E, more + rows.start * sae.d_sae])
+            a_E, score_E = torch.cat([a_E, a[more]]), torch.cat([score_E, scores[more]])
+            if len(score_E) > wanted:
+                best = score_E.topk(wanted, sorted=False).indices.sort().values
+                at_E, a_E, score_E = at_E[best], a_E[best], score_E[best]
+                least = float(score_E.min())
+        found = float(score_E.min()) if len(score_E) else math.nan
+        counts_B = torch.bincount(at_E // sae.d_sae, minlength=len(xc_BD))
+        return Kept(counts_B, at_E % sae.d_sae, a_E), found
 
     def _screen(
-        self, xc_BD: torch.Tensor, norm_M: torch.Tensor, dead: torch.Tensor | None
+        self, xc_BD: torch.Tensor, norm_M: torch.Tensor, wanted: Sequence[tuple[int, torch.Tensor | None]]
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Candidates [B, K] and their low-precision scores: of all features, then of the dead ones."""
+        """Candidates [B, K] and their low-precision scores for each (k, features to choose from; None: all)."""
         sae, rows = self.sae, len(xc_BD)
+        if not wanted:
+            return []
         exact = self.screen_dtype == torch.float32
-        wanted = [(self.config.k, sae.d_sae)]
-        if dead is not None:
-            wanted.append((self.aux_plan(dead)[0], len(dead)))
-        sizes = [k if exact else n_candidates(k, features) for k, features in wanted]
+        sizes = [k if exact else n_candidates(k, sae.d_sae if own is None else len(own)) for k, own in wanted]
         device = xc_BD.device
         found = [
             (torch.empty(rows, K, dtype=torch.int64, device=device), torch.empty(rows, K, device=device)) for K in sizes
@@ -305,7 +410,7 @@ class TorchEngine(Engine):
         for chunk in row_chunks(rows, W.element_size() * sae.d_sae):
             scores = self.scratch.take("screen.scores", chunk.stop - chunk.start, sae.d_sae, dtype=W.dtype)
             torch.addmm(bias, x[chunk], W.T, out=scores)
-            for (cand, values), K, features in zip(found, sizes, (None, dead), strict=False):
+            for (cand, values), K, (_, features) in zip(found, sizes, wanted, strict=True):
                 best, at = grouped_topk(scores if features is None else scores[:, features], K)
                 cand[chunk] = at if features is None else features[at]
                 values[chunk] = best.float()
@@ -338,27 +443,39 @@ class TorchEngine(Engine):
             a[close] = dots(xc_BD[close], sae.W_enc, idx[close]).add_(sae.b_enc[idx[close]])
         return idx, a, len(close)
 
-    def _scatter(
-        self, idx_Bk: torch.Tensor, h_Bk: torch.Tensor, g_BD: torch.Tensor, xc_BD: torch.Tensor, *, relu: bool
-    ) -> None:
+    def _scatter(self, kept: Kept, levels: Sequence[Level], xc_BD: torch.Tensor, *, relu: bool) -> None:
         """Sum the entries into the gradients of W_dec, W_enc and b_enc: the main ones, with relu, come first, and the
-        auxiliary ones are added to them."""
-        W_dec, M, (rows, k) = self.sae.W_dec, self.sae.d_sae, idx_Bk.shape
-        feature, order = torch.sort(idx_Bk.flatten(), stable=True)
+        auxiliary ones are added to them. `levels` cover all features and hold the gradient of each one's x̂."""
+        W_dec, M, rows = self.sae.W_dec, self.sae.d_sae, len(kept.counts_B)
+        feature, order = torch.sort(kept.index_E, stable=True)
         starts = torch.zeros(M + 1, dtype=torch.int64, device=feature.device)
         torch.cumsum(torch.bincount(feature, minlength=M), 0, out=starts[1:])
-        token, h = order // k, h_Bk.flatten()[order]
-        # one bag per feature: the table that is read at random is g, smaller than W_dec by B / d_sae
-        dh = torch.ops.aten._embedding_bag_per_sample_weights_backward(W_dec, g_BD, token, starts[:-1], feature, 0)
+        token, h = kept.tokens()[order], kept.value_E[order]
+        bounds = starts.tolist() if len(levels) > 1 else [0] * M + [len(token)]
+        dh = torch.empty_like(h)
+        for level in levels:
+            own, low = slice(bounds[level.low], bounds[level.high]), level.low
+            # one bag per feature: the table that is read at random is g, smaller than W_dec by B / d_sae
+            dh[own] = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+                W_dec[low : level.high], level.g_BD, token[own], starts[low : level.high] - own.start,
+                feature[own] - low, 0,
+            )  # fmt: skip
         if relu:
             dh.mul_(h > 0)
-        for name, values, dense in (("W_dec", h, g_BD), ("W_enc", dh, xc_BD)):
-            entries = torch.sparse_csr_tensor(starts, token, values, (M, rows), check_invariants=False)
-            grad = self.grad(name)
-            if relu:
-                torch.mm(entries, dense, out=grad)
-            else:
-                torch.addmm(grad, entries, dense, out=grad)
+        whole = Level(0, M, xc_BD)
+        for name, values, parts in (("W_dec", h, levels), ("W_enc", dh, [whole])):
+            for level in parts:
+                own = slice(bounds[level.low], bounds[level.high])
+                shape = (level.high - level.low, rows)
+                entries = torch.sparse_csr_tensor(
+                    starts[level.low : level.high + 1] - own.start, token[own], values[own], shape,
+                    check_invariants=False,
+                )  # fmt: skip
+                grad = self.grad(name)[level.low : level.high]
+                if relu:
+                    torch.mm(entries, level.g_BD, out=grad)
+                else:
+                    torch.addmm(grad, entries, level.g_BD, out=grad)
         grad_b = self.grad("b_enc")
         if relu:
             grad_b.zero_()

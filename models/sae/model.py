@@ -1,5 +1,7 @@
 """The TopK sparse autoencoder: its configuration, its weights, and inference.
 
+BatchTopK and Matryoshka SAEs are trained with the same weights; their inference is `models.sae.jumprelu`.
+
 Shape suffixes: B tokens, D = d_in input width, M = d_sae features, k active features per token.
 
 The model is SAELens' TopK SAE (Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section 2.3) with
@@ -20,17 +22,30 @@ from torch import nn
 from torch.nn import functional as F
 
 Schedule = Literal["constant", "wsd"]
+Kind = Literal["topk", "batchtopk", "matryoshka"]
 
 SCORE_BYTES = 32 * 2**20  # largest [rows, d_sae] block of scores that inference and the torch step hold at once
 NORM_FLOOR = 1e-8  # SAELens' lower clamp of a decoder norm when norms are folded
 
 
+KINDS: tuple[Kind, ...] = ("topk", "batchtopk", "matryoshka")
+
+
+def matryoshka_widths(d_sae: int) -> tuple[int, ...]:
+    """The nested widths that are used here: d_sae/16, /8, /4, /2 and d_sae (those of at least one feature)."""
+    return tuple(sorted({d_sae // part for part in (16, 8, 4, 2, 1)} - {0}))
+
+
 @dataclass(frozen=True, kw_only=True)
 class SAEConfig:
-    """Everything that decides the weights of one TopK SAE, and nothing about where it runs.
+    """Everything that decides the weights of one SAE, and nothing about where it runs.
 
     Defaults are those of SAELens 6.54 (`TopKTrainingSAEConfig`, `SAETrainerConfig`), so that the two agree.
 
+    - `kind`: "topk" keeps k features of each token; "batchtopk" (Bussmann et al. 2024, arXiv:2412.06410) keeps the
+      k·B largest positive activations of a batch of B tokens; "matryoshka" (Bussmann et al. 2025, arXiv:2503.17547)
+      is batchtopk whose loss also counts the reconstruction by the first w features alone, for each w of
+      `matryoshka_widths` (increasing, the last one d_sae).
     - `schedule`: "constant" (after `warmup_steps` of linear warm-up), or "wsd" (warm-up, stable, decay): a trunk at
       constant rate from which one linear decay of `decay_steps` branches off for each budget. Both make every
       smaller budget a prefix of the larger; a schedule that depends on the total length cannot be nested.
@@ -59,6 +74,8 @@ class SAEConfig:
     decoder_init_norm: float = 0.1
     rescale_acts_by_decoder_norm: bool = True
     apply_b_dec_to_input: bool = True
+    kind: Kind = "topk"
+    matryoshka_widths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("d_in", "d_sae", "k"):
@@ -66,6 +83,7 @@ class SAEConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive; choose {name} >= 1")
         if self.k > self.d_sae:
             raise ValueError(f"k={self.k} exceeds d_sae={self.d_sae}; choose k <= d_sae")
+        self._check_kind()
         if self.schedule not in ("constant", "wsd"):
             raise ValueError(
                 f"schedule={self.schedule!r} cannot be nested: its rate depends on the total budget; nested budgets "
@@ -86,6 +104,24 @@ class SAEConfig:
             raise ValueError(f"betas={self.betas} must be two numbers in [0, 1); Adam's usual are (0.9, 0.999)")
         if self.aux_k is not None and not 1 <= self.aux_k <= self.d_sae:
             raise ValueError(f"aux_k={self.aux_k} is outside 1..d_sae={self.d_sae}; leave it None for d_in // 2")
+
+    def _check_kind(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind={self.kind!r} is unknown; choose {', '.join(KINDS)}")
+        widths = self.matryoshka_widths
+        if self.kind != "matryoshka" and widths:
+            raise ValueError(f"matryoshka_widths={widths} do not fit kind={self.kind!r}; leave them empty")
+        nested = list(widths) == sorted(set(widths)) and widths[:1] > (0,) and widths[-1:] == (self.d_sae,)
+        if self.kind == "matryoshka" and not nested:
+            raise ValueError(
+                f"matryoshka_widths={widths} must be positive, increase, and end with d_sae={self.d_sae}; "
+                "matryoshka_widths(d_sae) gives the usual ones"
+            )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Features that each reconstruction in the loss uses, from the narrowest: d_sae alone unless nested."""
+        return self.matryoshka_widths or (self.d_sae,)
 
     @property
     def n_aux(self) -> int:
@@ -130,6 +166,7 @@ class TopKSAE(nn.Module):
         if k > d_sae:
             raise ValueError(f"k={k} exceeds d_sae={d_sae}; choose k <= d_sae")
         self.d_in, self.d_sae, self.k = d_in, d_sae, k
+        self.norms_folded = False
         self.rescale_acts_by_decoder_norm = rescale_acts_by_decoder_norm
         self.apply_b_dec_to_input = apply_b_dec_to_input
 
@@ -215,16 +252,20 @@ class TopKSAE(nn.Module):
     def folded(self) -> TopKSAE:
         """The same function with unit decoder rows, the norms moved into the encoder (SAELens' inference form).
 
-        Raises ValueError without rescaling: there the norms take part in the selection, and folding changes it.
+        An SAE that was folded already is returned as it is: rounding would change it again. Raises ValueError without
+        rescaling: there the norms take part in the selection, and folding changes it.
         """
         if not self.rescale_acts_by_decoder_norm:
             raise ValueError("rescale_acts_by_decoder_norm=False: folding would change the selection; keep the norms")
+        if self.norms_folded:
+            return self
         sae = TopKSAE(**self.architecture(), device=self.W_enc.device)
         norm = self.W_dec.norm(dim=-1).clamp_(min=NORM_FLOOR)
         torch.mul(self.W_enc, norm[:, None], out=sae.W_enc)
         torch.div(self.W_dec, norm[:, None], out=sae.W_dec)
         torch.mul(self.b_enc, norm, out=sae.b_enc)
         sae.b_dec.copy_(self.b_dec)
+        sae.norms_folded = True
         return sae
 
     def architecture(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""TopK SAEs on disk in SAELens' format: cfg.json and sae_weights.safetensors in one folder.
+"""SAEs on disk in SAELens' format: cfg.json and sae_weights.safetensors in one folder.
 
 Written so that `sae_lens.SAE.load_from_disk(folder)` gives an SAE with our encode and decode, and read back without
 SAELens. As SAELens does for inference models, decoder norms are folded into the encoder, which changes neither the
@@ -15,6 +15,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from models.sae.jumprelu import JumpReLUSAE
 from models.sae.model import TopKSAE
 
 CONFIG_FILE = "cfg.json"
@@ -44,8 +45,8 @@ def sae_lens_version() -> str:
         return FORMAT_VERSION
 
 
-def save_saelens(sae: TopKSAE, path: str | Path, metadata: Mapping[str, Any]) -> None:
-    """Write `sae` to the folder `path` (made when missing).
+def save_saelens(sae: TopKSAE | JumpReLUSAE, path: str | Path, metadata: Mapping[str, Any]) -> None:
+    """Write `sae` to the folder `path` (made when missing): as a TopK SAE, or as SAELens' JumpReLU SAE.
 
     `metadata` (model_name, hook_name, context_size, dataset_path, …; JSON values) goes into the config with
     `sae_lens_version`, which SAELens needs to read the format, and UNPROCESSED; the caller's entries win.
@@ -53,11 +54,10 @@ def save_saelens(sae: TopKSAE, path: str | Path, metadata: Mapping[str, Any]) ->
     Raises ValueError when the metadata is not JSON.
     """
     folder = Path(path)
-    architecture = sae.architecture()
     described = {"sae_lens_version": sae_lens_version(), "sae_lens_training_version": None, **UNPROCESSED, **metadata}
     config = {
-        "architecture": "topk",
-        **architecture,
+        "architecture": "topk" if isinstance(sae, TopKSAE) else "jumprelu",
+        **sae.architecture(),
         "dtype": "float32",
         "device": "cpu",
         "normalize_activations": "none",
@@ -68,7 +68,7 @@ def save_saelens(sae: TopKSAE, path: str | Path, metadata: Mapping[str, Any]) ->
         text = json.dumps(config, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"metadata of the SAE is not JSON ({error}); give strings, numbers, lists, dicts") from error
-    weights = sae.folded() if sae.rescale_acts_by_decoder_norm else sae
+    weights = sae.folded() if isinstance(sae, TopKSAE) and sae.rescale_acts_by_decoder_norm else sae
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         "W_enc": weights.W_enc.detach().cpu().T.contiguous(),
@@ -76,6 +76,8 @@ def save_saelens(sae: TopKSAE, path: str | Path, metadata: Mapping[str, Any]) ->
         "b_enc": weights.b_enc.detach().cpu(),
         "b_dec": weights.b_dec.detach().cpu(),
     }
+    if isinstance(weights, JumpReLUSAE):
+        tensors["threshold"] = weights.threshold.detach().cpu()
     save_file(tensors, folder / WEIGHTS_FILE)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 

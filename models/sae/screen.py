@@ -5,12 +5,12 @@ bfloat16. Activations with a few enormous coordinates do not survive eight bits;
 are scored in float32, and when they are many the screen turns to bfloat16 for the next HOLD_STEPS batches. Either way
 the support is the float32 one.
 
-Shape suffixes as in `topk_kernels`.
+Shape suffixes as in `kernels`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,11 +28,15 @@ HOLD_STEPS = 256  # batches in bfloat16 after an int8 screen that left more than
 HOLD_SHARE = 0.02
 
 
-def feature_split(starts_M1: torch.Tensor, parts: int) -> list[int]:
-    """Bounds of `parts` consecutive ranges of features with about equally many sorted entries each."""
-    bounds = np.searchsorted(starts_M1.numpy(), even_split(int(starts_M1[-1]), parts)).tolist()
-    bounds[0], bounds[-1] = 0, len(starts_M1) - 1
-    return list(bounds)
+def feature_split(starts_M1: torch.Tensor, parts: int, low: int = 0, high: int | None = None) -> list[int]:
+    """Bounds of `parts` consecutive ranges of the features low:high with about equally many sorted entries each."""
+    high = len(starts_M1) - 1 if high is None else high
+    starts = starts_M1[low : high + 1].numpy()
+    first = int(starts[0])
+    wanted = [first + share for share in even_split(int(starts[-1]) - first, parts)]
+    bounds = [low + int(place) for place in np.searchsorted(starts, wanted)]
+    bounds[0], bounds[-1] = low, high
+    return bounds
 
 
 def blocks_of(rows_ND: torch.Tensor, scratch: Scratch, name: str, n_threads: int = 1) -> torch.Tensor:
@@ -100,43 +104,65 @@ class Screen:
 
     def candidates(self, xc_BD: torch.Tensor, dead: torch.Tensor | None, k_aux: int) -> list[Candidates]:
         """Candidates among all features for the SAE's k, then (with `dead`) among the dead ones for k_aux."""
-        sae, scratch, rows = self.sae, self.scratch, len(xc_BD)
-        bias = torch.mul(sae.b_enc, self.norm_M, out=scratch.take("screen.bias", sae.d_sae))
-        wanted = [("main", sae.k, sae.d_sae, bias)]
-        if dead is not None:
-            dead_bias = scratch.take("aux.bias", sae.d_sae).fill_(-torch.inf)
-            dead_bias[dead] = bias[dead]
-            wanted.append(("aux", k_aux, len(dead), dead_bias))
-        W, dtype = self.low_MD(), self.dtype
-        product_dtype = torch.int32 if dtype == torch.int8 else dtype
+        bias = self.bias()
+        wanted = [("main", self.sae.k, self.sae.d_sae, bias)]
+        return self._screened(xc_BD, wanted if dead is None else [*wanted, self._dead(dead, k_aux, bias)])
+
+    def dead_candidates(self, xc_BD: torch.Tensor, dead: torch.Tensor, k_aux: int) -> Candidates:
+        """Candidates among the dead features for k_aux."""
+        return self._screened(xc_BD, [self._dead(dead, k_aux, self.bias())])[0]
+
+    def bias(self) -> torch.Tensor:
+        """b_enc · n [M]."""
+        return torch.mul(self.sae.b_enc, self.norm_M, out=self.scratch.take("screen.bias", self.sae.d_sae))
+
+    def _dead(self, dead: torch.Tensor, k_aux: int, bias_M: torch.Tensor) -> tuple[str, int, int, torch.Tensor]:
+        dead_bias = self.scratch.take("aux.bias", self.sae.d_sae).fill_(-torch.inf)
+        dead_bias[dead] = bias_M[dead]
+        return "aux", k_aux, len(dead), dead_bias
+
+    def _screened(self, xc_BD: torch.Tensor, wanted: Sequence[tuple[str, int, int, torch.Tensor]]) -> list[Candidates]:
+        """Candidates for each (name, k, features that count, bias with −∞ for all others)."""
+        sae, scratch, rows, dtype = self.sae, self.scratch, len(xc_BD), self.dtype
         found = []
         for name, k, features, _ in wanted:
             K = n_candidates(k, features, INT8_MARGIN if dtype == torch.int8 else BFLOAT16_MARGIN)
             index = scratch.take(f"{name}.cand", rows, K, dtype=torch.int32)
             screened = scratch.take(f"{name}.screened", rows, K)
             found.append(Candidates(index, screened, scratch.take(f"{name}.floor", rows)))
-        x = scratch.take("screen.x", rows, sae.d_in, dtype=dtype)
-        x_scale = scratch.take("screen.x_scale", rows)
-        self._lower(xc_BD, torch.ones(rows), x, x_scale)
-        step = CHUNK_BYTES_PER_FEATURE // product_dtype.itemsize
-        for start in range(0, rows, step):
-            chunk = slice(start, min(start + step, rows))
-            size = chunk.stop - chunk.start
-            product = scratch.take("screen.product", size, sae.d_sae, dtype=product_dtype)
-            if dtype == torch.int8:
-                torch._int_mm(x[chunk], W.T, out=product)
-            else:
-                torch.mm(x[chunk], W.T, out=product)
+        x, x_scale = self.lowered(xc_BD)
+        for chunk, product in self.products(x):
             for part, (_, _, _, offset) in zip(found, wanted, strict=True):
                 run_kernel(
-                    kernels.screen, even_split(size, self.n_threads), product, x_scale[chunk], self.scale_M, offset,
-                    kernels.group_size(sae.d_sae, part.index_BK.shape[1]),
+                    kernels.screen, even_split(len(product), self.n_threads), product, x_scale[chunk], self.scale_M,
+                    offset, kernels.group_size(sae.d_sae, part.index_BK.shape[1]),
                     part.index_BK[chunk], part.screened_BK[chunk], part.floor_B[chunk],
                 )  # fmt: skip
         for part, (_, _, features, _) in zip(found, wanted, strict=True):
             if part.index_BK.shape[1] == features:
                 part.floor_B.fill_(-torch.inf)
         return found
+
+    def lowered(self, xc_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows in the precision of the next screen, and their scales [B]."""
+        x = self.scratch.take("screen.x", *xc_BD.shape, dtype=self.dtype)
+        x_scale = self.scratch.take("screen.x_scale", len(xc_BD))
+        self._lower(xc_BD, torch.ones(len(xc_BD)), x, x_scale)
+        return x, x_scale
+
+    def products(self, x_BD: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The screening product of lowered rows with the lowered weights, a block of rows at a time."""
+        W = self.low_MD()
+        dtype = torch.int32 if self.dtype == torch.int8 else self.dtype
+        step = CHUNK_BYTES_PER_FEATURE // dtype.itemsize
+        for start in range(0, len(x_BD), step):
+            chunk = slice(start, min(start + step, len(x_BD)))
+            product = self.scratch.take("screen.product", chunk.stop - chunk.start, self.sae.d_sae, dtype=dtype)
+            if self.dtype == torch.int8:
+                torch._int_mm(x_BD[chunk], W.T, out=product)
+            else:
+                torch.mm(x_BD[chunk], W.T, out=product)
+            yield chunk, product
 
     def sort(self, idx_Bk: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Entries by feature: starts [M + 1], token [E], and the slot of each entry [B, k]."""

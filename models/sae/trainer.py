@@ -1,9 +1,9 @@
-"""Training TopK SAEs: one SAE (`SparseTrainer`), and many on one stream (`SAEBank`).
+"""Training SAEs (TopK, BatchTopK, Matryoshka): one SAE (`SparseTrainer`), and many on one stream (`SAEBank`).
 
 Shape suffixes: B tokens, D = d_in, M = d_sae, k active features.
 
-Everything a sweep needs is importable from here. The mathematics is in `topk_model` and `topk_engines`, the numba
-kernels in `topk_kernels`, the on-disk format in `sae_io`.
+Everything a sweep needs is importable from here. The mathematics is in `model` and `engines`, the numba kernels in
+`kernels`, the on-disk format in `saelens`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,27 @@ import torch
 
 from models.sae.cost import bank_bytes, step_flops
 from models.sae.engines import PARAMETERS, Backend, DenseEngine, Engine, Scratch, TorchEngine, screen_dtype
+from models.sae.jumprelu import THRESHOLD_RATE, JumpReLUSAE
 from models.sae.model import SAEConfig, TopKSAE
 from models.sae.numba_engine import NumbaEngine
 from models.sae.probe import faster_backend
 from models.sae.screen import encoder
 
-__all__ = ["SAEBank", "SAEConfig", "SparseTrainer", "StepStats", "TopKSAE", "bank_bytes", "encoder", "step_flops"]
+__all__ = [
+    "JumpReLUSAE",
+    "SAEBank",
+    "SAEConfig",
+    "SparseTrainer",
+    "StepStats",
+    "TopKSAE",
+    "bank_bytes",
+    "encoder",
+    "step_flops",
+]
 
 BackendChoice = Literal["auto", "numba", "torch", "dense"]
+# fields that states written before there were several kinds of SAE do not name
+_LATER_FIELDS = {"kind": "topk", "matryoshka_widths": ()}
 
 
 @dataclass(frozen=True)
@@ -31,7 +44,7 @@ class StepStats:
     """The numbers of one training step. Losses are sums over d_in and means over tokens, as in SAELens."""
 
     step: int  # steps done, this one included
-    loss: float  # mse + aux
+    loss: float  # mse + inner + aux
     mse: float
     aux: float
     grad_norm: float  # before clipping
@@ -39,6 +52,7 @@ class StepStats:
     dead: int  # dead features before this step
     rescreened: int  # rows whose support was settled in float32 over all features
     lr: float
+    inner: float = 0.0  # Matryoshka: the squared errors of the inner reconstructions
 
 
 def check_finite(x_BD: torch.Tensor, name: str, step: int) -> None:
@@ -52,7 +66,7 @@ def check_finite(x_BD: torch.Tensor, name: str, step: int) -> None:
 
 
 class SparseTrainer:
-    """Trains one TopK SAE: sparse gradients, global-norm clip, dense Adam, AuxK for dead features.
+    """Trains one SAE: sparse gradients, global-norm clip, dense Adam, AuxK for dead features.
 
     - `backend`: "numba" (CPU), "torch" (any device), "dense" (autograd over all features, the reference), or
       "auto": torch on an accelerator; on a CPU the faster of numba and torch in a short measured probe. The choice
@@ -81,6 +95,7 @@ class SparseTrainer:
         self.sae = TopKSAE.from_config(config, device)
         self.step_count = 0
         self.decay_from: int | None = None
+        self.threshold = 0.0
         parameters = {name: getattr(self.sae, name) for name in PARAMETERS}
         self._exp_avg = {name: torch.zeros_like(p) for name, p in parameters.items()}
         self._exp_avg_sq = {name: torch.zeros_like(p) for name, p in parameters.items()}
@@ -166,11 +181,13 @@ class SparseTrainer:
             )
         self.step_count += 1
         self._engine.update(lr, self.step_count, grad_norm)
+        if losses.least == losses.least:  # NaN: nothing was kept
+            self.threshold = (1 - THRESHOLD_RATE) * self.threshold + THRESHOLD_RATE * losses.least
         self._since_fired += 1
         self._since_fired[losses.fired_M] = 0
         return StepStats(
             step=self.step_count,
-            loss=losses.mse + losses.aux,
+            loss=losses.mse + losses.inner + losses.aux,
             mse=losses.mse,
             aux=losses.aux,
             grad_norm=grad_norm,
@@ -178,7 +195,17 @@ class SparseTrainer:
             dead=len(dead),
             rescreened=losses.rescreened,
             lr=lr,
+            inner=losses.inner,
         )
+
+    def inference(self) -> TopKSAE | JumpReLUSAE:
+        """The SAE as it is evaluated and published: decoder norms folded, BatchTopK with its threshold.
+
+        Without rescaling a TopK SAE keeps its norms, which take part in the selection.
+        """
+        if self.config.kind != "topk":
+            return JumpReLUSAE.of_batch_topk(self.sae, self.threshold)
+        return self.sae.folded() if self.config.rescale_acts_by_decoder_norm else self.sae
 
     def branch(self) -> SparseTrainer:
         """A copy that decays linearly to zero over the next `decay_steps` steps; this trunk stays as it is.
@@ -215,6 +242,8 @@ class SparseTrainer:
             "decay_from": self.decay_from,
             "since_fired": self._since_fired,
         }
+        if self.config.kind != "topk":
+            state["threshold"] = self.threshold
         for name in PARAMETERS:
             state[name] = getattr(self.sae, name).detach()
             state[f"exp_avg.{name}"] = self._exp_avg[name]
@@ -229,8 +258,9 @@ class SparseTrainer:
         On the same machine and number of threads the run goes on bit for bit. Raises ValueError when the state is
         of another configuration.
         """
-        mine, theirs = asdict(self.config), dict(state["config"])
-        theirs["betas"] = tuple(theirs["betas"])
+        mine, theirs = asdict(self.config), _LATER_FIELDS | dict(state["config"])
+        for name in ("betas", "matryoshka_widths"):
+            theirs[name] = tuple(theirs[name])
         different = sorted(key for key in mine if mine[key] != theirs.get(key))
         if different or set(theirs) != set(mine):
             found = ", ".join(f"{key}={theirs.get(key)!r} (here {mine[key]!r})" for key in different)
@@ -242,6 +272,7 @@ class SparseTrainer:
         self._since_fired.copy_(state["since_fired"])
         self.step_count = state["step"]
         self.decay_from = state["decay_from"]
+        self.threshold = float(state.get("threshold", 0.0))
         backend = self._resolve(state["backend"])
         if backend != self.backend:
             self._engine = self._make_engine(backend)
