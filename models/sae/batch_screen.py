@@ -95,7 +95,7 @@ class BatchScreen:
         length_W, miss_W = self._errors(sae.W_enc, screen.norm_M, low_W, scale_W)
         miss_x += ROUNDING[low_x.dtype] * (length_x + miss_x)
         counts, parts, total = torch.empty(rows, dtype=torch.int64), [], 0
-        limit = math.inf if exact else MOST_CANDIDATES * sae.k * rows + MOST_PER_ROW * rows
+        limit = math.inf if low_x.dtype == torch.float32 else MOST_CANDIDATES * sae.k * rows + MOST_PER_ROW * rows
         bias = screen.bias()
         for chunk, product in self._exact_products(xc_BD) if exact else screen.products(low_x):
             split = even_split(len(product), screen.n_threads)

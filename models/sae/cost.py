@@ -1,22 +1,23 @@
-"""What training TopK SAEs costs, before anything is allocated: bytes of a bank, operations of a step."""
+"""What training SAEs costs, before anything is allocated: bytes of a bank, operations of a step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from models.sae.batch_screen import MOST_CANDIDATES, MOST_PER_ROW
 from models.sae.engines import Backend, n_candidates
 from models.sae.intrinsics import BLOCK
 from models.sae.model import SCORE_BYTES, SAEConfig
-from models.sae.screen import CHUNK_BYTES_PER_FEATURE, INT8_MARGIN
+from models.sae.screen import CHUNK_BYTES_PER_FEATURE, INT8_MARGIN, multiplies_int8
 
 
 def bank_bytes(configs: Iterable[SAEConfig], batch: int, *, backend: Backend = "numba", aux: bool = True) -> int:
     """Bytes that a bank of these cells holds while it trains on batches of `batch` tokens.
 
-    Every cell has weights and two moments in float32 (and, for numba, room for a bfloat16 screen); gradients and
-    scratch exist once, for the largest cell. With `aux` the scratch of the auxiliary loss is counted, needed as soon
-    as a feature is dead. The dense backend counts the [batch, d_sae] blocks autograd keeps. The LM, its activations,
-    the interpreter and its libraries are not included.
+    Every cell has weights and two moments in float32 (and, for numba, room for its screen's copy of the encoder);
+    gradients and scratch exist once, for the largest cell. With `aux` the scratch of the auxiliary loss is counted,
+    needed as soon as a feature is dead. The dense backend counts the [batch, d_sae] blocks that autograd keeps. The LM,
+    its activations, the interpreter and its libraries are not included.
     """
     configs = list(configs)
     own = sum(_cell_bytes(config, backend) for config in configs)
@@ -27,7 +28,7 @@ def bank_bytes(configs: Iterable[SAEConfig], batch: int, *, backend: Backend = "
 def _cell_bytes(config: SAEConfig, backend: Backend) -> int:
     matrix, vectors = config.d_in * config.d_sae, config.d_sae + config.d_in
     state = 4 * 3 * (2 * matrix + vectors) + 4 * config.d_sae
-    return state + (2 * matrix + 9 * config.d_sae if backend == "numba" else 0)
+    return state + ((2 if multiplies_int8() else 4) * matrix + 9 * config.d_sae if backend == "numba" else 0)
 
 
 def _scratch_bytes(config: SAEConfig, batch: int, backend: Backend, aux: bool) -> int:
@@ -43,8 +44,12 @@ def _scratch_bytes(config: SAEConfig, batch: int, backend: Backend, aux: bool) -
     widths = [n_candidates(k, M, INT8_MARGIN) for k in wanted]
     per_token = 12 * max(widths) + sum(8 * K + 5 + 20 * k for K, k in zip(widths, wanted, strict=True))
     blocks = 4 * BLOCK * -(-D // BLOCK)
-    per_token += 5 * D + 8 + blocks * (1 + len(wanted) + (len(wanted) > 1))
+    levels = len(config.widths) - 1
+    per_token += (5 if multiplies_int8() else 8) * D + 8 + blocks * (1 + levels + len(wanted) + (len(wanted) > 1))
     product = M * min(4 * batch, CHUNK_BYTES_PER_FEATURE)
+    if config.kind != "topk":  # candidates: feature, token, a and score; marks of a block of rows
+        per_token += 16 * (MOST_CANDIDATES * config.k + MOST_PER_ROW)
+        product += product // 4
     return gradients + batch * per_token + product + 30 * M
 
 

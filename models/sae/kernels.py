@@ -126,9 +126,10 @@ def screen(product_RM, row_scale_R, scale_M, bias_M, group, cand_RK, screened_RK
     """The K features with the largest screened score of each row, their scores, and a bound on all others.
 
     product_RM: the screening product of x and W_enc · norm without bias, either bfloat16 patterns (int16; both scales
-    are ignored) or int32 sums of int8 products with one scale per row and per feature. The K-th largest of the groups'
-    maxima bounds the K-th largest score from below, so that only groups whose maximum reaches it are opened. Group i
-    holds features i, i + M/group, …; the features beyond a multiple of `group` are groups of one.
+    are ignored) or int32 sums of int8 products with one scale per row and per feature (float32: scales of one). The
+    K-th largest of the groups' maxima bounds the K-th largest score from below, so that only groups whose maximum
+    reaches it are opened. Group i holds features i, i + M/group, …; the features beyond a multiple of `group` are
+    groups of one.
     """
     features, K = product_RM.shape[1], cand_RK.shape[1]
     groups = features // group
@@ -576,6 +577,13 @@ def _to_bfloat16(row, factor, low):
 
 
 @_strict
+def _to_float32(row, factor, low):
+    for d in range(row.shape[0]):
+        low[d] = row[d] * factor
+    return _ONE
+
+
+@_strict
 def _to_int8(row, factor, low):
     # magnitudes of floats are ordered like their patterns, and an integer maximum vectorises without fastmath
     largest = np.int32(0)
@@ -595,6 +603,8 @@ def _to_int8(row, factor, low):
 def _lower_of_kind(row, factor, low):
     if low.dtype == types.int16:
         return lambda row, factor, low: _to_bfloat16(row, factor, low)
+    if low.dtype == types.float32:
+        return lambda row, factor, low: _to_float32(row, factor, low)
     return lambda row, factor, low: _to_int8(row, factor, low)
 
 
@@ -612,6 +622,7 @@ def _raised_of_kind(value, scale):
 
 @_kernel
 def write_screen(rows_ND, factor_N, low_ND, scale_N, start, stop):
-    """Rows start:stop of rows · factor in low precision: bfloat16 patterns rounded to even, or int8 with a scale."""
+    """Rows start:stop of rows · factor in low precision: bfloat16 patterns rounded to even, or int8 with a scale (or
+    as they are, in float32)."""
     for n in range(start, stop):
         scale_N[n] = _lower(rows_ND[n], factor_N[n], low_ND[n])

@@ -1,9 +1,10 @@
 """Which features are active, on CPUs: a low-precision product finds candidates, float32 settles them.
 
 The screen multiplies int8 copies of x and W_enc · n (one scale a row, exact int32 sums), at half the cost of
-bfloat16. Activations with a few enormous coordinates do not survive eight bits; the certificate notices, those rows
-are scored in float32, and when they are many the screen turns to bfloat16 for the next HOLD_STEPS batches. Either way
-the support is the float32 one.
+bfloat16; on CPUs without instructions for it (AVX512-VNNI), where torch's int8 product is ten times slower than the
+float32 one, it multiplies float32. Activations with a few enormous coordinates do not survive eight bits; the
+certificate notices, those rows are scored in float32, and when they are many the screen turns to bfloat16 for the next
+HOLD_STEPS batches. Either way the support is the float32 one.
 
 Shape suffixes as in `kernels`.
 """
@@ -26,6 +27,11 @@ CHUNK_BYTES_PER_FEATURE = 1024  # of a block of screened scores; 256 rows of int
 INT8_MARGIN, BFLOAT16_MARGIN = 32, 16  # least surplus of candidates: int8's error is about three times as large
 HOLD_STEPS = 256  # batches in bfloat16 after an int8 screen that left more than HOLD_SHARE of its rows in doubt
 HOLD_SHARE = 0.02
+
+
+def multiplies_int8() -> bool:
+    """Whether this CPU has instructions for the int8 product."""
+    return bool(torch.cpu._is_vnni_supported())
 
 
 def feature_split(starts_M1: torch.Tensor, parts: int, low: int = 0, high: int | None = None) -> list[int]:
@@ -67,13 +73,17 @@ class Screen:
         self.sae, self.scratch, self.n_threads = sae, scratch, n_threads
         self.norm_M = torch.empty(sae.d_sae)
         self.scale_M = torch.empty(sae.d_sae)
-        self._memory = torch.empty(2 * sae.d_sae * sae.d_in, dtype=torch.uint8)
+        self._int8 = multiplies_int8()
+        self._memory = torch.empty((2 if self._int8 else 4) * sae.d_sae * sae.d_in, dtype=torch.uint8)
         self.hold = 0
         self.refresh()
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of the next screen: int8, or bfloat16 while an int8 screen would leave too much in doubt."""
+        """Precision of the next screen: int8, or bfloat16 while an int8 screen would leave too much in doubt; float32
+        where the CPU does not multiply int8."""
+        if not self._int8:
+            return torch.float32
         return torch.bfloat16 if self.hold > 0 else torch.int8
 
     def low_MD(self) -> torch.Tensor:
@@ -254,5 +264,5 @@ class ScreenedEncoder:
 def encoder(sae: TopKSAE) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
     """The cheapest exact encoder of a finished SAE here: screened on CPUs that multiply int8 natively (AVX512-VNNI),
     `sae.encode` on other devices. Both have the signature of `TopKSAE.encode`."""
-    native = sae.W_enc.device.type == "cpu" and torch.cpu._is_vnni_supported()
+    native = sae.W_enc.device.type == "cpu" and multiplies_int8()
     return ScreenedEncoder(sae) if native else sae.encode

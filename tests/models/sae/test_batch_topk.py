@@ -74,9 +74,13 @@ VARIANTS: dict[str, dict] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", ["dense", *SPARSE])
+@pytest.mark.parametrize("backend", ["dense", "torch", "numba, int8", "numba, float32"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gradients_are_those_of_autograd(kind: str, backend: str, variant: str) -> None:
+def test_gradients_are_those_of_autograd(
+    kind: str, backend: str, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, _, product = backend.partition(", ")
+    monkeypatch.setattr("models.sae.screen.multiplies_int8", lambda: product == "int8")
     own = config(kind, **VARIANTS[variant])
     trainer = trained(own, backend, steps=3)
     x = uneven(200, own.d_in, 77)
@@ -202,6 +206,7 @@ def test_resumed_is_uninterrupted_and_packed_is_alone(kind: str, backend: str) -
     assert_same_state(whole, bank.trainers["mine"])
 
 
+@pytest.mark.usefixtures("int8")
 def test_threads_and_guesses_change_no_bit() -> None:
     """The guess of the edge, the precision of the screen and the threads decide the time alone."""
     own = config("matryoshka", d_in=70)
@@ -222,6 +227,7 @@ def test_threads_and_guesses_change_no_bit() -> None:
         assert same <= {"derived.hold", "derived.guess"}
 
 
+@pytest.mark.usefixtures("int8")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_top_of_a_batch_is_exact_where_the_screen_is_blind(kind: str) -> None:
     """A component common to all tokens and features drowns the ranking in low precision."""
@@ -238,6 +244,7 @@ def test_the_top_of_a_batch_is_exact_where_the_screen_is_blind(kind: str) -> Non
         assert relative_error(trainer._engine.gradient(name), wanted[name]) < 1e-5, name
 
 
+@pytest.mark.usefixtures("int8")
 def test_an_easy_batch_is_settled_by_the_screen() -> None:
     trainer = SparseTrainer(config("batchtopk", d_in=64, d_sae=2048, k=16), backend="numba", n_threads=1)
     for step in range(3):

@@ -77,11 +77,16 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("backend", ["dense", *SPARSE])
+@pytest.mark.parametrize("backend", ["dense", "torch", "numba, int8", "numba, float32"])
 @pytest.mark.parametrize("steps", [0, 4], ids=["untrained", "trained"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gradients_are_those_of_autograd(backend: str, steps: int, variant: str) -> None:
-    """Loss, every gradient to 1e-5 and the support (through what fired), with the auxiliary loss in them."""
+def test_gradients_are_those_of_autograd(
+    backend: str, steps: int, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss, every gradient to 1e-5 and the support (through what fired), with the auxiliary loss in them; numba with
+    the screen of CPUs that multiply int8 and of those that do not."""
+    backend, _, product = backend.partition(", ")
+    monkeypatch.setattr("models.sae.screen.multiplies_int8", lambda: product == "int8")
     config = config_of(**VARIANTS[variant])
     trainer = trained(config, backend, steps)
     x = activations(200, config.d_in, 77)
@@ -147,6 +152,7 @@ def test_training_is_that_of_saelens(backend: str) -> None:
         assert deviation < 2e-4, name
 
 
+@pytest.mark.usefixtures("int8")
 @pytest.mark.parametrize("backend", SPARSE)
 def test_support_is_exact_where_the_screen_is_blind(backend: str) -> None:
     """A component common to all tokens and features drowns the ranking in bfloat16; the step finds it all the same."""
@@ -310,6 +316,7 @@ def test_unknown_backend_is_refused() -> None:
         SparseTrainer(config_of(), backend="cuda")  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("int8")
 def test_activations_that_int8_cannot_hold_turn_the_screen_to_bfloat16_and_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -1,0 +1,11 @@
+"""The screen's precision in tests of the SAE engines."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture
+def int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Screens in int8 whatever this CPU multiplies fast."""
+    monkeypatch.setattr("models.sae.screen.multiplies_int8", lambda: True)
