@@ -15,6 +15,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import torch
 
+DENSE = 0.1  # share of tokens above which a feature counts as dense
 VALUE_BITS = 8  # the study quantises each active value to one byte
 
 
@@ -74,6 +75,20 @@ class FeatureCounts:
     def alive(self) -> float:
         """Share of features that fired at least once, in [0, 1]."""
         return float((self.counts_F > 0).mean())
+
+    def density(self, tokens: int) -> dict[str, float]:
+        """How the firings are spread (`columns.FIRING_COLUMNS`), over all `tokens` that were counted.
+
+        `l0` features fire per token; of those that fire at all, half do on at least `density_median` of the tokens;
+        `dense_share` of all features fire on more than DENSE of them.
+        """
+        density_F = self.counts_F / tokens
+        alive = density_F[density_F > 0]
+        return {
+            "l0": float(density_F.sum()),
+            "density_median": float(np.median(alive)) if len(alive) else math.nan,
+            "dense_share": float((density_F > DENSE).mean()),
+        }
 
     def index_entropy(self) -> float:
         """H = −Σ p log2 p in bits, p_j feature j's share of all firings."""

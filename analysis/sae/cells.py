@@ -18,13 +18,12 @@ from analysis.bootstrap import Floats, count_blocks
 from analysis.crossed import Component, Effect, effects, ratio_influence, skew_factor, units_component
 from analysis.sae.budget import FeatureCounts, rate_bits
 from analysis.sae.columns import (
-    AUDIT_COLUMNS,
     CELL_COLUMNS,
     CONFIGURATION,
     IDENTITY,
+    LATER_COLUMNS,
     LOSSES,
     NUMBERS,
-    RUNG_COLUMNS,
     RUNG_SUMS,
     SEQUENCE_COLUMNS,
     SEQUENCE_SUMS,
@@ -48,8 +47,8 @@ def cell_numbers(
         sums: the evaluated sequences, with their losses.
         features: what fired on the same tokens.
         geometry: `pr` and `pr_deflated` of the hooked layer (`CovarianceSums.summary`), and AUDIT_COLUMNS
-            (`VarianceSums.summary`, `ControlledErrors.metrics`) and RUNG_COLUMNS (`rungs.rung_numbers`); those that
-            are not given are NaN.
+            (`VarianceSums.summary`, `ControlledErrors.metrics`), RUNG_COLUMNS (`rungs.rung_numbers`) and FIRING_COLUMNS
+            (`FeatureCounts.density`); those that are not given are NaN.
 
     Raises:
         ValueError: sequences without losses.
@@ -70,7 +69,7 @@ def cell_numbers(
         "pr_deflated": geometry["pr_deflated"],
         "d_model": sums.mean_D.numel(),
         "d_sae": features.d_sae,
-        **{name: geometry.get(name, float("nan")) for name in (*AUDIT_COLUMNS, *RUNG_COLUMNS)},
+        **{name: geometry.get(name, float("nan")) for name in LATER_COLUMNS},
     }
     return {name: float(values[name]) for name in NUMBERS}
 
@@ -107,10 +106,10 @@ def sequence_component(mean_S: Floats, twice: float = 0.0) -> Component:
 def prepare_cells(cells: pd.DataFrame) -> pd.DataFrame:
     """The cells in report order (model by width, layer, k, tokens, seed), contract columns first.
 
-    AUDIT_COLUMNS and RUNG_COLUMNS that an older ledger lacks are NaN. Raises ValueError on other missing columns and on
-    two rows of the same cell.
+    LATER_COLUMNS that an older ledger lacks are NaN. Raises ValueError on other missing columns and on two rows of the
+    same cell.
     """
-    later = [c for c in (*AUDIT_COLUMNS, *RUNG_COLUMNS) if c not in cells.columns]
+    later = [c for c in LATER_COLUMNS if c not in cells.columns]
     cells = cells.assign(**dict.fromkeys(later, float("nan")))
     missing = [c for c in CELL_COLUMNS if c not in cells.columns]
     if missing:

@@ -33,11 +33,14 @@ RUNG_COLUMNS = (
     *("first_order", "first_order_slope", "first_order_correlation", "first_order_signs"),
     *("attention_plan", "attention_cost"),
 )
+# how many features fire, and how often (analysis.sae.budget.FeatureCounts.density); older ledgers lack them
+FIRING_COLUMNS = ("l0", "density_median", "dense_share")
+LATER_COLUMNS = (*AUDIT_COLUMNS, *RUNG_COLUMNS, *FIRING_COLUMNS)
 CELL_COLUMNS = (
     *IDENTITY,
     *("r2", "r2_legacy", "r2_energy", "ce_rec", "ce_rec_lo", "ce_rec_hi", "ce_loss_score", "mse", "cosine"),
     *("relative_error", "alive", "swd", "abs_gdelta", "nmse", "rate_bits", "rate_bits_entropy"),
-    *("pr", "pr_deflated", *LOSSES, "d_model", "d_sae", "cell_key", *AUDIT_COLUMNS, *RUNG_COLUMNS),
+    *("pr", "pr_deflated", *LOSSES, "d_model", "d_sae", "cell_key", *LATER_COLUMNS),
 )
 NUMBERS = tuple(name for name in CELL_COLUMNS if name not in (*IDENTITY, "cell_key"))
 CONFIGURATION = ("model", "depth", "layer", "k", "tokens")

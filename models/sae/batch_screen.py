@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from models.cpu.threads import array, even_split, run_kernel
-from models.sae import kernels
+from models.sae import batch_kernels as kernels
 from models.sae.model import row_chunks
 from models.sae.screen import Screen
 

@@ -17,11 +17,11 @@ from numba.extending import overload
 from models.sae.intrinsics import BLOCK, add_weighted, bits_of_float, block_dots, float_of_bits, prefetch, weighted_sum
 
 # neither nnan nor ninf: minus infinity marks features that must not be chosen
-_FAST = {"contract", "reassoc", "nsz", "arcp"}
-_kernel = njit(nogil=True, cache=True, error_model="numpy", fastmath=_FAST)
+FAST = {"contract", "reassoc", "nsz", "arcp"}
+kernel = njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
 # Helpers with float sums must be inlined: called, a freshly compiled process and one that loads the cache may bind
 # two differently optimised copies, whose sums differ in the last bit, and a resumed run would drift.
-_inlined = njit(nogil=True, cache=True, error_model="numpy", fastmath=_FAST, inline="always")
+_inlined = njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST, inline="always")
 
 # without fastmath: every compiled copy gives the same results, bit for bit
 _strict = njit(nogil=True, cache=True, error_model="numpy")
@@ -35,7 +35,7 @@ _AHEAD = 32  # features whose weights are prefetched
 # ------------------------------------------------------------------------------------ order statistics
 
 
-@_kernel
+@kernel
 def _order_keys(values, n, keys):
     """keys[:n]: integers in the order of the floats values[:n]."""
     for i in range(n):
@@ -43,12 +43,12 @@ def _order_keys(values, n, keys):
         keys[i] = bits ^ ((bits >> _SIGN_SHIFT) & _MAGNITUDE)
 
 
-@_kernel
+@kernel
 def _float_of_key(key):
     return float_of_bits(key ^ ((key >> _SIGN_SHIFT) & _MAGNITUDE))
 
 
-@_kernel
+@kernel
 def _threshold(keys, n, k):
     """A t with at least k of keys[:n] ≥ t, and exactly k unless keys tie at t.
 
@@ -73,7 +73,7 @@ def _threshold(keys, n, k):
     return np.int32(low)
 
 
-@_kernel
+@kernel
 def _positions_of_largest(keys, n, k, positions):
     """positions[:k] of the k largest of keys[:n], ascending; of equal keys the first. Returns the threshold."""
     t = _threshold(keys, n, k)
@@ -96,12 +96,12 @@ def _positions_of_largest(keys, n, k, positions):
 # ------------------------------------------------------------------------------------ selection
 
 
-def _score(value, row_scale, scale, bias):
+def screened_score(value, row_scale, scale, bias):
     """Screened score of one feature; compiled for the two kinds of product by `_score_of_kind`."""
     raise NotImplementedError("for compiled code only")
 
 
-@overload(_score, inline="always", jit_options={"fastmath": _FAST})
+@overload(screened_score, inline="always", jit_options={"fastmath": FAST})
 def _score_of_kind(value, row_scale, scale, bias):
     if value == types.int16:
 
@@ -121,7 +121,7 @@ def group_size(features: int, K: int) -> int:
     return next(size for size in (16, 8, 4, 1) if size == 1 or features // size >= 4 * K)
 
 
-@_kernel
+@kernel
 def screen(product_RM, row_scale_R, scale_M, bias_M, group, cand_RK, screened_RK, floor_R, start, stop):
     """The K features with the largest screened score of each row, their scores, and a bound on all others.
 
@@ -151,19 +151,19 @@ def screen(product_RM, row_scale_R, scale_M, bias_M, group, cand_RK, screened_RK
             best[:groups] = -np.inf
             for g in range(0, group - 3, 4):
                 for i in range(groups):
-                    s0 = _score(members[g, i], r, scales[g, i], offsets[g, i])
-                    s1 = _score(members[g + 1, i], r, scales[g + 1, i], offsets[g + 1, i])
-                    s2 = _score(members[g + 2, i], r, scales[g + 2, i], offsets[g + 2, i])
-                    s3 = _score(members[g + 3, i], r, scales[g + 3, i], offsets[g + 3, i])
+                    s0 = screened_score(members[g, i], r, scales[g, i], offsets[g, i])
+                    s1 = screened_score(members[g + 1, i], r, scales[g + 1, i], offsets[g + 1, i])
+                    s2 = screened_score(members[g + 2, i], r, scales[g + 2, i], offsets[g + 2, i])
+                    s3 = screened_score(members[g + 3, i], r, scales[g + 3, i], offsets[g + 3, i])
                     s0 = s0 if s0 > s1 else s1
                     s2 = s2 if s2 > s3 else s3
                     s0 = s0 if s0 > s2 else s2
                     best[i] = s0 if s0 > best[i] else best[i]
         else:
             for i in range(groups):
-                best[i] = _score(members[0, i], r, scales[0, i], offsets[0, i])
+                best[i] = screened_score(members[0, i], r, scales[0, i], offsets[0, i])
         for j in range(grouped, features):
-            best[groups + j - grouped] = _score(product[j], r, scale_M[j], bias_M[j])
+            best[groups + j - grouped] = screened_score(product[j], r, scale_M[j], bias_M[j])
         _order_keys(best, heads, keys)
         t = _threshold(keys, heads, K)
         bound = _float_of_key(t)
@@ -176,14 +176,14 @@ def screen(product_RM, row_scale_R, scale_M, bias_M, group, cand_RK, screened_RK
             head = np.int64(opened[o])
             if head < groups:
                 for j in range(head, grouped, groups):
-                    score = _score(product[j], r, scale_M[j], bias_M[j])
+                    score = screened_score(product[j], r, scale_M[j], bias_M[j])
                     index[n] = j
                     value[n] = score
                     n += score >= bound
             else:
                 j = grouped + head - groups
                 index[n] = j
-                value[n] = _score(product[j], r, scale_M[j], bias_M[j])
+                value[n] = screened_score(product[j], r, scale_M[j], bias_M[j])
                 n += 1
         if n > K:
             _order_keys(value, n, keys)
@@ -198,7 +198,7 @@ def screen(product_RM, row_scale_R, scale_M, bias_M, group, cand_RK, screened_RK
         floor_R[row] = bound
 
 
-@_kernel
+@kernel
 def rescore(
     a_E, slot_BK, b_enc, norm_M, cand_BK, screened_BK, floor_B, certificate, relu, idx_Bk, h_Bk, close_B, start, stop
 ):
@@ -232,77 +232,6 @@ def rescore(
         close_B[row] = least - floor_B[row] < certificate * np.sqrt(error / np.float32(K))
 
 
-# ------------------------------------------------------------------------------------ the largest of a batch
-
-
-@_kernel
-def mark(
-    product_RM, row_scale_R, scale_M, bias_M, length_M, miss_M, row_miss_R, row_length_R, least, mark_RM, count_R,
-    start, stop,
-):  # fmt: skip
-    """Mark the features of each row whose score may reach `least`, and count them.
-
-    The screened score (see `screen`) is off by no more than row_miss · length[j] + row_length · miss[j]: by Cauchy and
-    Schwarz, with the lengths of what the low precision lost of a row and of a feature's weights, and those of what it
-    kept.
-    """
-    features = product_RM.shape[1]
-    for row in range(start, stop):
-        product, marked, r = product_RM[row], mark_RM[row], row_scale_R[row]
-        row_miss, row_length = row_miss_R[row], row_length_R[row]
-        for j in range(features):
-            score = _score(product[j], r, scale_M[j], bias_M[j])
-            marked[j] = score + (row_miss * length_M[j] + row_length * miss_M[j]) >= least
-        count = np.int64(0)
-        for j in range(features):
-            count += marked[j]
-        count_R[row] = count
-
-
-@_kernel
-def collect(mark_RM, first_R1, index_E, start, stop):
-    """The marked features of rows start:stop, ascending: those of row r go to index[first[r]:first[r + 1]]."""
-    features = mark_RM.shape[1]
-    for row in range(start, stop):
-        marked = mark_RM[row]
-        n = np.int64(first_R1[row])
-        for left in range(0, features, 64):
-            right = min(left + 64, features)
-            found = np.int32(0)
-            for j in range(left, right):
-                found += marked[j]
-            if found == 0:
-                continue
-            for j in range(left, right):
-                if marked[j]:
-                    index_E[n] = j
-                    n += 1
-
-
-@_kernel
-def score_entries(starts_M1, b_enc, norm_M, a_E, score_E, start, stop):
-    """a += b_enc[j] and score = a · norm[j] for the entries of features start:stop."""
-    for j in range(start, stop):
-        for e in range(starts_M1[j], starts_M1[j + 1]):
-            a_E[e] += b_enc[j]
-            score_E[e] = a_E[e] * norm_M[j]
-
-
-@_kernel
-def screen_error(rows_ND, factor_N, low_ND, scale_N, length_N, miss_N, start, stop):
-    """Lengths of rows · factor in low precision (see `write_screen`), and of what the low precision lost."""
-    for n in range(start, stop):
-        row, low, factor, scale = rows_ND[n], low_ND[n], factor_N[n], scale_N[n]
-        length, miss = _ZERO, _ZERO
-        for d in range(row.shape[0]):
-            kept = _raised(low[d], scale)
-            lost = row[d] * factor - kept
-            length += kept * kept
-            miss += lost * lost
-        length_N[n] = np.sqrt(length)
-        miss_N[n] = np.sqrt(miss)
-
-
 # ------------------------------------------------------------------------------------ entries, feature by feature
 
 
@@ -315,7 +244,7 @@ def block_span(entries: int, features: int) -> int:
     return 1 if entries >= SPAN_LIMIT * features else SPAN
 
 
-@_kernel
+@kernel
 def write_blocks(rows_ND, blocks_CNb, start, stop):
     """Columns of rows start:stop in blocks: blocks[c, n, i] = rows[n, BLOCK·c + i], and zero beyond D."""
     width = rows_ND.shape[1]
@@ -324,7 +253,7 @@ def write_blocks(rows_ND, blocks_CNb, start, stop):
             _copy_columns(rows_ND, n, c, width, blocks_CNb[c, n])
 
 
-@_kernel
+@kernel
 def _copy_columns(rows_ND, n, c, width, block_b):
     first = c * BLOCK
     if first + BLOCK <= width:
@@ -335,31 +264,14 @@ def _copy_columns(rows_ND, n, c, width, block_b):
             block_b[i] = rows_ND[n, first + i] if first + i < width else _ZERO
 
 
-@_kernel
+@kernel
 def _fetch_columns(rows_MD, j, c):
     first = j * rows_MD.shape[1] + c * BLOCK
     prefetch(rows_MD, first)
     prefetch(rows_MD, min(first + 16, rows_MD.size - 1))
 
 
-@_kernel
-def sort_ragged(index_E, first_B1, starts_M1, token_E):
-    """`sort_entries` for rows of any length: the features of row b are index[first[b]:first[b + 1]]."""
-    features = starts_M1.shape[0] - 1
-    starts_M1[:] = 0
-    for e in range(index_E.shape[0]):
-        starts_M1[index_E[e] + 1] += 1
-    for j in range(features):
-        starts_M1[j + 1] += starts_M1[j]
-    place = starts_M1[:features].copy()
-    for row in range(first_B1.shape[0] - 1):
-        for e in range(first_B1[row], first_B1[row + 1]):
-            j = index_E[e]
-            token_E[place[j]] = row
-            place[j] += 1
-
-
-@_kernel
+@kernel
 def sort_entries(idx_Bk, starts_M1, token_E, slot_Bk):
     """Counting sort of the entries by feature: feature j owns starts[j]:starts[j + 1], its tokens ascending.
 
@@ -382,7 +294,7 @@ def sort_entries(idx_Bk, starts_M1, token_E, slot_Bk):
             place[j] += 1
 
 
-@_kernel
+@kernel
 def sort_values(value_Bk, slot_Bk, value_E):
     """value_E[slot] = value."""
     rows, k = value_Bk.shape
@@ -391,7 +303,7 @@ def sort_values(value_Bk, slot_Bk, value_E):
             value_E[slot_Bk[row, q]] = value_Bk[row, q]
 
 
-@_kernel
+@kernel
 def feature_dots(rows_CBb, W_MD, starts_M1, token_E, dot_E, span, start, stop):
     """dot_E[e] = W[j] · rows[token_E[e]] for the entries of features j in start:stop (`span`: see `block_span`)."""
     blocks, rows, _ = rows_CBb.shape
@@ -408,7 +320,7 @@ def feature_dots(rows_CBb, W_MD, starts_M1, token_E, dot_E, span, start, stop):
                     block_dots(rows_CBb, c * rows * BLOCK, token_E, first, last, w_b, 0, dot_E)
 
 
-@_kernel
+@kernel
 def decode(W_MD, starts_M1, token_E, value_E, out_CBb, low, high, span, start, stop):
     """out[token] = Σ value · W[j] over the entries of features low:high, ascending in j, for the blocks start:stop of
     columns; added to what is there when low > 0."""
@@ -427,7 +339,7 @@ def decode(W_MD, starts_M1, token_E, value_E, out_CBb, low, high, span, start, s
                     add_weighted(out_CBb, c * rows * BLOCK, token_E, value_E, first, last, w_b)
 
 
-@_kernel
+@kernel
 def residual(target_CBb, base_CIb, scale, g_CBb, error_B, start, stop):
     """g = scale · (base + g − target), where g holds what was decoded, and the unscaled squared error of each row."""
     blocks = g_CBb.shape[0]
@@ -443,7 +355,7 @@ def residual(target_CBb, base_CIb, scale, g_CBb, error_B, start, stop):
             error_B[row] += error
 
 
-@_kernel
+@kernel
 def feature_sums(
     rows_CBb, starts_M1, token_E, value_E, aux_rows_CBb, aux_starts_M1, aux_token_E, aux_value_E,
     sum_MD, square_M, span, start, stop,
@@ -478,7 +390,7 @@ def feature_sums(
                     sum_MD[j, c * BLOCK + i] = total_b[i]
 
 
-@_kernel
+@kernel
 def settle_entries(
     starts_M1, value_E, slope_E, aux_starts_M1, aux_slope_E, grad_b, touched_M, fired_M, square_M, start, stop
 ):
@@ -518,14 +430,14 @@ def _adam(w, m, v, grad, beta1, beta2, rate, correction, eps):
     return w - rate * m / (np.sqrt(v) * correction + eps), m, v
 
 
-@_kernel
+@kernel
 def adam_vector(w, m, v, grad, clip, beta1, beta2, rate, correction, eps):
     """Adam of one vector in place: gradient clip·grad, rate = lr / (1 − β1ᵗ), correction = 1 / √(1 − β2ᵗ)."""
     for i in range(w.shape[0]):
         w[i], m[i], v[i] = _adam(w[i], m[i], v[i], clip * grad[i], beta1, beta2, rate, correction, eps)
 
 
-@_kernel
+@kernel
 def adam_features(
     W_enc, m_enc, v_enc, grad_enc, W_dec, m_dec, v_dec, grad_dec, touched_M, rescale, norm_M, screen_MD, scale_M,
     clip, beta1, beta2, rate, correction, eps, start, stop,
@@ -608,19 +520,7 @@ def _lower_of_kind(row, factor, low):
     return lambda row, factor, low: _to_int8(row, factor, low)
 
 
-def _raised(value, scale):
-    """The float32 that `_lower` stored; compiled by `_raised_of_kind`."""
-    raise NotImplementedError("for compiled code only")
-
-
-@overload(_raised, inline="always", jit_options={"fastmath": _FAST})
-def _raised_of_kind(value, scale):
-    if value == types.int16:
-        return lambda value, scale: float_of_bits(np.int32(value) << np.int32(16))
-    return lambda value, scale: np.float32(value) * scale
-
-
-@_kernel
+@kernel
 def write_screen(rows_ND, factor_N, low_ND, scale_N, start, stop):
     """Rows start:stop of rows · factor in low precision: bfloat16 patterns rounded to even, or int8 with a scale (or
     as they are, in float32)."""

@@ -21,6 +21,7 @@ from models.cpu.threads import array, even_split, run_kernel
 from models.sae import kernels
 from models.sae.engines import CERTIFICATE, Scratch, dots, exact_topk, n_candidates
 from models.sae.intrinsics import BLOCK
+from models.sae.jumprelu import JumpReLUSAE
 from models.sae.model import TopKSAE
 
 CHUNK_BYTES_PER_FEATURE = 1024  # of a block of screened scores; 256 rows of int32, 512 of bfloat16
@@ -261,8 +262,9 @@ class ScreenedEncoder:
         return idx, a * self._screen.norm_M[idx]
 
 
-def encoder(sae: TopKSAE) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    """The cheapest exact encoder of a finished SAE here: screened on CPUs that multiply int8 natively (AVX512-VNNI),
-    `sae.encode` on other devices. Both have the signature of `TopKSAE.encode`."""
-    native = sae.W_enc.device.type == "cpu" and multiplies_int8()
-    return ScreenedEncoder(sae) if native else sae.encode
+def encoder(sae: TopKSAE | JumpReLUSAE) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """The cheapest exact encoder of a finished SAE here: screened for TopK on CPUs that multiply int8 natively
+    (AVX512-VNNI), else `sae.encode`. All have the signature of `TopKSAE.encode`."""
+    if isinstance(sae, TopKSAE) and sae.W_enc.device.type == "cpu" and multiplies_int8():
+        return ScreenedEncoder(sae)
+    return sae.encode

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from models.host.specs import HOOKS, HOST_LMS, RESID_POST
-from sweeps.core.cells import Cell, UserError
+from sweeps.core.cells import Cell, UserError, nearest
 
 if TYPE_CHECKING:
     from models.sae.trainer import SAEConfig
 
 DEPTHS = ("early", "mid", "late")
 RUNGS = ("all", "free")
+SAES = ("topk", "batchtopk", "matryoshka")
 _LATER: Mapping[str, Any] = {
     "drop_positions": 0,
     "max_norm_multiple": 0.0,
@@ -24,6 +25,7 @@ _LATER: Mapping[str, Any] = {
     "text": "",
     "text_column": "",
     "rungs": "all",
+    "sae": "topk",
 }
 """Fields that came later, with the values that keep them out of a cell's identity: older cells keep their keys."""
 
@@ -62,6 +64,7 @@ class SAECell(Cell):
     text: str = ""  # of the stream "text": where its documents are, and which column holds them
     text_column: str = ""
     rungs: str = "all"  # which rungs of the ladder are measured
+    sae: str = "topk"  # topk, batchtopk or matryoshka
 
     def identity(self) -> dict[str, Any]:
         fields = super().identity()
@@ -98,6 +101,12 @@ class SAECell(Cell):
                 f"tokens={self.tokens} are {self.steps} steps, fewer than warmup_steps={self.warmup_steps} + "
                 f"decay_steps={self.decay_steps}; choose a larger budget or shorter phases"
             )
+        if self.sae not in SAES:
+            raise UserError(f"sae={self.sae!r} is not known{nearest(self.sae, SAES)}; choose {', '.join(SAES)}")
+        self._check_evaluation()
+
+    def _check_evaluation(self) -> None:
+        """What evaluation needs, whoever trained the SAE."""
         if self.lm_dtype not in ("float32", "bfloat16"):
             raise UserError(f"lm_dtype={self.lm_dtype!r} is not known; choose float32 or bfloat16")
         if self.rungs not in RUNGS:
@@ -136,6 +145,7 @@ class Grid:
     models: tuple[str, ...]  # of the table, or OWNER/NAME on the hub, a folder, FILE.gguf
     k: tuple[int, ...]
     tokens: tuple[int, ...]
+    sae: tuple[str, ...] = ("topk",)  # classes to train: topk, batchtopk, matryoshka
     depths: tuple[str, ...] = DEPTHS
     layers: tuple[int, ...] = ()  # explicit blocks instead of depths
     seeds: tuple[int, ...] = (0,)
@@ -163,7 +173,7 @@ class Grid:
 
 def sae_config(cell: SAECell, d_in: int) -> SAEConfig:
     """The trainer's configuration for a cell; raises UserError."""
-    from models.sae.trainer import SAEConfig  # here: a plan does without torch, which it imports
+    from models.sae.model import SAEConfig, matryoshka_widths  # here: a plan does without torch, which it imports
 
     try:
         return SAEConfig(
@@ -177,6 +187,8 @@ def sae_config(cell: SAECell, d_in: int) -> SAEConfig:
             decay_steps=cell.decay_steps,
             aux_coefficient=cell.aux_coefficient,
             dead_after_steps=cell.dead_after_steps,
+            kind=cell.sae,  # type: ignore[arg-type]
+            matryoshka_widths=matryoshka_widths(cell.d_sae) if cell.sae == "matryoshka" else (),
         )
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -20,7 +20,7 @@ from analysis.sae.geometry import CovarianceSums
 from analysis.sae.variance import ControlledErrors, Controls, VarianceSums
 from data.token_stream import TokenStream
 from models.sae.saelens import save_saelens
-from models.sae.trainer import TopKSAE, encoder
+from models.sae.trainer import JumpReLUSAE, TopKSAE, encoder
 from sweeps.core.cells import Row, UserError
 from sweeps.launch.context import PackContext
 from sweeps.ledger.published import parquet_bytes
@@ -42,6 +42,13 @@ _UNITS = {"mse": "squared norm / d_model", "loss_orig": "nats/token", "loss_reco
     **dict.fromkeys(("kl", "first_order"), "nats/token"),
     **dict.fromkeys(("fisher", "fisher_diag", "fisher_sampled"), "nats²/token"),
     **dict.fromkeys(("attention_plan", "attention_cost"), "nats"),
+}
+
+
+# what SAELens writes of an SAE that is published as a JumpReLU SAE
+TRAINED_AS = {
+    "batchtopk": {"training_architecture": "batchtopk"},
+    "matryoshka": {"training_architecture": "matryoshka_batchtopk"},
 }
 
 
@@ -116,7 +123,7 @@ class Evaluation:
                     f"another lm_dtype than {self.cell.lm_dtype}"
                 )
 
-    def run(self, cell: SAECell, sae: TopKSAE) -> tuple[list[Row], dict[str, bytes | Path], float]:
+    def run(self, cell: SAECell, sae: TopKSAE | JumpReLUSAE) -> tuple[list[Row], dict[str, bytes | Path], float]:
         """Rows, files and CE_rec of one trained SAE.
 
         Raises ValueError when its reconstructions are not finite or none of its features fires.
@@ -146,6 +153,7 @@ class Evaluation:
             sums.add_losses(sequence_B, self.loss_orig_S[rows], recon_B, self.loss_zero_S[cell.layer][rows])
         sequences = sums.table()
         audit = self.geometry[cell.layer] | controlled.metrics() | rungs.numbers(sequences)
+        audit |= features.density(int(sequences["n_tokens"].sum()))
         numbers = cell_numbers(cell.k, sums, features, audit)
         rows_out = [Row(name, value, _UNITS.get(name, "")) for name, value in numbers.items()]
         for layer, summary in self.geometry.items():
@@ -157,7 +165,7 @@ class Evaluation:
         files = {**tables, **self._sae_files(cell, sae)}
         return rows_out, files, numbers["ce_rec"]
 
-    def _sae_files(self, cell: SAECell, sae: TopKSAE) -> dict[str, bytes | Path]:
+    def _sae_files(self, cell: SAECell, sae: TopKSAE | JumpReLUSAE) -> dict[str, bytes | Path]:
         with tempfile.TemporaryDirectory() as folder:
             save_saelens(
                 sae,
@@ -171,6 +179,7 @@ class Evaluation:
                     "training_tokens": cell.tokens,
                     "prepend_bos": False,
                     "plumbline_cell": cell.key,
+                    **TRAINED_AS.get(cell.sae, {}),
                 },
             )
             return {f"sae/{p.name}": p.read_bytes() for p in Path(folder).iterdir()}

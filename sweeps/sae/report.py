@@ -33,6 +33,9 @@ def tables(cells: Sequence[PublishedCell]) -> tuple[pd.DataFrame, pd.DataFrame, 
     geometry: dict[tuple[str, int], dict[str, float]] = {}
     for cell, table in zip(cells, tables_of(cells, "sequences.parquet"), strict=True):
         identity = {name: cell.identity[name] for name in IDENTITY} | {"cell_key": cell.key}
+        identity["sae_class"] = kind = cell.identity.get("sae", "topk")
+        if kind != "topk":  # classes are compared as depths are, never averaged
+            identity["depth"] = f"{identity['depth']} {kind}"
         records.append(identity | cell.numbers())
         sequences.append(table.assign(cell_key=cell.key))
         for row in cell.table("geometry_layer").reset_index().to_dict("records"):

@@ -17,6 +17,8 @@ from sweeps.sae.cells import Grid, SAECell
 from sweeps.sae.lms import spec_of
 from sweeps.sae.presets import PRESETS
 
+_SETTLED = 0.99  # of its way that a threshold has come after 459 steps
+
 
 class ProxyGap(Sweep[SAECell, Grid]):
     """The sweep behind the command line; the work is in `train`, `evaluate` and `packs`."""
@@ -61,18 +63,19 @@ class ProxyGap(Sweep[SAECell, Grid]):
                     raise UserError(f"depth {unknown[0]!r} is not known; choose from {', '.join(spec.depths)}")
                 places = [(depth, spec.depths[depth]) for depth in preset.depths]
             cells += [
-                self._cell(preset, model, spec.d_model, depth, layer, k, seed, tokens)
-                for (depth, layer), k, seed, tokens in product(places, preset.k, preset.seeds, preset.tokens)
+                self._cell(preset, model, spec.d_model, place, sae, k, seed, tokens)
+                for sae, place, k, seed, tokens in product(preset.sae, places, preset.k, preset.seeds, preset.tokens)
             ]
         return cells
 
     def _cell(
-        self, preset: Grid, model: str, d_model: int, depth: str, layer: int, k: int, seed: int, tokens: int
+        self, preset: Grid, model: str, d_model: int, place: tuple[str, int], sae: str, k: int, seed: int, tokens: int
     ) -> SAECell:
         return SAECell(
             model=model,
-            layer=layer,
-            depth=depth,
+            layer=place[1],
+            depth=place[0],
+            sae=sae,
             k=k,
             seed=seed,
             tokens=tokens,
@@ -153,6 +156,15 @@ class ProxyGap(Sweep[SAECell, Grid]):
                 f"the smallest budget is {steps} steps and ends inside the learning rate's warm-up of "
                 f"{preset.warmup_steps} steps"
             )
+        if set(preset.sae) - {"topk"}:
+            from models.sae.jumprelu import THRESHOLD_RATE  # here: a plan of TopK cells does without torch
+
+            reached = 1 - (1 - THRESHOLD_RATE) ** steps
+            if reached < _SETTLED:
+                lines.append(
+                    f"BatchTopK and Matryoshka: the threshold has come {reached:.0%} of its way after {steps} steps, "
+                    "the smallest budget (SAELens' running average, from zero): more than k features fire, see l0"
+                )
         return lines
 
 

@@ -315,7 +315,7 @@ class _PackRun:
         for i, (t, cell, trainer) in enumerate(due):
             self.context.progress(force=True, phase=f"evaluating SAE {i + 1} of {len(due)}")
             try:
-                rows, files, ce_rec = self.evaluation.run(cell, trainer.sae)
+                rows, files, ce_rec = self.evaluation.run(cell, trainer.inference())
             except ValueError as error:  # this SAE's outputs have no value; the others are still evaluated
                 self._give_up(t, [cell], error)
                 continue
