@@ -14,6 +14,7 @@ from analysis.sae.cells import ce_rec_interval
 from analysis.sae.columns import (
     AUDIT_COLUMNS,
     CELL_COLUMNS,
+    FIRING_COLUMNS,
     LAYER_COLUMNS,
     RUNG_SUMS,
     SEQUENCE_COLUMNS,
@@ -117,7 +118,7 @@ def build_grid(
                             }
                             | {"rate_bits": rate_bits(32 * d, k), "rate_bits_entropy": rate_bits_entropy(11.5, k)}
                             | {"pr": 40.0 / (1 + position), "pr_deflated": 90.0}
-                            | dict.fromkeys(AUDIT_COLUMNS, 0.9 * r2)
+                            | dict.fromkeys((*AUDIT_COLUMNS, *FIRING_COLUMNS), 0.9 * r2)
                             | {"r2_no_sinks": float(1 - table["sse_no_sinks"].sum() / table["sst_no_sinks"].sum())}
                             | rung_numbers(table)
                             | {"fisher_deviation": 1.3, "attention_cost": 0.02}
