@@ -517,10 +517,8 @@ class _Launch(Generic[CellT, PresetT]):
 
     def _close(self, lines: Sequence[str], started: float | None = None) -> None:
         """The last lines: what failed, how many cells there are, the answer and where it is, what one would type."""
-        reasons = {
-            key: str(record.get("error"))
-            for key, record in self.ledger.failures(self.by_key.keys() - self.done).items()
-        }
+        failed = self.ledger.failures(self.by_key.keys() - self.done)
+        reasons = {key: str(failed[key].get("error")) for key in self.by_key if key in failed}
         tell(failure_lines(self.by_key, reasons), error=True)
         took = "" if started is None else f" in {duration(time.monotonic() - started)}"
         tell([f"cells        {len(self.done)}/{len(self.cells)} published{took}", *lines])

@@ -68,7 +68,7 @@ def wrapped(line: str, width: int) -> list[str]:
     """A line in lines of at most `width` columns, but for words that are longer, such as addresses."""
     labelled = line[LABEL - 2 : LABEL].isspace() and line[LABEL : LABEL + 1].strip()
     indent = LABEL if labelled else len(line) - len(line.lstrip()) + 2
-    if width <= 2 * indent:
+    if width < 4 * indent:
         indent = 2
     parts = textwrap.wrap(
         line,

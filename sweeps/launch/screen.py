@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.text import Text
 
 from sweeps.core.units import duration, quantity
-from sweeps.launch.lines import Screen, interactive, plain, silence
+from sweeps.launch.lines import Screen, interactive, plain, silence, wrapped
 
 REDRAW_SECONDS = 1.0  # between two drawings of the table
 LOG_SECONDS = 60.0  # between two lines where there is no terminal
@@ -192,7 +192,8 @@ class Board:
             return
 
     def _print(self, line: str) -> None:
-        self.console.print(plain(line), markup=False, highlight=False, soft_wrap=True)
+        text = "\n".join(wrapped(plain(line), self.console.width)) if self._live else plain(line)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def say(self, line: str) -> None:
         """Print one line above the table."""
@@ -252,6 +253,8 @@ class Board:
         """
         now, running = self._clock(), list(self._running().values())
         missing = self.cells - self.published() - self.failed()
+        if missing <= 0:
+            return math.nan
         if running and all(pack.cells for pack in running) and sum(p.cells - p.published for p in running) >= missing:
             return max((pack.left(now) for pack in running), key=lambda s: math.inf if math.isnan(s) else s)
         here = self.published() - self._at_start

@@ -189,8 +189,10 @@ def test_a_pack_of_several_cells_and_packs_that_wait() -> None:
     clock.now = 1060.0
     assert made.left() == pytest.approx(18 * 60 / 6)
     made.forget()
-    made.already(6)
     assert made.published() == 6
+    made.already(6, failed=18)
+    assert math.isnan(made.left())  # nothing is left to do
+    assert "18 failed" in made.line()
 
 
 def test_counts_whole_cells_where_a_pack_has_no_rate() -> None:
@@ -271,6 +273,8 @@ def test_long_lines_are_wrapped_below_their_label_and_addresses_stay_whole() -> 
     assert " ".join(" ".join(lines).split()) == " ".join(line.split())
     address = "http://127.0.0.1:5000/#/experiments/1/runs?searchFilter=" + "x" * 60
     assert address in wrapped(f"MLflow       {address}", 40)[-1]
+    assert wrapped(line, 40)[1].startswith("  ")  # no room for an indent of 13
+    assert not wrapped(line, 40)[1].startswith("   ")
     assert not interactive(io.StringIO())
 
 
