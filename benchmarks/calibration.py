@@ -29,6 +29,7 @@ from benchmarks import (
     _calibration_codec,
     _calibration_proxies,
     _calibration_sae,
+    _calibration_search,
     _calibration_topology,
     _calibration_utility,
 )
@@ -38,6 +39,7 @@ STUDIES: Mapping[str, Sequence[Statement]] = {
     "Proxy gap": (*_calibration_sae.STATEMENTS, *_calibration_proxies.STATEMENTS),
     "Codec LMs and memory caching": _calibration_codec.STATEMENTS,
     "Topology audit": (*_calibration_topology.STATEMENTS, *_calibration_utility.STATEMENTS),
+    "Searches": _calibration_search.STATEMENTS,
 }
 Job = tuple[str, int, int]  # study, statement, setting
 PAGE = ROOT / "docs" / "calibration.md"

@@ -14,8 +14,10 @@ from analysis.search.trials import Axis, Goal, StudyTable, edges
 
 _SHOWN = 10  # trials listed per study; all are in trials.parquet
 _CHOSEN_NOTE = (
-    "The value is the one by which the setting was chosen among the trials, so it flatters the setting: a fresh "
-    "training at the same setting is to be expected a little worse."
+    "The value of the trial is the one by which the setting was chosen, so it flatters the setting. `trained again`: "
+    "mean of fresh trainings of the setting, from seeds that the search did not use, with the 95% t interval for the "
+    "mean over trainings. `optimism`: by how much the chosen value is better than that mean. The held-out data are "
+    "those of the search, so what suits only them is in both numbers."
 )
 
 _IMPORTANCE_NOTE = (
@@ -95,18 +97,30 @@ def _best(evidence: Evidence) -> tuple[str, list[str]]:
         head = [study.group] if study.group else []
         name = f"{study.group}: " if study.group else ""
         if best is None:
-            rows.append([*head, "–", *("–" for _ in (*evidence.axes, *evidence.goals))])
+            rows.append([*head, "–", *("–" for _ in (*evidence.axes, *evidence.goals)), "–", "–", "–"])
             lines.append(f"best         {name}–: no trial has a value that meets every condition")
             continue
         point = [_text(best[a.field]) for a in evidence.axes]
         values = [_text(best[g.column]) for g in evidence.goals]
-        rows.append([*head, str(best["trial"]), *point, *values])
+        rows.append([*head, str(best["trial"]), *point, *values, *_again(evidence.goals[0], study, best)])
         spelled = " ".join(f"{a.field}={v}" for a, v in zip(evidence.axes, point, strict=True))
         found = " ".join(f"{g.column}={v}" for g, v in zip(evidence.goals, values, strict=True))
         lines.append(f"best         {name}{spelled}: {found}")
+        mean, limits, optimism = _again(evidence.goals[0], study, best)
+        more = "" if optimism == "–" else f", 95% interval {limits}, optimism {optimism}"
+        lines.append(f"again        {name}{evidence.goals[0].column}={mean}{more}")
     group = ["group"] if any(s.group for s in evidence.studies) else []
     names = [*(a.field for a in evidence.axes), *(f"{g.column} ({g.direction})" for g in evidence.goals)]
-    return table([*group, "trial", *names], rows), lines
+    return table([*group, "trial", *names, "trained again", "95% interval", "optimism"], rows), lines
+
+
+def _again(goal: Goal, study: StudyTable, best: pd.Series) -> list[str]:
+    """Mean of the fresh trainings, its interval and the optimism, as texts."""
+    again, interval = study.again, study.again.interval()
+    if interval is None:
+        return [f"– ({again.why})", "–", "–"]
+    limits = f"{interval.lo:.6g} to {interval.hi:.6g}" if interval.lo == interval.lo else f"– ({interval.needs})"
+    return [f"{interval.value:.6g}", limits, f"{again.optimism(goal, float(best[goal.column])):.3g}"]
 
 
 def _warnings(evidence: Evidence, lines: list[str]) -> list[str]:

@@ -9,6 +9,8 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from analysis.crossed import Effect, crossed_mean
+
 EDGE = 0.05  # of a range's length: a best value so near an end may lie beyond it
 
 
@@ -40,19 +42,48 @@ class Goal:
     column: str
     direction: str
 
+    @property
+    def sign(self) -> int:
+        return -1 if self.direction == "max" else 1
+
     def loss(self, values: pd.Series) -> pd.Series:
         """Values turned so that smaller is better."""
-        return -values if self.direction == "max" else values
+        return self.sign * values
+
+
+@dataclass(frozen=True)
+class Again:
+    """The best setting, trained again from seeds that the search did not use.
+
+    values: of the first goal, one per fresh training. failed: how many failed. why: what to say where the values give
+    no interval.
+    """
+
+    values: tuple[float, ...] = ()
+    failed: int = 0
+    why: str = "no fresh trainings"
+
+    def interval(self) -> Effect | None:
+        """Mean over trainings of the setting, with its 95% t interval; None with a failed one, or fewer than two.
+
+        The values did not choose the setting, so the interval holds whatever was searched.
+        """
+        return None if self.failed or len(self.values) < 2 else crossed_mean(np.array(self.values)[:, None])
+
+    def optimism(self, goal: Goal, chosen: float) -> float:
+        """By how much the chosen trial's value is better than the mean of the fresh ones; NaN without them."""
+        return goal.sign * (float(np.mean(self.values)) - chosen) if self.values else float("nan")
 
 
 @dataclass(frozen=True)
 class StudyTable:
-    """One study. trials: a row per trial, in their order, with the columns trial, state (done, failed, open), reason,
-    allowed (done and no condition broken), one per field and one per goal.
+    """One study. again: its best setting's fresh trainings. trials: a row per trial, in their order, with the columns
+    trial, state (done, failed, open), reason, allowed (done and no condition broken), one per field and one per goal.
     """
 
     group: str
     trials: pd.DataFrame
+    again: Again = Again()
 
     def best(self, goals: Sequence[Goal]) -> pd.Series | None:
         """The best allowed trial by the first goal, the first of equals; None where there is none."""

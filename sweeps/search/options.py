@@ -12,8 +12,8 @@ from sweeps.search.objective import Condition, Objective, read_conditions, read_
 from sweeps.search.points import SEARCHES, usual_size
 from sweeps.search.space import split_settings
 
-TRIALS = 20
-_NEEDS_SEARCH = ("trials", "objective", "where", "each", "batch", "search_seed")
+TRIALS, CONFIRM = 20, 5
+_NEEDS_SEARCH = ("trials", "objective", "where", "each", "batch", "search_seed", "confirm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +28,14 @@ class Asked:
     batch: int
     seed: int = 0
     each: str = ""
+    confirm: int = CONFIRM  # fresh trainings of the best setting
 
     def arguments(self) -> list[str]:
         """The options that ask for this, as they are written; the ranges are among those of `--set`."""
         out = ["--search", self.kind, "--objective", ",".join(map(str, self.objectives))]
         out += ["--trials", str(self.trials), "--batch", str(self.batch), "--search-seed", str(self.seed)]
         out += [part for condition in self.conditions for part in ("--where", str(condition))]
+        out += [] if self.confirm == CONFIRM else ["--confirm", str(self.confirm)]
         return [*out, "--each", self.each] if self.each else out
 
 
@@ -46,6 +48,8 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--where", action="append", default=None, metavar="COLUMN>=X", help="a condition to meet")
     group.add_argument("--each", default=None, metavar="FIELD", help="a search of its own for each value of a field")
     group.add_argument("--batch", type=int, default=None, metavar="N", help="settings asked at once; default: 4")
+    fresh = f"fresh trainings of the best setting; default: {CONFIRM}"
+    group.add_argument("--confirm", type=int, default=None, metavar="N", help=fresh)
     group.add_argument("--search-seed", type=int, default=None, metavar="N", help="of the search; default: 0")
 
 
@@ -75,6 +79,7 @@ def read_asked(arguments: argparse.Namespace) -> tuple[list[str], Asked | None]:
         batch=_at_least(1, "--batch", arguments.batch, usual_size(arguments.search, len(ranges))),
         seed=_at_least(0, "--search-seed", arguments.search_seed, 0),
         each=arguments.each or "",
+        confirm=_at_least(0, "--confirm", arguments.confirm, CONFIRM),
     )
     return plain, asked
 

@@ -24,6 +24,7 @@ from sweeps.search.space import Point, Space, Value
 if TYPE_CHECKING:
     import optuna
 STARTUP = 10  # points of the Sobol sequence before `tpe` learns
+NEAR = 2.0  # over the number of trials: how far from the best setting one of each batch is, in lengths of the ranges
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,8 @@ def sobol(dimensions: int, seed: int, count: int) -> np.ndarray:
 
 class TPE:
     """Optuna's TPE in batches: the first STARTUP points are a Sobol sequence's, each later batch is asked of a study
-    that holds the trials of all batches before it. Points of a batch that is being asked count as bad for the others.
+    that holds the trials of all batches before it. Points of a batch that is being asked count as bad for the others,
+    and the last point of a batch lies near the best setting.
 
     The study is kept between batches and only lengthened; one that is made anew from all trials asks the same points.
     """
@@ -145,7 +147,21 @@ class TPE:
     def batch(self, number: int, told: Sequence[Told]) -> list[Point]:
         first = number * self.size
         start = [at(self.space, u) for u in sobol(len(self.space), self.seed, STARTUP)[first : first + self.size]]
-        return start + self._asked(number, told, self.size - len(start)) if len(start) < self.size else start
+        near = self._near_best(number, told) if not start and self.size > 1 else []
+        count = self.size - len(start) - len(near)
+        return [*start, *(self._asked(number, told, count) if count else ()), *near]
+
+    def _near_best(self, number: int, told: Sequence[Told]) -> list[Point]:
+        """One point near the best allowed trial by the first objective, nearer the more trials there are: Parzen
+        estimators alone come no closer than their width. Nothing while there is no such trial."""
+        allowed = [t for t in told if t.losses and all(x <= 0 for x in t.excess)]
+        if not allowed:
+            return []
+        best = min(allowed, key=lambda t: t.losses[0])
+        rng = np.random.default_rng([self.seed, number, 1])
+        u_D = np.array([d.unit(best.point[d.field]) for d in self.space])
+        u_D += NEAR / len(told) * rng.standard_normal(len(u_D))
+        return [at(self.space, np.clip(u_D, 0.0, 1 - 1e-12))]
 
     def _asked(self, number: int, told: Sequence[Told], count: int) -> list[Point]:
         study, distributions = self._lengthened(told), _distributions(self.space)

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.search.report import Evidence, write_report
-from analysis.search.trials import Axis, Goal, StudyTable
+from analysis.search.trials import Again, Axis, Goal, StudyTable
 from sweeps.core.cells import CellT
 from sweeps.search.search import Search
 from sweeps.search.study import Outcome, Study, Trial
@@ -19,7 +19,7 @@ from sweeps.search.study import Outcome, Study, Trial
 
 def write_evidence(search: Search[CellT], question: str, out: Path) -> list[str]:
     """Write the search's report into the folder `out`; returns lines for the screen."""
-    studies = tuple(StudyTable(s.group, _table(search, s)) for s in search.studies)
+    studies = tuple(StudyTable(s.group, _table(search, s), _again(search, s)) for s in search.studies)
     evidence = Evidence(question, _axes(search), _goals(search), studies, tuple(_facts(search)))
     lines = write_report(evidence, out)
     (out / "search.json").write_text(json.dumps(_record(search), indent=1), encoding="utf-8")
@@ -45,6 +45,18 @@ def _facts(search: Search[CellT]) -> list[str]:
     if asked.each:
         facts.append(f"each value of {asked.each} has a search of its own, of as many trials")
     return facts
+
+
+def _again(search: Search[CellT], study: Study[CellT]) -> Again:
+    """What the best setting's fresh trainings measured of the first objective."""
+    outcomes = search.fresh(study)
+    values = tuple(o.values[0] for o in outcomes if o.state == "done")
+    failed = sum(o.state == "failed" for o in outcomes)
+    if not search.confirm:
+        why = "--confirm 0" if search.asked.confirm == 0 else "this sweep has no seeds"
+    else:
+        why = f"{len(values)} of {search.confirm} fresh trainings are done, {failed} failed"
+    return Again(values, failed, why)
 
 
 def _table(search: Search[CellT], study: Study[CellT]) -> pd.DataFrame:
@@ -87,6 +99,7 @@ def _record(search: Search[CellT]) -> dict[str, Any]:
                 "trials": len(outcomes),
                 "failed": sum(o.state == "failed" for o in outcomes),
                 "best": described(study, outcomes, study.best(outcomes)),
+                "again": [list(o.values) for o in search.fresh(study)],
                 "front": [described(study, outcomes, i) for i in front],
             }
         )

@@ -56,16 +56,26 @@ class Search(Generic[CellT]):
             _check_ends(self.rules.space, study.preset, sweep)
         for study in self.studies:
             study.open()
+        self.confirm = asked.confirm if _has_seeds(preset) else 0
         self._check_columns()
         self._look()
         self._check_trials()
 
     def cells(self) -> list[CellT]:
-        """The cells of all trials that were asked so far, each once."""
-        return list({c.key: c for s in self.studies for t in self._trials(s) for c in t.cells}.values())
+        """The cells of all trials that were asked so far, and of the best setting's fresh trainings, each once."""
+        trials = [t for s in self.studies for t in (*self._trials(s), *self.again(s))]
+        return list({c.key: c for t in trials for c in t.cells}.values())
+
+    def again(self, study: Study[CellT]) -> list[Trial[CellT]]:
+        """The best setting with fresh seeds, a trial per seed, once all trials of the study are closed; else empty."""
+        outcomes = self.outcomes(study)
+        if (study.asked < self.asked.trials and not study.over) or any(o.state == "open" for o in outcomes):
+            return []
+        return study.again(outcomes, self.confirm)
 
     def planned(self, *, record: bool, ask: bool) -> list[CellT]:
         """The cells that a launch begins with; `ask`: also those of batches that are due. Raises UserError if none."""
+        self._look()  # at the fresh trainings, which the trials had to show
         cells = self.advance(record=record) if ask else self.cells()
         if cells:
             return cells
@@ -92,6 +102,7 @@ class Search(Generic[CellT]):
             for study in ready:
                 study.ask(self.outcomes(study, study.asked), record=record)
             if not ready:
+                self._look()  # also at the fresh trainings that are due now
                 return self.cells()
 
     def _ready(self, study: Study[CellT]) -> bool:
@@ -113,9 +124,8 @@ class Search(Generic[CellT]):
 
     def _look(self) -> None:
         """Bring `known` up to date with the ledger."""
-        open_keys = [
-            c.key for s in self.studies for t in s.trials(s.asked) for c in t.cells if not self.known.closed(c.key)
-        ]
+        trials = [t for s in self.studies for t in (*s.trials(s.asked), *self.again(s))]
+        open_keys = [c.key for t in trials for c in t.cells if not self.known.closed(c.key)]
         if not open_keys:
             return
         done = self.ledger.done(open_keys)
@@ -161,6 +171,9 @@ class Search(Generic[CellT]):
         """(trials still to come, the cells of one trial that takes as long as any may), by the ends of the ranges."""
         left = sum(o.state == "open" for s in self.studies for o in self.outcomes(s))
         left += sum(max(0, self.asked.trials - s.asked) for s in self.studies if not s.over)
+        left += sum(
+            sum(o.state == "open" for o in self.fresh(s)) if self.again(s) else self.confirm for s in self.studies
+        )
         dearest: tuple[float, list[CellT]] = (-1.0, [])
         for study in self.studies:
             for corner in study.cost_corners():
@@ -174,9 +187,12 @@ class Search(Generic[CellT]):
     @property
     def finished(self) -> bool:
         """Every trial that was asked for is closed, and no further batch is due."""
-        return not any(self._ready(s) for s in self.studies) and all(
-            o.state != "open" for s in self.studies for o in self.outcomes(s)
-        )
+        closed = all(o.state != "open" for s in self.studies for o in (*self.outcomes(s), *self.fresh(s)))
+        return closed and not any(self._ready(s) for s in self.studies)
+
+    def fresh(self, study: Study[CellT]) -> list[Outcome]:
+        """Outcomes of `again`."""
+        return [study.outcome(trial, self.known) for trial in self.again(study)]
 
     def progress(self) -> str:
         """One line: how many trials are closed, and the best setting so far."""
@@ -192,6 +208,11 @@ class Search(Generic[CellT]):
                 text += f", best {objective.column} {outcomes[best].values[0]:.6g} at {point}"
             parts.append(text)
         return "; ".join(parts)
+
+
+def _has_seeds(preset: Any) -> bool:
+    """Whether the preset lists seeds, so that a setting can be trained again from others."""
+    return isinstance(getattr(preset, "seeds", None), tuple)
 
 
 def _groups(preset: Any, each: str, space: Space) -> list[tuple[str, Any]]:

@@ -201,6 +201,15 @@ class Study(Generic[CellT]):
         allowed = [(objective.loss(o.values[0]), i) for i, o in enumerate(outcomes) if o.allowed]
         return min(allowed)[1] if allowed else None
 
+    def again(self, outcomes: Sequence[Outcome], count: int) -> list[Trial[CellT]]:
+        """The best trial's setting with each of `count` seeds that the search did not use; empty without a best one."""
+        best = self.best(outcomes)
+        if best is None or not count:
+            return []
+        first = max(self.preset.seeds, default=-1) + 1
+        point = self._trials[best].point
+        return [self._trial(best, {**point, "seeds": seed}) for seed in range(first, first + count)]
+
     def front(self, outcomes: Sequence[Outcome]) -> list[int]:
         """Numbers of the allowed trials that no other allowed trial beats in every objective (the Pareto front)."""
         losses = {i: self._losses(o) for i, o in enumerate(outcomes) if o.allowed}

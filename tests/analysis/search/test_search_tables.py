@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from analysis.search.importance import importances
 from analysis.search.report import Evidence, write_report
-from analysis.search.trials import Axis, Goal, StudyTable, edges
+from analysis.search.trials import Again, Axis, Goal, StudyTable, edges
 
 LR, K, WORD = Axis("lr", "log", 1e-4, 1e-2), Axis("k", "int", 1, 9), Axis("word", "choice", choices=("a", "b"))
 LOSS, SIZE = Goal("loss", "min"), Goal("size", "max")
@@ -77,6 +78,17 @@ def test_importance_finds_the_field_that_matters_and_refuses_few_trials() -> Non
     assert shares["lr"] > 0.8
     with pytest.raises(ValueError, match="trials are too few"):
         importances(StudyTable("", study().trials.head(8)), [LR, K], LOSS)
+
+
+def test_fresh_trainings_give_the_t_interval_and_the_optimism() -> None:
+    interval = Again((1.0, 2.0, 4.0)).interval()
+    assert interval is not None
+    half = stats.t.ppf(0.975, 2) * np.std([1, 2, 4], ddof=1) / np.sqrt(3)
+    assert (interval.lo, interval.hi) == pytest.approx((7 / 3 - half, 7 / 3 + half))
+    assert Again((1.0, 3.0)).optimism(LOSS, 1.5) == pytest.approx(0.5)
+    assert Again((1.0, 3.0)).optimism(SIZE, 2.5) == pytest.approx(0.5)
+    assert Again((1.0, 2.0), failed=1).interval() is None
+    assert Again((1.0,)).interval() is None
 
 
 def test_the_report_has_every_part(tmp_path: Path) -> None:

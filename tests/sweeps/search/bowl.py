@@ -34,7 +34,7 @@ class BowlCell(Cell):
     @property
     def depth(self) -> float:
         centre = {"left": -1.0, "right": 2.0}[self.arm]
-        return (self.x - centre) ** 2 + math.log10(self.y / 1e-2) ** 2 + 0.01 * abs(self.n - 8)
+        return (self.x - centre) ** 2 + math.log10(self.y / 1e-2) ** 2 + 0.01 * abs(self.n - 8) + 0.01 * self.seed
 
 
 @dataclass(frozen=True, kw_only=True)

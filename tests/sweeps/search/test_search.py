@@ -28,7 +28,8 @@ def parsed(*arguments: str) -> argparse.Namespace:
 
 
 def search(ledger: Ledger, *arguments: str, preset: BowlPreset = ONE) -> Search[Any]:
-    asked = read_asked(parsed(*arguments))[1]
+    confirm = () if any(a.startswith("--confirm") for a in arguments) else ("--confirm=0",)
+    asked = read_asked(parsed(*arguments, *confirm))[1]
     assert asked is not None
     return Search(asked, SWEEP, preset, ledger)
 
@@ -121,6 +122,26 @@ def test_failed_refused_and_unmeasured_trials_are_failed() -> None:
     assert "depth is nan" in outcomes[13].reason
     assert "n=17 is refused" in outcomes[17].reason
     assert [outcomes[n].state for n in (8, 13, 17)] == ["done", "failed", "failed"]
+
+
+def test_the_best_setting_is_trained_again_from_fresh_seeds() -> None:
+    ledger = fresh()
+    arguments = ("--search=tpe", X, "--objective=depth:min", "--trials=9", "--confirm=3")
+    preset = BowlPreset(seeds=(0, 4))
+    first = search(ledger, *arguments, preset=preset)
+    assert work(first) == 9 * 2 + 3
+    (study,) = first.studies
+    best = study.best(first.outcomes(study))
+    assert best is not None
+    again = first.again(study)
+    assert [(t.point["x"], t.cells[0].seed) for t in again] == [
+        (study.trials(9)[best].point["x"], s) for s in (5, 6, 7)
+    ]
+    assert [o.values[0] for o in first.fresh(study)] == [t.cells[0].depth for t in again]
+    assert first.finished
+    assert work(search(ledger, *arguments, preset=preset)) == 0
+    more = search(ledger, *arguments[:3], "--trials=16", "--confirm=3", preset=preset)
+    assert work(more) >= 7 * 2
 
 
 def test_conditions_and_parameters_of_columns() -> None:
