@@ -56,7 +56,7 @@ def command_line(script: str, arguments: Sequence[str]) -> str:
 
 
 def next_lines(script: str, given: Sequence[str], *, missing: int, failed: int, follow_up: str) -> list[str]:
-    """What one would type next.
+    """What one would type next; nothing where all is done and the report was opened.
 
     given: this launch's arguments. missing: cells that are not published; failed: of those, by their own fault.
     follow_up: the preset that asks the same question of real data, empty where there is none.
@@ -69,6 +69,8 @@ def next_lines(script: str, given: Sequence[str], *, missing: int, failed: int, 
         return ["next         run the same command to continue", Whole(f"{'':{LABEL}}{command_line(script, plain)}")]
     if follow_up:
         return [Whole(f"next         {command_line(script, ['--preset', follow_up, '--plan'])}")]
+    if "--open" in given:
+        return []
     return [Whole(f"next         {command_line(script, [*plain, '--report', '--open'])}")]
 
 

@@ -34,10 +34,13 @@ def plain(text: str) -> str:
     return _ESCAPES.sub("", text)
 
 
-def interactive(stream: IO[str]) -> bool:
-    """Whether somebody watches who can be shown a table that changes: a terminal that is not `dumb`."""
+def interactive(stream: IO[str] | None) -> bool:
+    """Whether somebody watches who can be shown a table that changes: a terminal that is not `dumb`.
+
+    None: a stream that was closed before this process began.
+    """
     try:
-        return stream.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
+        return stream is not None and stream.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
     except ValueError:  # closed
         return False
 
@@ -48,6 +51,8 @@ def tell(lines: Iterable[str], *, error: bool = False) -> None:
     A stream that is gone gets nothing, and the launch goes on.
     """
     stream = sys.stderr if error else sys.stdout
+    if stream is None:
+        return
     try:
         width = Screen(file=stream).width if interactive(stream) else 0
         for line in lines:

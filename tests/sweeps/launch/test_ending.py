@@ -53,7 +53,8 @@ def test_failures_are_listed_by_reason_with_the_fields_that_differ() -> None:
     ],
 )
 def test_the_next_command_is_one_that_can_be_copied(missing: int, failed: int, follow_up: str, expected: list) -> None:
-    lines = next_lines("toy.py", ["--preset", "small", "--open"], missing=missing, failed=failed, follow_up=follow_up)
+    given = ["--preset", "small", "--retry-failed"]
+    lines = next_lines("toy.py", given, missing=missing, failed=failed, follow_up=follow_up)
     assert lines[0].startswith("next         ")
     assert isinstance(lines[-1], Whole)
     assert shlex.split(lines[-1])[-len(expected) :] == expected
@@ -157,4 +158,4 @@ def test_plan_and_open_on_the_command_line(main: Main, tmp_path: Path, monkeypat
     assert report.code == 0
     assert opened == [(tmp_path / "runs/reports/toy/small/report.html").as_uri()]
     labels = [line[:13].strip() for line in report.out.splitlines() if line[:1].strip()]
-    assert labels[-5:] == ["cells", "sum", "report", "opened", "next"]
+    assert labels[-4:] == ["cells", "sum", "report", "opened"]

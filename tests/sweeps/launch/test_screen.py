@@ -228,6 +228,11 @@ def test_a_stream_that_is_gone_ends_the_drawing_and_not_the_launch(
     made.tick()
     made.close()
     tell(["the answer"])
+    monkeypatch.setattr(sys, "stdout", None)  # closed before the process began: `>&-`
+    tell(["the answer"])
+    quiet = Board("proxy_gap", 24, "CE_rec")
+    quiet.open()
+    quiet.close()
     monkeypatch.setattr(sys, "stdout", sys.__stdout__)
 
 
