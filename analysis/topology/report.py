@@ -164,6 +164,17 @@ def _markdown(frame: pd.DataFrame) -> str:
     return table(list(map(str, frame.columns)), [list(map(cell, row)) for row in frame.itertuples(index=False)])
 
 
+def summary(result: Audit) -> dict[str, float | str]:
+    """The answer by names that sort: `ratio/TABLE REPRESENTATION METRIC ROUTE` the top-1 ratio (left out where it is
+    not known), `verdict/TABLE REPRESENTATION` the verdict's word."""
+    found: dict[str, float | str] = {}
+    for _, place in _places(_own(result.cells)).iterrows():
+        value = _value(_pick(result.cells, place, "top1_ratio"))
+        if np.isfinite(value):
+            found[f"ratio/{' '.join(map(str, place))}"] = value
+    return found | {f"verdict/{table} {name}": v.label for (table, name), v in result.verdicts.items()}
+
+
 def _verdicts(result: Audit) -> list[str]:
     lines = []
     for (molecules, name), verdict in result.verdicts.items():

@@ -345,6 +345,7 @@ class _Launch(Generic[CellT, PresetT]):
         tracker.live.hear({"failures": [(key, str(record.get("error"))) for key, record in self.failures.items()]})
         with tempfile.TemporaryDirectory(prefix="plumbline-report-") as made:
             lines, files = self._report(Path(made)) if self.done else ([], [])
+            tracker.describe(lines)
             synced = tracker.finish(self._status(interrupted), self._metrics(started), files)
             if synced and self.done:
                 self._say_runs(Path(made), tracker)

@@ -20,6 +20,7 @@ from urllib.parse import urlencode
 from sweeps.core.cells import digest
 from sweeps.launch.mlflow_store import quoted
 
+SUMMARY = "summary.json"  # of a report: {name: number or word}, which the launch's run shows as metrics and tags
 _VERSION = "3.17."
 _KIND = "mlflow.experimentKind"
 _TRAINING = "custom_model_development"  # without it the experiment opens in the mode for traces of agents

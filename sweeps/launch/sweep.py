@@ -76,8 +76,9 @@ class Sweep(ABC, Generic[CellT, PresetT]):
     def report(self, cells: Sequence[PublishedCell], preset_name: str, preset: PresetT, out: Path) -> list[str]:
         """Write the report into the folder `out`; return the answer in three to six lines, each below its label.
 
-        They are the last thing that a launch prints: what was found, in words with the numbers, and on what.
-        Touches neither Ray nor a checkpoint.
+        They are the last thing that a launch prints: what was found, in words with the numbers, and on what. The
+        launch's run in MLflow gets them as its description, and what the report's file `first_view.SUMMARY` has as
+        metrics and tags. Touches neither Ray nor a checkpoint.
         """
 
     @abstractmethod

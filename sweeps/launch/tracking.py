@@ -27,7 +27,7 @@ import tenacity
 
 from sweeps.core.cells import Cell, UserError, digest
 from sweeps.launch.cell_runs import GRID, TAG_LENGTH, CellRuns, Run
-from sweeps.launch.first_view import View, runs_address, share
+from sweeps.launch.first_view import SUMMARY, View, runs_address, share
 from sweeps.launch.live import CURVE_SECONDS
 from sweeps.launch.mlflow_store import alone, pages, quiet_mlflow, quoted, sqlite_file
 from sweeps.ledger.claims import Claims
@@ -43,6 +43,7 @@ _SINGLE_LOOKUPS = 20  # cells looked up one by one; more are found by one listin
 _WRITERS = 8  # threads that copy to a server, since each waits for its answers; SQLite allows one writer
 _SAY_SECONDS = 15.0  # between lines of progress while `finish` copies
 _COMPARE_RUNS = 100  # the compare page slows beyond this
+_NO_NAME = re.compile(r"[^\w\-. :/]")  # characters that no name of a metric or tag may have
 _BUSY = re.compile(r"database is locked|database table is locked")  # SQLite, while another launch writes
 # answers that would be the same next time: no permission, the schema of another MLflow
 _FINAL = re.compile(r"error code 40[0134]|PERMISSION_DENIED|UNAUTHENTICATED|out-of-date database schema")
@@ -106,6 +107,7 @@ class Tracker(CellRuns):
         self._left_out: set[str] = set()  # damaged cells
         self._follow_at = 0.0
         self._load: _DriverLoad | None = None
+        self._description = ""
 
     def start(self, parent_params: Mapping[str, Any], tags: Mapping[str, str], plan: Plan = Plan()) -> None:
         """Open the launch's parent run in a thread that then follows cells and copies whatever `want` names."""
@@ -123,6 +125,10 @@ class Tracker(CellRuns):
         self.live.forget(keys)
         with self._lock:
             self._wanted.update(dict.fromkeys(k for k in keys if k not in self._finished))
+
+    def describe(self, lines: Sequence[str]) -> None:
+        """The answer in words, which `finish` makes the description of the launch's run."""
+        self._description = without_password("\n".join(lines))
 
     def finish(self, status: str, metrics: Mapping[str, float], files: Sequence[Path], timeout: float = 600.0) -> bool:
         """Copy what is left, close the parent run with its summary and report files; False if MLflow is unreachable."""
@@ -184,7 +190,10 @@ class Tracker(CellRuns):
 
     def _end_parent(self, status: str, metrics: Mapping[str, float], files: Sequence[Path]) -> None:
         now = int(time.time() * 1000)
-        self._log(self._parent, [(n, v, now, 0) for n, v in metrics.items()])
+        numbers, tags = _summary(files)
+        if self._description:
+            tags["mlflow.note.content"] = f"```\n{self._description[: TAG_LENGTH - 10]}\n```"
+        self._log(self._parent, [(n, v, now, 0) for n, v in {**metrics, **numbers}.items()], (), tags)
         for file in files:
             self._client.log_artifact(self._parent, str(file), "report")
         self._client.set_terminated(self._parent, status)
@@ -432,6 +441,17 @@ class Tracker(CellRuns):
         runs = [self._finished[k].id for k in keys if k in self._finished][:_COMPARE_RUNS]
         experiments = quote(json.dumps([self._experiment]))
         return f"{pages(self.uri)}/#/compare-runs?runs={quote(json.dumps(runs))}&experiments={experiments}"
+
+
+def _summary(files: Sequence[Path]) -> tuple[dict[str, float], dict[str, str]]:
+    """(numbers, words) of the report's file SUMMARY, by names that MLflow takes; empty where there is none."""
+    found: dict[str, Any] = {}
+    for file in files:
+        if file.name == SUMMARY:
+            found |= json.loads(file.read_text(encoding="utf-8"))
+    named = {_NO_NAME.sub("_", name): value for name, value in found.items()}
+    words = {name: value for name, value in named.items() if isinstance(value, str)}
+    return {name: float(value) for name, value in named.items() if name not in words}, words
 
 
 class _DriverLoad:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from analysis.topology.report import write_report
+from analysis.topology.report import summary, write_report
 from analysis.topology.tables import audit
 from analysis.topology.unit import OBSERVED, Unit
 from analysis.topology.utility_report import ensemble_correlations
 from sweeps.core.cells import PublishedCell
+from sweeps.launch.first_view import SUMMARY
 from sweeps.launch.lines import labelled
 from sweeps.ledger.published import files_of
 from sweeps.topology.cells import UTILITY_SCORES, Audit
@@ -75,6 +77,7 @@ def write(cells: Sequence[PublishedCell], preset_name: str, preset: Audit, out: 
         correlations=ensemble_correlations(embeddings) if len(embeddings) > 1 else pd.DataFrame(),
         utility=utility_frame(cells),
     )
+    (out / SUMMARY).write_text(json.dumps(summary(result), indent=1), encoding="utf-8")
     return [*labelled("answer", findings), *labelled("ran on", sources.banner()[:1])]
 
 

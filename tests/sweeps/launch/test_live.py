@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -151,6 +153,20 @@ def test_a_failed_cell_has_a_failed_run_until_it_is_computed(make: Make, ledger:
     for each in (key, silent):
         assert "plumbline.error" not in run_of(after, each).data.tags
     after.claims.release()
+
+
+def test_the_launchs_run_tells_the_answer(make: Make, tmp_path: Path) -> None:
+    summary = tmp_path / "summary.json"
+    summary.write_text(json.dumps({"ratio/a,b direct": 1.5, "verdict/a,b": "a loop"}))
+    tracker = make()
+    tracker.describe(["verdict      a,b: a loop", "report       s3://me:secret@host/report.md"])
+    assert tracker.finish("FINISHED", {"cells_done": 3}, [summary])
+    run = tracker._client.get_run(tracker._parent)
+    assert run.data.metrics == {"cells_done": 3, "ratio/a_b direct": 1.5}
+    assert run.data.tags["verdict/a_b"] == "a loop"
+    told = "```\nverdict      a,b: a loop\nreport       s3://host/report.md\n```"
+    assert run.data.tags["mlflow.note.content"] == told
+    tracker.claims.release()
 
 
 def test_two_launches_at_once_make_one_run_per_cell(make: Make, ledger: Ledger) -> None:
@@ -313,3 +329,32 @@ def test_news_reach_the_report_once(ledger: Ledger, monkeypatch: pytest.MonkeyPa
     points = [point for state in heard for point in state.get("points", [])]
     assert points[0][:4] == [first.key, "live/loss", 1.0, 1]
     assert {name for _, name, *_ in points} >= {"live/loss", "system/cpu_utilization_percentage"}
+
+
+def test_points_of_ray_trains_workers_reach_the_trial_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store that they pass through keeps the last few hundred; what was read is not read again."""
+    from sweeps.launch import workers
+
+    kept: dict[str, bytes] = {}
+    store = SimpleNamespace(
+        _internal_kv_put=kept.__setitem__, _internal_kv_get=kept.get, _internal_kv_del=lambda key: kept.pop(key, None)
+    )
+    monkeypatch.setattr(workers, "internal_kv", store)
+    monkeypatch.setattr(workers, "_POINTS", 3)
+    monkeypatch.setattr(workers, "_RELAY_SECONDS", 0.01)
+    heard: list[dict[str, Any]] = []
+    context: Any = SimpleNamespace(progress=lambda force, **state: heard.append(state))
+    board = workers._Board("board")
+    with workers._relay(board, context):
+        for number in range(4):
+            board.put(
+                {"points": [["key", "live/loss", 1.0, 2 * number + i, 0] for i in (0, 1)], "begun": [str(number)]}
+            )
+            while len(heard) <= number:
+                time.sleep(0.005)
+        board.put({"phase": "over"})
+    assert [point[3] for state in heard for point in state["points"]] == list(range(8))
+    assert [key for state in heard for key in state["begun"]] == ["0", "1", "2", "3"]
+    assert "points_told" not in heard[-1]
+    board.put({"points": [["key", "live/loss", 1.0, step, 0] for step in range(9)]})
+    assert [point[3] for point in board.state()["points"]] == [6, 7, 8]

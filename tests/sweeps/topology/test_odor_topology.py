@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 import uuid
 from dataclasses import replace
@@ -73,6 +74,9 @@ def test_known_shapes_get_their_verdicts(tmp_path: Path) -> None:
     assert {"table", "representation", "metric", "route", "statistic", "value", "lo", "hi", "p", "null"} <= set(table)
     ratio = table[(table["table"] == "cloud:circle") & (table["statistic"] == "top1_ratio")].iloc[0]
     assert ratio["value"] > 2
+    summary = json.loads((tmp_path / "summary.json").read_text())  # what MLflow shows of the launch
+    assert summary["ratio/cloud:circle points euclidean direct"] == pytest.approx(ratio["value"])
+    assert summary["verdict/cloud:circle points"] == "real, uniqueness not tested"
     assert np.isnan(ratio["lo"])  # 117 draws of three runs bound no 95th percentile from above
     assert "lower limit needs ≥ 72 independent null draws, 117 are worth" in ratio["needs"]
     shares = table[table["statistic"] == "observed_top1_quantile_full"].set_index("table")["value"]
