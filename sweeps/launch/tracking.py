@@ -35,7 +35,7 @@ from sweeps.ledger.ledger import Ledger
 from sweeps.ledger.logins import http_login, with_login, without_password
 
 _POLL_SECONDS = 0.5  # between looks for newly published cells
-_FOLLOW_SHARE = 0.01  # of the time goes to runs of cells that are computed, however many there are
+_FOLLOW_SHARE = 0.01  # of a core goes to runs of cells that are computed, however many there are
 _FINISH_TRIES = 4  # of a store that answered before: SQLite may be locked by another launch
 _WAIT_SECONDS = 60.0  # for cells that another launch is copying
 _CHUNK = 256  # cells claimed and copied at once: few requests per cell, and other launches get a share
@@ -267,6 +267,7 @@ class Tracker(CellRuns):
         own = self._end_dead_launches()
         self._kill_deserted()
         self._parent = own or self._make_parent()
+        self._load = _DriverLoad(self._parent, self._address)
         with contextlib.suppress(Exception):  # a view is a convenience: the address then carries a search
             plan = self._plan
             self._shared_view = share(self._client, self.uri, self._experiment, plan.view, self._grid, plan.title)
@@ -376,10 +377,10 @@ class Tracker(CellRuns):
         return Run("") if self._left.is_set() else self._fill(key, known, lapses)
 
     def _follow(self) -> None:
-        """Bring runs up to what was heard of cells that are computed, in at most a hundredth of the time."""
-        began = time.monotonic()
-        if began < self._follow_at or self._left.is_set():
+        """Bring runs up to what was heard of cells that are computed, with at most a hundredth of a core."""
+        if time.monotonic() < self._follow_at or self._left.is_set():
             return
+        used = time.thread_time()
         try:
             self._still_followed()
             self._begin_all(self.live.begun(_CHUNK))
@@ -390,8 +391,7 @@ class Tracker(CellRuns):
             self._listed = False  # a run may have been made whose id did not arrive
             raise
         finally:
-            ended = time.monotonic()
-            self._follow_at = ended + (ended - began) / _FOLLOW_SHARE
+            self._follow_at = time.monotonic() + (time.thread_time() - used) / _FOLLOW_SHARE
 
     def _begin_all(self, heard: Sequence[str]) -> None:
         keys = [key for key in heard if key in self._cells and key not in self._finished]
@@ -419,9 +419,7 @@ class Tracker(CellRuns):
 
     def _log_load(self) -> None:
         """What the launch's own machine is busy with, every CURVE_SECONDS, as measured by MLflow's monitors."""
-        if self._load is None:
-            self._load = _DriverLoad(self._parent, self._address)
-        if entries := self._load.due():
+        if self._load is not None and (entries := self._load.due()):
             self._log(self._parent, entries)
 
     def runs_link(self) -> str:

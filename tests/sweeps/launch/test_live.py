@@ -256,10 +256,11 @@ def test_points_that_the_store_refuses_are_counted(make: Make, monkeypatch: pyte
     tracker.claims.release()
 
 
-def test_following_takes_a_hundredth_of_the_time(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_following_takes_a_hundredth_of_a_core(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     tracker = make()
     clock = [1000.0]
     monkeypatch.setattr("sweeps.launch.tracking.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("sweeps.launch.tracking.time.thread_time", lambda: clock[0])
     calls: list[float] = []
 
     def slow(self: Tracker) -> None:
