@@ -36,6 +36,7 @@ from models.sae.model import SAEConfig, TopKSAE, row_chunks
 
 Backend = Literal["numba", "torch", "dense"]
 PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
+ROOM = 32  # rows in doubt that a step on an accelerator has room for at first
 CERTIFICATE = 5.0  # screening errors (root mean square of the row) that must fit between k-th score and screen floor
 
 
@@ -64,17 +65,29 @@ class Scratch:
         return sum(flat.nbytes for flat in self._flat.values())
 
 
+Number = float | torch.Tensor
+
+
 @dataclass(frozen=True)
 class Losses:
-    """What one pass over a batch returns besides the gradients."""
+    """What one pass over a batch returns besides the gradients; numbers may still be on their way (see `on_host`)."""
 
-    mse: float  # Σ ‖x̂ − x‖² / B
-    aux: float  # the weighted auxiliary loss
-    active: int  # entries with h > 0
+    mse: Number  # Σ ‖x̂ − x‖² / B
+    aux: Number  # the weighted auxiliary loss
+    active: Number  # entries with h > 0
     fired_M: torch.Tensor  # bool, features with h > 0 for some token
-    rescreened: int  # rows (main and auxiliary) that were scored again in float32 because the screen was too close
-    inner: float = 0.0  # Matryoshka: Σ_w Σ ‖x̂^w − x‖² / B over the widths below d_sae
-    least: float = math.nan  # BatchTopK: the smallest positive a·n that was kept; NaN where none was
+    rescreened: Number  # rows (main and auxiliary) that were scored again in float32: the screen was too close
+    inner: Number = 0.0  # Matryoshka: Σ_w Σ ‖x̂^w − x‖² / B over the widths below d_sae
+    least: Number = math.nan  # BatchTopK: the smallest positive a·n that was kept; NaN where none was
+    doubtful: Number = 0  # the most rows that one selection left in doubt (see `Engine.settled`)
+
+
+def on_host(*values: Number) -> list[float]:
+    """The values as numbers. Those on an accelerator come in one transfer (in float32): the host waits for it once."""
+    far = {i: x for i, x in enumerate(values) if isinstance(x, torch.Tensor) and x.device.type != "cpu"}
+    numbers = torch.stack([x.float() for x in far.values()]).tolist() if far else []
+    fetched = dict(zip(far, numbers, strict=True))
+    return [fetched[i] if i in fetched else float(x) for i, x in enumerate(values)]
 
 
 def n_candidates(k: int, features: int, least: int = 16) -> int:
@@ -92,6 +105,7 @@ class Engine:
     """
 
     name: Backend
+    waits = True  # whether the host may ask the device for numbers in the middle of a step
 
     def __init__(
         self,
@@ -121,9 +135,13 @@ class Engine:
         """Fill the gradient buffers for the batch x; `dead` holds the indices of dead features, or None."""
         raise NotImplementedError
 
-    def grad_norm(self) -> float:
+    def settled(self, doubtful: int) -> bool:
+        """Whether the last gradients are right, given `Losses.doubtful`; if not, the next call of `gradients` is."""
+        return True
+
+    def grad_norm(self) -> Number:
         """Euclidean norm of the whole gradient."""
-        return float(torch.nn.utils.get_total_norm([self.grad(name) for name in PARAMETERS]))
+        return torch.nn.utils.get_total_norm([self.grad(name) for name in PARAMETERS])
 
     def update(self, lr: float, step: int, grad_norm: float) -> None:
         """Clip the gradient to `clip_norm` and take Adam's step number `step` (from 1) with rate `lr`."""
@@ -131,11 +149,12 @@ class Engine:
         for name, parameter in zip(PARAMETERS, parameters, strict=True):
             parameter.grad = self.grad(name)
             self._adam.state[parameter] = {
-                "step": torch.tensor(float(step - 1), device=parameter.device),
+                # filled there: a number that is copied to an accelerator makes the host wait
+                "step": torch.full((), float(step - 1), device=parameter.device),
                 "exp_avg": self.exp_avg[name],
                 "exp_avg_sq": self.exp_avg_sq[name],
             }
-        total = torch.tensor(grad_norm, device=parameters[0].device)
+        total = torch.full((), grad_norm, device=parameters[0].device)
         torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, total)
         self._adam.param_groups[0]["lr"] = lr
         self._adam.step()
@@ -238,14 +257,14 @@ def grouped_topk(scores_RM: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.T
 
 
 def exact_topk(
-    sae: TopKSAE, xc_BD: torch.Tensor, norm_M: torch.Tensor, k: int, live: torch.Tensor | None
+    sae: TopKSAE, xc_BD: torch.Tensor, norm_M: torch.Tensor, k: int, live_M: torch.Tensor | None
 ) -> torch.Tensor:
-    """Indices [B, k] of the k largest float32 a·n, leaving out the features `live` when given."""
+    """Indices [B, k] of the k largest float32 a·n, leaving out the features that `live_M` marks, when given."""
     idx = torch.empty(len(xc_BD), k, dtype=torch.int64, device=xc_BD.device)
     for rows in row_chunks(len(xc_BD), 4 * sae.d_sae):
         scores = torch.addmm(sae.b_enc, xc_BD[rows], sae.W_enc.T).mul_(norm_M)
-        if live is not None:
-            scores.index_fill_(1, live, -torch.inf)
+        if live_M is not None:
+            scores.masked_fill_(live_M, -torch.inf)
         idx[rows] = scores.topk(k, dim=-1, sorted=False).indices
     return idx
 
@@ -275,7 +294,8 @@ class Kept:
 
     def tokens(self) -> torch.Tensor:
         """The token of each entry [E]."""
-        return torch.arange(len(self.counts_B), device=self.index_E.device).repeat_interleave(self.counts_B)
+        rows = torch.arange(len(self.counts_B), device=self.index_E.device)
+        return rows.repeat_interleave(self.counts_B, output_size=len(self.index_E))
 
     def within(self, low: int, high: int, d_sae: int) -> Kept:
         """Only the entries of the features low:high of d_sae."""
@@ -298,6 +318,11 @@ class TorchEngine(Engine):
     multiplies it natively. Candidates are scored again in float32, and a row whose screen leaves less than
     CERTIFICATE times its own measured error between the k-th score and the first one left out is scored in full,
     so that the support is the dense step's.
+
+    On an accelerator the host must not wait for numbers (`waits` is False), except once at the end of a step. How many
+    rows are in doubt is not known until then: `room` rows are scored in full, those in doubt first, and if there were
+    more, the step begins anew with more room. Only rows in doubt take what the full scoring says, so the room does not
+    decide the result. (BatchTopK and Matryoshka still wait.)
     """
 
     name: Backend = "torch"
@@ -313,6 +338,7 @@ class TorchEngine(Engine):
     ) -> None:
         super().__init__(sae, config, exp_avg, exp_avg_sq, scratch)
         self.screen_dtype = screen_dtype
+        self.waits, self.room = scratch.device.type == "cpu", ROOM
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
     @torch.no_grad()
@@ -323,16 +349,18 @@ class TorchEngine(Engine):
         by_token = self.config.kind == "topk"
         wanted: list[tuple[int, torch.Tensor | None]] = [(self.config.k, None)] if by_token else []
         screens = self._screen(xc, norm, wanted if dead is None else [*wanted, (self.aux_plan(dead)[0], dead)])
-        rescreened, least = 0, math.nan
+        rescreened: Number = 0
+        least: Number = math.nan
         if by_token:
-            idx, a, rescreened = self._select(xc, norm, screens[0], self.config.k, None)
+            idx, a, rescreened = self._select(xc, norm, screens[0], self.config.k, sae.d_sae)
             kept = Kept.of(idx, a.relu_())
         else:
             kept, least = self._largest_of_batch(xc, norm)
-        fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=x_BD.device)
-        fired[kept.index_E[kept.value_E > 0]] = True
+        positive_E = kept.value_E > 0
+        fired = torch.zeros(sae.d_sae + 1, dtype=torch.bool, device=x_BD.device)
+        fired.index_fill_(0, torch.where(positive_E, kept.index_E, sae.d_sae), True)
         levels = self._errors(kept, x_BD)
-        squares = [float(level.g_BD.square().sum()) / rows for level in levels]
+        squares = [level.g_BD.square().sum() / rows for level in levels]
         residual = levels[-1].g_BD.neg() if dead is not None else None
         for level in levels:
             level.g_BD.mul_(2 / rows)
@@ -340,22 +368,36 @@ class TorchEngine(Engine):
             level.g_BD.add_(above.g_BD)
         self._scatter(kept, levels, xc, relu=True)
         g_sum = levels[0].g_BD.sum(0)
-        aux = 0.0
+        aux: Number = 0.0
+        again: Number = 0
         if dead is not None and residual is not None:
             k_aux, weight = self.aux_plan(dead)
-            live = torch.ones(sae.d_sae, dtype=torch.bool, device=x_BD.device)
-            live[dead] = False
-            idx, a, again = self._select(xc, norm, screens[-1], k_aux, live.nonzero().flatten())
-            rescreened += again
+            live_M = torch.ones(sae.d_sae, dtype=torch.bool, device=x_BD.device).index_fill_(0, dead, False)
+            idx, a, again = self._select(xc, norm, screens[-1], k_aux, len(dead), live_M)
             g = F.embedding_bag(idx, sae.W_dec, mode="sum", per_sample_weights=a).sub_(residual)
-            aux = weight * float(g.square().sum()) / rows
+            aux = weight * g.square().sum() / rows
             whole = [Level(0, sae.d_sae, g.mul_(2 * weight / rows))]
             self._scatter(Kept.of(idx, a), whole, xc, relu=False)
         grad_b_dec = self.grad("b_dec").copy_(g_sum)
         if self.config.apply_b_dec_to_input:
             grad_b_dec.sub_(self.grad("b_enc") @ sae.W_enc)
-        active = int((kept.value_E > 0).sum())
-        return Losses(squares[-1], aux, active, fired, rescreened, sum(squares[:-1]), least)
+        inner = sum(squares[:-1])
+        counts = [count for count in (rescreened, again) if isinstance(count, torch.Tensor)]
+        doubtful = torch.stack(counts).amax() if counts else 0
+        return Losses(squares[-1], aux, positive_E.sum(), fired[:-1], rescreened + again, inner, least, doubtful)
+
+    def settled(self, doubtful: int) -> bool:
+        if self.waits or doubtful <= self.room:
+            return True
+        self.room = 1 << (doubtful - 1).bit_length()
+        return False
+
+    def derived_state(self) -> dict[str, torch.Tensor]:
+        # how many rows a product has may decide its last bits
+        return {} if self.waits else {"room": torch.tensor(self.room)}
+
+    def load_derived_state(self, state: dict[str, torch.Tensor]) -> None:
+        self.room = int(state.get("room", ROOM))
 
     def _errors(self, kept: Kept, x_BD: torch.Tensor) -> list[Level]:
         """x̂^w − x of each nested reconstruction (one unless Matryoshka)."""
@@ -422,12 +464,13 @@ class TorchEngine(Engine):
         norm_M: torch.Tensor,
         screen: tuple[torch.Tensor, torch.Tensor],
         k: int,
-        live: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Support [B, k] and its a [B, k] from the screened candidates; and how many rows were scored in full."""
+        features: int,
+        live_M: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, Number]:
+        """Support [B, k] and its a [B, k] from the screened candidates of so many features, those that `live_M` marks
+        left out; and how many rows were in doubt."""
         sae, (cand, screened) = self.sae, screen
         a = dots(xc_BD, sae.W_enc, cand).add_(sae.b_enc[cand])
-        features = sae.d_sae if live is None else sae.d_sae - len(live)
         if cand.shape[1] == k:
             return cand, a, 0
         scores = a * norm_M[cand]
@@ -437,19 +480,25 @@ class TorchEngine(Engine):
             return idx, a, 0
         error = (scores - screened).square().mean(-1).sqrt()
         gap = top.values.amin(-1) - screened.amin(-1)
-        close = (gap < CERTIFICATE * error).nonzero().flatten()
-        if len(close):
-            idx[close] = exact_topk(sae, xc_BD[close], norm_M, k, live)
-            a[close] = dots(xc_BD[close], sae.W_enc, idx[close]).add_(sae.b_enc[idx[close]])
-        return idx, a, len(close)
+        close_B = gap < CERTIFICATE * error
+        if self.waits:
+            close_R = close_B.nonzero().flatten()
+        else:
+            close_R = close_B.float().topk(min(self.room, len(close_B)), sorted=False).indices
+        if len(close_R):
+            x_RD, sure_R1 = xc_BD[close_R], close_B[close_R, None]
+            exact = exact_topk(sae, x_RD, norm_M, k, live_M)
+            a_exact = dots(x_RD, sae.W_enc, exact).add_(sae.b_enc[exact])
+            idx.index_copy_(0, close_R, torch.where(sure_R1, exact, idx[close_R]))
+            a.index_copy_(0, close_R, torch.where(sure_R1, a_exact, a[close_R]))
+        return idx, a, close_B.sum()
 
     def _scatter(self, kept: Kept, levels: Sequence[Level], xc_BD: torch.Tensor, *, relu: bool) -> None:
         """Sum the entries into the gradients of W_dec, W_enc and b_enc: the main ones, with relu, come first, and the
         auxiliary ones are added to them. `levels` cover all features and hold the gradient of each one's x̂."""
         W_dec, M, rows = self.sae.W_dec, self.sae.d_sae, len(kept.counts_B)
         feature, order = torch.sort(kept.index_E, stable=True)
-        starts = torch.zeros(M + 1, dtype=torch.int64, device=feature.device)
-        torch.cumsum(torch.bincount(feature, minlength=M), 0, out=starts[1:])
+        starts = torch.searchsorted(feature, torch.arange(M + 1, device=feature.device))
         token, h = kept.tokens()[order], kept.value_E[order]
         bounds = starts.tolist() if len(levels) > 1 else [0] * M + [len(token)]
         dh = torch.empty_like(h)
@@ -476,7 +525,8 @@ class TorchEngine(Engine):
                     torch.mm(entries, level.g_BD, out=grad)
                 else:
                     torch.addmm(grad, entries, level.g_BD, out=grad)
+        # a bag per feature again: on an accelerator index_add_ sums in no fixed order
+        places = torch.arange(len(dh), device=dh.device)
+        sums_M = F.embedding_bag(places, dh[:, None], starts[:-1], mode="sum").flatten()
         grad_b = self.grad("b_enc")
-        if relu:
-            grad_b.zero_()
-        grad_b.index_add_(0, feature, dh)
+        grad_b.copy_(sums_M if relu else grad_b + sums_M)

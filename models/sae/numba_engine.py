@@ -108,7 +108,7 @@ class NumbaEngine(Engine):
             outer = levels[-1].g_CBb
             live = torch.ones(sae.d_sae, dtype=torch.bool)
             live[dead] = False
-            aux_idx, aux_h, again = self._screen.select(xc, xc_CBb, dead_found, k_aux, "aux", live.nonzero().flatten())
+            aux_idx, aux_h, again = self._screen.select(xc, xc_CBb, dead_found, k_aux, "aux", live)
             rescreened += again
             target = torch.mul(outer, -rows / 2, out=scratch.take("aux.target", *outer.shape))
             extra, aux = self._auxiliary(target, aux_idx, aux_h, 2 * weight / rows)

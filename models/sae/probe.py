@@ -54,4 +54,4 @@ def _engine(backend: str, config: SAEConfig, n_threads: int) -> Engine:
 
 def _step(engine: Engine, x_BD: torch.Tensor, step: int) -> None:
     engine.gradients(x_BD, None)
-    engine.update(engine.config.lr, step, engine.grad_norm())
+    engine.update(engine.config.lr, step, float(engine.grad_norm()))

@@ -200,15 +200,16 @@ class Screen:
         found: Candidates,
         k: int,
         name: str,
-        live: torch.Tensor | None,
+        live_M: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Support [B, k] (int32), a [B, k] (with relu unless the features `live` are left out), and how many rows
-        were scored in full. xc_CBb: `blocks_of` xc_BD."""
+        """Support [B, k] (int32), a [B, k] and how many rows were scored in full. xc_CBb: `blocks_of` xc_BD.
+
+        a passes relu unless the features that `live_M` marks are left out."""
         sae, scratch, rows = self.sae, self.scratch, len(xc_BD)
         idx = scratch.take(f"{name}.idx", rows, k, dtype=torch.int32)
         h = scratch.take(f"{name}.h", rows, k)
         close = scratch.take(f"{name}.close", rows, dtype=torch.bool)
-        relu = live is None
+        relu = live_M is None
         starts, token, slot = self.sort(found.index_BK, "sort")
         a = self.dots(xc_CBb, sae.W_enc, starts, token, "sort.dot")
         run_kernel(
@@ -217,7 +218,7 @@ class Screen:
         )  # fmt: skip
         again = close.nonzero().flatten()
         if len(again):
-            exact = exact_topk(sae, xc_BD[again], self.norm_M, k, live)
+            exact = exact_topk(sae, xc_BD[again], self.norm_M, k, live_M)
             a_again = dots(xc_BD[again], sae.W_enc, exact).add_(sae.b_enc[exact])
             idx[again] = exact.to(torch.int32)
             h[again] = a_again.relu_() if relu else a_again

@@ -15,7 +15,18 @@ from typing import Any, Literal
 import torch
 
 from models.sae.cost import bank_bytes, step_flops
-from models.sae.engines import PARAMETERS, Backend, DenseEngine, Engine, Scratch, TorchEngine, screen_dtype
+from models.sae.engines import (
+    PARAMETERS,
+    Backend,
+    DenseEngine,
+    Engine,
+    Losses,
+    Number,
+    Scratch,
+    TorchEngine,
+    on_host,
+    screen_dtype,
+)
 from models.sae.jumprelu import THRESHOLD_RATE, JumpReLUSAE
 from models.sae.model import SAEConfig, TopKSAE
 from models.sae.numba_engine import NumbaEngine
@@ -100,6 +111,7 @@ class SparseTrainer:
         self._exp_avg = {name: torch.zeros_like(p) for name, p in parameters.items()}
         self._exp_avg_sq = {name: torch.zeros_like(p) for name, p in parameters.items()}
         self._since_fired = torch.zeros(config.d_sae, dtype=torch.int32, device=self.device)
+        self._n_dead: int | None = 0  # None: not counted
         self._engine = self._make_engine(self._resolve(backend))
 
     @property
@@ -157,8 +169,9 @@ class SparseTrainer:
         FloatingPointError when the gradient is not finite.
         """
         self._check_shape(x_BD)
-        check_finite(x_BD, self.name, self.step_count)
-        return self._step(x_BD)
+        if self._engine.waits:
+            check_finite(x_BD, self.name, self.step_count)
+        return self._step(x_BD, checked=self._engine.waits)
 
     def _check_shape(self, x_BD: torch.Tensor) -> None:
         if x_BD.ndim != 2 or x_BD.shape[1] != self.config.d_in or len(x_BD) == 0:
@@ -167,13 +180,19 @@ class SparseTrainer:
             )
 
     @torch.no_grad()
-    def _step(self, x_BD: torch.Tensor) -> StepStats:
+    def _step(self, x_BD: torch.Tensor, *, checked: bool) -> StepStats:
+        """A step; `checked`: x is known to be finite."""
         lr = self.lr_at(self.step_count)
         x = x_BD.detach().to(self.device, torch.float32).contiguous()
-        dead = self.dead.nonzero().flatten()
-        use_aux = len(dead) > 0 and self.config.aux_coefficient > 0
-        losses = self._engine.gradients(x, dead if use_aux else None)
-        grad_norm = self._engine.grad_norm()
+        if self._n_dead is None:
+            self._n_dead = int(self.dead.sum())
+        n_dead, dead = self._n_dead, None
+        if n_dead and self.config.aux_coefficient > 0:
+            dead = torch.nonzero_static(self.dead, size=n_dead).flatten()
+        finite: Number = 1.0 if checked else torch.isfinite(x).all()
+        losses, grad_norm, since_fired, next_dead, finite = self._gradients(x, dead, finite)
+        if not finite:
+            check_finite(x, self.name, self.step_count)
         if not grad_norm < float("inf"):
             raise FloatingPointError(
                 f"{self.name}: gradient norm is {grad_norm} at step {self.step_count}; no weight was changed; "
@@ -181,22 +200,41 @@ class SparseTrainer:
             )
         self.step_count += 1
         self._engine.update(lr, self.step_count, grad_norm)
-        if losses.least == losses.least:  # NaN: nothing was kept
-            self.threshold = (1 - THRESHOLD_RATE) * self.threshold + THRESHOLD_RATE * losses.least
-        self._since_fired += 1
-        self._since_fired[losses.fired_M] = 0
+        least = float(losses.least)
+        if least == least:  # NaN: nothing was kept
+            self.threshold = (1 - THRESHOLD_RATE) * self.threshold + THRESHOLD_RATE * least
+        self._since_fired.copy_(since_fired)
+        self._n_dead = next_dead
+        mse, aux, inner = float(losses.mse), float(losses.aux), float(losses.inner)
         return StepStats(
             step=self.step_count,
-            loss=losses.mse + losses.inner + losses.aux,
-            mse=losses.mse,
-            aux=losses.aux,
+            loss=mse + inner + aux,
+            mse=mse,
+            aux=aux,
             grad_norm=grad_norm,
-            l0=losses.active / len(x),
-            dead=len(dead),
-            rescreened=losses.rescreened,
+            l0=float(losses.active) / len(x),
+            dead=n_dead,
+            rescreened=int(losses.rescreened),
             lr=lr,
-            inner=losses.inner,
+            inner=inner,
         )
+
+    def _gradients(
+        self, x_BD: torch.Tensor, dead: torch.Tensor | None, finite: Number
+    ) -> tuple[Losses, float, torch.Tensor, int, bool]:
+        """Gradients of a batch: the losses and the norm as numbers, `since_fired` after this step, how many features
+        are dead then, and `finite` as a bool. On an accelerator the host waits for all of them at once."""
+        while True:
+            losses = self._engine.gradients(x_BD, dead)
+            since_fired = (self._since_fired + 1).masked_fill_(losses.fired_M, 0)
+            next_dead = (since_fired > self.config.dead_after_steps).sum()
+            norm, count, good, mse, aux, active, rescreened, inner, least, doubtful = on_host(
+                self._engine.grad_norm(), next_dead, finite, losses.mse, losses.aux, losses.active, losses.rescreened,
+                losses.inner, losses.least, losses.doubtful,
+            )  # fmt: skip
+            losses = Losses(mse, aux, active, losses.fired_M, rescreened, inner, least, doubtful)
+            if not good or self._engine.settled(int(doubtful)):
+                return losses, norm, since_fired, int(count), bool(good)
 
     def inference(self) -> TopKSAE | JumpReLUSAE:
         """The SAE as it is evaluated and published: decoder norms folded, BatchTopK with its threshold.
@@ -270,6 +308,7 @@ class SparseTrainer:
             self._exp_avg[name].copy_(state[f"exp_avg.{name}"])
             self._exp_avg_sq[name].copy_(state[f"exp_avg_sq.{name}"])
         self._since_fired.copy_(state["since_fired"])
+        self._n_dead = None
         self.step_count = state["step"]
         self.decay_from = state["decay_from"]
         self.threshold = float(state.get("threshold", 0.0))
@@ -326,11 +365,14 @@ class SAEBank:
         Raises ValueError before any weight of any cell changes when a layer is missing, has another width, or holds
         NaN or inf.
         """
-        for layer in sorted(set(self.layers.values())):
+        layers = sorted(set(self.layers.values()))
+        for layer in layers:
             if layer not in acts_BD:
                 raise ValueError(f"layer {layer} is missing from the batch, which has layers {sorted(acts_BD)}")
+        finite = on_host(*(torch.isfinite(acts_BD[layer]).all() for layer in layers))
+        for layer in (layer for layer, good in zip(layers, finite, strict=True) if not good):
             steps = max(t.step_count for key, t in self.trainers.items() if self.layers[key] == layer)
             check_finite(acts_BD[layer], f"layer {layer}", steps)
         for key, trainer in self.trainers.items():
             trainer._check_shape(acts_BD[self.layers[key]])
-        return {key: trainer._step(acts_BD[self.layers[key]]) for key, trainer in self.trainers.items()}
+        return {key: trainer._step(acts_BD[self.layers[key]], checked=True) for key, trainer in self.trainers.items()}
