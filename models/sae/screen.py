@@ -1,8 +1,8 @@
 """Which features are active, on CPUs: a low-precision product finds candidates, float32 settles them.
 
-The screen multiplies int8 copies of x and W_enc · n (one scale a row, exact int32 sums), at half the cost of
-bfloat16; on CPUs without instructions for it (AVX512-VNNI), where torch's int8 product is ten times slower than the
-float32 one, it multiplies float32. Activations with a few enormous coordinates do not survive eight bits; the
+The screen multiplies copies of x and W_enc · n in the precision that is measured to be the fastest here (`precision`):
+int8 (one scale a row, exact int32 sums), bfloat16, or float32 where neither is faster (without AVX512-VNNI torch's int8
+product takes twenty times as long). Activations with a few enormous coordinates do not survive eight bits; the
 certificate notices, those rows are scored in float32, and when they are many the screen turns to bfloat16 for the next
 HOLD_STEPS batches. Either way the support is the float32 one.
 
@@ -23,6 +23,7 @@ from models.sae.engines import CERTIFICATE, Scratch, dots, exact_topk, n_candida
 from models.sae.intrinsics import BLOCK
 from models.sae.jumprelu import JumpReLUSAE
 from models.sae.model import TopKSAE
+from models.sae.precision import screen_precision
 
 CHUNK_BYTES_PER_FEATURE = 1024  # of a block of screened scores; 256 rows of int32, 512 of bfloat16
 INT8_MARGIN, BFLOAT16_MARGIN = 32, 16  # least surplus of candidates: int8's error is about three times as large
@@ -31,7 +32,7 @@ HOLD_SHARE = 0.02
 
 
 def multiplies_int8() -> bool:
-    """Whether this CPU has instructions for the int8 product."""
+    """Whether this CPU has instructions for the int8 product: what a plan counts with, which measures nothing."""
     return bool(torch.cpu._is_vnni_supported())
 
 
@@ -74,18 +75,16 @@ class Screen:
         self.sae, self.scratch, self.n_threads = sae, scratch, n_threads
         self.norm_M = torch.empty(sae.d_sae)
         self.scale_M = torch.empty(sae.d_sae)
-        self._int8 = multiplies_int8()
-        self._memory = torch.empty((2 if self._int8 else 4) * sae.d_sae * sae.d_in, dtype=torch.uint8)
+        self.first = screen_precision()
+        held = max(self.first.itemsize, torch.bfloat16.itemsize)
+        self._memory = torch.empty(held * sae.d_sae * sae.d_in, dtype=torch.uint8)
         self.hold = 0
         self.refresh()
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of the next screen: int8, or bfloat16 while an int8 screen would leave too much in doubt; float32
-        where the CPU does not multiply int8."""
-        if not self._int8:
-            return torch.float32
-        return torch.bfloat16 if self.hold > 0 else torch.int8
+        """Precision of the next screen: the fastest here, or bfloat16 while int8 would leave too much in doubt."""
+        return torch.bfloat16 if self.first == torch.int8 and self.hold > 0 else self.first
 
     def low_MD(self) -> torch.Tensor:
         """W_enc · n in the precision of the next screen."""
@@ -264,8 +263,8 @@ class ScreenedEncoder:
 
 
 def encoder(sae: TopKSAE | JumpReLUSAE) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    """The cheapest exact encoder of a finished SAE here: screened for TopK on CPUs that multiply int8 natively
-    (AVX512-VNNI), else `sae.encode`. All have the signature of `TopKSAE.encode`."""
-    if isinstance(sae, TopKSAE) and sae.W_enc.device.type == "cpu" and multiplies_int8():
+    """The cheapest exact encoder of a finished SAE here: screened for TopK on CPUs that multiply a low precision
+    faster, else `sae.encode`. All have the signature of `TopKSAE.encode`."""
+    if isinstance(sae, TopKSAE) and sae.W_enc.device.type == "cpu" and screen_precision() != torch.float32:
         return ScreenedEncoder(sae)
     return sae.encode

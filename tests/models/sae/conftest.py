@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 
 @pytest.fixture
 def int8(monkeypatch: pytest.MonkeyPatch) -> None:
     """Screens in int8 whatever this CPU multiplies fast."""
-    monkeypatch.setattr("models.sae.screen.multiplies_int8", lambda: True)
+    monkeypatch.setattr("models.sae.screen.screen_precision", lambda: torch.int8)

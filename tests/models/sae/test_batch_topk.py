@@ -80,7 +80,7 @@ def test_gradients_are_those_of_autograd(
     kind: str, backend: str, variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend, _, product = backend.partition(", ")
-    monkeypatch.setattr("models.sae.screen.multiplies_int8", lambda: product == "int8")
+    monkeypatch.setattr("models.sae.screen.screen_precision", lambda: getattr(torch, product or "float32"))
     own = config(kind, **VARIANTS[variant])
     trainer = trained(own, backend, steps=3)
     x = uneven(200, own.d_in, 77)

@@ -77,7 +77,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("backend", ["dense", "torch", "numba, int8", "numba, float32"])
+@pytest.mark.parametrize("backend", ["dense", "torch", "numba, int8", "numba, bfloat16", "numba, float32"])
 @pytest.mark.parametrize("steps", [0, 4], ids=["untrained", "trained"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_are_those_of_autograd(
@@ -86,7 +86,7 @@ def test_gradients_are_those_of_autograd(
     """Loss, every gradient to 1e-5 and the support (through what fired), with the auxiliary loss in them; numba with
     the screen of CPUs that multiply int8 and of those that do not."""
     backend, _, product = backend.partition(", ")
-    monkeypatch.setattr("models.sae.screen.multiplies_int8", lambda: product == "int8")
+    monkeypatch.setattr("models.sae.screen.screen_precision", lambda: getattr(torch, product or "float32"))
     config = config_of(**VARIANTS[variant])
     trainer = trained(config, backend, steps)
     x = activations(200, config.d_in, 77)
