@@ -93,7 +93,7 @@ def test_run_fail_repair_extend_continue_report(tmp_path: Path, main: Main) -> N
     assert "n=2 is on the list of bad numbers; choose another" in first.stderr
     assert "2/3 published" in first.stdout
     assert "compare-runs?runs=" not in first.stdout  # the long address is in the report alone
-    assert "searchFilter=tags.%60plumbline.launch%60" in first.stdout
+    assert "/#/experiments/1/runs?" in first.stdout
     assert "compare-runs?runs=" in (tmp_path / "runs/reports/toy/small/report.md").read_text()
     assert "next         put right what the reasons name, then" in first.stderr
     assert "--retry-failed" in first.stderr.splitlines()[-1]
