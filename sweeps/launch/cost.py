@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sweeps.core.cells import Estimate
+from sweeps.core.cells import Estimate, UserError
 from sweeps.core.gpus import GPU_TYPES, GPUType, asked_types
 from sweeps.core.units import span
 
@@ -44,6 +46,38 @@ def spent_hours(work: Iterable[tuple[str, float, float, str]]) -> tuple[dict[str
         same = attempts.setdefault("GPU" if device == "cuda" else "machine", {})
         same[attempt] = max(same.get(attempt, 0.0), seconds * share)
     return {unit: (sum(same.values()) / 3600, len(same)) for unit, same in sorted(attempts.items())}, unknown
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be spent: hours of a rented unit, core-hours of machines of so many cores, or money."""
+
+    text: str
+    limit: float  # in hours of `unit`, whose cores or price were divided out
+    unit: str
+
+    @classmethod
+    def read(cls, text: str, machine: Machine, run: RunSettings) -> Budget:
+        """Of `20usd`, `6core-hours`, `2gpu-hours` or `2machine-hours`; raises UserError."""
+        match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([a-z-]+)", text.strip().lower())
+        try:
+            amount, name = float(match[1]) if match else 0.0, match[2] if match else ""
+        except ValueError:
+            amount = 0.0
+        if not amount > 0:
+            raise UserError(f"--spend {text!r} is no budget; write 20usd, 6core-hours, 2gpu-hours or 2machine-hours")
+        if name.endswith("-hours"):
+            kinds = {"core-hours": ("machine", machine.cpus), "gpu-hours": ("GPU", 1), "machine-hours": ("machine", 1)}
+            if name not in kinds:
+                raise UserError(f"--spend {text!r} counts no known hours; write core-hours, gpu-hours or machine-hours")
+            return cls(text, amount / kinds[name][1], kinds[name][0])
+        if not run.price_per_hour:
+            raise UserError(f"--spend {text} is money without a price; add --set price_per_hour=PRICE")
+        return cls(text, amount / run.price_per_hour, unit_of(machine)[0])
+
+    def left(self, work: Iterable[tuple[str, float, float, str]]) -> bool:
+        """Whether the work (see `spent_hours`) cost less than the budget."""
+        return spent_hours(work)[0].get(self.unit, (0.0, 0))[0] < self.limit
 
 
 def cost_lines(

@@ -13,7 +13,8 @@ from sweeps.search.points import SEARCHES, usual_size
 from sweeps.search.space import split_settings
 
 TRIALS, CONFIRM = 20, 5
-_NEEDS_SEARCH = ("trials", "objective", "where", "each", "batch", "search_seed", "confirm")
+_ENDLESS = 10_000  # trials where only --spend ends the search
+_NEEDS_SEARCH = ("trials", "objective", "where", "each", "batch", "search_seed", "confirm", "spend")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,7 @@ class Asked:
     seed: int = 0
     each: str = ""
     confirm: int = CONFIRM  # fresh trainings of the best setting
+    spend: str = ""  # no batch is asked once the trials have cost so much
 
     def arguments(self) -> list[str]:
         """The options that ask for this, as they are written; the ranges are among those of `--set`."""
@@ -36,6 +38,7 @@ class Asked:
         out += ["--trials", str(self.trials), "--batch", str(self.batch), "--search-seed", str(self.seed)]
         out += [part for condition in self.conditions for part in ("--where", str(condition))]
         out += [] if self.confirm == CONFIRM else ["--confirm", str(self.confirm)]
+        out += ["--spend", self.spend] if self.spend else []
         return [*out, "--each", self.each] if self.each else out
 
 
@@ -45,6 +48,7 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--search", default=None, metavar="KIND", help=f"one of {', '.join(SEARCHES)}")
     group.add_argument("--objective", default=None, metavar="COLUMN:min|max", help="what to optimise")
     group.add_argument("--trials", type=int, default=None, metavar="N", help=f"settings to try; default: {TRIALS}")
+    group.add_argument("--spend", default=None, metavar="COST", help="or end after 20usd, 6core-hours, 2gpu-hours")
     group.add_argument("--where", action="append", default=None, metavar="COLUMN>=X", help="a condition to meet")
     group.add_argument("--each", default=None, metavar="FIELD", help="a search of its own for each value of a field")
     group.add_argument("--batch", type=int, default=None, metavar="N", help="settings asked at once; default: 4")
@@ -75,11 +79,12 @@ def read_asked(arguments: argparse.Namespace) -> tuple[list[str], Asked | None]:
         ranges=tuple(ranges),
         objectives=read_objectives(arguments.objective),
         conditions=read_conditions(arguments.where or ()),
-        trials=_at_least(1, "--trials", arguments.trials, TRIALS),
+        trials=_at_least(1, "--trials", arguments.trials, _ENDLESS if arguments.spend else TRIALS),
         batch=_at_least(1, "--batch", arguments.batch, usual_size(arguments.search, len(ranges))),
         seed=_at_least(0, "--search-seed", arguments.search_seed, 0),
         each=arguments.each or "",
         confirm=_at_least(0, "--confirm", arguments.confirm, CONFIRM),
+        spend=arguments.spend or "",
     )
     return plain, asked
 

@@ -38,10 +38,13 @@ def _goals(search: Search[CellT]) -> tuple[Goal, ...]:
 def _facts(search: Search[CellT]) -> list[str]:
     rules, asked = search.rules, search.asked
     facts = [f"`{d}`" for d in rules.space]
-    facts = [f"searched by {rules.kind}: {', '.join(facts)}; {asked.trials} trials in batches of {rules.size}"]
+    counts = " and ".join(dict.fromkeys(str(len(search.outcomes(s))) for s in search.studies))
+    facts = [f"searched by {rules.kind}: {', '.join(facts)}; {counts} trials in batches of {rules.size}"]
     facts.append(f"objective: {', '.join(map(str, rules.objectives))}, the mean over a trial's cells")
     if rules.conditions:
         facts.append(f"conditions: {', '.join(map(str, rules.conditions))}")
+    if asked.spend:
+        facts.append(f"ended by --spend {asked.spend}" if search.spent else f"--spend {asked.spend} is not used up")
     if asked.each:
         facts.append(f"each value of {asked.each} has a search of its own, of as many trials")
     return facts

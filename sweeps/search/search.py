@@ -37,8 +37,17 @@ class Searchable(Protocol[_OfSweep]):
 class Search(Generic[CellT]):
     """All studies of one command; `preset` holds what is not searched. Raises UserError for what cannot be searched."""
 
-    def __init__(self, asked: Asked, sweep: Searchable[CellT], preset: Any, ledger: Ledger) -> None:
+    def __init__(
+        self,
+        asked: Asked,
+        sweep: Searchable[CellT],
+        preset: Any,
+        ledger: Ledger,
+        affordable: Callable[[Sequence[str]], bool] = lambda keys: True,
+    ) -> None:
+        """affordable: whether another batch may be asked after the cells of these keys."""
         self.asked, self.sweep, self.preset, self.ledger = asked, sweep, preset, ledger
+        self._affordable = affordable
         self.rules = Rules(
             kind=asked.kind,
             space=read_space(asked.ranges, preset, sweep.fixed),
@@ -69,9 +78,24 @@ class Search(Generic[CellT]):
     def again(self, study: Study[CellT]) -> list[Trial[CellT]]:
         """The best setting with fresh seeds, a trial per seed, once all trials of the study are closed; else empty."""
         outcomes = self.outcomes(study)
-        if (study.asked < self.asked.trials and not study.over) or any(o.state == "open" for o in outcomes):
+        if any(o.state == "open" for o in outcomes) or not (self._ended(study) or self.spent):
             return []
         return study.again(outcomes, self.confirm)
+
+    def _ended(self, study: Study[CellT]) -> bool:
+        """As many trials as asked for, or as the sampler has, are asked."""
+        return study.over or study.asked >= self.asked.trials
+
+    @property
+    def spent(self) -> bool:
+        """Whether `--spend` ends the search: looked at when every trial of every study is closed, so that launches
+        that share it come to the same end."""
+        if not self.asked.spend or not all(self._closed(s) for s in self.studies):
+            return False
+        return not self._affordable(sorted({c.key for s in self.studies for t in s.trials(s.asked) for c in t.cells}))
+
+    def _closed(self, study: Study[CellT]) -> bool:
+        return all(o.state != "open" for o in self.outcomes(study, study.asked))
 
     def planned(self, *, record: bool, ask: bool) -> list[CellT]:
         """The cells that a launch begins with; `ask`: also those of batches that are due. Raises UserError if none."""
@@ -106,9 +130,10 @@ class Search(Generic[CellT]):
                 return self.cells()
 
     def _ready(self, study: Study[CellT]) -> bool:
-        if study.over or study.asked >= self.asked.trials:
+        if self._ended(study) or not self._closed(study):
             return False
-        return all(o.state != "open" for o in self.outcomes(study, study.asked))
+        together = not self.asked.spend or all(self._closed(s) for s in self.studies)
+        return together and not self.spent
 
     def _trials(self, study: Study[CellT]) -> list[Trial[CellT]]:
         return study.trials(self.asked.trials)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,10 +13,15 @@ from unittest.mock import MagicMock
 import pandas as pd
 import pytest
 
+from sweeps.core.cells import UserError
 from sweeps.core.machine import Machine
+from sweeps.core.settings import RunSettings
 from sweeps.launch import command
+from sweeps.launch.cost import Budget
+from sweeps.launch.notebook import tune
 from sweeps.launch.pack_queue import Queue
 from sweeps.launch.tune import Job, run_one
+from sweeps.ledger.ledger import Ledger
 from tests.sweeps.search.bowl import SWEEP
 
 Main = Callable[..., int]
@@ -99,3 +105,54 @@ def test_the_plan_says_what_the_search_costs_at_most(main: Main, capsys: pytest.
     assert not Path("s").exists()
     assert main(*TPE, "--storage=s", "--report") == 2
     assert "this search has no trials yet" in capsys.readouterr().err
+
+
+def test_a_search_from_python_returns_what_it_found(main: Main) -> None:
+    found = tune(
+        SWEEP,
+        "depth:min",
+        search="qmc",
+        preset="two",
+        trials=4,
+        options=["--each", "arms", "--report-dir", "reports", "--storage", "s", "--confirm", "0"],
+        x="lin:-3:3",
+        seeds=[0, 1],
+    )
+    assert found.code == 0
+    assert found.best.keys() == {"left", "right"}
+    assert len(found.trials) == 8
+    for group, own in found.trials.groupby("group"):
+        assert found.best[group]["x"] == own.loc[own["depth"].idxmin(), "x"]
+    with pytest.raises(UserError, match="the line above says why"):
+        tune(SWEEP, "depth:min", x="lin:3:-3")
+
+
+def test_a_budget_ends_the_search_between_two_batches(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ledger, "work", lambda ledger, keys: [(key, 1800.0, 1.0, "cpu") for key in keys])
+    spend = ("--search=random", "--set=x=lin:-3:3", "--objective=depth:min", "--storage=s", "--set=price_per_hour=2")
+    assert main(*spend, "--spend=5usd", "--confirm=0") == 0  # a trial costs 1, so the second batch exceeds it
+    assert record()["studies"][0]["trials"] == 8
+    assert main(*spend, "--spend=5usd", "--confirm=0") == 0
+    assert record()["studies"][0]["trials"] == 8
+    assert main(*spend, "--spend=6machine-hours", "--confirm=0") == 0
+    assert record()["studies"][0]["trials"] == 12
+
+
+@pytest.mark.parametrize(
+    ("spend", "message"),
+    [
+        ("usd", "--spend 'usd' is no budget"),
+        ("0usd", "is no budget"),
+        ("3sun-hours", "counts no known hours"),
+        ("20usd", "is money without a price; add --set price_per_hour=PRICE"),
+    ],
+)
+def test_a_bad_budget_is_one_line(spend: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        Budget.read(spend, MACHINE, RunSettings())
+
+
+def test_core_hours_are_shared_by_the_cores() -> None:
+    budget = Budget.read("6core-hours", MACHINE, RunSettings())  # two cores: three hours
+    assert budget.left([("a", 3 * 3600 - 1, 1.0, "cpu")])
+    assert not budget.left([("a", 3 * 3600, 1.0, "cpu")])
