@@ -11,7 +11,7 @@ from models.host.specs import HOST_LMS
 from sweeps.core.cells import UserError
 from sweeps.core.settings import RunSettings
 from sweeps.sae.lms import folder_of, hub_id_of, place_of, revision_of, spec_of
-from sweeps.sae.sources import corrupt, open_stream, tokenizer_folder
+from sweeps.sae.sources import corrupt, longest_reads, open_stream, tokenizer_folder
 from sweeps.sae.text import TextCheck
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def preflight(cells: Sequence[SAECell], run: RunSettings) -> list[str]:
                 readers = {c.model for c in cells if c.stream == "pile" and c.context == context}
                 chosen = {m: vocabularies[m] for m in sorted(readers)}
                 lines += _look_at(open_stream(first, run), longest, n_eval, first.shuffle_sequences, chosen)
-        for longest_cell in _read_as_documents(cells):
+        for longest_cell in longest_reads(cells):
             lines += _look_at_documents(longest_cell, run, vocabularies)
     except CorruptShard as error:
         raise corrupt(error) from error
@@ -82,16 +82,6 @@ def _look_at(stream: TokenStream, longest: int, n_eval: int, block: int, vocabul
     if stream.local:
         _read_once(stream, check, -(-longest // stream.context) + block)
     return [check.line()] * bool(check.line())
-
-
-def _read_as_documents(cells: Sequence[SAECell]) -> list[SAECell]:
-    """Of all cells that read the same documents in the same way, the one of the largest budget."""
-    longest: dict[tuple[object, ...], SAECell] = {}
-    for cell in (c for c in cells if c.stream == "text"):
-        key = (cell.model, cell.text, cell.text_column, cell.context, cell.eval_sequences, cell.shuffle_sequences)
-        if key not in longest or cell.tokens > longest[key].tokens:
-            longest[key] = cell
-    return list(longest.values())
 
 
 def _look_at_documents(cell: SAECell, run: RunSettings, vocabularies: Mapping[str, int]) -> list[str]:

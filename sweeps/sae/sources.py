@@ -104,6 +104,16 @@ def _tokenised(cell: SAECell, run: RunSettings, tokenizer: str, tokens: int, say
     return TokenStream(source=str(text.folder), context=cell.context, shards=len(state["shards"]))
 
 
+def longest_reads(cells: Sequence[SAECell]) -> list[SAECell]:
+    """Of all cells that read the same documents in the same way, the one of the largest budget."""
+    longest: dict[tuple[object, ...], SAECell] = {}
+    for cell in (c for c in cells if c.stream == "text"):
+        key = (cell.model, cell.text, cell.text_column, cell.context, cell.eval_sequences, cell.shuffle_sequences)
+        if key not in longest or cell.tokens > longest[key].tokens:
+            longest[key] = cell
+    return list(longest.values())
+
+
 def remarks(stream: str, run: RunSettings) -> list[str]:
     """Lines on the files that were given: those of a local stream that were skipped because of their names."""
     if stream != "pile" or not run.stream_path or run.stream_path.startswith("hf://"):
