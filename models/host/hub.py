@@ -36,7 +36,7 @@ def hub_file(hub_id: str, file: str, revision: str | None) -> Path | None:
     Raises ValueError for a repository that does not exist, LMUnavailable where it is gated or cannot be reached.
     """
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     cached = try_to_load_from_cache(hub_id, file, revision=revision)
     if isinstance(cached, str):
@@ -46,7 +46,7 @@ def hub_file(hub_id: str, file: str, revision: str | None) -> Path | None:
         return Path(
             hf_hub_download(hub_id, file, revision=revision, etag_timeout=HUB_SECONDS, endpoint=constants.ENDPOINT)
         )
-    except EntryNotFoundError:
+    except RemoteEntryNotFoundError:
         return None
     except Exception as error:  # the hub's client passes on its HTTP library's errors, and has changed the library
         raise _refused(hub_id, file, error) from error
@@ -72,7 +72,7 @@ def _refused(hub_id: str, file: str, error: Exception) -> Exception:
 def require_weights(hub_id: str, revision: str | None) -> None:
     """Raise ValueError where a repository holds no safetensors, LMUnavailable where it cannot be asked."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     names = ("model.safetensors", "model.safetensors.index.json")
     if any(isinstance(try_to_load_from_cache(hub_id, name, revision=revision), str) for name in names):
@@ -83,7 +83,7 @@ def require_weights(hub_id: str, revision: str | None) -> None:
             url = hf_hub_url(hub_id, name, revision=revision, endpoint=constants.ENDPOINT)
             get_hf_file_metadata(url, timeout=HUB_SECONDS)
             return
-        except EntryNotFoundError:
+        except RemoteEntryNotFoundError:
             continue
         except Exception as error:  # the hub's client passes on its HTTP library's errors, and has changed the library
             raise _refused(hub_id, name, error) from error
