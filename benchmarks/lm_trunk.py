@@ -14,6 +14,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -23,7 +24,12 @@ from benchmarks._paired import machine, markdown_table, paired, timed, write_rep
 from models.cpu.bfloat16 import multiplies_bfloat16
 
 CONTEXT, BLOCKS, TARGET = 256, 4, 0.8
-SIZES = {"hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864}
+SIZES: dict[str, Any] = {
+    "hidden_size": 896,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "intermediate_size": 4864,
+}
 
 
 def arms(tokens: int, dtype: torch.dtype, blocks: int) -> dict[str, Callable[[], object]]:
