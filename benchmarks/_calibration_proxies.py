@@ -23,7 +23,7 @@ _PROXIES = ("r2", "cosine")
 
 
 @dataclass(frozen=True)
-class _Design:
+class Design:
     """A fixed grid of places (model and layer), k and budgets; cells deviate from its trends, by trajectory.
 
     trend: size of the places' and the k's common effects on CE_rec and both proxies, in standard deviations of a
@@ -66,15 +66,15 @@ class _Design:
         return np.array([stats.spearmanr(target, x).statistic for x in proxies])
 
 
-def _cells(design: _Design, values_3C: Floats) -> pd.DataFrame:
+def _cells(design: Design, values_3C: Floats) -> pd.DataFrame:
     place_C, k_C, budget_C = design.index().T
     frame = pd.DataFrame({"model": "m", "layer": place_C, "depth": "mid", "k": k_C, "tokens": budget_C, "seed": 0})
     frame["cell_key"] = [str(i) for i in range(len(frame))]
     return frame.assign(ce_rec=values_3C[0], r2=values_3C[1], cosine=values_3C[2], d_model=8)
 
 
-def _measured(
-    rng: np.random.Generator, design: _Design, values_3C: Floats, sequences: int
+def measured_cells(
+    rng: np.random.Generator, design: Design, values_3C: Floats, sequences: int
 ) -> tuple[pd.DataFrame, SequenceTables]:
     """The cells as some sequences measure them; each sequence shifts all cells, and every cell on its own."""
     cells = _cells(design, values_3C)
@@ -94,11 +94,11 @@ def _measured(
     return cells, SequenceTables(cells, tables)
 
 
-def _board(rng: np.random.Generator, trials: int, design: _Design, relation: str, sequences: int) -> list[pd.DataFrame]:
+def _board(rng: np.random.Generator, trials: int, design: Design, relation: str, sequences: int) -> list[pd.DataFrame]:
     """The leaderboard's rows of rank correlations, one table per trial, by proxy."""
     found = []
     for values_3C in np.moveaxis(design.draw(rng, trials), 1, 0):
-        cells, tables = _measured(rng, design, values_3C, sequences)
+        cells, tables = measured_cells(rng, design, values_3C, sequences)
         table = leaderboard(cells, tables, n_resamples=100).table
         rows = table[(table["relation"] == relation) & (table["statistic"] == "spearman")]
         found.append(rows.set_index("proxy"))
@@ -108,7 +108,7 @@ def _board(rng: np.random.Generator, trials: int, design: _Design, relation: str
 def correlation_coverage(
     rng: np.random.Generator, trials: int, *, relation: str, sequences: int = 0, **design: float
 ) -> Tally:
-    chosen = _Design(**design)  # type: ignore[arg-type]
+    chosen = Design(**design)  # type: ignore[arg-type]
     truth = dict(zip(_PROXIES, chosen.truth(relation), strict=True))
     boards = _board(rng, trials // 2, chosen, relation, sequences)
     return _tally(boards, "lo", "hi", truth)
@@ -117,7 +117,7 @@ def correlation_coverage(
 def difference_coverage(
     rng: np.random.Generator, trials: int, *, relation: str, sequences: int = 0, **design: float
 ) -> Tally:
-    chosen = _Design(**design)  # type: ignore[arg-type]
+    chosen = Design(**design)  # type: ignore[arg-type]
     strong, weak = chosen.truth(relation)
     boards = _board(rng, trials, chosen, relation, sequences)
     return _tally(boards, "minus_r2_lo", "minus_r2_hi", {"cosine": float(weak - strong)})

@@ -32,11 +32,16 @@ from benchmarks import (
     _calibration_search,
     _calibration_topology,
     _calibration_utility,
+    _calibration_verdicts,
 )
 from benchmarks._calibration import WIDE_COVERAGE, Setting, Statement, Tally, measure, spelled
 
 STUDIES: Mapping[str, Sequence[Statement]] = {
-    "Proxy gap": (*_calibration_sae.STATEMENTS, *_calibration_proxies.STATEMENTS),
+    "Proxy gap": (
+        *_calibration_sae.STATEMENTS,
+        *_calibration_proxies.STATEMENTS,
+        *_calibration_verdicts.STATEMENTS,
+    ),
     "Codec LMs and memory caching": _calibration_codec.STATEMENTS,
     "Topology audit": (*_calibration_topology.STATEMENTS, *_calibration_utility.STATEMENTS),
     "Searches": _calibration_search.STATEMENTS,

@@ -143,6 +143,18 @@ def _seed_components(a: Component, b: Component) -> list[Component]:
     return [Component(total, total**2 / (a.variance**2 / a.df + b.variance**2 / b.df))]
 
 
+def combination(weights: npt.ArrayLike, of: Sequence[Measured]) -> Measured:
+    """Σ weight · metric of trained SAEs that continue each other (budgets of a trajectory): seeds stay together."""
+    table_SU = np.einsum("g,gsu->su", np.asarray(weights, float), np.stack([m.table_SU for m in of]))
+    return Measured(table_SU, of[0].sequences, next((m.needs for m in of if m.needs), ""))
+
+
+def difference_effects(pairs: Sequence[tuple[Measured, Measured]]) -> list[Effect]:
+    """Each first less its second, for other trainings of both and other sequences."""
+    values = [float(a.table_SU.mean() - b.table_SU.mean()) for a, b in pairs]
+    return _effects(values, [_difference_components(a, b) for a, b in pairs])
+
+
 def model_deltas(means: ConfigurationMeans) -> pd.DataFrame:
     """The grid's widest minus its narrowest model at each depth, k and budget that has both, with intervals.
 

@@ -76,6 +76,7 @@ PROXIES = (
     Proxy("kl", "−KL(p ‖ p̂)", "kl", np.negative),
     Proxy("attention_plan", "−attention-plan distance", "attention_plan", np.negative),
 )
+_SMALLEST_P = 1e-9
 BEYOND_R2 = tuple(p.name for p in PROXIES if p.name in ("inv_swd", "inv_abs_gdelta") or p.transform is np.negative)
 """Proxies from rung 1 of the ladder on: those that look at the language model."""
 
@@ -152,26 +153,50 @@ def _fisher(r: Floats, n_cells: int) -> Floats:
 
 @dataclass(frozen=True)
 class _Spread:
-    """What the intervals of one scope and relation are made of; `needs` says why there is none."""
+    """What the intervals of one scope and relation are made of; `needs` says why there is none.
 
-    squares_PP: Floats  # squared half widths on the z scale, and their products between proxies
+    parts: covariances between proxies on the z scale, each with its degrees of freedom (clusters; sequences).
+    """
+
+    parts: tuple[tuple[Floats, int], ...]
     needs: str = ""
-    over_sequences: bool = False  # whether the sequences' variance is part of them
 
-    def limits(self, value_P: Floats, n_cells: int) -> tuple[Floats, Floats]:
-        z_P, half_P = _fisher(value_P, n_cells), np.sqrt(np.diag(self.squares_PP))
+    @property
+    def over_sequences(self) -> bool:
+        return len(self.parts) > 1
+
+    def squares(self, alpha: float) -> Floats:
+        """Squared half widths of intervals of level 1 − alpha, and their products between proxies."""
+        return np.asarray(sum(float(special.stdtrit(df, alpha / 2)) ** 2 * part_PP for part_PP, df in self.parts))
+
+    def limits(self, value_P: Floats, n_cells: int, alpha: float = 1 - LEVEL) -> tuple[Floats, Floats]:
+        z_P, half_P = _fisher(value_P, n_cells), np.sqrt(np.diag(self.squares(alpha)))
         return np.tanh(z_P - half_P), np.tanh(z_P + half_P)
 
-    def difference(self, value_P: Floats, n_cells: int, i: int, j: int) -> tuple[float, float]:
-        """95% limits of value i less value j (Zou 2007, eq. 15)."""
-        lo_P, hi_P = self.limits(value_P, n_cells)
-        variance_P = np.diag(self.squares_PP)
-        together = float(self.squares_PP[i, j] / math.sqrt(variance_P[i] * variance_P[j]))
-        down = (value_P[i] - lo_P[i], hi_P[j] - value_P[j])
-        up = (hi_P[i] - value_P[i], value_P[j] - lo_P[j])
+    def difference(
+        self, value_P: Floats, n_cells: int, i: int, j: int, alpha: float = 1 - LEVEL
+    ) -> tuple[float, float]:
+        """Limits of value i less value j (Zou 2007, eq. 15)."""
+        both = [i, j]
+        lo_2, hi_2 = (x[both] for x in self.limits(value_P, n_cells, alpha))
+        square_22 = self.squares(alpha)[np.ix_(both, both)]
+        together = float(square_22[0, 1] / math.sqrt(square_22[0, 0] * square_22[1, 1]))
+        down = (value_P[i] - lo_2[0], hi_2[1] - value_P[j])
+        up = (hi_2[0] - value_P[i], value_P[j] - lo_2[1])
         below, above = (math.sqrt(max(a**2 + b**2 - 2 * together * a * b, 0.0)) for a, b in (down, up))
         difference = float(value_P[i] - value_P[j])
         return difference - below, difference + above
+
+    def p(self, value_P: Floats, n_cells: int, i: int, j: int) -> float:
+        """Two-sided p of a difference against 0: the smallest alpha whose limits leave 0 out."""
+        if not np.isfinite(self.difference(value_P, n_cells, i, j)).all():
+            return math.nan
+        low, high = math.log(_SMALLEST_P), 0.0
+        for _ in range(30):
+            middle = (low + high) / 2
+            below, above = self.difference(value_P, n_cells, i, j, math.exp(middle))
+            low, high = (middle, high) if below <= 0 <= above else (low, middle)
+        return math.exp(high)
 
 
 class _Scope:
@@ -206,28 +231,24 @@ class _Scope:
     def spread(self, relation: str, statistic: str) -> _Spread:
         nothing = np.full((len(self.proxies),) * 2, np.nan)
         if statistic == "pearson":
-            return _Spread(nothing, NEEDS_RANKS)
+            return _Spread(((nothing, 1),), NEEDS_RANKS)
         cluster_C = self.cells.groupby(_CLUSTERS[relation], sort=False).ngroup().to_numpy()
         n_clusters = int(cluster_C.max()) + 1
         if n_clusters < MIN_CLUSTERS:
-            return _Spread(nothing, f"needs ≥ {MIN_CLUSTERS} {_CLUSTER_NAMES[relation]}")
+            return _Spread(((nothing, 1),), f"needs ≥ {MIN_CLUSTERS} {_CLUSTER_NAMES[relation]}")
         if self.sequences is not None and needs_sequences(TARGET, self.sequences):
-            return _Spread(nothing, needs_sequences(TARGET, self.sequences))
+            return _Spread(((nothing, 1),), needs_sequences(TARGET, self.sequences))
         kept_RC = (cluster_C != np.arange(n_clusters)[:, None]).astype(float)
         series = [np.broadcast_to(x, kept_RC.shape) for x in self.series]
         z_PR = _fisher(_correlations(series, kept_RC, self.k_C, relation, statistic), len(self.cells))
         deviation_PR = z_PR - z_PR.mean(axis=1, keepdims=True)
         jackknife_PP = (n_clusters - 1) / n_clusters * (deviation_PR @ deviation_PR.T)
-        squares_PP = _t(n_clusters - 1) ** 2 * jackknife_PP
-        squares_PP[np.diag(jackknife_PP) == 0] = np.nan  # all samples give the same ranking: their spread is not known
+        jackknife_PP[np.diag(jackknife_PP) == 0] = np.nan  # all samples give the same ranking: no spread is known
+        parts = [(jackknife_PP, n_clusters - 1)]
         if self.resampled[relation] and self.sequences:
             over_sequences_PP = np.cov(np.concatenate(self.resampled[relation], axis=1)).reshape(jackknife_PP.shape)
-            squares_PP = squares_PP + _t(self.sequences - 1) ** 2 * over_sequences_PP
-        return _Spread(squares_PP, over_sequences=bool(self.resampled[relation] and self.sequences))
-
-
-def _t(df: int) -> float:
-    return float(special.stdtrit(df, (1 + LEVEL) / 2))
+            parts.append((over_sequences_PP, self.sequences - 1))
+        return _Spread(tuple(parts))
 
 
 def available_proxies(cells: pd.DataFrame) -> tuple[list[Proxy], list[str]]:
@@ -290,7 +311,7 @@ def leaderboard(
 
 _KEY = ["scope", "relation", "statistic"]
 _TABLE = [*_KEY, "rank", "proxy", "label", "n_cells", "value", "lo", "hi"]
-_TABLE += [f"minus_{REFERENCE}", f"minus_{REFERENCE}_lo", f"minus_{REFERENCE}_hi", "needs"]
+_TABLE += [f"minus_{REFERENCE}", *(f"minus_{REFERENCE}_{end}" for end in ("lo", "hi", "p")), "needs"]
 _PAIRS = [*_KEY, "proxy_a", "proxy_b", "difference", "lo", "hi", "needs"]
 
 
@@ -309,6 +330,7 @@ def _rank_rows(
             row[f"minus_{REFERENCE}"] = value_P[i] - value_P[reference]
             limits = spread.difference(value_P, n_cells, i, reference)
             row[f"minus_{REFERENCE}_lo"], row[f"minus_{REFERENCE}_hi"] = limits
+            row[f"minus_{REFERENCE}_p"] = spread.p(value_P, n_cells, i, reference)
         rows.append(row)
     return rows
 

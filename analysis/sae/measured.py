@@ -10,6 +10,7 @@ import pandas as pd
 
 from analysis.sae import published
 from analysis.sae.cells import depths_of, models_of
+from analysis.sae.hypotheses import Adjudication
 from analysis.sae.leaderboard import Leaderboard
 from analysis.sae.rungs import merged_costs
 
@@ -29,6 +30,7 @@ class Study:
     sequences: bool  # whether the evaluated sequences were given
     n_resamples: int  # of the sequences, for the leaderboard
     earlier_intervals: int = 0  # cells whose stored interval of CE_rec is of an earlier method
+    adjudication: Adjudication | None = None
     costs: pd.DataFrame = field(default_factory=lambda: merged_costs({}))  # of the rungs, as `rungs.merged_costs`
 
     @property

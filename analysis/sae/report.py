@@ -16,9 +16,11 @@ from analysis.sae import published as paper
 from analysis.sae import tables
 from analysis.sae import tables as details
 from analysis.sae import variance_tables as variance
+from analysis.sae.adjudication import adjudication
 from analysis.sae.cells import SequenceTables, depths_of, prepare_cells, tokens_label
 from analysis.sae.columns import LAYER_COLUMNS
 from analysis.sae.contrasts import configuration_means, model_deltas
+from analysis.sae.hypotheses import Thresholds, adjudicate
 from analysis.sae.leaderboard import leaderboard
 from analysis.sae.measured import Study, measured, study_name
 from analysis.sae.plots import write_figures
@@ -69,6 +71,8 @@ def measure(
     published: bool = False,
     n_resamples: int = N_RESAMPLES,
     costs: Mapping[str, pd.DataFrame] | None = None,
+    thresholds: Thresholds | None = None,
+    recorded: Sequence[str] = (),
 ) -> Study:
     """Everything that the report prints or draws, computed.
 
@@ -81,6 +85,7 @@ def measure(
         published: whether the preset is one of the study's, so that its numbers are printed with ours.
         n_resamples: of the sequences, for the leaderboard.
         costs: what each rung took, by cell_key (`rungs.merged_costs`).
+        thresholds, recorded: those of the verdicts, and the hashes that the cells record (`hypotheses.adjudicate`).
     Raises:
         ValueError: a table lacks columns, repeats a cell, or is empty.
     """
@@ -89,16 +94,19 @@ def measure(
     ordered, earlier = _renewed(ordered, evaluated)
     means = configuration_means(ordered, evaluated)
     scopes = tables.correlation_scopes(ordered)
+    board = leaderboard(ordered, evaluated, scopes=scopes, n_resamples=n_resamples, seed=SEED)
+    layers = _prepare_geometry(geometry)
     return Study(
         cells=ordered,
         means=means.table,
         deltas=model_deltas(means),
-        board=leaderboard(ordered, evaluated, scopes=scopes, n_resamples=n_resamples, seed=SEED),
-        geometry=_prepare_geometry(geometry),
+        board=board,
+        geometry=layers,
         published=published,
         sequences=evaluated.given,
         n_resamples=n_resamples,
         earlier_intervals=earlier,
+        adjudication=adjudicate(means, board, layers, ordered, thresholds or Thresholds(), recorded),
         costs=merged_costs(costs or {}),
     )
 
@@ -134,6 +142,7 @@ def compose(
         (details.conventions(study), []),
         (details.rates(study), ["rate_distortion.png", "alive.png"]),
         (variance.definition_check(study), []),
+        (adjudication(study), []),
     ]
     text = [
         f"# SAE proxy gap: {preset}",

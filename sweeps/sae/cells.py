@@ -168,6 +168,8 @@ class Grid:
     text: str = ""  # read these documents instead of `stream`: OWNER/NAME on the hub, a folder or a file
     text_column: str = ""  # column or field that holds a document's text; "": text, or the only one of strings
     max_norm_multiple: float = 0.0  # tokens longer than so many times the median norm are, too; 0: none
+    h0_margin: float = 0.05  # of the verdicts, registered with the preset: CE_rec that counts as no gap, and
+    h1_ratio: float = 3.0  # |ΔR²| / |ΔCE_rec| that counts as a distortion (docs/hypotheses.md)
     rungs: str = "all"  # "free": only what needs no pass of the language model beyond CE_rec's
 
 

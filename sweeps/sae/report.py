@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -11,19 +12,22 @@ import pandas as pd
 
 from analysis.sae import published
 from analysis.sae.columns import IDENTITY, LAYER_COLUMNS
+from analysis.sae.hypotheses import Thresholds
 from analysis.sae.report import glance, measure, write_report
 from analysis.sae.variance_tables import answer
 from models.host.specs import HOST_LMS, RESID_POST
 from sweeps.core.cells import PublishedCell
 from sweeps.launch.lines import labelled
-from sweeps.ledger.published import recorded, tables_of
+from sweeps.ledger.published import files_of, recorded, tables_of
 from sweeps.sae.sources import banner
 
 if TYPE_CHECKING:
     from sweeps.sae.cells import Grid
 
 _FINDINGS = 3  # sentences of the report's "At a glance" that the screen shows
+THRESHOLDS = "thresholds.json"
 _SELECTION = ("models", "k", "tokens", "depths", "layers", "seeds")  # fields that choose among cells
+_READING = ("rungs", "h0_margin", "h1_ratio")  # fields that change no published number
 _GEOMETRY = {f"{name}_of_layer": name for name in ("pr", "pr_deflated", *LAYER_COLUMNS)}
 
 
@@ -55,6 +59,18 @@ def _costs(cells: Sequence[PublishedCell]) -> dict[str, pd.DataFrame]:
     return {c.key: table for c, table in zip(known, tables_of(known, "rungs.parquet"), strict=True)}
 
 
+def thresholds_of(grid: Grid) -> Thresholds:
+    """What the preset registers for the verdicts."""
+    return Thresholds(h0_margin=grid.h0_margin, h1_ratio=grid.h1_ratio)
+
+
+def _recorded(cells: Sequence[PublishedCell]) -> list[str]:
+    """Hashes of the thresholds in force when the cells were computed, "" for cells without a record."""
+    known = [c for c in cells if THRESHOLDS in c.files]
+    found = [str(json.loads(text)["digest"]) for text in files_of(known, THRESHOLDS)]
+    return found + [""] * (len(cells) - len(known))
+
+
 def _local_sources(cells: Sequence[PublishedCell]) -> dict[str, str]:
     """Folders that stood in for the hub, so that no report passes local weights or text off as the hub's."""
     names = {"lm_path": "language models read from", "stream_path": "text read from"}
@@ -64,7 +80,7 @@ def _local_sources(cells: Sequence[PublishedCell]) -> dict[str, str]:
 
 def is_the_studys(name: str, grid: Grid, original: Grid) -> bool:
     """Whether published numbers may be printed: for a paper preset that differs at most in its choice of cells."""
-    rest = [f.name for f in fields(grid) if f.name not in _SELECTION]
+    rest = [f.name for f in fields(grid) if f.name not in (*_SELECTION, *_READING)]
     return name in published.PRESETS and all(getattr(grid, n) == getattr(original, n) for n in rest)
 
 
@@ -85,7 +101,13 @@ def write(cells: Sequence[PublishedCell], preset_name: str, grid: Grid, original
         "commit": recorded(cells, "git_commit"),
     }
     study = measure(
-        frame, sequences, geometry, published=is_the_studys(preset_name, grid, original), costs=_costs(cells)
+        frame,
+        sequences,
+        geometry,
+        published=is_the_studys(preset_name, grid, original),
+        costs=_costs(cells),
+        thresholds=thresholds_of(grid),
+        recorded=_recorded(cells),
     )
     write_report(study, out, preset=preset_name, facts=facts, notes=notes)
     best = frame.sort_values("ce_rec").to_dict("records")[-1]

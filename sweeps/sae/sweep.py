@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from types import MappingProxyType
@@ -112,9 +114,12 @@ class ProxyGap(Sweep[SAECell, Grid]):
         return threads(planned, machine, run)
 
     def run(self, pack: Pack[SAECell], preset: Grid, context: PackContext) -> None:
+        from sweeps.sae.report import THRESHOLDS, thresholds_of
         from sweeps.sae.train import train_pack
 
-        train_pack(pack.cells, context)
+        thresholds = thresholds_of(preset)
+        record = {"digest": thresholds.digest, **asdict(thresholds)}
+        train_pack(pack.cells, context, {THRESHOLDS: json.dumps(record).encode()})
 
     def fingerprint(self, cell: SAECell, preset: Grid, run: RunSettings) -> str:
         from sweeps.sae.origin import fingerprint

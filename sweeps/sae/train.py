@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -136,10 +136,11 @@ def backend(d_in: int, device: str, threads: int) -> Literal["numba", "torch"]:
     return known["backend"]
 
 
-def train_pack(cells: Sequence[SAECell], context: PackContext) -> None:
+def train_pack(cells: Sequence[SAECell], context: PackContext, files: Mapping[str, bytes] | None = None) -> None:
     """Train, evaluate and publish every cell; all must share model, stream, context, batch and shuffle.
 
-    A cell whose SAE diverges is recorded as failed and the others go on. Raises UserError where none can.
+    A cell whose SAE diverges is recorded as failed and the others go on. Every cell gets `files` in addition to its
+    own. Raises UserError where none can be trained.
     """
     torch.set_num_threads(context.threads)
     failed = context.ledger.failures([c.key for c in cells])  # in an attempt that crashed later
@@ -150,14 +151,14 @@ def train_pack(cells: Sequence[SAECell], context: PackContext) -> None:
     context.progress(force=True, phase=f"loading {first.model}")
     lm = open_lm(first, context.run, context.device, lambda line: context.progress(phase=line))
     try:
-        _PackRun(cells, lm, context).go()
+        _PackRun(cells, lm, context, files or {}).go()
     except CorruptShard as error:
         raise corrupt(error) from error
 
 
 class _PackRun:
-    def __init__(self, cells: Sequence[SAECell], lm: HostLM, context: PackContext) -> None:
-        self.lm, self.context, self.first = lm, context, cells[0]
+    def __init__(self, cells: Sequence[SAECell], lm: HostLM, context: PackContext, files: Mapping[str, bytes]) -> None:
+        self.lm, self.context, self.first, self.files = lm, context, cells[0], files
         longest = max(c.tokens for c in cells)
         self.stream = open_stream(
             self.first, context.run, lm.tokenizer_dir, tokens=longest, say=lambda line: context.progress(phase=line)
@@ -320,7 +321,7 @@ class _PackRun:
                 self._give_up(t, [cell], error)
                 continue
             self._best = max(self._best, ce_rec)
-            self.context.publish(cell, [*rows, *_curve_rows(t, cell)], files)
+            self.context.publish(cell, [*rows, *_curve_rows(t, cell)], {**files, **self.files})
             self.context.progress(best=self._best)
             t.drop(cell)
         self._forget_finished()
