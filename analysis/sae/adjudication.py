@@ -18,9 +18,9 @@ def adjudication(study: Study) -> Section:
     ]
     lines = [
         f"**{found.conclusion}**",
-        f"Thresholds {found.thresholds.digest}: {found.thresholds}. Registered with the preset; in the order H0, H1, "
-        "H2, H3, where H2 and H3 are not read until H0 is decided. “Undetermined” and “blocked” are answers. How often a "
-        "verdict is wrong: calibration.md.",
+        f"Thresholds {found.thresholds.digest}: {found.thresholds}. They are registered with the preset. The order is "
+        "H0, H1, H2, H3; H2 and H3 are not read until H0 is decided. “Undetermined” and “blocked” are answers. How "
+        "often a verdict is wrong: calibration.md.",
         *found.notes,
     ]
     return Section(title, rows, lines)
