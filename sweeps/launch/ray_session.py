@@ -38,7 +38,7 @@ def connect(address: str | None, storage: str) -> Machine:
 def _start() -> None:
     import ray
 
-    with _on_loopback():
+    with _on_loopback(), _without_servers():
         ray.init(address="local", **_local_options())
 
 
@@ -89,6 +89,25 @@ def _on_loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
         if known is None:
             del os.environ[_MANY_NODES]
+
+
+@contextlib.contextmanager
+def _without_servers() -> Iterator[None]:
+    """A Ray that starts within the block has neither dashboard nor autoscaler, which nobody asks on one machine.
+
+    Ray starts both even where they are switched off, and waits for the first: 2 of the seconds before the first cell.
+    """
+    from ray._private.node import Node
+
+    names = ("start_api_server", "start_monitor")
+    before = {name: getattr(Node, name) for name in names}
+    for name in names:
+        setattr(Node, name, lambda self, **options: None)
+    try:
+        yield
+    finally:
+        for name, method in before.items():
+            setattr(Node, name, method)
 
 
 def _environment() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import io
 import os
 import pickle
@@ -356,6 +357,42 @@ def test_a_ray_of_this_machine_alone_listens_on_loopback(monkeypatch: pytest.Mon
     ray_session.connect(None, "runs")
     ray_session.connect("far:1", "runs")
     assert at == {"local": ("127.0.0.1", "0"), "far:1": ("10.0.0.11", None)}
+
+
+def test_a_ray_of_this_machine_alone_waits_for_no_dashboard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's classes still have what is left out, a cluster's Ray keeps it, and an error brings it back."""
+    from ray._private.node import Node
+
+    started: dict[str, list[str]] = {}
+    monkeypatch.setattr(Node, "start_api_server", lambda self, *, include_dashboard, raise_on_failure: said("server"))
+    monkeypatch.setattr(Node, "start_monitor", lambda self: said("monitor"))
+
+    def said(what: str) -> None:
+        started[current].append(what)
+
+    def init(address: str, **options: object) -> None:
+        nonlocal current
+        started[current := address] = []
+        node = Node.__new__(Node)
+        node.start_monitor()
+        node.start_api_server(include_dashboard=False, raise_on_failure=False)
+        raise ConnectionError("far away")
+
+    current = ""
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr(ray_session, "check_address", lambda asked: address_module.Address(asked or "local", ""))
+    for asked in (None, "far:1"):
+        with pytest.raises(UserError):
+            ray_session.connect(asked, "runs")
+    assert started == {"local": [], "far:1": ["monitor", "server"]}
+
+
+def test_what_a_local_ray_leaves_out_is_what_ray_starts() -> None:
+    from ray._private import node
+
+    source = inspect.getsource(node.Node.start_head_processes)
+    assert "self.start_api_server(" in source
+    assert "self.start_monitor()" in source
 
 
 def test_links_are_left_for_each_machine_to_follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
