@@ -14,7 +14,7 @@ $(PY) -P sweeps/core/set_up.py $(TORCH)
 touch $(READY)
 endef
 
-.PHONY: venv torch proxy-gap test test-fast lint bench ui cluster-up cluster-down clean
+.PHONY: venv torch proxy-gap test test-rest test-all lint bench ui cluster-up cluster-down clean
 
 venv: $(if $(TORCH),torch,$(READY))
 
@@ -28,10 +28,13 @@ proxy-gap: $(READY)
 	$(PY) sweeps/proxy_gap.py
 
 test: $(READY)
-	$(PY) -m pytest $(TWO)
+	$(PY) -m pytest $(TWO) -m "not slow or daily"
 
-test-fast: $(READY)
-	$(PY) -m pytest $(TWO) -m "not slow"
+test-rest: $(READY)  # what `make test` leaves out
+	$(PY) -m pytest $(TWO) -m "slow and not daily"
+
+test-all: $(READY)
+	$(PY) -m pytest $(TWO)
 
 lint: $(READY)
 	$(PY) -m ruff check .
@@ -55,5 +58,5 @@ cluster-down: $(READY)
 	$(PY) -m sweeps.launch.pods down --config $(CONFIG)
 
 clean:
-	rm -rf .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .numba_cache
 	find . -path ./.venv -prune -o -name '*.nb[ci]' -exec rm {} +  # numba's compiled kernels

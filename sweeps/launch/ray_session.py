@@ -152,7 +152,7 @@ def _cluster_options() -> dict[str, Any]:
         "runtime_env": {
             "env_vars": _environment() | {"PLUMBLINE_GIT_COMMIT": git_commit()},
             "working_dir": str(ROOT),
-            "excludes": [".git", ".venv", "runs", "**/__pycache__", ".mypy_cache", ".ruff_cache"],
+            "excludes": [".git", ".venv", "runs", "**/__pycache__", ".*_cache"],
             "worker_process_setup_hook": worker_setup(None),
         }
     }

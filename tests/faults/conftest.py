@@ -36,7 +36,7 @@ def launches(tmp_path: Path, cache: Path, database: Path) -> Iterator[Launches]:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for what is made once per machine; compiled kernels stay in the user's own cache."""
+    """A folder for what is made once per machine; compiled kernels stay in the checkout's."""
     return tmp_path_factory.mktemp("cache")
 
 

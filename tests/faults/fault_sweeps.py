@@ -1,4 +1,4 @@
-"""Three sweeps at tiny size and the toy sweep, their undisturbed results, and what must hold after any fault."""
+"""The four sweeps at tiny size and the toy sweep, their undisturbed results, and what must hold after any fault."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from sweeps.ledger.ledger import Ledger
 from tests.sweeps.tiny_proxy_gap import MODEL, save_lm, save_shards, settings, tiny_grid
 
 _CLOCKS = {"tokens_per_second"}  # metrics that measure the machine, not the model
-_MODULES = {"proxy_gap": "sweeps.sae.sweep", "odor_topology": "sweeps.topology.sweep", "codec_lm": "sweeps.codec.sweep"}
+_MODULES = {
+    "proxy_gap": "sweeps.sae.sweep",
+    "odor_topology": "sweeps.topology.sweep",
+    "codec_lm": "sweeps.codec.sweep",
+    "memory_cache": "sweeps.caching.sweep",
+}
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,30 @@ def codec_lm(sources: Path, **changes: object) -> Tiny:
     return Tiny("codec_lm", ("--preset", "local", *settings(**grid | changes)))
 
 
+def memory_cache(sources: Path, **changes: object) -> Tiny:
+    """The base setting, one variable of memory caching and their controls, four steps each, on synthetic speech."""
+    grid: dict[str, object] = {
+        "variables": "normalized_retrieval",
+        "together": "",
+        "planted": "false",
+        "train_clips": 9,
+        "segment": 16,
+        "seeds": "1,2",
+        "corpus_clips": 40,
+        "codebook_size": 256,
+        "chunk_s": 1.0,
+        "min_s": 0.8,
+        "holdout": 0.3,
+        "steps": 4,
+        "batch_size": 2,
+        "warmup_steps": 1,
+        "eval_every": 2,
+        "eval_clips": 4,
+        "threads": 1,
+    }
+    return Tiny("memory_cache", ("--preset", "local", *settings(**grid | changes)))
+
+
 def toy(sources: Path, **changes: object) -> Tiny:
     """Twelve squares, one per pack: for faults that concern the machinery alone."""
     grid: dict[str, object] = {"n": ",".join(map(str, range(12))), "pack_size": 1, "max_retries": 9}
@@ -105,6 +134,7 @@ SWEEPS: dict[str, Callable[..., Tiny]] = {
     "proxy_gap": proxy_gap,
     "odor_topology": odor_topology,
     "codec_lm": codec_lm,
+    "memory_cache": memory_cache,
     "toy": toy,
 }
 

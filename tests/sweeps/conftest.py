@@ -1,11 +1,14 @@
-"""Stores for tests of the ledger: a folder, memory, and S3 as a server in this process plays it."""
+"""Stores for tests of the ledger (a folder, memory, S3 as a server here plays it), and launches on one shared Ray."""
 
 from __future__ import annotations
 
 import os
+import signal
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,3 +47,49 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "memory":
         return f"memory://{uuid.uuid4().hex}"
     return f"{request.getfixturevalue('s3_bucket')}/{uuid.uuid4().hex}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one launch: its exit code, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+Launch = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A Ray of this machine alone for all launches of a file that do not kill it; their cache is a folder of its own."""
+    from sweeps.launch import ray_session
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PLUMBLINE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.delenv("RAY_ADDRESS", raising=False)
+        yield ray_session.connect(None, str(tmp_path_factory.getbasetemp()))
+        ray_session.shutdown_ray()
+
+
+@pytest.fixture
+def launch(
+    machine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Launch]:
+    """(sweep, *arguments): the command line in this process, in the test's folder, on the Ray that is there."""
+    from sweeps.launch import command
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "connect", lambda *a: machine)
+    monkeypatch.setattr(command, "shutdown_ray", lambda: None)
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP)
+
+    def call(sweep: Any, *arguments: str) -> Outcome:
+        capfd.readouterr()
+        return Outcome(command.main(sweep, list(arguments)), *capfd.readouterr())
+
+    yield call
+    for number, handler in zip((signal.SIGTERM, signal.SIGHUP), before, strict=True):
+        signal.signal(number, handler)
