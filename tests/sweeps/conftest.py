@@ -63,7 +63,7 @@ Launch = Callable[..., Outcome]
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A Ray of this machine alone for all launches of a file that do not kill it; their cache is a folder of its own."""
+    """A Ray of this machine alone for those launches of a file that do not kill it, with a cache folder of its own."""
     from sweeps.launch import ray_session
 
     with pytest.MonkeyPatch.context() as patch:
