@@ -14,6 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_PRODUCTS = {torch.Tensor.__matmul__, torch.Tensor.matmul, torch.matmul, torch.mm, torch.addmm}
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -38,6 +41,15 @@ def _in_float32(x: Tensor) -> bool:
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of one type, outside autocast; no gradient."""
     return (a.float() @ b.float()).bfloat16() if _in_float32(a) else a @ b
+
+
+class Products(TorchFunctionMode):
+    """Products of matrices that another library makes within the block, as `product` makes them; no gradient."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _PRODUCTS and _in_float32(args[0]):
+            return func(*(a.float() for a in args), **kwargs or {}).bfloat16()
+        return func(*args, **kwargs or {})
 
 
 def linear(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.codec.delay import training_pair
 from models.cpu.bfloat16 import Linear, attention, linear, product
+from models.cpu.bfloat16 import Products as EmulatedProducts
 
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu"}
 
@@ -116,3 +119,25 @@ def test_models_train_without_an_emulated_product_to_the_same_gradients(
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
     error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
     assert error < 2e-2, f"{codec_architecture}: gradients differ by {error:.2g}"
+
+
+@pytest.mark.parametrize("has", [True, False])
+@pytest.mark.parametrize("shape", [(48, 32), (32, 48)])
+def test_muon_multiplies_in_float32_and_goes_the_same_way(monkeypatch, has, shape) -> None:
+    """One step of PyTorch's Muon, whose Newton-Schulz iteration multiplies bfloat16 matrices."""
+
+    def step(block) -> torch.Tensor:
+        weight = torch.nn.Parameter(torch.zeros(shape))
+        weight.grad = drawn(*shape, seed=3)
+        with block, products:
+            torch.optim.Muon([weight], lr=1.0, weight_decay=0.0).step()
+        return weight.detach()
+
+    without_instructions(monkeypatch, has=has)
+    products = Products()
+    plain = step(nullcontext())
+    assert products.types == {(name, torch.bfloat16) for name in ("mm", "addmm")}
+    products = Products()
+    found = step(EmulatedProducts())
+    assert products.types == {(name, torch.bfloat16 if has else torch.float32) for name in ("mm", "addmm")}
+    assert (found == plain).all() if has else (found - plain).norm() < 0.02 * plain.norm()  # eight steps of 2^-8
