@@ -15,6 +15,7 @@ import pytest
 from fault_rig import PATIENCE, Survived, wait_for
 from fault_sweeps import assert_tracked, results
 from fault_warm import Bench, MakeBench, References
+from faultpoints import Fault
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -121,3 +122,20 @@ def test_a_driver_killed_while_its_cells_are_followed(bench: MakeBench, survived
     assert statuses(here) == {"FINISHED"}
     here.check(results(here.ledger))
     survived.add("driver killed", f"kill -9 while {at_once} at once follow their cells in MLflow", "toy", n=at_once)
+
+
+def test_killed_between_two_calls_about_cells_that_are_computed(bench: MakeBench, survived: Survived) -> None:
+    """Each launch gets one call further than the one before it: a run without fields, open, filled but not ended, …"""
+    here = bench("toy", seconds=0.7, n="0,1")
+    events: list[str] = []
+    for first in (3, 4, 5, 6, 7, 8, 10, 12):
+        code = here.launch(Fault(do="kill", on=r"^(call|return) ", first=first))
+        hit = here.launches.hits()
+        assert code == (-9 if hit else 0), f"{events + hit}\n{here.output()}"
+        events += hit
+        statuses(here)
+    assert here.launch() == 0, here.output()
+    assert statuses(here) == {"FINISHED"}
+    here.check(results(here.ledger))
+    how = "kill -9 before the n-th call about cells that are computed"
+    survived.add("process killed: following cells in MLflow", how, "toy", n=len(events))
