@@ -25,6 +25,7 @@ from sweeps.core.cells import Row, UserError
 from sweeps.launch.context import PackContext
 from sweeps.ledger.published import parquet_bytes
 from sweeps.sae.rungs import FREE, CellRungs, Clock, SharedPass
+from sweeps.sae.sources import begins_with_bos
 from sweeps.sae.text import TextCheck
 from sweeps.sae.tokens import kept_tokens, leaves_out
 
@@ -175,9 +176,9 @@ class Evaluation:
                     "hook_name": self.lm.hook_name(cell.layer),
                     "hook_layer": cell.layer,
                     "context_size": cell.context,
-                    "dataset_path": self.stream.source,
+                    "dataset_path": cell.text or self.stream.source,
                     "training_tokens": cell.tokens,
-                    "prepend_bos": False,
+                    "prepend_bos": begins_with_bos(cell, self.context.run, self.lm.tokenizer_dir),
                     "plumbline_cell": cell.key,
                     **TRAINED_AS.get(cell.sae, {}),
                 },

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from data import embedded_text
 from data._listing import skipped_line
+from data.document_coder import coder_of
 from data.documents import DocumentSource
 from data.text_shards import TokenisedText
 from data.token_stream import EMBEDDED, PILE_HUB, CorruptShard, StreamUnavailable, TokenStream
@@ -82,6 +83,11 @@ def tokenizer_folder(cell: SAECell, run: RunSettings, folder: Path | None = None
         return str(tokenizer_of(cell.model, folder_of(cell.model, run) or None, revision_of(cell.model, run)))
     except (LMUnavailable, ValueError) as error:
         raise UserError(str(error)) from error
+
+
+def begins_with_bos(cell: SAECell, run: RunSettings, folder: Path | None) -> bool:
+    """Whether the cell's sequences begin with a token that its tokenizer (in `folder`, if known) puts before texts."""
+    return cell.stream != "pile" and coder_of(tokenizer_folder(cell, run, folder)).bos is not None
 
 
 def _tokenised(cell: SAECell, run: RunSettings, tokenizer: str, tokens: int, say: Callable[[str], None]) -> TokenStream:
