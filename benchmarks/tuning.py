@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -22,7 +25,12 @@ import numpy as np
 import optuna
 from scipy import stats
 
+from sweeps.core.cells import Cell, Row
+from sweeps.ledger.ledger import Ledger
+from sweeps.search.objective import Objective
+from sweeps.search.options import Asked
 from sweeps.search.points import Told, sampler, usual_size
+from sweeps.search.search import Search
 from sweeps.search.space import Dimension, Point
 
 _A = np.array(
@@ -113,12 +121,77 @@ def compare(problem: Problem, seeds: int) -> None:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Cell(Cell):
+    SWEEP: ClassVar[str] = "plain"
+    VERSION: ClassVar[str] = "1"
+    lr: float
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Preset:
+    lr: float = 1e-3
+    width: int = 4
+
+
+class _Plain:
+    """A sweep of one cell a setting, as far as a search looks at it."""
+
+    tracked: tuple[str, ...] = ()
+    fixed: Mapping[str, str] = {}
+
+    def plan(self, preset: _Preset) -> list[_Cell]:
+        return [_Cell(lr=preset.lr, width=preset.width)]
+
+
+def _asked(trials: int) -> Asked:
+    ranges = ("lr=log:1e-6:1", "width=int:1:4000")
+    return Asked(kind="random", ranges=ranges, objectives=(Objective("loss", "min"),), trials=trials, batch=100)
+
+
+def rebuild(trials: int) -> None:
+    """Print the CPU seconds in which a launch opens a study of so many finished trials."""
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = Ledger(folder, "plain", "1")
+        study = Search(_asked(trials), _Plain(), _Preset(), ledger)
+        rng = np.random.default_rng(0)
+        while missing := [c for c in study.advance(record=True) if not study.known.closed(c.key)]:
+            for cell in missing:
+                ledger.publish(cell, [Row("loss", float(rng.random())), Row("size", 1.0)], {}, {"fingerprint": ""})
+        ledger.compact(ledger.done())
+        began = time.process_time()
+        again = Search(_asked(trials), _Plain(), _Preset(), Ledger(folder, "plain", "1"))
+        again.advance(record=True)
+        print(f"{trials} finished trials opened in {time.process_time() - began:.2f} CPU s", flush=True)
+
+
+def asking() -> None:
+    """Print the CPU time of an asked point after some numbers of trials, six dimensions, in a launch that goes on."""
+    problem = PROBLEMS[1]
+    for kind in ("tpe", "cmaes", "random"):
+        size = usual_size(kind, len(problem.space))
+        found, told = sampler(kind, problem.space, 0, size, 1), list[Told]()
+        times = []
+        while len(told) < 500:
+            began = time.process_time()
+            points = found.batch(len(told) // size, told)
+            times.append((time.process_time() - began) / size)
+            told += [Told(p, (problem.value(p),)) for p in points]
+        shown = ", ".join(
+            f"{1000 * float(np.median(times[n // size - 3 : n // size])):.1f} after {n}" for n in (50, 200, 500)
+        )
+        print(f"{kind}: CPU ms per point {shown}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="5 seeds, 1,000 finished trials")
     quick = parser.parse_args().quick
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore")
+    asking()
+    rebuild(1_000 if quick else 10_000)
     for problem in PROBLEMS:
         compare(problem, 5 if quick else 100)
 

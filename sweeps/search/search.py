@@ -8,7 +8,9 @@ with the same points, and two launches work on the same ones.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
 from sweeps.core.cells import Cell, CellT, PublishedCell, UserError, nearest
@@ -153,13 +155,18 @@ class Search(Generic[CellT]):
         open_keys = [c.key for t in trials for c in t.cells if not self.known.closed(c.key)]
         if not open_keys:
             return
-        done = self.ledger.done(open_keys)
-        found = self.ledger.sound(key for key in open_keys if key in done)
-        for cell in found:
-            self.known.numbers[cell.key] = {c: number(cell, c, self.sweep.tracked) for c in self.rules.columns}
+        cells = self._read(open_keys)
+        found = list(islice(cells, _LOOK))
+        deque(cells, maxlen=0)
         failed = self.ledger.failures(set(open_keys) - self.known.numbers.keys())
         self.known.failed.update((key, str(record.get("error"))) for key, record in failed.items())
         self._refuse_unmeasured(found)
+
+    def _read(self, keys: Sequence[str]) -> Iterator[PublishedCell]:
+        """The published cells among these keys, each noted in `known`; few are in memory at once."""
+        for cell in self.ledger.stream(keys):
+            self.known.numbers[cell.key] = {c: number(cell, c, self.sweep.tracked) for c in self.rules.columns}
+            yield cell
 
     def _refuse_unmeasured(self, fresh: Sequence[PublishedCell]) -> None:
         for column in self.rules.columns:
