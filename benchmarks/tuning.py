@@ -14,10 +14,10 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -138,10 +138,10 @@ class _Preset:
 class _Plain:
     """A sweep of one cell a setting, as far as a search looks at it."""
 
-    tracked: tuple[str, ...] = ()
+    tracked: Sequence[str] = ()
     fixed: Mapping[str, str] = {}
 
-    def plan(self, preset: _Preset) -> list[_Cell]:
+    def plan(self, preset: Any) -> Sequence[_Cell]:
         return [_Cell(lr=preset.lr, width=preset.width)]
 
 
