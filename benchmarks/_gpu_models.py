@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks._gpu_kernels import MUSIC_BATCH, SPEECH_BATCH, delta_case
-from benchmarks._gpu_parts import Plan, Record, milliseconds, peak_gib
+from benchmarks._gpu_parts import Plan, Record, host_waits, milliseconds, peak_gib
 from models.codec.model import CodecLMConfig, build_codec_lm
 from models.codec.presets import LOCAL, MUSIC, SPEECH
 from models.codec.sampling import Sampling, generate
@@ -153,6 +153,7 @@ def _training(scale: str, impl: str, plan: Plan, record: Record) -> None:
         published=PUBLISHED if scale == "speech" else None,
         first_loss=losses[0],
         last_loss=losses[-1],
+        host_waits=host_waits(lambda: trainer.step(batch), plan),
         peak_GiB=peak_gib(lambda: trainer.step(batch), plan),
     )
 

@@ -210,9 +210,10 @@ class Trainer:
             for name, parameters in self.groups.items()
         }
         total = torch.stack(list(squares.values())).sum().sqrt()
-        norm = float(total)
+        # all numbers at once, before the update: on a GPU the host waits for each request
+        norm, *parts = torch.stack([total, *squares.values()]).tolist()
         if not math.isfinite(norm):
-            wrong = [name for name, square in squares.items() if not bool(torch.isfinite(square))]
+            wrong = [name for name, square in zip(squares, parts, strict=True) if not math.isfinite(square)]
             raise self._anomaly(f"gradient norm {norm} in {', '.join(wrong)}", batch)
         torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), c.grad_clip, total)
         for group in self.optimizer.param_groups:
@@ -221,7 +222,8 @@ class Trainer:
         self.average.update_parameters(self.model)
         self.step_count += 1
         self.real_tokens += batch.real_tokens
-        stats = StepStats(self.step_count, loss, norm, {n: float(s) ** 0.5 for n, s in squares.items()}, stops > 0)
+        group_norms = {name: square**0.5 for name, square in zip(squares, parts, strict=True)}
+        stats = StepStats(self.step_count, loss, norm, group_norms, stops > 0)
         self._watch(stats)
         return stats
 
