@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -123,6 +123,11 @@ class SAECell(Cell):
             )
 
     @property
+    def remedy(self) -> str:
+        """What to do when the SAE's outputs are not numbers."""
+        return f"lower lr={self.lr:g}"
+
+    @property
     def steps(self) -> int:
         """Training steps of the budget."""
         return self.tokens // self.batch_tokens
@@ -138,6 +143,50 @@ class SAECell(Cell):
         return plain + tuple((name, v) for name, v in fields.items() if name in _LATER and name != "rungs")
 
 
+_RELEASED = (
+    "model",
+    "layer",
+    "depth",
+    "k",
+    "seed",
+    "tokens",
+    "stream",
+    "context",
+    "d_sae",
+    "eval_sequences",
+    "lm_dtype",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleasedCell(SAECell):
+    """An SAE that was trained elsewhere. Only what decides the audit is part of its identity.
+
+    `sha256`: of config and weights, by content. `source`: where this launch reads them. `sae`: its class. `k`: of TopK,
+    else 0. `seed` and `tokens` are 0; they are there for the tables of the ledger.
+    """
+
+    sha256: str
+    source: str
+
+    def identity(self) -> dict[str, Any]:
+        fields = super().identity()
+        later = {name: fields[name] for name in _LATER if name in fields}
+        return {name: fields[name] for name in _RELEASED} | later | {"sae": self.sae, "sha256": self.sha256}
+
+    def __post_init__(self) -> None:
+        self._check_evaluation()
+
+    @property
+    def remedy(self) -> str:
+        return f"the SAE of {self.source} is damaged, or was trained on other activations"
+
+
+def released(cells: Sequence[SAECell]) -> list[ReleasedCell]:
+    """Those of the cells that are audits: all of a plan's, or none."""
+    return [cell for cell in cells if isinstance(cell, ReleasedCell)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Grid:
     """A preset. Every field can be changed with `--set field=value` (lists with commas)."""
@@ -146,11 +195,12 @@ class Grid:
     k: tuple[int, ...]
     tokens: tuple[int, ...]
     sae: tuple[str, ...] = ("topk",)  # classes to train: topk, batchtopk, matryoshka
+    saes: tuple[str, ...] = ()  # of --preset released: folders, or RELEASE:ID on the hub; nothing is trained then
     depths: tuple[str, ...] = DEPTHS
     layers: tuple[int, ...] = ()  # explicit blocks instead of depths
     seeds: tuple[int, ...] = (0,)
     stream: str = "pile"
-    context: int = 256
+    context: int = 256  # of --preset released: 0 for what each SAE was trained on
     expansion: int = 32  # d_sae / d_model
     batch_tokens: int = 4000
     shuffle_sequences: int = 500

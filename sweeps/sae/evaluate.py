@@ -19,8 +19,9 @@ from analysis.sae.fidelity import SequenceSums
 from analysis.sae.geometry import CovarianceSums
 from analysis.sae.variance import ControlledErrors, Controls, VarianceSums
 from data.token_stream import TokenStream
+from models.sae.folders import AnySAE, reconstructor
 from models.sae.saelens import save_saelens
-from models.sae.trainer import JumpReLUSAE, TopKSAE, encoder
+from models.sae.trainer import JumpReLUSAE, TopKSAE
 from sweeps.core.cells import Row, UserError
 from sweeps.launch.context import PackContext
 from sweeps.ledger.published import parquet_bytes
@@ -124,8 +125,8 @@ class Evaluation:
                     f"another lm_dtype than {self.cell.lm_dtype}"
                 )
 
-    def run(self, cell: SAECell, sae: TopKSAE | JumpReLUSAE) -> tuple[list[Row], dict[str, bytes | Path], float]:
-        """Rows, files and CE_rec of one trained SAE.
+    def run(self, cell: SAECell, sae: AnySAE) -> tuple[list[Row], dict[str, bytes | Path], float]:
+        """Rows, files and CE_rec of one SAE; its own files are among them where it was trained here.
 
         Raises ValueError when its reconstructions are not finite or none of its features fires.
         """
@@ -133,15 +134,12 @@ class Evaluation:
         kept_ST = self.kept_ST.get(cell.layer)
         features = FeatureCounts(cell.d_sae)
         rungs = CellRungs(self.shared, cell.layer, len(self.tokens_ST), self.context.device)
-        encode = encoder(sae)
+        reconstruct = reconstructor(sae)
         for rows in self._chunks():
             a_BTD = self.a_STD[cell.layer][rows]
-            index_BTk, value_BTk = encode(a_BTD)
-            a_hat_BTD = sae.decode(index_BTk, value_BTk)
+            a_hat_BTD, index_BTk, value_BTk = reconstruct(a_BTD)
             if not bool(torch.isfinite(a_hat_BTD).all()):
-                raise ValueError(
-                    f"layer {cell.layer}: the trained SAE's reconstructions hold NaN or inf; lower lr={cell.lr:g}"
-                )
+                raise ValueError(f"layer {cell.layer}: the SAE's reconstructions hold NaN or inf; {cell.remedy}")
             kept_BT = None if kept_ST is None else kept_ST[rows]
             if kept_BT is not None:
                 a_hat_BTD = torch.where(kept_BT[..., None], a_hat_BTD, a_BTD)
@@ -155,7 +153,7 @@ class Evaluation:
         sequences = sums.table()
         audit = self.geometry[cell.layer] | controlled.metrics() | rungs.numbers(sequences)
         audit |= features.density(int(sequences["n_tokens"].sum()))
-        numbers = cell_numbers(cell.k, sums, features, audit)
+        numbers = cell_numbers(cell.k or max(1, round(audit["l0"])), sums, features, audit)
         rows_out = [Row(name, value, _UNITS.get(name, "")) for name, value in numbers.items()]
         for layer, summary in self.geometry.items():
             at = {"geometry_layer": layer}
@@ -163,7 +161,7 @@ class Evaluation:
         rows_out += rungs.layer_rows()
         sequences = sequences.assign(**controlled.by_sequence(), **rungs.table())
         tables = {"sequences.parquet": parquet_bytes(sequences), "rungs.parquet": parquet_bytes(rungs.costs())}
-        files = {**tables, **self._sae_files(cell, sae)}
+        files = {**tables, **(self._sae_files(cell, sae) if isinstance(sae, TopKSAE | JumpReLUSAE) else {})}
         return rows_out, files, numbers["ce_rec"]
 
     def _sae_files(self, cell: SAECell, sae: TopKSAE | JumpReLUSAE) -> dict[str, bytes | Path]:

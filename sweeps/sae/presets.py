@@ -51,6 +51,8 @@ PRESETS: Mapping[str, Grid] = {
         dead_after_steps=60,
         eval_sequences=32,
     ),
+    # SAEs that others trained (--set saes=…); models, hooks and contexts are those that their metadata names
+    "released": Grid(models=(), k=(), tokens=(), stream="embedded", context=0, eval_sequences=48),
     "fast2": Grid(models=("pythia-70m", "pythia-410m"), k=(8, 16, 32, 64, 128, 256), tokens=(10_000_000,)),
     "fast3": Grid(models=PYTHIA, depths=("mid",), k=(8, 16, 32, 64), tokens=(10_000_000,)),
     "phase2": Grid(

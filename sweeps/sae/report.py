@@ -13,6 +13,8 @@ import pandas as pd
 from analysis.sae import published
 from analysis.sae.columns import IDENTITY, LAYER_COLUMNS
 from analysis.sae.hypotheses import Thresholds
+from analysis.sae.released import glance as glance_at_audit
+from analysis.sae.released import write_audit
 from analysis.sae.report import glance, measure, write_report
 from analysis.sae.variance_tables import answer
 from models.host.specs import HOST_LMS, RESID_POST
@@ -82,6 +84,27 @@ def is_the_studys(name: str, grid: Grid, original: Grid) -> bool:
     """Whether published numbers may be printed: for a paper preset that differs at most in its choice of cells."""
     rest = [f.name for f in fields(grid) if f.name not in (*_SELECTION, *_READING)]
     return name in published.PRESETS and all(getattr(grid, n) == getattr(original, n) for n in rest)
+
+
+def write_released(cells: Sequence[PublishedCell], preset_name: str, grid: Grid, out: Path) -> list[str]:
+    """Write the report of audited SAEs; returns the headline lines for the screen."""
+    frame, sequences, _ = tables(cells)
+    cards = pd.concat(tables_of(cells, "sae.parquet"), ignore_index=True)
+    frame = frame.assign(sae=cards["sae"], hook_name=cards["hook_name"], depth=[c.identity["depth"] for c in cells])
+    models = sorted(set(frame["model"]))
+    notes = [f"{m}: {HOST_LMS[m].note}" for m in models if m in HOST_LMS and HOST_LMS[m].note]
+    others = {f"{row['sae']} names {row['named_model']}" for row in cards.to_dict("records") if grid.models}
+    facts = {
+        "ran on": ". ".join(banner(preset_name, models, str(cells[0].identity["stream"]), grid.text)),
+        "models": ", ".join(models) + (f" (given with --set models=; {'; '.join(sorted(others))})" if others else ""),
+        "contexts": ", ".join(str(n) for n in sorted({int(c.identity["context"]) for c in cells})),
+        **_local_sources(cells),
+        "SAEs": str(len(cells)),
+        "hardware": recorded(cells, "hardware"),
+        "commit": recorded(cells, "git_commit"),
+    }
+    write_audit(frame, sequences, out, facts=facts, notes=notes)
+    return labelled("answer", glance_at_audit(frame)[:_FINDINGS])
 
 
 def write(cells: Sequence[PublishedCell], preset_name: str, grid: Grid, original: Grid, out: Path) -> list[str]:

@@ -15,7 +15,7 @@ from sweeps.core.settings import RunSettings
 from sweeps.launch.context import PackContext
 from sweeps.launch.first_view import Chart, View
 from sweeps.launch.sweep import BY_CHANCE, Sweep
-from sweeps.sae.cells import Grid, SAECell
+from sweeps.sae.cells import Grid, SAECell, released
 from sweeps.sae.lms import spec_of
 from sweeps.sae.presets import PRESETS
 
@@ -51,6 +51,10 @@ class ProxyGap(Sweep[SAECell, Grid]):
     follow_up = MappingProxyType({"local": "smollm2"})
 
     def plan(self, preset: Grid) -> Sequence[SAECell]:
+        if _audits(preset):
+            from sweeps.sae.released import plan_released
+
+            return plan_released(preset)
         cells: list[SAECell] = []
         for model in preset.models:
             spec = spec_of(model)
@@ -104,16 +108,29 @@ class ProxyGap(Sweep[SAECell, Grid]):
         )
 
     def pack(self, cells: Sequence[SAECell], preset: Grid, machine: Machine, run: RunSettings) -> list[Pack[SAECell]]:
+        if audits := released(cells):
+            from sweeps.sae.released import pack_released
+
+            return pack_released(audits, machine, run)
         from sweeps.sae.packs import make_packs
 
         return make_packs(cells, machine, run)
 
     def threads(self, planned: Sequence[SAECell], preset: Grid, machine: Machine, run: RunSettings) -> int:
+        if released(planned):
+            from sweeps.sae.released import threads_released
+
+            return threads_released(machine, run)
         from sweeps.sae.packs import threads
 
         return threads(planned, machine, run)
 
     def run(self, pack: Pack[SAECell], preset: Grid, context: PackContext) -> None:
+        if audits := released(pack.cells):
+            from sweeps.sae.released import audit_pack
+
+            audit_pack(audits, context)
+            return
         from sweeps.sae.report import THRESHOLDS, thresholds_of
         from sweeps.sae.train import train_pack
 
@@ -127,6 +144,10 @@ class ProxyGap(Sweep[SAECell, Grid]):
         return fingerprint(cell, run)
 
     def estimate(self, cells: Sequence[SAECell], preset: Grid, machine: Machine, run: RunSettings) -> Estimate:
+        if audits := released(cells):
+            from sweeps.sae.released import estimate_released
+
+            return estimate_released(audits, machine, run)
         from sweeps.sae.estimate import estimate
 
         return estimate(cells, machine, run)
@@ -147,6 +168,10 @@ class ProxyGap(Sweep[SAECell, Grid]):
         return preflight(cells, run)
 
     def report(self, cells: Sequence[PublishedCell], preset_name: str, preset: Grid, out: Path) -> list[str]:
+        if _audits(preset):
+            from sweeps.sae.report import write_released
+
+            return write_released(cells, preset_name, preset, out)
         from sweeps.sae.report import write
 
         return write(cells, preset_name, preset, self.presets[preset_name], out)
@@ -154,6 +179,12 @@ class ProxyGap(Sweep[SAECell, Grid]):
     def banner(self, preset_name: str, preset: Grid) -> list[str]:
         from sweeps.sae.sources import banner
 
+        if _audits(preset):
+            models = sorted({cell.model for cell in self.plan(preset)})
+            return [
+                f"{len(preset.saes)} SAEs that were trained elsewhere, read as weights alone; nothing is trained here",
+                *banner(preset_name, models, preset.stream, preset.text),
+            ]
         lines = banner(preset_name, preset.models, preset.stream, preset.text)
         steps = min(preset.tokens, default=0) // preset.batch_tokens
         if preset.schedule == "constant" and steps < preset.warmup_steps:
@@ -171,6 +202,11 @@ class ProxyGap(Sweep[SAECell, Grid]):
                     "the smallest budget (SAELens' running average, from zero): more than k features fire, see l0"
                 )
         return lines
+
+
+def _audits(preset: Grid) -> bool:
+    """Whether a preset audits trained SAEs: it names some, or has nothing to train."""
+    return bool(preset.saes) or not preset.k
 
 
 SWEEP = ProxyGap()
