@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks._gpu_kernels import MUSIC_BATCH, SPEECH_BATCH, delta_case
 from benchmarks._gpu_parts import Plan, Record, host_waits, milliseconds, peak_gib
-from models.codec.model import CodecLMConfig, build_codec_lm
+from models.codec.model import CodecLM, CodecLMConfig, build_codec_lm
 from models.codec.presets import LOCAL, MUSIC, SPEECH
 from models.codec.sampling import Sampling, generate
 from models.host.host_lm import HostLM
@@ -131,10 +131,11 @@ def _training(scale: str, impl: str, plan: Plan, record: Record) -> None:
         steps=10_000, lr=3e-4, lr_end=0.0, warmup_steps=5, precision="float32" if plan.tiny else "bfloat16",
         micro_batch=micro, max_loss_jump=math.inf,
     )  # fmt: skip
-    batch = _random_batch(config, clips, plan)
+    batch = random_batch(config, clips, plan)
     name = f"{scale}, {impl}"
-    _resumed(record, name, config, settings, batch, plan)
-    trainer = _trainer(config, settings, plan)
+    model = build_codec_lm(config, device=plan.device, seed=0)
+    _resumed(record, name, model, settings, batch)
+    trainer = trainer_of(model, settings)
     losses = [trainer.step(batch).loss]
     start, done = time.perf_counter(), 1
     while done < steps and (plan.left() > 5 or done < 2):
@@ -168,20 +169,22 @@ def _fused_is_trusted(scale: str, plan: Plan, record: Record) -> bool:
     return verdict.trusted
 
 
-def _random_batch(config: CodecLMConfig, clips: int, plan: Plan) -> Batch:
+def random_batch(config: CodecLMConfig, clips: int, plan: Plan) -> Batch:
+    """Columns of a few codes, drawn at random."""
     gen = torch.Generator().manual_seed(0)
     shape = (clips, config.n_codebooks, config.context + 1)
     codes = torch.randint(min(DISTINCT, config.codebook_size), shape, generator=gen).to(plan.device)
     return Batch(codes[..., :-1].contiguous(), codes[..., 1:].contiguous(), codes[..., 1:].numel())
 
 
-def _trainer(config: CodecLMConfig, settings: TrainConfig, plan: Plan) -> Trainer:
-    return Trainer(build_codec_lm(config, device=plan.device, seed=0), settings)
+def trainer_of(model: CodecLM, settings: TrainConfig) -> Trainer:
+    """A trainer of a copy of the model."""
+    return Trainer(copy.deepcopy(model), settings)
 
 
-def _resumed(record: Record, name: str, config: CodecLMConfig, settings: TrainConfig, batch: Batch, plan: Plan) -> None:
+def _resumed(record: Record, name: str, model: CodecLM, settings: TrainConfig, batch: Batch) -> None:
     """Gate: numbers of all weights that differ between a run and one continued from its checkpoint."""
-    whole = _trainer(config, settings, plan)
+    whole = trainer_of(model, settings)
     for _ in range(RESUME_AFTER):
         whole.step(batch)
     state = copy.deepcopy(whole.state())
@@ -189,7 +192,7 @@ def _resumed(record: Record, name: str, config: CodecLMConfig, settings: TrainCo
         whole.step(batch)
     expected = [p.detach().clone() for p in whole.model.parameters()]
     del whole
-    continued = _trainer(config, settings, plan)
+    continued = trainer_of(model, settings)
     continued.restore(state)
     for _ in range(RESUME_AFTER):
         continued.step(batch)

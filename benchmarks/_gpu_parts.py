@@ -46,12 +46,12 @@ class Record:
 
     def row(self, case: str, **numbers: Number) -> None:
         """Numbers measured for one case, by the name of their column; None: not measured here."""
-        self.rows.append({"case": case, **{name.replace("_", " "): value for name, value in numbers.items()}})
+        self.rows.append({"case": case, **{name.replace("_", " "): _plain(value) for name, value in numbers.items()}})
         self._write()
 
     def gate(self, name: str, value: float, limit: float) -> None:
         """A condition that must hold: value at most limit (NaN does not pass)."""
-        self.gates.append({"gate": name, "value": value, "limit": limit, "passed": bool(value <= limit)})
+        self.gates.append({"gate": name, "value": _plain(value), "limit": limit, "passed": bool(value <= limit)})
         self._write()
 
     def note(self, text: str) -> None:
@@ -63,8 +63,13 @@ class Record:
             return
         partial = self.path.with_suffix(".partial")
         found = {"rows": self.rows, "gates": self.gates, "notes": self.notes}
-        partial.write_text(json.dumps(found, default=str), encoding="utf-8")
+        partial.write_text(json.dumps(found, default=str, allow_nan=False), encoding="utf-8")
         os.replace(partial, self.path)
+
+
+def _plain(value: Number) -> Number:
+    """NaN and infinities as text, which JSON has no numbers for."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def wait(device: torch.device) -> None:

@@ -34,16 +34,17 @@ if str(ROOT) not in sys.path:
 
 # name -> (function of (plan, record), seconds): together at most eight minutes
 PARTS: dict[str, tuple[str, float]] = {
-    "machine": ("benchmarks._gpu_kernels:machine", 30),
-    "delta": ("benchmarks._gpu_kernels:delta", 110),
-    "sae": ("benchmarks._gpu_sae:sae", 100),
-    "host": ("benchmarks._gpu_models:host", 40),
-    "speech_chunked": ("benchmarks._gpu_models:speech_chunked", 45),
-    "speech_fused": ("benchmarks._gpu_models:speech_fused", 45),
-    "music_chunked": ("benchmarks._gpu_models:music_chunked", 40),
-    "music_fused": ("benchmarks._gpu_models:music_fused", 40),
-    "mamba": ("benchmarks._gpu_kernels:mamba", 20),
-    "sample": ("benchmarks._gpu_models:sample", 10),
+    "machine": ("benchmarks._gpu_kernels:machine", 20),
+    "delta_speech": ("benchmarks._gpu_kernels:delta_speech", 75),
+    "delta_music": ("benchmarks._gpu_kernels:delta_music", 75),
+    "sae": ("benchmarks._gpu_sae:sae", 90),
+    "host": ("benchmarks._gpu_models:host", 35),
+    "speech_chunked": ("benchmarks._gpu_models:speech_chunked", 35),
+    "speech_fused": ("benchmarks._gpu_models:speech_fused", 35),
+    "music_chunked": ("benchmarks._gpu_models:music_chunked", 35),
+    "music_fused": ("benchmarks._gpu_models:music_fused", 35),
+    "mamba": ("benchmarks._gpu_kernels:mamba", 25),
+    "sample": ("benchmarks._gpu_models:sample", 20),
 }
 GRACE_S = 5.0  # between the request to end and the kill; processes that a part started end with it
 CPU_SECONDS = 600.0

@@ -47,7 +47,7 @@ def test_every_part_runs_and_holds_its_gates_without_the_sweeps_packages(tmp_pat
     failed = [gate for part in found.values() for gate in part["gates"] if not gate["passed"]]
     assert failed == []
     gated = {name for name, part in found.items() if part["gates"]}
-    assert gated == {"delta", "sae", "host", "speech_chunked", "music_chunked", "mamba", "sample"}
+    assert gated == {"delta_speech", "delta_music", "sae", "host", "speech_chunked", "music_chunked", "mamba", "sample"}
     assert all(part["rows"] for name, part in found.items() if name in gated | {"machine"})
     outcomes = {name: gpu.Outcome("ended", 1.0, part) for name, part in found.items()}
     text = gpu.markdown(outcomes, cpu=True)

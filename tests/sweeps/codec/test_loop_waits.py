@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks._gpu_models import _random_batch, _trainer
+from benchmarks._gpu_models import random_batch, trainer_of
 from benchmarks._gpu_parts import Plan
+from models.codec.model import build_codec_lm
 from models.codec.presets import LOCAL
 from sweeps.codec.loop import TrainConfig
 from tests.models.sae.test_host_waits import Waits
@@ -18,8 +19,9 @@ from tests.models.sae.test_host_waits import Waits
 def test_a_step_asks_for_its_loss_and_then_for_all_norms_at_once() -> None:
     plan = Plan(torch.device("cpu"), tiny=True, until=time.monotonic() + 600)
     config = replace(LOCAL, context=16)
-    trainer = _trainer(config, TrainConfig(steps=100, lr=3e-4, lr_end=0.0, warmup_steps=5), plan)
-    batch = _random_batch(config, 2, plan)
+    settings = TrainConfig(steps=100, lr=3e-4, lr_end=0.0, warmup_steps=5)
+    trainer = trainer_of(build_codec_lm(config), settings)
+    batch = random_batch(config, 2, plan)
     waits = Waits()
     with waits:
         stats = trainer.step(batch)
