@@ -143,8 +143,14 @@ def find_layout(model: Any, n_layers: int, d_model: int, blocks: str = "") -> La
             modules |= {f"{name}.{i}.{child}": module for child, module in block.named_children()}
     recorder = _Recorder(modules)
     tokens_BT = _tokens(model, head)
-    with recorder.recording():
-        logits_BTV = model(input_ids=tokens_BT).logits
+    try:
+        with recorder.recording():
+            logits_BTV = model(input_ids=tokens_BT).logits
+    except Exception as error:  # the architecture's own code: whatever it raises
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(
+            f"{type(model).__name__} cannot be run on tokens ({reason}); check its config, or choose another model"
+        ) from error
     name = _the_chain(recorder, candidates, d_model, type(model).__name__)
     head_call = recorder.only("head")
     if head_call is None or head_call.before is None or head_call.after is None:

@@ -47,7 +47,7 @@ PRESETS: Mapping[str, Grid] = {
         batch_tokens=1024,
         shuffle_sequences=256,
         lr=1e-3,
-        warmup_steps=10,
+        warmup_steps=8,
         dead_after_steps=60,
         eval_sequences=32,
     ),

@@ -251,3 +251,9 @@ def test_blocks_that_are_not_found_ask_for_their_name() -> None:
     with pytest.raises(ValueError, match=r"^blocks=model\.h is no module list of Qwen2ForCausalLM; it has model\.lay"):
         find_layout(model, LAYERS, D, "model.h")
     assert find_layout(model, LAYERS, D, "model.layers") == find_layout(model, LAYERS, D)
+
+
+def test_a_model_that_cannot_run_is_one_line() -> None:
+    model = random_model(transformers.Qwen2Config(**HEADS, num_key_value_heads=3))
+    with pytest.raises(ValueError, match=r"^Qwen2ForCausalLM cannot be run on tokens \(.*choose another model$"):
+        find_layout(model, LAYERS, D)

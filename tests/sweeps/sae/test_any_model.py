@@ -31,7 +31,7 @@ def save(folder: Path, kind: str = "qwen2", *, tokenizer: bool = True) -> Path:
     if kind == "mamba":
         config: Any = transformers.MambaConfig(**sizes, state_size=4)
     else:
-        sizes |= {"num_attention_heads": 2, "intermediate_size": 32}
+        sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32}
         config = transformers.AutoConfig.for_model(kind, **sizes)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     if tokenizer:
@@ -128,8 +128,10 @@ def test_documents_are_tokenised_as_far_as_the_budget_needs(
 
 
 def refusal(folder: Path, **changes: Any) -> str:
-    with pytest.raises(UserError) as error:
-        SWEEP.preflight(cells(folder, **changes), grid(folder, **changes), RunSettings())
+    """What planning or the check before a launch says."""
+    with pytest.raises(UserError) as error:  # noqa: PT012
+        planned = cells(folder, **changes)
+        SWEEP.preflight(planned, grid(folder, **changes), RunSettings())
     return str(error.value)
 
 
@@ -137,7 +139,11 @@ def test_faults_end_a_launch_before_any_pack(tmp_path: Path) -> None:
     folder, text = save(tmp_path / "lm"), save_text(tmp_path / "text.jsonl")
     mute = save(tmp_path / "mute", tokenizer=False)
     mamba = save(tmp_path / "mamba", "mamba")
+    odd = save(tmp_path / "odd")
+    config = json.loads((odd / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps({**config, "hidden_act": "none"}))
     said = {
+        refusal(odd, hook="mlp_out"): "transformers has no decoder for",
         refusal(mute): "has no tokenizer (tokenizer.json",
         refusal(mamba, hook="attn_out"): "hook=attn_out is not in block 0 (MambaBlock)",
         refusal(folder, blocks="model.h"): "blocks=model.h is no module list of Qwen2ForCausalLM",
