@@ -36,7 +36,7 @@ def arms(lm: HostLM, layer: int, sequences: int) -> dict[str, Arm]:
     noise_BTD = torch.nn.functional.normalize(torch.randn(a_BTD.shape, generator=g), dim=-1)
     delta_BTD = 0.02 * a_BTD.norm(dim=-1, keepdim=True) * noise_BTD
     known = Predictions(lm.head, tokens_BT, found.hidden_BTD, found.pull_BTD, found.loss_B)
-    plans = AttentionPlans(lm.model.config._attn_implementation)  # type: ignore[union-attr]
+    plans = AttentionPlans(lm.model.config._attn_implementation)  # type: ignore[union-attr, arg-type]
 
     def patched(kl: bool = False) -> None:
         with torch.no_grad():
