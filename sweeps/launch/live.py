@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import psutil
@@ -109,14 +109,22 @@ class Live:
         self._begun: dict[str, None] = {}
         self._points: dict[str, list[Point]] = {}
         self._lost: dict[str, str] = {}
+        self._planned: Collection[str] = ()
         self.dropped = 0
+
+    def plan(self, keys: Collection[str]) -> None:
+        """The cells that are listened to; a pack may compute others that these need."""
+        self._planned = keys
 
     def hear(self, news: Mapping[str, Any]) -> None:
         """Take in what a pack reported."""
+        planned = self._planned
         with self._lock:
-            self._begun.update(dict.fromkeys(news.get("begun", ())))
-            self._lost.update((key, line) for key, line in news.get("failures", ()))
+            self._begun.update((key, None) for key in news.get("begun", ()) if key in planned)
+            self._lost.update((key, line) for key, line in news.get("failures", ()) if key in planned)
             for entry in news.get("points", ()):
+                if entry[0] not in planned:
+                    continue
                 if self._waiting >= self._room:
                     self.dropped += 1
                     continue
@@ -146,7 +154,3 @@ class Live:
             taken = {key: self._points.pop(key) for key in keys if key in self._points}
             self._waiting -= sum(map(len, taken.values()))
             return taken
-
-    def drop(self, keys: Iterable[str]) -> None:
-        """Points that MLflow did not take, or that no run is there for: counted and gone."""
-        self.dropped += sum(map(len, self.points_of(keys).values()))

@@ -36,6 +36,7 @@ from sweeps.ledger.logins import http_login, with_login, without_password
 
 _POLL_SECONDS = 0.5  # between looks for newly published cells
 _FOLLOW_SHARE = 0.01  # of a core goes to runs of cells that are computed, however many there are
+_FOLLOW_PAUSE = 60.0  # at most, however long the first listing of a large ledger took
 _FINISH_TRIES = 4  # of a store that answered before: SQLite may be locked by another launch
 _WAIT_SECONDS = 60.0  # for cells that another launch is copying
 _CHUNK = 256  # cells claimed and copied at once: few requests per cell, and other launches get a share
@@ -113,6 +114,7 @@ class Tracker(CellRuns):
         """Open the launch's parent run in a thread that then follows cells and copies whatever `want` names."""
         self._parent_params, self._parent_tags, self._plan = dict(parent_params), dict(tags), plan
         self._cells, self._grid = plan.cells, plan.grid_name
+        self.live.plan(plan.cells)
         self._many = int(parent_params.get("cells", 0)) > _SINGLE_LOOKUPS
         with contextlib.suppress(ImportError):  # MLflow imports it in the thread; Matplotlib fails on one half loaded
             importlib.import_module("IPython")
@@ -367,6 +369,7 @@ class Tracker(CellRuns):
                     continue
                 if run.id:
                     self._finished[copies[copy]] = run
+                    self._followed.pop(copies[copy], None)
                 else:
                     self._listed = False
         finally:
@@ -391,10 +394,11 @@ class Tracker(CellRuns):
             self._listed = False  # a run may have been made whose id did not arrive
             raise
         finally:
-            self._follow_at = time.monotonic() + (time.thread_time() - used) / _FOLLOW_SHARE
+            pause = (time.thread_time() - used) / _FOLLOW_SHARE
+            self._follow_at = time.monotonic() + min(pause, _FOLLOW_PAUSE)
 
     def _begin_all(self, heard: Sequence[str]) -> None:
-        keys = [key for key in heard if key in self._cells and key not in self._finished]
+        keys = [key for key in heard if key not in self._finished]
         if keys:
             lapses = self.claims.lapses()
             if not self._followed:
@@ -407,7 +411,7 @@ class Tracker(CellRuns):
     def _end_lost(self) -> None:
         """End the runs of cells that were given up."""
         heard = self.live.lost()
-        keys = [key for key in heard if key in self._cells and key not in self._finished]
+        keys = [key for key in heard if key not in self._finished]
         if keys:
             lapses = self.claims.lapses()
             for key in self._claimed(keys):

@@ -49,6 +49,7 @@ def make(ledger: Ledger, tmp_path: Path, database: Path) -> Make:
         lines = [] if said is None else said
         made = kind(uri, ledger, Claims(ledger.store), artifact_mb=1.0, say=lines.append)
         made._cells = {cell.key: cell for cell in scale.cells_of(n)}
+        made.live.plan(made._cells)
         made._plan = Plan(made._cells, list(made._cells))
         made._grid = made._plan.grid_name
         return made
@@ -85,6 +86,8 @@ def test_a_run_exists_from_the_cells_start_and_becomes_final(make: Make, ledger:
     key, other, _ = keys_of()
     tracker = make()
     follow(tracker, begun=[key, "not planned"], points=[[key, "live/loss", 2.5, 4, 1_700_000_000_000]])
+    tracker.live.hear({"points": [["not planned", "live/loss", 1.0, 1, 1]], "failures": [["not planned", "no"]]})
+    assert tracker.live.points_of(["not planned"]) == {}
     run = run_of(tracker, key)
     assert run.info.status == "RUNNING"
     assert run.data.params == {name: str(v) for name, v in tracker._cells[key].identity().items()}
@@ -229,6 +232,7 @@ def test_a_store_that_does_not_answer_is_waited_for_by_nobody(make: Make) -> Non
     tracker = make(said)
     tracker.uri = "http://127.0.0.1:9"
     tracker.live = Live(room=5)
+    tracker.live.plan([key])
     began = time.monotonic()
     for step in range(1000):
         tracker.live.hear({"begun": [key], "points": [[key, "live/loss", 1.0, step, step]]})
