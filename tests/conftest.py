@@ -37,10 +37,31 @@ def shared_data() -> Path:
     return path
 
 
+LONGEST = (  # files by the time they take, the longest first
+    "faults/test_storage_faults.py",
+    "sweeps/launch/test_train_ray.py",
+    "faults/test_ray_kills.py",
+    "faults/test_claim_faults.py",
+    "faults/test_ledger_faults.py",
+    "sweeps/sae/test_proxy_gap_cli.py",
+    "sweeps/launch/test_launch.py",
+    "cluster/test_ray_up.py",
+    "sweeps/codec/test_codec_cli.py",
+    "faults/test_tracking_faults.py",
+    "sweeps/test_every_sweep.py",
+    "models/odor/test_pom.py",
+    "models/host/test_smollm2.py",
+    "sweeps/launch/test_crash.py",
+    "sweeps/test_security.py",
+    "models/cpu/test_bfloat16.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: two processes that share the files end at about the same time."""
+    """The longest files first, then those with slow tests: two processes that share the files end together."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    place = {ROOT / "tests" / name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (place.get(item.path, len(place)), item.path not in slow))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -95,7 +95,8 @@ def _on_loopback() -> Iterator[None]:
 def _without_servers() -> Iterator[None]:
     """A Ray that starts within the block has neither dashboard nor autoscaler, which nobody asks on one machine.
 
-    Ray starts both even where they are switched off, and waits for the first: 2 of the seconds before the first cell.
+    Ray starts both even where they are switched off, and waits for the first (3.4 of the 19 s before the first cell of
+    a trivial launch, on a busy machine).
     """
     from ray._private.node import Node
 
