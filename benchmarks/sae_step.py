@@ -1,10 +1,11 @@
-"""CPU-seconds of one TopK SAE training step against SAELens' own trainer.
+"""CPU-seconds of one SAE training step against SAELens' own trainer.
 
     python benchmarks/sae_step.py --out docs/benchmarks/sae_step.md
+    python benchmarks/sae_step.py --kind batchtopk --ks 32 --out docs/benchmarks/sae_step_batchtopk.md
 
-Peer: `SAETrainer.step` of the installed sae_lens with `TopKTrainingSAE` (forward, AuxK check, backward, clip, Adam,
-scheduler), float32, defaults; as installed, and with glibc's allocator set to keep its memory (no mmap, no trim),
-which avoids the page faults of its large temporaries. Ours: `SparseTrainer.step`, numba and torch backends,
+Peer: `SAETrainer.step` of the installed sae_lens with its training class of the kind (forward, AuxK check, backward,
+clip, Adam, scheduler), float32, defaults; as installed, and with glibc's allocator set to keep its memory (no mmap, no
+trim), which avoids the page faults of its large temporaries. Ours: `SparseTrainer.step`, numba and torch backends,
 allocator as installed. Same activations, same sizes, each arm in a process of its own with `--threads` threads,
 rounds interleaved; the ratios are of CPU-seconds (user + system).
 """
@@ -42,6 +43,7 @@ TARGETS = {
     (32, TUNED): {NUMBA: 12.0},
     (256, TUNED): {NUMBA: 9.0},
 }
+BATCH_TARGET = {(32, PEER): {NUMBA: 10.0}}  # BatchTopK and Matryoshka
 BATCHES = 4
 
 
@@ -55,13 +57,19 @@ def steps(which: str, sizes: argparse.Namespace) -> Callable[[], object]:
     batches = [torch.randn(sizes.batch, sizes.d_in, generator=generator) @ mix + 0.3 for _ in range(BATCHES)]
     count = iter(range(10**9))
     window = 0 if sizes.dead else 1000
+    from models.sae.model import matryoshka_widths
+
+    widths = matryoshka_widths(sizes.d_sae) if sizes.kind == "matryoshka" else ()
     if which == "peer":
+        from sae_lens import saes
         from sae_lens.config import SAETrainerConfig
-        from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
         from sae_lens.training.sae_trainer import SAETrainer
 
         torch.manual_seed(0)
-        sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=sizes.d_in, d_sae=sizes.d_sae, k=sizes.k))
+        stem = {"topk": "TopK", "batchtopk": "BatchTopK", "matryoshka": "MatryoshkaBatchTopK"}[sizes.kind]
+        more = {"matryoshka_widths": list(widths)} if widths else {}
+        own = getattr(saes, f"{stem}TrainingSAEConfig")(d_in=sizes.d_in, d_sae=sizes.d_sae, k=sizes.k, **more)
+        sae = getattr(saes, f"{stem}TrainingSAE")(own)
         config = SAETrainerConfig(
             total_training_samples=10**9,
             train_batch_size_samples=sizes.batch,
@@ -74,7 +82,15 @@ def steps(which: str, sizes: argparse.Namespace) -> Callable[[], object]:
     from models.sae.trainer import SAEConfig, SparseTrainer
 
     ours = SparseTrainer(
-        SAEConfig(d_in=sizes.d_in, d_sae=sizes.d_sae, k=sizes.k, seed=0, dead_after_steps=window),
+        SAEConfig(
+            d_in=sizes.d_in,
+            d_sae=sizes.d_sae,
+            k=sizes.k,
+            seed=0,
+            dead_after_steps=window,
+            kind=sizes.kind,
+            matryoshka_widths=widths,
+        ),
         backend="numba" if which == "numba" else "torch",
         n_threads=sizes.threads,
     )
@@ -88,7 +104,7 @@ def measure(k: int, args: argparse.Namespace) -> dict[str, Paired]:
         arms = {}
         for name, (which, env) in ARMS.items():
             argv = [str(Path(__file__).resolve()), "--serve", which, "--ks", str(k)]
-            for option in ("d_in", "d_sae", "batch", "threads"):
+            for option in ("kind", "d_in", "d_sae", "batch", "threads"):
                 argv += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
             argv += ["--dead"] if args.dead else []
             arms[name] = stack.enter_context(Worker(argv, env))
@@ -110,7 +126,7 @@ def report(args: argparse.Namespace) -> str:
 
     torch.set_num_threads(args.threads)
     title = (
-        f"TopK SAE training step, d_in {args.d_in}, d_sae {args.d_sae}, batch {args.batch}, "
+        f"{args.kind} SAE training step, d_in {args.d_in}, d_sae {args.d_sae}, batch {args.batch}, "
         f"{args.threads} thread{'s' if args.threads > 1 else ''}, {args.repeats} rounds"
     )
     if args.dead:
@@ -132,7 +148,7 @@ def report(args: argparse.Namespace) -> str:
         targets = {
             (f"k = {k}", name): least
             for k in args.ks
-            for name, least in TARGETS.get((k, peer), {}).items()
+            for name, least in (TARGETS if args.kind == "topk" else BATCH_TARGET).get((k, peer), {}).items()
             if full_size
         }
         lines += ["", markdown_table(cases, baseline=peer, targets=targets)]
@@ -141,6 +157,7 @@ def report(args: argparse.Namespace) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", choices=["topk", "batchtopk", "matryoshka"], default="topk")
     parser.add_argument("--ks", type=int, nargs="+", default=[32, 256])
     parser.add_argument("--d-in", type=int, default=512)
     parser.add_argument("--d-sae", type=int, default=16384)

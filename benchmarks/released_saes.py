@@ -1,0 +1,151 @@
+"""Auditing released SAEs: one JumpReLU SAE and ten of one hook, against SAELens' `run_evals` one after another.
+
+A 70m-shaped Pythia with random weights, layer 3, d_sae 16384, the same sequences. The peer computes CE with and without
+the SAE and ablated, norms, sparsity, variance and density through TransformerLens' TransformerBridge on the same
+Hugging Face model. Ours is the audit's own evaluation with `rungs=free`: the same numbers and those that the shared
+pass gives with them (gradients, SWD, geometry of every layer), one pass of the model for all SAEs. CPU-seconds, paired,
+both arms as installed, in one process.
+
+    python benchmarks/released_saes.py [--sequences 4] [--repeats 3] [--threads 1] [--quick] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+
+from benchmarks._paired import Arm, machine, markdown_table, paired, timed, write_report
+from benchmarks.evaluation import CONTEXT, MODEL, FixedTokens, save_random_lm
+
+LAYER, TARGETS = 3, {1: 3.0, 10: 5.0}
+
+
+def make_workspace(folder: Path, d_sae: int) -> None:
+    """The model, a tokenizer, and ten JumpReLU SAEs that SAELens saved."""
+    from sae_lens import saes
+    from sae_lens.saes.sae import SAEMetadata
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    save_random_lm(folder / "lm", head_scale=5.0)
+    special = {f"{role}_token": "<e>" for role in ("bos", "eos", "unk", "pad")}
+    words = Tokenizer(models.WordLevel({"<e>": 0}, unk_token="<e>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder / "tokenizer")
+    about = SAEMetadata(model_name=MODEL, hook_name=f"blocks.{LAYER}.hook_resid_post", context_size=CONTEXT)
+    for number in range(max(TARGETS)):
+        sae = saes.JumpReLUSAE(saes.JumpReLUSAEConfig(d_in=512, d_sae=d_sae, metadata=about))
+        with torch.no_grad():
+            sae.W_dec /= sae.W_dec.norm(dim=-1, keepdim=True)
+            sae.W_enc.copy_(sae.W_dec.T)
+            sae.threshold.fill_(2.9)  # activations have unit coordinates: about 32 of 16,384 features fire
+        sae.save_model(folder / f"sae{number}")
+
+
+def peer(folder: Path, count: int, tokens_ST: torch.Tensor, found: dict[str, list[float]]) -> Any:
+    """`run_evals` of each SAE."""
+    from sae_lens import SAE
+    from sae_lens.evals import EvalConfig, run_evals
+    from sae_lens.training.activation_scaler import ActivationScaler
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+    model: Any = TransformerBridge.boot_transformers(
+        f"EleutherAI/{MODEL}",
+        hf_model=GPTNeoXForCausalLM.from_pretrained(folder / "lm", dtype=torch.float32).eval(),
+        tokenizer=PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"),
+    )
+    saes = [SAE.load_from_disk(folder / f"sae{number}") for number in range(count)]
+    store: Any = FixedTokens(tokens_ST)
+    config = EvalConfig(
+        batch_size_prompts=len(tokens_ST),
+        n_eval_reconstruction_batches=1,
+        n_eval_sparsity_variance_batches=1,
+        compute_ce_loss=True,
+        compute_l2_norms=True,
+        compute_sparsity_metrics=True,
+        compute_variance_metrics=True,
+        compute_featurewise_density_statistics=True,
+    )
+
+    def work() -> None:
+        results = [run_evals(sae, store, model, ActivationScaler(), config)[0] for sae in saes]
+        found["peer"] = [r["model_performance_preservation"]["ce_loss_with_sae"] for r in results]
+
+    return work
+
+
+def ours(folder: Path, count: int, tokens_ST: torch.Tensor, found: dict[str, list[float]]) -> Any:
+    """The audit's evaluation of each SAE, on one pass of the model."""
+    from models.host.host_lm import load_host_lm
+    from models.sae.folders import read_folder
+    from sweeps.sae.evaluate import Evaluation
+    from sweeps.sae.presets import PRESETS
+    from sweeps.sae.released import plan_released
+
+    lm = load_host_lm(MODEL, lm_path=folder / "lm")
+    folders = tuple(str(folder / f"sae{number}") for number in range(count))
+    cells = plan_released(
+        replace(PRESETS["released"], saes=folders, eval_sequences=len(tokens_ST), stream="pile", rungs="free")
+    )
+    saes = [read_folder(name) for name in folders]
+    tokens = tokens_ST.numpy()
+    stream: Any = SimpleNamespace(eval_sequences=lambda n: tokens[:n], held_out_place=str, source="benchmark")
+    context: Any = SimpleNamespace(progress=lambda **_: None, device="cpu")
+
+    def work() -> None:
+        evaluation = Evaluation(lm, stream, [LAYER], cells[0], context)
+        rows = [evaluation.run(cell, sae)[0] for cell, sae in zip(cells, saes, strict=True)]
+        found["ours"] = [next(r.value for r in part if r.metric == "loss_recon") for part in rows]
+
+    return work
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--sequences", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="small SAEs, one round, to see that it runs; no targets")
+    parser.add_argument("--out")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.quick:
+        options.sequences, options.repeats = 2, 1
+    tokens_ST = torch.from_numpy(np.random.default_rng(1).integers(0, 50304, (options.sequences, CONTEXT)))
+    cases, lines = {}, []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_workspace(folder, 1024 if options.quick else 16384)
+        for count in TARGETS:
+            found: dict[str, list[float]] = {}
+            arms: dict[str, Arm] = {
+                "sae_lens": timed(peer(folder, count, tokens_ST, found)),
+                "ours": timed(ours(folder, count, tokens_ST, found)),
+            }
+            say = functools.partial(print, file=sys.stderr, flush=True)
+            cases[f"{count} SAE{'s' * (count > 1)}"] = paired(
+                arms, baseline="sae_lens", repeats=options.repeats, warmup=1, progress=say
+            )
+            worst = max(abs(a - b) for a, b in zip(found["ours"], found["peer"], strict=True))
+            lines.append(f"- {count}: largest difference of a CE from the peer's {worst:.1e} nats (allowed 1e-5)")
+    targets = {(case, "ours"): t for case, t in zip(cases, TARGETS.values(), strict=True) if not options.quick}
+    table = markdown_table(cases, baseline="sae_lens", targets=targets)
+    head = ["# released_saes", "", machine(), "", "Re-run: `python benchmarks/released_saes.py`.", ""]
+    write_report("\n".join([*head, table, "", *lines]), options.out)
+    return 0 if all(cases[case]["ours"].ratio >= target for (case, _), target in targets.items()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
