@@ -304,7 +304,7 @@ class _Launch(Generic[CellT, PresetT]):
         tracker.start(
             {"preset": self.arguments.preset, "cells": len(self.cells), "storage": self.storage},
             {"plumbline.preset": self.arguments.preset, "plumbline.git_commit": git_commit()},
-            Plan(self.by_key, [cell.key for cell in self.whole], self.sweep.view, self.arguments.preset),
+            Plan(self.by_key, [cell.key for cell in self._sizing], self.sweep.view, self.out.name),
         )
         tracker.want(sorted(self.done))
         status = "FAILED"
@@ -370,6 +370,11 @@ class _Launch(Generic[CellT, PresetT]):
         return 0 if self._whole else 1
 
     @property
+    def _sizing(self) -> Sequence[CellT]:
+        """The grid, or of a search what does not grow with it: the first batch."""
+        return self.whole if self.search is None else self.search.first_cells()
+
+    @property
     def _whole(self) -> bool:
         return len(self.done) == len(self.cells) and (self.search is None or self.search.finished)
 
@@ -413,7 +418,7 @@ class _Launch(Generic[CellT, PresetT]):
             return False
         self.whole = self.cells = self.search.advance(record=True)
         fresh = [cell for cell in self.cells if cell.key not in self.by_key]
-        self.by_key = {cell.key: cell for cell in self.cells}
+        self.by_key.update((cell.key, cell) for cell in fresh)  # in place: MLflow's thread looks cells up there
         self.run = self.sweep.pin(self.cells, self.run)
         fingerprints.update({c.key: self.sweep.fingerprint(c, self.preset, self.run) for c in fresh})
         board.cells = len(self.cells)
@@ -445,8 +450,7 @@ class _Launch(Generic[CellT, PresetT]):
     def _settle_threads(self, machine: Machine) -> None:
         """Threads of a pack follow from the whole plan: an interrupted run continues with as many as it began with."""
         if not self.run.threads:
-            sized = self.whole if self.search is None else self.search.first_cells()
-            self.run = replace(self.run, threads=self.sweep.threads(sized, self.preset, machine, self.run))
+            self.run = replace(self.run, threads=self.sweep.threads(self._sizing, self.preset, machine, self.run))
 
     def _say_other_threads(self, board: Board) -> None:
         """A change of threads since the cells that are done: another machine, or a setting."""
