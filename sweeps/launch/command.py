@@ -29,7 +29,7 @@ from sweeps.core.machine import Machine, check_folder, git_commit, prepare_proce
 from sweeps.core.settings import RunSettings, add_settings, apply_settings
 from sweeps.core.units import duration
 from sweeps.launch.address import check as check_address
-from sweeps.launch.cost import Budget, cost_lines, unit_of
+from sweeps.launch.cost import cost_lines, most_it_costs, open_search
 from sweeps.launch.ending import failure_lines, mlflow_lines, next_lines, open_page
 from sweeps.launch.failure import SYSTEM_ERROR, one_line
 from sweeps.launch.lines import tell
@@ -49,9 +49,8 @@ from sweeps.ledger.claims import Claims
 from sweeps.ledger.ledger import Ledger
 from sweeps.ledger.logins import clean_arguments, given, hide_arguments
 from sweeps.ledger.storage import normal_storage
-from sweeps.search.options import Asked, add_search, read_asked
+from sweeps.search.options import add_search, read_asked
 from sweeps.search.report import write_evidence
-from sweeps.search.search import Search
 
 _WAIT_SECONDS = 4.0  # before the ledger is looked at again for the cells of other launches
 _WAIT_SHARE = 20  # ... and at least so many times what the last look took
@@ -140,7 +139,7 @@ class _Launch(Generic[CellT, PresetT]):
         tracking = arguments.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri()
         self.tracking_uri = normal_uri(given(tracking, "--tracking-uri"))
         self.ledger = Ledger(self.storage, sweep.name, sweep.version)
-        self.search = None if asked is None else self._opened(asked)
+        self.search = open_search(asked, sweep, self.preset, self.run, self.ledger) if asked else None
         self.cells = self._planned()
         self.by_key = {cell.key: cell for cell in self.cells}
         self.done = self.ledger.done(self.by_key)
@@ -148,15 +147,6 @@ class _Launch(Generic[CellT, PresetT]):
         self._verified: set[str] = set()  # finished cells whose fingerprint was looked at
         folder = arguments.preset + ("-search" if self.search else "")
         self.out = Path(arguments.report_dir).expanduser() / sweep.name / folder
-
-    def _opened(self, asked: Asked) -> Search[CellT]:
-        """The search, with what its trials may cost."""
-        if not asked.spend:
-            return Search(asked, self.sweep, self.preset, self.ledger)
-        budget, work = Budget.read(asked.spend, Machine.here(), self.run), self.ledger.work
-        return Search(
-            asked, self.sweep, self.preset, self.ledger, lambda keys: budget.left(work(self.ledger.done(keys)))
-        )
 
     def _planned(self) -> list[CellT]:
         if self.search is not None:
@@ -206,23 +196,9 @@ class _Launch(Generic[CellT, PresetT]):
         tell(plan.details())
         tell(cost_lines(plan.estimate, machine, self.run, self.ledger.work(sorted(self.done))))
         if self.search is not None:
-            tell([self._search_cost(self.search, machine)])
+            tell([most_it_costs(self.search, self.sweep, self.preset, self.run, machine)])
         tell(plan.table(self.arguments.all))
         tell(["nothing was run"])
-
-    def _search_cost(self, search: Search[CellT], machine: Machine) -> str:
-        """What the search costs at most: as many of its dearest trials as are left, one after another."""
-        quick = replace(self.run, probe=False)
-        left, cells = search.most_costly(lambda some: self.sweep.estimate(some, self.preset, machine, quick).seconds)
-        each = self.sweep.estimate(cells, self.preset, machine, self.run).seconds if cells else 0.0
-        hours = left * each / 3600 * unit_of(machine)[1]
-        money = f" = {hours * self.run.price_per_hour:.2f}" if self.run.price_per_hour else ""
-        if search.asked.spend:
-            return f"search       until {search.asked.spend} are spent, and the trials that are running then"
-        return (
-            f"search       {left} trials to come, at most {hours:.2f} {unit_of(machine)[0]} hours{money}: each as long "
-            f"as the longest at the ends of the ranges ({duration(each)}), with nothing shared"
-        )
 
     def _rounds(self, missing: list[CellT], machine: Machine) -> list[Pack[CellT]]:
         """The packs of every round to come."""

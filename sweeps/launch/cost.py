@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
-from sweeps.core.cells import Estimate, UserError
+from sweeps.core.cells import CellT, Estimate, UserError
 from sweeps.core.gpus import GPU_TYPES, GPUType, asked_types
+from sweeps.core.machine import Machine
+from sweeps.core.settings import RunSettings
 from sweeps.core.units import span
+from sweeps.launch.sweep import PresetT, Sweep
+from sweeps.ledger.ledger import Ledger
+from sweeps.search.options import Asked
+from sweeps.search.search import Search
 
-if TYPE_CHECKING:
-    from sweeps.core.machine import Machine
-    from sweeps.core.settings import RunSettings
 FLOPS_SHARE = 0.3  # of the peak that a well-fed training loop of matrix products reaches; an assumption
 BYTES_SHARE = 0.6  # of the memory bandwidth that a streaming kernel reaches; an assumption
 
@@ -116,3 +118,31 @@ def cost_lines(
             f"assumed {rates} ({kind.source}), not measured"
         )
     return lines
+
+
+def open_search(
+    asked: Asked, sweep: Sweep[CellT, PresetT], preset: PresetT, run: RunSettings, ledger: Ledger
+) -> Search[CellT]:
+    """The search of a command line; raises UserError."""
+    if not asked.spend:
+        return Search(asked, sweep, preset, ledger)
+    budget = Budget.read(asked.spend, Machine.here(), run)
+    return Search(asked, sweep, preset, ledger, lambda keys: budget.left(ledger.work(ledger.done(keys))))
+
+
+def most_it_costs(
+    search: Search[CellT], sweep: Sweep[CellT, PresetT], preset: PresetT, run: RunSettings, machine: Machine
+) -> str:
+    """Line of `--plan`: what the search costs at most, as many of its dearest trials as are left, one after another."""
+    if search.asked.spend:
+        return f"search       until {search.asked.spend} are spent, and the trials that are running then"
+    quick = replace(run, probe=False)
+    left, cells = search.most_costly(lambda some: sweep.estimate(some, preset, machine, quick).seconds)
+    each = sweep.estimate(cells, preset, machine, run).seconds if cells else 0.0
+    unit, number = unit_of(machine)
+    hours = left * each / 3600 * number
+    money = f" = {hours * run.price_per_hour:.2f}" if run.price_per_hour else ""
+    return (
+        f"search       {left} trials to come, at most {hours:.2f} {unit} hours{money}: each as long as the longest at "
+        f"the ends of the ranges ({span(each)}), with nothing shared"
+    )

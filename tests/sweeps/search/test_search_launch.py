@@ -18,10 +18,10 @@ from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
 from sweeps.launch import command
 from sweeps.launch.cost import Budget
-from sweeps.launch.notebook import tune
 from sweeps.launch.pack_queue import Queue
 from sweeps.launch.tune import Job, run_one
 from sweeps.ledger.ledger import Ledger
+from sweeps.tuning import tune
 from tests.sweeps.search.bowl import SWEEP
 
 Main = Callable[..., int]

@@ -1,6 +1,6 @@
 """Searches from Python: the command line's search, and what it found as values.
 
-from sweeps.launch.notebook import tune
+from sweeps.tuning import tune
 from sweeps.sae.sweep import SWEEP
 
 found = tune(SWEEP, "ce_rec:max", trials=24, lr="log:1e-4:1e-2", k=8)
