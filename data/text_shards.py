@@ -84,7 +84,7 @@ class TokenisedText:
             state["next"], state["ended"] = following or state["next"], following is None
             write_whole(self.folder / _STATE, json.dumps(state).encode())
             train, held = _counts(state)
-            say(f"tokenised {len(state['shards'])} shards: {train:,} training and {held:,} held-out sequences")
+            say(f"tokenised: {train:,} training and {held:,} held-out sequences (shard {len(state['shards'])})")
             if _enough(state, n_train, n_held_out):
                 return
         if not state["ended"]:  # a text without any document

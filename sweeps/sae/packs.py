@@ -91,7 +91,7 @@ def _packs(cells: tuple[SAECell, ...], machine: Machine, run: RunSettings) -> tu
         cpus = run.threads or _threads(node.cores, node.at_once(len(parts)), held)
     return tuple(
         Pack(
-            name=f"{part[0].model}-{i:02d}",
+            name=f"{part[0].model.rstrip('/').rsplit('/', 1)[-1]}-{i:02d}",  # of a path or OWNER/NAME the last part
             cells=tuple(part),
             cpus=cpus,
             gpus=1.0 if machine.gpus else 0.0,
