@@ -269,7 +269,7 @@ class Tracker(CellRuns):
         own = self._end_dead_launches()
         self._kill_deserted()
         self._parent = own or self._make_parent()
-        self._load = _DriverLoad(self._parent, self._address)
+        self._load = _DriverLoad()
         with contextlib.suppress(Exception):  # a view is a convenience: the address then carries a search
             plan = self._plan
             self._shared_view = share(self._client, self.uri, self._experiment, plan.view, self._grid, plan.title)
@@ -457,19 +457,28 @@ def _summary(files: Sequence[Path]) -> tuple[dict[str, float], dict[str, str]]:
 
 
 class _DriverLoad:
-    """MLflow's monitors of CPU, memory, disk, network and GPUs, without its thread, which would ask the server."""
+    """MLflow's monitors of CPU, memory, disk, network and GPUs, without the thread and the client that run them."""
 
-    def __init__(self, run_id: str, address: str) -> None:
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+    def __init__(self) -> None:
+        from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
-        self._monitor = SystemMetricsMonitor(run_id, tracking_uri=address)
-        self._monitor.collect_metrics()  # the first begins the time that the next is about
-        self._clear()
+        self._monitors: list[BaseMetricsMonitor] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+        with contextlib.suppress(Exception):  # no GPU, or no nvidia-ml-py, which asks it
+            self._monitors.append(GPUMonitor())
+        self._measure()  # the first begins the time that the next is about
         self._began = self._last = time.monotonic()
 
-    def _clear(self) -> None:
-        for monitor in self._monitor.monitors:
+    def _measure(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for monitor in self._monitors:
+            monitor.collect_metrics()
+            found |= monitor.aggregate_metrics()
             monitor.clear_metrics()
+        return found
 
     def due(self) -> list[tuple[str, float, int, int]]:
         """(name, value, time in ms, step) entries, the step in seconds; none where the last are too recent."""
@@ -477,8 +486,6 @@ class _DriverLoad:
         if now - self._last < CURVE_SECONDS:
             return []
         self._last = now
-        self._monitor.collect_metrics()
-        found = self._monitor.aggregate_metrics()
-        self._clear()
+        found = self._measure()
         at = int(time.time() * 1000), int(now - self._began)
         return [(f"system/{name}", float(value), *at) for name, value in found.items()]
