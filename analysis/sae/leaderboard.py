@@ -40,7 +40,6 @@ RELATIONS = ("pooled", "within k")
 STATISTICS = ("pearson", "spearman")
 MIN_CLUSTERS = 6
 NEEDS_RANKS = "Pearson's has no interval; see Spearman"
-NEEDS_SUMS = "its sums are not kept by sequence"
 _CLUSTERS = {"pooled": ["model", "layer", "k"], "within k": ["k"]}
 _CLUSTER_NAMES = {"pooled": "trajectories (model, layer and k)", "within k": "values of k"}
 
@@ -337,7 +336,7 @@ def _rank_rows(
 
 def _needs(proxy: Proxy, spread: _Spread) -> str:
     if spread.over_sequences and proxy.metric not in RESAMPLED:
-        return NEEDS_SUMS
+        return f"{proxy.label} keeps no sums by sequence"
     return "needs ranks that vary between clusters"
 
 

@@ -64,6 +64,7 @@ class Cost:
     own: float
     shared: float
     reason: str = ""
+    once: bool = False  # whether all of it is shared
 
     def each(self, saes: float) -> float:
         """Passes per SAE when so many of a model share what can be shared."""
@@ -72,7 +73,7 @@ class Cost:
     def __str__(self) -> str:
         if math.isnan(self.own + self.shared):
             return f"– ({self.reason})" if self.reason else "–"
-        return f"{self.shared:.2f} per model" if self.shared else f"{self.own:.2f}"
+        return f"{self.shared:.2f} per model" if self.once else f"{self.own:.2f}"
 
 
 _SPANS_OF = {
@@ -92,7 +93,8 @@ def cost_of(proxy: str, costs: pd.DataFrame) -> Cost:
         return Cost(math.nan, 0.0)
     part = costs.loc[spans]
     own, shared = (float(part.loc[part["shared"] == once, "passes"].sum(skipna=False)) for once in (False, True))
-    return Cost(own, shared, "; ".join(reason for reason in part["reason"] if reason))
+    reason = "; ".join(reason for reason in part["reason"] if reason)
+    return Cost(own, shared, reason, once=bool(spans) and bool(part["shared"].all()))
 
 
 def merged_costs(costs: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

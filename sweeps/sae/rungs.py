@@ -57,8 +57,9 @@ class Clock:
 class SharedPass:
     """What all SAEs share: predictions by chunk, scores of drawn labels by layer, and what the passes took.
 
-    whole: whether the rungs that take passes of their own are asked for. forward_seconds: a plain forward pass of the
-    whole model over all sequences; backward_seconds: the backward pass from the loss to the lowest hooked layer.
+    whole: whether the rungs that take passes of their own are asked for. Seconds over all sequences: forward_seconds of
+    a plain forward pass of the whole model; backward_seconds of the pass from the loss to the lowest hooked layer;
+    drawn_seconds of that from drawn labels, with the drawing.
     """
 
     lm: HostLM
@@ -67,14 +68,14 @@ class SharedPass:
     clock: Clock
     forward_seconds: float = 0.0
     backward_seconds: float = 0.0
+    drawn_seconds: float = 0.0
     predictions: dict[int, Predictions] = field(default_factory=dict)  # first sequence of a chunk → its predictions
     scores: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)  # (layer, first sequence) → s_BTD
 
     def run(self, rows: slice, tokens_BT: torch.Tensor, layers: list[int], also: list[int]) -> Unpatched:
         """The unpatched pass of one chunk; labels are drawn by the chunk's place alone."""
         draws = torch.Generator().manual_seed(rows.start) if self.whole else None
-        with self.clock.span("unpatched"):
-            found = self.lm.unpatched(tokens_BT, layers, also=also, logits_dtype=self.logits_dtype, draws=draws)
+        found = self.lm.unpatched(tokens_BT, layers, also=also, logits_dtype=self.logits_dtype, draws=draws)
         self.predictions[rows.start] = Predictions(
             self.lm.head, tokens_BT, found.hidden_BTD, found.pull_BTD, found.loss_B
         )
@@ -91,14 +92,15 @@ class SharedPass:
                 self.lm.patched_loss(a_BTD, last, few_BT, logits_dtype=self.logits_dtype)
         with self.clock.span("both"):
             self.lm.unpatched(few_BT, layers, logits_dtype=self.logits_dtype)
+        if self.whole:
+            with self.clock.span("drawn"):
+                draws = torch.Generator().manual_seed(0)
+                self.lm.unpatched(few_BT, layers, logits_dtype=self.logits_dtype, draws=draws)
         scale = len(tokens_ST) / len(few_BT)
         self.forward_seconds = self.clock.seconds["forward"] * scale
-        self.backward_seconds = max(0.0, self.clock.seconds["both"] * scale - self.forward_seconds)
-
-    @property
-    def drawn_seconds(self) -> float:
-        """What drawing labels and their backward pass took, over all sequences."""
-        return max(0.0, self.clock.seconds.get("unpatched", 0.0) - self.forward_seconds - self.backward_seconds)
+        both = self.clock.seconds["both"]
+        self.backward_seconds = max(0.0, both * scale - self.forward_seconds)
+        self.drawn_seconds = max(0.0, (self.clock.seconds.get("drawn", both) - both) * scale)
 
 
 class CellRungs:

@@ -163,7 +163,7 @@ def test_a_proxy_that_is_ce_itself_ranks_first_and_sums_by_sequence_give_interva
         assert best["value"] == pytest.approx(1.0)
         needs = part.set_index("proxy")["needs"]
         if not needs["kl"].startswith("needs ≥"):
-            assert needs["r2_whitened"] == "its sums are not kept by sequence"
+            assert needs["r2_whitened"] == "R² whitened keeps no sums by sequence"
             assert np.isfinite(part.set_index("proxy").loc["fisher", ["lo", "hi"]].to_numpy(float)).all()
 
 
