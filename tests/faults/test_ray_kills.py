@@ -103,7 +103,6 @@ def struck(launches: Launches) -> list[str]:
     return [hit for hit in launches.hits() if not hit.startswith("slow")]
 
 
-@pytest.mark.daily
 def test_workers_and_drivers_killed(launches: Launches, sources, reference: References, survived: Survived) -> None:
     chain = Chain(launches, SWEEPS["proxy_gap"](sources), "proxy_gap on Ray")
     torn = Fault(do="torn", on=r"^write .*/_work/.*\.pt\.", role="worker")

@@ -151,6 +151,7 @@ def test_two_workers_train_as_one_process_does(two: tuple[Ledger, str], alone: L
 
 
 @pytest.mark.slow
+@pytest.mark.daily
 def test_kill_9_of_a_worker_continues_to_the_same_bits(two: tuple[Ledger, str], tmp_path: Path, cache: Path) -> None:
     job = start(tmp_path, cache, "--set", "workers=2", "--set", "micro_batch=1", "--set", "checkpoint_steps=4")
     work = WorkStore(ledger_in(tmp_path).store)
