@@ -28,28 +28,32 @@ import torch
 from benchmarks._paired import Arm, machine, markdown_table, paired, timed, write_report
 from benchmarks.evaluation import CONTEXT, MODEL, FixedTokens, save_random_lm
 
-LAYER, TARGETS = 3, {1: 3.0, 10: 5.0}
+LAYER, FIRING, TARGETS = 3, 32, {1: 3.0, 10: 5.0}
 
 
-def make_workspace(folder: Path, d_sae: int) -> None:
-    """The model, a tokenizer, and ten JumpReLU SAEs that SAELens saved."""
+def make_workspace(folder: Path, d_sae: int, tokens_ST: torch.Tensor) -> None:
+    """The model, a tokenizer, and ten JumpReLU SAEs that SAELens saved, of which FIRING features fire per token."""
     from sae_lens import saes
     from sae_lens.saes.sae import SAEMetadata
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
+
+    from models.host.host_lm import load_host_lm
 
     torch.manual_seed(0)
     save_random_lm(folder / "lm", head_scale=5.0)
     special = {f"{role}_token": "<e>" for role in ("bos", "eos", "unk", "pad")}
     words = Tokenizer(models.WordLevel({"<e>": 0}, unk_token="<e>"))
     PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder / "tokenizer")
+    acts_TD = load_host_lm(MODEL, lm_path=folder / "lm").activations(tokens_ST[:1], [LAYER])[LAYER][0]
     about = SAEMetadata(model_name=MODEL, hook_name=f"blocks.{LAYER}.hook_resid_post", context_size=CONTEXT)
     for number in range(max(TARGETS)):
         sae = saes.JumpReLUSAE(saes.JumpReLUSAEConfig(d_in=512, d_sae=d_sae, metadata=about))
         with torch.no_grad():
             sae.W_dec /= sae.W_dec.norm(dim=-1, keepdim=True)
             sae.W_enc.copy_(sae.W_dec.T)
-            sae.threshold.fill_(2.9)  # activations have unit coordinates: about 32 of 16,384 features fire
+            scores_TM = acts_TD @ sae.W_enc
+            sae.threshold.fill_(float(scores_TM.flatten().topk(FIRING * len(acts_TD)).values.min()))
         sae.save_model(folder / f"sae{number}")
 
 
@@ -127,7 +131,7 @@ def main() -> int:
     cases, lines = {}, []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_workspace(folder, 1024 if options.quick else 16384)
+        make_workspace(folder, 1024 if options.quick else 16384, tokens_ST)
         for count in TARGETS:
             found: dict[str, list[float]] = {}
             arms: dict[str, Arm] = {
