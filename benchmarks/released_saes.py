@@ -53,7 +53,8 @@ def make_workspace(folder: Path, d_sae: int, tokens_ST: torch.Tensor) -> None:
             sae.W_dec /= sae.W_dec.norm(dim=-1, keepdim=True)
             sae.W_enc.copy_(sae.W_dec.T)
             scores_TM = acts_TD @ sae.W_enc
-            sae.threshold.fill_(float(scores_TM.flatten().topk(FIRING * len(acts_TD)).values.min()))
+            edge = float(scores_TM.flatten().topk(FIRING * len(acts_TD)).values.min())
+            sae.threshold.fill_(0.9995 * edge)  # no score lies at a threshold, where rounding would decide
         sae.save_model(folder / f"sae{number}")
 
 
@@ -98,6 +99,10 @@ def ours(folder: Path, count: int, tokens_ST: torch.Tensor, found: dict[str, lis
     from sweeps.sae.presets import PRESETS
     from sweeps.sae.released import plan_released
 
+    class WithoutFiles(Evaluation):
+        def _sae_files(self, cell: Any, sae: Any) -> dict[str, bytes | Path]:
+            return {}
+
     lm = load_host_lm(MODEL, lm_path=folder / "lm")
     folders = tuple(str(folder / f"sae{number}") for number in range(count))
     cells = plan_released(
@@ -109,7 +114,7 @@ def ours(folder: Path, count: int, tokens_ST: torch.Tensor, found: dict[str, lis
     context: Any = SimpleNamespace(progress=lambda **_: None, device="cpu")
 
     def work() -> None:
-        evaluation = Evaluation(lm, stream, [LAYER], cells[0], context)
+        evaluation = WithoutFiles(lm, stream, [LAYER], cells[0], context)
         rows = [evaluation.run(cell, sae)[0] for cell, sae in zip(cells, saes, strict=True)]
         found["ours"] = [next(r.value for r in part if r.metric == "loss_recon") for part in rows]
 
