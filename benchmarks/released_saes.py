@@ -99,10 +99,6 @@ def ours(folder: Path, count: int, tokens_ST: torch.Tensor, found: dict[str, lis
     from sweeps.sae.presets import PRESETS
     from sweeps.sae.released import plan_released
 
-    class WithoutFiles(Evaluation):
-        def _sae_files(self, cell: Any, sae: Any) -> dict[str, bytes | Path]:
-            return {}
-
     lm = load_host_lm(MODEL, lm_path=folder / "lm")
     folders = tuple(str(folder / f"sae{number}") for number in range(count))
     cells = plan_released(
@@ -114,7 +110,7 @@ def ours(folder: Path, count: int, tokens_ST: torch.Tensor, found: dict[str, lis
     context: Any = SimpleNamespace(progress=lambda **_: None, device="cpu")
 
     def work() -> None:
-        evaluation = WithoutFiles(lm, stream, [LAYER], cells[0], context)
+        evaluation = Evaluation(lm, stream, [LAYER], cells[0], context)
         rows = [evaluation.run(cell, sae)[0] for cell, sae in zip(cells, saes, strict=True)]
         found["ours"] = [next(r.value for r in part if r.metric == "loss_recon") for part in rows]
 

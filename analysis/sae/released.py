@@ -124,8 +124,9 @@ def _compose(cells: pd.DataFrame, ranked: pd.DataFrame, facts: Mapping[str, str]
         "SAEs of different layers or models are ranked together. CE_rec is easier at some layers than at others: "
         "compare within a layer before you choose.",
         "CE_rec's brackets are 95% t intervals over the evaluated sequences, for the one SAE.",
-        "The language model reads plain text without a beginning-of-sequence token and its weights are unprocessed; an "
-        "SAE that was trained on other input may do worse here than where it was made.",
+        "A sequence begins with BOS where the model's tokenizer puts that token before texts, and the "
+        "model's weights are unprocessed; an SAE that was trained on other input may do worse here than where it was "
+        "made.",
     ]
     rows = [
         {

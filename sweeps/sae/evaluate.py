@@ -125,8 +125,8 @@ class Evaluation:
                     f"another lm_dtype than {self.cell.lm_dtype}"
                 )
 
-    def run(self, cell: SAECell, sae: AnySAE) -> tuple[list[Row], dict[str, bytes | Path], float]:
-        """Rows, files and CE_rec of one SAE; its own files are among them where it was trained here.
+    def run(self, cell: SAECell, sae: AnySAE) -> tuple[list[Row], dict[str, bytes], float]:
+        """Rows, tables ({file name: content}) and CE_rec of one SAE.
 
         Raises ValueError when its reconstructions are not finite or none of its features fires.
         """
@@ -161,10 +161,10 @@ class Evaluation:
         rows_out += rungs.layer_rows()
         sequences = sequences.assign(**controlled.by_sequence(), **rungs.table())
         tables = {"sequences.parquet": parquet_bytes(sequences), "rungs.parquet": parquet_bytes(rungs.costs())}
-        files = {**tables, **(self._sae_files(cell, sae) if isinstance(sae, TopKSAE | JumpReLUSAE) else {})}
-        return rows_out, files, numbers["ce_rec"]
+        return rows_out, tables, numbers["ce_rec"]
 
-    def _sae_files(self, cell: SAECell, sae: TopKSAE | JumpReLUSAE) -> dict[str, bytes | Path]:
+    def saelens_files(self, cell: SAECell, sae: TopKSAE | JumpReLUSAE) -> dict[str, bytes]:
+        """{file name: content} of a trained SAE as SAELens reads it."""
         with tempfile.TemporaryDirectory() as folder:
             save_saelens(
                 sae,

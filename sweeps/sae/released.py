@@ -238,13 +238,12 @@ def audit_pack(cells: Sequence[ReleasedCell], context: PackContext) -> None:
         if content(about) != cell.sha256:
             raise UserError(f"{cell.source} changed after this launch began; start it again")
         try:
-            rows, files, ce_rec = evaluation.run(cell, read_folder(about.folder, context.device))
+            rows, tables, ce_rec = evaluation.run(cell, read_folder(about.folder, context.device))
         except ValueError as error:  # this SAE is damaged; the others are still audited
             context.fail(cell, str(error))
             continue
         best = max(best, ce_rec)
-        own = {name: data for name, data in files.items() if not name.startswith("sae/")}
-        context.publish(cell, rows, own | {"sae.parquet": parquet_bytes(_name_card(cell, about))})
+        context.publish(cell, rows, tables | {"sae.parquet": parquet_bytes(_name_card(cell, about))})
         context.progress(best=best)
 
 

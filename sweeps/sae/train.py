@@ -315,13 +315,15 @@ class _PackRun:
             return
         for i, (t, cell, trainer) in enumerate(due):
             self.context.progress(force=True, phase=f"evaluating SAE {i + 1} of {len(due)}")
+            sae = trainer.inference()
             try:
-                rows, files, ce_rec = self.evaluation.run(cell, trainer.inference())
+                rows, tables, ce_rec = self.evaluation.run(cell, sae)
             except ValueError as error:  # this SAE's outputs have no value; the others are still evaluated
                 self._give_up(t, [cell], error)
                 continue
             self._best = max(self._best, ce_rec)
-            self.context.publish(cell, [*rows, *_curve_rows(t, cell)], {**files, **self.files})
+            files = {**tables, **self.evaluation.saelens_files(cell, sae), **self.files}
+            self.context.publish(cell, [*rows, *_curve_rows(t, cell)], files)
             self.context.progress(best=self._best)
             t.drop(cell)
         self._forget_finished()
