@@ -117,6 +117,8 @@ def test_command_line_is_frozen() -> None:
         "--each": (None, None, "FIELD"),
         "--batch": (None, None, "N"),
         "--search-seed": (None, None, "N"),
+        "--spend": (None, None, "COST"),
+        "--confirm": (None, None, "N"),
     }
     assert list(PRESETS) == ["local", "smollm2", "scale", "fast2", "fast3", "phase2", "budget_k32", "bridge"]
     named = {"cells_per_pack", "threads", "max_retries", "checkpoint_seconds", "lm_path", "stream_path", "on_corrupt"}
@@ -143,7 +145,7 @@ def test_plan_of_every_preset(
     assert list(here.iterdir()) == []
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [name for name, grid in PRESETS.items() if grid.tokens])  # "released" trains nothing
 def test_smallest_budget_of_a_preset_outlasts_the_warm_up(preset: str) -> None:
     grid = PRESETS[preset]
     assert min(grid.tokens) // grid.batch_tokens > 2 * grid.warmup_steps
