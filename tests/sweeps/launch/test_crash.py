@@ -99,8 +99,9 @@ def test_the_newest_failure_of_a_file() -> None:
 def test_losses_of_a_worker_count_since_the_last_progress() -> None:
     from ray.tune.experiment import Trial
 
-    board = SimpleNamespace(say=lambda line: None, update=lambda name, state: None)
-    callback = tune._board_callback(tune._Attempts(cast("Any", board), {}, lambda keys: None, {}, max_retries=2))
+    board = SimpleNamespace(say=lambda line: None, update=lambda name, state, cells: None)
+    packs = {"p": Pack(name="p", cells=())}
+    callback = tune._board_callback(tune._Attempts(cast("Any", board), packs, lambda news: None, {}, max_retries=2))
     life = SimpleNamespace(num_failures=0)
     trial = cast("Any", SimpleNamespace(config={"pack": "p"}, max_failures=2, num_failures=0, run_metadata=life))
 

@@ -120,7 +120,9 @@ def test_command_line_is_frozen() -> None:
         "--spend": (None, None, "COST"),
         "--confirm": (None, None, "N"),
     }
-    assert list(PRESETS) == ["local", "smollm2", "scale", "fast2", "fast3", "phase2", "budget_k32", "bridge"]
+    assert list(PRESETS) == [
+        *["local", "smollm2", "scale", "released", "fast2", "fast3", "phase2", "budget_k32", "bridge"]
+    ]
     named = {"cells_per_pack", "threads", "max_retries", "checkpoint_seconds", "lm_path", "stream_path", "on_corrupt"}
     assert named <= set(RunSettings.__dataclass_fields__)
 
