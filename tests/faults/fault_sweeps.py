@@ -143,7 +143,7 @@ Results = dict[str, dict[str, Any]]
 
 
 def results(ledger: Ledger) -> Results:
-    """{key: {file: content}} of all published cells: bytes; for the rows a table without metrics of speed."""
+    """{key: {file: content}} of all published cells: bytes; tables without what measures the machine."""
     out: Results = {}
     assert ledger.done(), f"nothing is published in {ledger.store.uri}"
     for key in ledger.done():
@@ -152,6 +152,8 @@ def results(ledger: Ledger) -> Results:
         files: dict[str, Any] = {name: ledger.file(key, name) for name in cell.files if name != "cell.json"}
         rows = pd.read_parquet(io.BytesIO(files["rows.parquet"]))
         files["rows.parquet"] = rows[~rows["metric"].isin(_CLOCKS)].reset_index(drop=True)
+        if "rungs.parquet" in files:  # the time that each proxy took
+            files["rungs.parquet"] = pd.read_parquet(io.BytesIO(files["rungs.parquet"])).drop(columns="passes")
         out[key] = files
     return out
 
