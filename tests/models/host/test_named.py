@@ -43,6 +43,21 @@ def vocab() -> dict[str, int]:
     return {"<|endoftext|>": 0} | {chr(32 + i): i for i in range(1, VOCAB - 1)} | {'!"': VOCAB - 1}
 
 
+def test_a_model_is_transformers_own_whatever_another_library_registered(tmp_path, monkeypatch) -> None:
+    """Importing flash-linear-attention registers its own Mamba, which runs on GPUs alone."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    class Theirs(transformers.PretrainedConfig):
+        model_type = "qwen2"
+
+    folder = save(tmp_path / "lm")
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, "qwen2", Theirs)
+    assert type(transformers.AutoConfig.from_pretrained(folder)) is Theirs
+    lm = load_host_lm(str(folder))
+    assert type(lm.model) is transformers.Qwen2ForCausalLM
+    assert CONFIG_MAPPING._extra_content["qwen2"] is Theirs
+
+
 def save_gguf(file: Path, folder: Path, architecture: str = "qwen2") -> Path:
     """The checkpoint of `save` as GGUF, by the gguf package."""
     import gguf
