@@ -50,6 +50,9 @@ EXTRA_COLUMNS = {
         "r2_no_huge",
     ),
     *("r2_deflated1", "r2_deflated2", "r2_deflated4", "r2_deflated8", "r2_whitened"),
+    *("kl", "fisher", "fisher_diag", "fisher_sampled", "fisher_deviation", "attention_plan", "attention_cost"),
+    *("first_order", "first_order_slope", "first_order_correlation", "first_order_signs"),
+    *("l0", "density_median", "dense_share", "sae_class"),
 }
 
 
@@ -302,7 +305,7 @@ class TestPythia:
         assert list(pd.read_csv(out / "cells.csv").columns) == list(cells.columns)
         (cell,) = cells.to_dict("records")
         assert (cell["model"], cell["layer"], cell["k"], cell["tokens"]) == ("pythia-70m", 3, 8, 8192)
-        numbers = cells.drop(columns=["model", "depth", "cell_key"])
+        numbers = cells.drop(columns=["model", "depth", "cell_key", "sae_class"])
         unknown = [name for name in numbers.columns if not np.isfinite(float(numbers[name].iloc[0]))]
         assert unknown == ["ce_rec_lo", "ce_rec_hi"]  # four evaluated sequences carry no interval
         assert cell["loss_orig"] == pytest.approx(np.log(50304), abs=0.3)  # random weights know nothing
