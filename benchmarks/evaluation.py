@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -96,9 +97,11 @@ class FixedTokens:
         """Nothing to rewind: every batch is the same."""
 
 
-def peer(folder: Path) -> Any:
-    """`run_evals` of every SAE, one after another; leaves its CEs in peer.json."""
-    from sae_lens import SAE
+def saelens_losses(folder: Path, tokens_ST: torch.Tensor) -> Callable[[Any], dict[str, float]]:
+    """What gives an SAE's losses by SAELens' `run_evals` on the folder's model, every token counted as ours counts it.
+
+    It computes norms, sparsity, variance and density with them, in one batch of all the sequences.
+    """
     from sae_lens.evals import EvalConfig, run_evals
     from sae_lens.training.activation_scaler import ActivationScaler
     from transformer_lens.model_bridge import TransformerBridge
@@ -110,8 +113,7 @@ def peer(folder: Path) -> Any:
         hf_model=hf,
         tokenizer=PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"),
     )
-    saes = {cell: SAE.load_from_disk(str(folder / cell_name(*cell))) for cell in CELLS}
-    store: Any = FixedTokens(torch.from_numpy(np.load(folder / "tokens.npy")).long())
+    store: Any = FixedTokens(tokens_ST)
     config = EvalConfig(
         batch_size_prompts=len(store.tokens_ST),
         n_eval_reconstruction_batches=1,
@@ -123,13 +125,26 @@ def peer(folder: Path) -> Any:
         compute_featurewise_density_statistics=True,
     )
 
+    def losses(sae: Any) -> dict[str, float]:
+        metrics, _ = run_evals(sae, store, model, ActivationScaler(), config, exclude_special_tokens=False)
+        return metrics["model_performance_preservation"]
+
+    return losses
+
+
+def peer(folder: Path) -> Any:
+    """`run_evals` of every SAE, one after another; leaves its CEs in peer.json."""
+    from sae_lens import SAE
+
+    saes = {cell: SAE.load_from_disk(str(folder / cell_name(*cell))) for cell in CELLS}
+    losses = saelens_losses(folder, torch.from_numpy(np.load(folder / "tokens.npy")).long())
+
     def work() -> None:
         found = {}
         for cell, sae in saes.items():
-            metrics, _ = run_evals(sae, store, model, ActivationScaler(), config, exclude_special_tokens=False)
-            losses = metrics["model_performance_preservation"]
             names = ("ce_loss_without_sae", "ce_loss_with_sae", "ce_loss_with_ablation")
-            found[cell_name(*cell)] = [losses[name] for name in names]
+            own = losses(sae)
+            found[cell_name(*cell)] = [own[name] for name in names]
         (folder / "peer.json").write_text(json.dumps(found), encoding="utf-8")
 
     return work
@@ -142,10 +157,6 @@ def ours(folder: Path, dtype: str) -> Any:
     from models.sae.trainer import encoder
     from sweeps.sae.cells import SAECell
     from sweeps.sae.evaluate import Evaluation
-
-    class WithoutFiles(Evaluation):
-        def _sae_files(self, cell: SAECell, sae: Any) -> dict[str, bytes | Path]:
-            return {}
 
     tokens = np.load(folder / "tokens.npy")
     lm = load_host_lm(MODEL, lm_path=folder / "lm")
@@ -182,7 +193,7 @@ def ours(folder: Path, dtype: str) -> Any:
 
     def work() -> None:
         found = {}
-        evaluation = WithoutFiles(lm, stream, LAYERS, cells[CELLS[0]], context)
+        evaluation = Evaluation(lm, stream, LAYERS, cells[CELLS[0]], context)
         for at, cell in cells.items():
             rows, _, _ = evaluation.run(cell, saes[at])
             value = {row.metric: row.value for row in rows}

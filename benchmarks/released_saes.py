@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from benchmarks._paired import Arm, machine, markdown_table, paired, timed, write_report
-from benchmarks.evaluation import CONTEXT, MODEL, FixedTokens, save_random_lm
+from benchmarks.evaluation import CONTEXT, MODEL, saelens_losses, save_random_lm
 
 LAYER, FIRING, TARGETS = 3, 32, {1: 3.0, 10: 5.0}
 
@@ -45,48 +45,28 @@ def make_workspace(folder: Path, d_sae: int, tokens_ST: torch.Tensor) -> None:
     special = {f"{role}_token": "<e>" for role in ("bos", "eos", "unk", "pad")}
     words = Tokenizer(models.WordLevel({"<e>": 0}, unk_token="<e>"))
     PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder / "tokenizer")
-    acts_TD = load_host_lm(MODEL, lm_path=folder / "lm").activations(tokens_ST[:1], [LAYER])[LAYER][0]
+    acts_TD = load_host_lm(MODEL, lm_path=folder / "lm").activations(tokens_ST, [LAYER])[LAYER].flatten(0, 1)
     about = SAEMetadata(model_name=MODEL, hook_name=f"blocks.{LAYER}.hook_resid_post", context_size=CONTEXT)
     for number in range(max(TARGETS)):
         sae = saes.JumpReLUSAE(saes.JumpReLUSAEConfig(d_in=512, d_sae=d_sae, metadata=about))
         with torch.no_grad():
             sae.W_dec /= sae.W_dec.norm(dim=-1, keepdim=True)
             sae.W_enc.copy_(sae.W_dec.T)
-            scores_TM = acts_TD @ sae.W_enc
-            edge = float(scores_TM.flatten().topk(FIRING * len(acts_TD)).values.min())
-            sae.threshold.fill_(0.9995 * edge)  # no score lies at a threshold, where rounding would decide
+            highest = (acts_TD @ sae.W_enc).flatten().topk(FIRING * len(acts_TD) + 500).values[-1000:]
+            gap = int((highest[:-1] - highest[1:]).argmax())
+            sae.threshold.fill_(float(highest[gap : gap + 2].mean()))  # far from any score: rounding decides nothing
         sae.save_model(folder / f"sae{number}")
 
 
 def peer(folder: Path, count: int, tokens_ST: torch.Tensor, found: dict[str, list[float]]) -> Any:
     """`run_evals` of each SAE."""
     from sae_lens import SAE
-    from sae_lens.evals import EvalConfig, run_evals
-    from sae_lens.training.activation_scaler import ActivationScaler
-    from transformer_lens.model_bridge import TransformerBridge
-    from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-    model: Any = TransformerBridge.boot_transformers(
-        f"EleutherAI/{MODEL}",
-        hf_model=GPTNeoXForCausalLM.from_pretrained(folder / "lm", dtype=torch.float32).eval(),
-        tokenizer=PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"),
-    )
     saes = [SAE.load_from_disk(folder / f"sae{number}") for number in range(count)]
-    store: Any = FixedTokens(tokens_ST)
-    config = EvalConfig(
-        batch_size_prompts=len(tokens_ST),
-        n_eval_reconstruction_batches=1,
-        n_eval_sparsity_variance_batches=1,
-        compute_ce_loss=True,
-        compute_l2_norms=True,
-        compute_sparsity_metrics=True,
-        compute_variance_metrics=True,
-        compute_featurewise_density_statistics=True,
-    )
+    losses = saelens_losses(folder, tokens_ST)
 
     def work() -> None:
-        results = [run_evals(sae, store, model, ActivationScaler(), config)[0] for sae in saes]
-        found["peer"] = [r["model_performance_preservation"]["ce_loss_with_sae"] for r in results]
+        found["peer"] = [losses(sae)["ce_loss_with_sae"] for sae in saes]
 
     return work
 
