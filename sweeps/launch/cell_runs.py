@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from sweeps.core.cells import Cell, PublishedCell, digest
 from sweeps.launch.live import Live, Point
-from sweeps.launch.mlflow_store import quoted
+from sweeps.launch.mlflow_store import GRID, LAUNCH, TAG_LENGTH, quoted
 from sweeps.ledger.claims import Claims
 from sweeps.ledger.ledger import Ledger
 from sweeps.ledger.logins import remember, without_password
@@ -28,10 +28,7 @@ if TYPE_CHECKING:
 
 _BATCH = 1000  # entries a log_batch call may carry (MLflow REST limit)
 _PAGE = 5000  # runs a search may return at once
-TAG_LENGTH = 5000  # characters that MLflow takes in a tag
-GRID = "plumbline.grid"  # tag: the grids that a cell belongs to, blanks between them
 _ERROR = "plumbline.error"
-_LAUNCH = "plumbline.launch"
 
 
 @dataclass(frozen=True)
@@ -181,7 +178,7 @@ class CellRuns:
         here = self._tag("")
         running = f"tags.`plumbline.kind` = 'cell' and tags.`plumbline.cell` LIKE {quoted(f'{here}%')}"
         for run in self._search(f"{running} and attributes.status = 'RUNNING'"):
-            launch, named = run.data.tags.get(_LAUNCH, ""), run.data.tags["plumbline.cell"]
+            launch, named = run.data.tags.get(LAUNCH, ""), run.data.tags["plumbline.cell"]
             if named.startswith(here) and launch != self.claims.launch_id and not self.claims.alive(launch):
                 self._client.set_terminated(run.info.run_id, "KILLED")
 
@@ -262,7 +259,7 @@ class CellRuns:
         for key, run in self._followed.items():
             if key not in self._finished and self._begun.get(key, run).status == "RUNNING":
                 info = self._client.get_run(run.id)
-                if info.info.status == "RUNNING" and info.data.tags.get(_LAUNCH) == self.claims.launch_id:
+                if info.info.status == "RUNNING" and info.data.tags.get(LAUNCH) == self.claims.launch_id:
                     self._client.set_terminated(run.id, "KILLED")
         self._followed.clear()
 
@@ -304,7 +301,7 @@ class CellRuns:
             "plumbline.cell": self._tag(key),
             "plumbline.cell_uri": f"{self.ledger.store.uri}/{key}",
             "plumbline.version": self.ledger.version,
-            _LAUNCH: launch,
+            LAUNCH: launch,
             GRID: self._grids(known),
             "mlflow.parentRunId": self._parent,
             **{str(k): str(v) for k, v in identity.items()},

@@ -44,10 +44,7 @@ def failure_lines(cells: Mapping[str, Cell], reasons: Mapping[str, str]) -> list
 
 def program() -> str:
     """The Python of this process as one would type it."""
-    found = shutil.which("python")
-    if found and Path(found).absolute() == Path(sys.executable).absolute():
-        return "python"
-    return _relative(Path(sys.executable))
+    return _typed("python", Path(sys.executable))
 
 
 def command_line(script: str, arguments: Sequence[str]) -> str:
@@ -85,10 +82,8 @@ def server_command(uri: str) -> str:
     file = sqlite_file(uri)
     if file is not None and file.resolve() == ROOT / "runs" / "mlflow.db":
         return "make ui" if Path.cwd() == ROOT else shlex.join(["make", "-C", str(ROOT), "ui"])
-    mlflow = Path(sys.executable).with_name("mlflow")
-    found = shutil.which("mlflow")
-    name = "mlflow" if found and Path(found).absolute() == mlflow.absolute() else _relative(mlflow)
-    server = [name, "server", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(_PORT)]
+    mlflow = _typed("mlflow", Path(sys.executable).with_name("mlflow"))
+    server = [mlflow, "server", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(_PORT)]
     return f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {shlex.join(server)}"
 
 
@@ -100,7 +95,7 @@ def mlflow_lines(uri: str, link: str) -> list[str]:
 
 
 def open_page(page: Path) -> str:
-    """Open a report in a browser; returns a line that says so, or that there is none."""
+    """Open a report in a browser; returns a line that tells whether there was one."""
     try:
         opened = webbrowser.open(page.resolve().as_uri())
     except (webbrowser.Error, OSError):
@@ -108,6 +103,12 @@ def open_page(page: Path) -> str:
     if opened:
         return f"opened       {page}"
     return f"opened       nothing: no browser was found here; copy {page} to where there is one, it is one file"
+
+
+def _typed(name: str, file: Path) -> str:
+    """A program as one would type it: its name where the shell finds this very file under it, else its path."""
+    found = shutil.which(name)
+    return name if found and Path(found).absolute() == file.absolute() else _relative(file)
 
 
 def _relative(path: Path) -> str:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from urllib.parse import urlencode
 
 from sweeps.core.cells import digest
-from sweeps.launch.mlflow_store import quoted
+from sweeps.launch.mlflow_store import GRID, TAG_LENGTH, quoted
 
 SUMMARY = "summary.json"  # of a report: {name: number or word}, which the launch's run shows as metrics and tags
 _VERSION = "3.17."
@@ -30,7 +30,6 @@ _LAUNCH_FIRST = "tags.`plumbline.kind`"  # "launch" comes before "cell" in desce
 _RUNS = 100  # that a chart shows
 _WIDTH = 105  # of a column, in pixels
 _SECTION = {"isReordered": True, "deleted": False, "isGenerated": False, "columns": 2, "cardHeight": 330}
-_TAG = 5000  # characters that every store of MLflow takes in a tag of an experiment
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class View:
 
 def search_of(grid: str) -> str:
     """MLflow's search for the runs of a grid: its cells and its launches."""
-    return f"tags.`plumbline.grid` LIKE {quoted(f'%{grid}%')}"
+    return f"tags.`{GRID}` LIKE {quoted(f'%{grid}%')}"
 
 
 def runs_address(pages: str, experiment: str, grid: str, view: str) -> str:
@@ -90,7 +89,7 @@ def share(client: Any, uri: str, experiment: str, view: View, grid: str, title: 
         text = "deflate;" + base64.b64encode(zlib.compress(state.encode(), 9)).decode()
         named = {"name": f"{title} ({grid})", "createdAt": now, "updatedAt": now, "state": text}
         value = json.dumps(named)
-        if len(value) > _TAG:
+        if len(value) > TAG_LENGTH:
             return ""
         client.set_experiment_tag(experiment, f"{_SHARED}{key}", value)
     return key

@@ -15,6 +15,9 @@ import filelock
 
 from sweeps.core.cells import UserError
 
+TAG_LENGTH = 5000  # characters that every store of MLflow takes in a tag
+GRID = "plumbline.grid"  # tag: the grids that a run belongs to, blanks between them
+LAUNCH = "plumbline.launch"  # tag: the launch that a run is of
 _PLAIN = "/!$&'()*+,;=:@"  # characters of a path that need no percent-encoding in an address
 
 

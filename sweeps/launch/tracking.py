@@ -26,10 +26,10 @@ from urllib.parse import quote
 import tenacity
 
 from sweeps.core.cells import Cell, UserError, digest
-from sweeps.launch.cell_runs import GRID, TAG_LENGTH, CellRuns, Run
+from sweeps.launch.cell_runs import CellRuns, Run
 from sweeps.launch.first_view import SUMMARY, View, runs_address, share
 from sweeps.launch.live import CURVE_SECONDS
-from sweeps.launch.mlflow_store import alone, pages, quiet_mlflow, quoted, sqlite_file
+from sweeps.launch.mlflow_store import GRID, LAUNCH, TAG_LENGTH, alone, pages, quiet_mlflow, quoted, sqlite_file
 from sweeps.ledger.claims import Claims
 from sweeps.ledger.ledger import Ledger
 from sweeps.ledger.logins import http_login, with_login, without_password
@@ -311,7 +311,7 @@ class Tracker(CellRuns):
         own = ""
         here = f"tags.`plumbline.ledger` = {quoted(self.ledger.identifier())} and attributes.status = 'RUNNING'"
         for run in self._search(here):
-            launch = run.data.tags["plumbline.launch"]
+            launch = run.data.tags[LAUNCH]
             if launch == self.claims.launch_id:
                 own = run.info.run_id  # made by a call whose answer was lost
             elif not self.claims.alive(launch):
@@ -323,7 +323,7 @@ class Tracker(CellRuns):
         launch = self.claims.launch_id
         tags = {
             "plumbline.kind": "launch",
-            "plumbline.launch": launch,
+            LAUNCH: launch,
             "plumbline.ledger": self.ledger.identifier(),
             GRID: self._grid,
             **self._parent_tags,
@@ -435,7 +435,7 @@ class Tracker(CellRuns):
             return ""
         if self._grid:
             return runs_address(pages(self.uri), self._experiment, self._grid, self._shared_view)
-        search = quote(f"tags.`plumbline.launch` = {quoted(self.claims.launch_id)}", safe="")
+        search = quote(f"tags.`{LAUNCH}` = {quoted(self.claims.launch_id)}", safe="")
         return f"{pages(self.uri)}/#/experiments/{self._experiment}/runs?searchFilter={search}"
 
     def compare_link(self, keys: Sequence[str]) -> str:
