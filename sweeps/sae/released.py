@@ -212,23 +212,17 @@ def estimate_released(cells: Sequence[ReleasedCell], machine: Machine, run: RunS
 def audit_pack(cells: Sequence[ReleasedCell], context: PackContext) -> None:
     """Evaluate and publish every SAE of a pack on one pass of their language model.
 
-    An SAE whose outputs are no numbers is recorded as failed and the others go on. Raises UserError.
+    An SAE whose outputs are no numbers is recorded as failed and the others are still audited. Raises UserError.
     """
-    import torch
-
     from models.sae.folders import read_folder
     from sweeps.ledger.published import parquet_bytes
     from sweeps.sae.evaluate import Evaluation
-    from sweeps.sae.sources import open_lm, open_stream
+    from sweeps.sae.sources import open_stream, start_pack
 
-    torch.set_num_threads(context.threads)
-    failed = context.ledger.failures([c.key for c in cells])
-    left = [c for c in cells if c.key not in failed]
-    if not left:
+    left, lm = start_pack(cells, context)
+    if lm is None:
         return
     first = left[0]
-    context.progress(force=True, phase=f"loading {first.model}")
-    lm = open_lm(first, context.run, context.device, lambda line: context.progress(phase=line))
     stream = open_stream(first, context.run, lm.tokenizer_dir, say=context.note)
     evaluation = Evaluation(lm, stream, sorted({c.layer for c in left}), first, context)
     best = float("-inf")

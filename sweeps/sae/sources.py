@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from data import embedded_text
 from data._listing import skipped_line
@@ -21,7 +21,10 @@ from sweeps.sae.origin import at_commit, text_identity, text_place
 
 if TYPE_CHECKING:
     from models.host.host_lm import HostLM
+    from sweeps.launch.context import PackContext
     from sweeps.sae.cells import SAECell
+
+CellT = TypeVar("CellT", bound="SAECell")
 
 
 def open_lm(cell: SAECell, run: RunSettings, device: str, progress: Callable[[str], None]) -> HostLM:
@@ -129,6 +132,19 @@ def remarks(stream: str, run: RunSettings) -> list[str]:
     except (StreamUnavailable, ValueError) as error:
         raise UserError(str(error)) from error
     return [f"stream_path: {line}"] if line else []
+
+
+def start_pack(cells: Sequence[CellT], context: PackContext) -> tuple[list[CellT], HostLM | None]:
+    """(the cells that no earlier attempt gave up, their language model; None where no cell is left)."""
+    import torch
+
+    torch.set_num_threads(context.threads)
+    failed = context.ledger.failures([c.key for c in cells])  # in an attempt that crashed later
+    left = [c for c in cells if c.key not in failed]
+    if not left:
+        return [], None
+    context.progress(force=True, phase=f"loading {left[0].model}")
+    return left, open_lm(left[0], context.run, context.device, lambda line: context.progress(phase=line))
 
 
 def corrupt(error: CorruptShard) -> UserError:

@@ -29,7 +29,7 @@ from sweeps.ledger.storage import Store
 from sweeps.sae.cells import sae_config
 from sweeps.sae.evaluate import Evaluation
 from sweeps.sae.origin import trajectory_name
-from sweeps.sae.sources import corrupt, open_lm, open_stream
+from sweeps.sae.sources import corrupt, open_stream, start_pack
 from sweeps.sae.tokens import kept_tokens, leaves_out, replace_dropped
 
 if TYPE_CHECKING:
@@ -142,14 +142,9 @@ def train_pack(cells: Sequence[SAECell], context: PackContext, files: Mapping[st
     A cell whose SAE diverges is recorded as failed and the others go on. Every cell gets `files` in addition to its
     own. Raises UserError where none can be trained.
     """
-    torch.set_num_threads(context.threads)
-    failed = context.ledger.failures([c.key for c in cells])  # in an attempt that crashed later
-    cells = [c for c in cells if c.key not in failed]
-    if not cells:
+    cells, lm = start_pack(cells, context)
+    if lm is None:
         return
-    first = cells[0]
-    context.progress(force=True, phase=f"loading {first.model}")
-    lm = open_lm(first, context.run, context.device, lambda line: context.progress(phase=line))
     try:
         _PackRun(cells, lm, context, files or {}).go()
     except CorruptShard as error:

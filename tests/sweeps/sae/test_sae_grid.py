@@ -70,7 +70,7 @@ def lm() -> HostLM:
 
 @pytest.fixture(autouse=True)
 def toy_sources(lm: HostLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_module, "open_lm", lambda cell, run, device, progress: lm)
+    monkeypatch.setattr("sweeps.sae.sources.open_lm", lambda cell, run, device, progress: lm)
     monkeypatch.setattr(train_module, "open_stream", lambda cell, run, tokenizer_dir=None, **how: Numbers())
     monkeypatch.setattr(train_module, "_SAVE_PAUSE", 0)
 
@@ -117,7 +117,7 @@ def assert_same(a: Ledger, b: Ledger, keys: list[str]) -> None:
 @pytest.fixture(scope="module")
 def packed(lm: HostLM) -> Ledger:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "open_lm", lambda cell, run, device, progress: lm)
+        patch.setattr("sweeps.sae.sources.open_lm", lambda cell, run, device, progress: lm)
         patch.setattr(train_module, "open_stream", lambda cell, run, tokenizer_dir=None, **how: Numbers())
         ledger = fresh()
         train(plan(), ledger)
@@ -369,7 +369,7 @@ def test_language_model_of_nan_is_one_line(
 ) -> None:
     broken = HostLM("standin-small", copy.deepcopy(lm.model), lm.spec, None)
     broken.model.get_parameter(weight).data.fill_(float("nan"))
-    monkeypatch.setattr(train_module, "open_lm", lambda cell, run, device, progress: broken)
+    monkeypatch.setattr("sweeps.sae.sources.open_lm", lambda cell, run, device, progress: broken)
     with pytest.raises(UserError, match=rf"standin-small {place}: the held-out text gives NaN or inf; check the weig"):
         train(plan(ONE), fresh())
 
