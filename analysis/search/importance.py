@@ -14,7 +14,7 @@ LEAST_TRIALS = 10  # done ones; a forest of fewer says little
 
 def importances(study: StudyTable, axes: Sequence[Axis], goal: Goal) -> pd.Series:
     """Shares of the goal's variance by field, the largest first: functional ANOVA of a random forest (Hutter, Hoos &
-    Leyton-Brown 2014, ICML, as Optuna has it), over the whole space and in the coordinates of the ranges.
+    Leyton-Brown 2014, ICML, as implemented in Optuna), over the whole space and in the coordinates of the ranges.
 
     Raises ValueError, with one line, for too few trials or values that do not differ.
     """

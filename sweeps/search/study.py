@@ -3,7 +3,7 @@
 A trial is a point of the space: the cells that the sweep plans for the preset with the point's values. They are cells
 like any others, so a grid that names the same values shares them. `_search/STUDY/` in the ledger holds `study.json`
 (what the study is) and one file per batch with its points. A batch's points follow from the seed and the batches before
-it, all of whose trials must be closed; whoever writes them first, every launch goes on with the same.
+it, all of whose trials must be closed; whoever writes them first, every launch continues with the same.
 """
 
 from __future__ import annotations
