@@ -39,7 +39,7 @@ PRESETS: Mapping[str, Grid] = {
         models=("smollm2-135m", "gemma-3-270m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"),
         depths=("mid",),
         k=(16, 64),
-        tokens=(20_480, 40_960, 81_920, 163_840),
+        tokens=(15_360, 30_720, 61_440, 122_880),
         seeds=(0, 1, 2),
         stream="embedded",
         context=96,
@@ -49,7 +49,7 @@ PRESETS: Mapping[str, Grid] = {
         lr=1e-3,
         warmup_steps=8,
         dead_after_steps=60,
-        eval_sequences=32,
+        eval_sequences=24,
     ),
     # SAEs that others trained (--set saes=…); models, hooks and contexts are those that their metadata names
     "released": Grid(models=(), k=(), tokens=(), stream="embedded", context=0, eval_sequences=48),

@@ -121,11 +121,14 @@ class Trajectory:
 
 
 def backend(d_in: int, device: str, threads: int) -> Literal["numba", "torch"]:
-    """The SAE step's backend: measured once per machine and kept, so that packs and restarts agree bit for bit."""
+    """The SAE step's backend: measured once per machine and kept, so that packs and restarts agree bit for bit.
+
+    What was measured without dead features (folder sae_backend of earlier versions) is not read.
+    """
     if device != "cpu":
         return "torch"
     store = Store(str(user_cache()))
-    name = f"sae_backend/{digest([hardware(), torch.__version__, d_in, threads])[:16]}.json"
+    name = f"sae_step_backend/{digest([hardware(), torch.__version__, d_in, threads])[:16]}.json"
     known = store.read_json(name)
     if known is None:
         config = SAEConfig(d_in=d_in, d_sae=8 * d_in, k=16, seed=0)
