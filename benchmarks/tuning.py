@@ -27,6 +27,7 @@ from scipy import stats
 
 from sweeps.core.cells import Cell, Row
 from sweeps.ledger.ledger import Ledger
+from sweeps.search.halving import Extent
 from sweeps.search.objective import Objective
 from sweeps.search.options import Asked
 from sweeps.search.points import Told, sampler, usual_size
@@ -143,6 +144,12 @@ class _Plain:
 
     def plan(self, preset: Any) -> Sequence[_Cell]:
         return [_Cell(lr=preset.lr, width=preset.width)]
+
+    def extent(self, preset: Any) -> Extent | None:
+        return None
+
+    def plan_until(self, preset: Any, amount: int) -> Sequence[_Cell]:
+        return self.plan(preset)
 
 
 def _asked(trials: int) -> Asked:

@@ -24,6 +24,10 @@ _IMPORTANCE_NOTE = (
     "Functional ANOVA of a random forest fitted to the trials, over the whole space: a field that matters only near "
     "the best settings has a small share. The trials were chosen by the search, so shares are rough."
 )
+_EARLY_NOTE = (
+    "Of all trials that were measured at {at}, and by their values there: few went on, and values of other budgets do "
+    "not compare."
+)
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,19 @@ def _study(evidence: Evidence, study: StudyTable, end: str, out: Path) -> list[s
     """Sections on one study, its figures written with `end` after their names."""
     of = f" of {study.group}" if study.group else ""
     parts: list[str] = []
-    goal, done = evidence.goals[0], study.trials[study.trials["state"] == "done"]
     if len(evidence.goals) > 1 and study.trials["allowed"].any():
         plots.pareto(study, evidence.goals, out / f"pareto{end}.png")
         parts += [f"## Pareto front{of}", _front(evidence, study), f"![Pareto front](pareto{end}.png)"]
     parts.append(f"## What matters{of}")
+    parts += [_EARLY_NOTE.format(at=study.early_at)] if study.early else []
+    parts += _what_matters(evidence, study.early or study, end, out)
+    return [*parts, f"## Trials{of}", _trials(evidence, study)]
+
+
+def _what_matters(evidence: Evidence, study: StudyTable, end: str, out: Path) -> list[str]:
+    """Importance of the fields, and figures over them."""
+    parts: list[str] = []
+    goal, done = evidence.goals[0], study.trials[study.trials["state"] == "done"]
     order = list(evidence.axes)
     try:
         shares = importances(study, evidence.axes, goal)
@@ -80,7 +92,7 @@ def _study(evidence: Evidence, study: StudyTable, end: str, out: Path) -> list[s
             parts.append(f"![{goal.column} over {order[0].field} and {order[1].field}](contour{end}.png)")
         plots.parallel(study, evidence.axes, goal, out / f"parallel{end}.png")
         parts.append(f"![all fields of every trial](parallel{end}.png)")
-    return [*parts, f"## Trials{of}", _trials(evidence, study)]
+    return parts
 
 
 def _front(evidence: Evidence, study: StudyTable) -> str:
@@ -138,20 +150,26 @@ def _warnings(evidence: Evidence, lines: list[str]) -> list[str]:
 
 
 def _trials(evidence: Evidence, study: StudyTable) -> str:
-    """The best trials of a study, then those without a value, as a table."""
-    goal = evidence.goals[0]
-    order = goal.loss(study.trials[goal.column]).where(study.trials["state"] == "done").sort_values(kind="stable").index
-    shown = study.trials.loc[order[:_SHOWN]]
+    """The best trials of a study, then those that were stopped, the furthest first, then those without a value."""
+    goal, trials = evidence.goals[0], study.trials
+    kind = trials["state"].map({"done": 0, "stopped": 1}).fillna(2)
+    at = -trials["measured_at"] if study.stops else kind
+    keys = pd.DataFrame({"kind": kind, "at": at, "loss": goal.loss(trials[goal.column])})
+    shown = trials.loc[keys.sort_values(["kind", "at", "loss"], kind="stable").index[:_SHOWN]]
     names = [*(a.field for a in evidence.axes), *(g.column for g in evidence.goals)]
     rows = [
-        [str(row["trial"]), *(_text(row[name]) for name in names), row["state"] if row["allowed"] else _why(row)]
+        [str(row["trial"]), *(_text(row[name]) for name in names), _state(row, study.stops)]
         for _, row in shown.iterrows()
     ]
     count = f"{len(shown)} of {len(study.trials)} trials, the best first; `trials.parquet` has all."
     return f"{count}\n\n{table(['trial', *names, 'state'], rows)}"
 
 
-def _why(row: pd.Series) -> str:
+def _state(row: pd.Series, stops: str) -> str:
+    if row["state"] == "stopped":
+        return f"stopped, value at {stops}={row['measured_at']}"
+    if row["allowed"]:
+        return str(row["state"])
     return "breaks a condition" if row["state"] == "done" else str(row["reason"] or row["state"])
 
 

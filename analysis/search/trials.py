@@ -78,12 +78,20 @@ class Again:
 @dataclass(frozen=True)
 class StudyTable:
     """One study. again: its best setting's fresh trainings. trials: a row per trial, in their order, with the columns
-    trial, state (done, failed, open), reason, allowed (done and no condition broken), one per field and one per goal.
+    trial, state (done, stopped, failed, open), reason, allowed (done and no condition broken), one per field and one
+    per goal.
+
+    stops: where trials are stopped early, what they are stopped at; trials then has the column measured_at, how much of
+    it a trial's values were measured at. early: the trials as they were measured at the first rung, early_at, where
+    most of them were.
     """
 
     group: str
     trials: pd.DataFrame
     again: Again = Again()
+    stops: str = ""
+    early: StudyTable | None = None
+    early_at: str = ""
 
     def best(self, goals: Sequence[Goal]) -> pd.Series | None:
         """The best allowed trial by the first goal, the first of equals; None where there is none."""

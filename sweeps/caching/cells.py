@@ -84,7 +84,7 @@ class CacheCell(LMCell):
     @property
     def weight(self) -> float:
         """Rough work: tokens, times two with caches."""
-        return self.steps * self.batch_size * self._columns() * (1.0 if self.architecture == CONTROL else 2.0)
+        return self.end * self.batch_size * self._columns() * (1.0 if self.architecture == CONTROL else 2.0)
 
     def _columns(self) -> int:
         return columns(_size(self.scale), self.chunk_s, self.codec)

@@ -10,13 +10,14 @@ from sweeps.caching.arms import arms
 from sweeps.caching.cells import VARIABLES, CacheCell, CacheStudy
 from sweeps.caching.presets import PRESETS
 from sweeps.codec.cells import CORPORA
-from sweeps.codec.packs import CPU_FLOPS, FIXED, GPU_BASIS, TRACKED, packs, threads, work
+from sweeps.codec.packs import CPU_FLOPS, FIXED, GPU_BASIS, TRACKED, extent, packs, stopped, threads, work
 from sweeps.core.cells import Estimate, Pack, PublishedCell
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
 from sweeps.launch.context import PackContext
 from sweeps.launch.first_view import Chart, View
 from sweeps.launch.sweep import Sweep
+from sweeps.search.halving import Extent
 
 _CPU_OVERHEAD = 0.03  # seconds per step of a small model, in addition to its arithmetic
 
@@ -54,6 +55,15 @@ class MemoryCacheSweep(Sweep[CacheCell, CacheStudy]):
             for cell in (*arm.controls, *arm.cells):
                 cells.setdefault(cell.key, cell)
         return list(cells.values())
+
+    def extent(self, preset: CacheStudy) -> Extent | None:
+        return extent(preset)
+
+    def plan_until(self, preset: CacheStudy, amount: int) -> Sequence[CacheCell]:
+        return stopped(self.plan(preset), preset, amount)
+
+    def checkpoint(self, cell: CacheCell, preset: CacheStudy, run: RunSettings) -> str:
+        return cell.whole().key
 
     def pack(
         self, cells: Sequence[CacheCell], preset: CacheStudy, machine: Machine, run: RunSettings

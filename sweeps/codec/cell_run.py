@@ -96,6 +96,7 @@ class CellRun(Owner):
     ) -> None:
         self.baseline, self.left_out = baseline, left_out
         self.cell, self.study, self.source, self.held_out, self.context = cell, study, source, held_out, context
+        self.whole = cell.whole()  # names the checkpoints, which a stopped cell and the whole training share
         self.config = cell.lm_config()
         codec = source.codec
         if (codec.n_codebooks, codec.codebook_size) != (self.config.n_codebooks, self.config.codebook_size):
@@ -123,8 +124,8 @@ class CellRun(Owner):
         self._scored: dict[CodecLM, tuple[tuple[int, int], CodebookScores]] = {}
 
     def go(self) -> None:
-        """Train to the last step and publish."""
-        rate = self.train_to(self.cell.steps)
+        """Train to the last step, or to where the cell is stopped, and publish."""
+        rate = self.train_to(self.cell.end)
         self.publish(rate)
 
     def train_to(self, step: int) -> float:
@@ -132,7 +133,12 @@ class CellRun(Owner):
         cell, context = self.cell, self.context
         self._resume()
         run = context.run
-        pace = Pace(eval_every=cell.eval_every, save_seconds=run.checkpoint_seconds, save_steps=run.checkpoint_steps)
+        pace = Pace(
+            eval_every=cell.eval_every,
+            save_seconds=run.checkpoint_seconds,
+            save_steps=run.checkpoint_steps,
+            measure_end=not cell.stop_at,  # a measurement that the whole training has not would change its curve
+        )
         return train(self.trainer, self.stream, self, pace, until=step)
 
     def save(self, trainer: Trainer) -> None:
@@ -147,10 +153,10 @@ class CellRun(Owner):
     def _resume(self) -> None:
         """Take the checkpoint in, if there is one; here, so that training does not hold it as well."""
         cell, context = self.cell, self.context
-        state = context.work.load(cell.key, origin=context.fingerprint(cell))
+        state = context.work.load(self.whole.key, origin=self._origin)
         if len({int(s["step"]) if s else 0 for s in context.world.gather(state and {"step": state["step"]})}) > 1:
             raise RuntimeError("the processes read checkpoints of different steps; an older group still wrote")
-        if state is not None:
+        if state is not None and int(state["step"]) <= cell.end:  # a later rung's is of no use to an earlier one
             self.trainer.restore(state)
             if state["processes"] != context.world.size:
                 context.note(
@@ -158,12 +164,16 @@ class CellRun(Owner):
                     f"there are {context.world.size}; the trajectory changes by rounding"
                 )
 
+    @property
+    def _origin(self) -> str:
+        return self.context.fingerprint(self.whole)
+
     def _keep(self, kind: str, step: int, state: dict[str, Any]) -> None:
         """Save a checkpoint; where that fails the one before it stays and training goes on."""
         try:
-            self.context.work.save(self.cell.key, step, state, kind, self.context.fingerprint(self.cell))
+            self.context.work.save(self.whole.key, step, state, kind, self._origin)
         except OSError as error:
-            old = self.context.work.step(self.cell.key, kind)
+            old = self.context.work.step(self.whole.key, kind)
             self.context.note(
                 f"{self.cell.architecture}: the {kind} checkpoint of step {step} could not be saved ({error}); that of "
                 f"step {old} stays and training goes on"
@@ -177,6 +187,11 @@ class CellRun(Owner):
         if not context.world.first:
             return
         rows, files = self._final_rows(final, rate), self._files(final)
+        if cell.stop_at:  # its weights are those of a checkpoint, which goes on or is forgotten
+            context.publish(cell, rows, files)
+            if not context.run.keep_checkpoints:
+                context.work.drop(self.whole.key)
+            return
         with tempfile.TemporaryDirectory() as folder:  # the weights of large models are not held a second time
             weights = self._checkpoint(final.best, Path(folder, "model.pt"))
             context.publish(cell, rows, files | {"model.pt": weights})
@@ -215,7 +230,7 @@ class CellRun(Owner):
             start = build_codec_lm(self.config, device=self.context.device, seed=cell.seed)
             models = {**dict(zip(WEIGHTS, (trainer.model, trainer.ema), strict=True)), "start": start}
             files["gates.parquet"] = gate_table(models, self.held_out, cell.eval_clips, cell.precision)
-        if self.study.sample_s > 0:
+        if self.study.sample_s > 0 and not cell.stop_at:
             files |= cell_audio(trainer.ema, cell, self.study, self.source, self.held_out, self.stream.clips)
         return files | {"tokens.json": json.dumps(self._tokens(), indent=1).encode()}
 
@@ -223,7 +238,7 @@ class CellRun(Owner):
         """Averaged weights of the best measurement; None where that is the last one, or was not saved."""
         if self.trainer.best is None or self.trainer.best[0] == self.trainer.step_count:
             return None
-        state = self.context.work.load(self.cell.key, "best", self.context.fingerprint(self.cell))
+        state = self.context.work.load(self.whole.key, "best", self._origin)
         if state is None or state["step"] != self.trainer.best[0]:
             return None
         model = build_codec_lm(self.config, device=self.context.device, seed=self.cell.seed)
@@ -262,13 +277,13 @@ class CellRun(Owner):
 
     def report(self, trainer: Trainer, stats: StepStats, rate: float) -> None:
         self.context.curve(self.cell, stats.step, _on_the_way(trainer, stats, rate))
-        left = (self.cell.steps - stats.step) / max(stats.step, 1) * trainer.real_tokens
+        left = (self.cell.end - stats.step) / max(stats.step, 1) * trainer.real_tokens
         self.context.progress(
             done=trainer.real_tokens,
             total=int(trainer.real_tokens + left),
             rate=rate,
             eta=left / max(rate, 1e-9),
-            phase=f"{self.cell.architecture}: step {stats.step}/{self.cell.steps}, loss {stats.loss:.3f}",
+            phase=f"{self.cell.architecture}: step {stats.step}/{self.cell.end}, loss {stats.loss:.3f}",
         )
 
     def _static_rows(self) -> list[Row]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from data.token_batches import TokenClips
 ARCHITECTURES = ("olmo_hybrid", "gdn", "transformer", "mamba", "mamba2", "hybrid_1_3", "la", "mc_la", "mc_mamba")
 CORPORA = ("synthetic_speech", "asterisk", "ljspeech", "fma")
+_LATER = ("dropout", "stop_at")  # fields that came later
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +45,11 @@ class LMCell(Cell):
     eval_every: int
     eval_clips: int
     dropout: float = 0.0
+    stop_at: int = 0  # step of the training of `steps` at which it is stopped and measured; 0: not stopped
 
     def identity(self) -> dict[str, Any]:
-        """The fields as plain JSON values; `dropout` only where it is not 0: older cells have no such field."""
-        return {name: value for name, value in super().identity().items() if name != "dropout" or value}
+        """The fields as plain JSON values; later ones only where they are not 0: older cells have no such fields."""
+        return {name: value for name, value in super().identity().items() if name not in _LATER or value}
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "eval_every"):
@@ -65,6 +67,8 @@ class LMCell(Cell):
             raise UserError(f"precision={self.precision!r} is not known; choose float32 or bfloat16")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout={self.dropout} must lie in 0..1, below 1; 0.1 drops a tenth")
+        if not 0 <= self.stop_at < self.steps:
+            raise UserError(f"stop_at={self.stop_at} must lie in 0..{self.steps - 1}, below steps; 0 does not stop")
         if not 0 < self.holdout < 1:
             raise UserError(f"holdout={self.holdout} must lie between 0 and 1; 0.05 holds out one recording in twenty")
 
@@ -85,7 +89,26 @@ class LMCell(Cell):
     @property
     def mean_steps(self) -> float:
         """Steps that the cell trains; with halving the mean over its rivals, as nobody knows who goes on."""
-        return self.steps
+        return self.end
+
+    @property
+    def end(self) -> int:
+        """The step at which training ends."""
+        return self.stop_at or self.steps
+
+    def stopped(self, share: float) -> LMCell:
+        """The same training, stopped after a share of its steps and measured there; itself for the whole.
+
+        Raises UserError for a cell whose rivals decide how far it is trained.
+        """
+        if self.rival_seeds:
+            raise UserError("rungs and --stop: learning rates compete inside a plan with rungs; leave one of them out")
+        step = max(1, round(share * self.steps))
+        return replace(self, stop_at=step if step < self.steps else 0)
+
+    def whole(self) -> LMCell:
+        """The same training, not stopped: stopped ones continue to it, so all of them share a checkpoint."""
+        return replace(self, stop_at=0) if self.stop_at else self
 
     @property
     def rival_seeds(self) -> tuple[int, ...]:

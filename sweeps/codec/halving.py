@@ -4,6 +4,9 @@ All rates train to the first rung; the best 1/eta of them, by the held-out NLL o
 seeds, go on to the next (Jamieson & Talwalkar 2016, AISTATS, Algorithm 1 with fixed rungs). The rest are published as
 they stand, with the row `stopped_at`. Unlike asynchronous halving (ASHA) no decision depends on which trial was faster,
 so a run that is killed and continued, or repeated, makes the same decision.
+
+A search's early stopping (search/halving.py) decides by the same rule between packs, each rung a cell of its own. Here
+rivals and rungs are part of a cell's key and a stopped rival is published as that cell: the two share the rule alone.
 """
 
 from __future__ import annotations
@@ -18,15 +21,10 @@ from typing import TYPE_CHECKING, Any
 from sweeps.codec.loop import AnomalyError
 from sweeps.launch.context import PackContext
 from sweeps.launch.stop import PackStopped
+from sweeps.search.halving import survivors
 
 if TYPE_CHECKING:
     from sweeps.codec.cells import HalvedCell
-
-
-def survivors(scores: dict[float, float], eta: int) -> list[float]:
-    """The best ceil(n / eta) of n learning rates by score (lower is better; of equals the lower rate), best first."""
-    ranked = sorted(scores, key=lambda lr: (scores[lr], lr))
-    return ranked[: math.ceil(len(ranked) / eta)]
 
 
 def compete(

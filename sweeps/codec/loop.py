@@ -348,7 +348,7 @@ def _difference(theirs: str, mine: str) -> str:
 class Pace:
     """How often a loop measures and saves.
 
-    eval_every: steps between measurements; the last step of a call is always measured.
+    eval_every: steps between measurements. measure_end: the last step of a call is measured, too.
     save_seconds: seconds between saves; longer where a save takes more than a twentieth of that.
     save_steps: steps between saves (0: never for that reason).
     """
@@ -356,6 +356,7 @@ class Pace:
     eval_every: int
     save_seconds: float = math.inf
     save_steps: int = 0
+    measure_end: bool = True
 
 
 class Owner:
@@ -405,7 +406,7 @@ def train(
         stats = trainer.step(batch, stop=owner.stopping())
         busy += time.monotonic() - began
         tokens += batch.real_tokens
-        if trainer.step_count % pace.eval_every == 0 or trainer.step_count == end:
+        if trainer.step_count % pace.eval_every == 0 or (trainer.step_count == end and pace.measure_end):
             _measure(trainer, stats, owner)
         owner.report(trainer, stats, tokens / max(busy, 1e-9))
         if stats.stop:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 from sweeps.codec.cells import LMCell, TokenStudy, columns
 from sweeps.core.cells import Pack
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
 from sweeps.launch.sweep import BY_CHANCE
+from sweeps.search.halving import Extent
 
+LMCellT = TypeVar("LMCellT", bound=LMCell)
 TRACKED = ("weights", "group", "layer", "codebook")  # parameters of rows that MLflow shows, see `Sweep`
 _DATA = ("corpus", "corpus_clips", "audio_path", "codec", "codec_weights", "codebooks", "codebook_size", "text")
 _SIZES = ("chunk_s", "min_s", "holdout", "eval_clips")
@@ -21,6 +24,16 @@ FIXED = {"seeds": BY_CHANCE} | dict.fromkeys(
 CPU_FLOPS = 16e9  # a core's rate on small models, forward and backward
 _GPU_FLOPS = 30e12  # assumed of an A100 in bfloat16; never measured
 GPU_BASIS = "an assumed 30 TFLOP/s a GPU; never measured"
+
+
+def extent(study: TokenStudy) -> Extent:
+    """What a search may stop a training at."""
+    return Extent("steps", study.steps)
+
+
+def stopped(cells: Iterable[LMCellT], study: TokenStudy, step: int) -> list[LMCellT]:
+    """The cells stopped at this step of the study's `steps`, those with other steps at the same share of them."""
+    return [cast("LMCellT", cell.stopped(step / study.steps)) for cell in cells]
 
 
 def packs(

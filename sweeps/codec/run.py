@@ -88,4 +88,4 @@ def _give_up(cell: LMCell, error: AnomalyError, context: PackContext) -> None:
     batch = {"inputs": error.batch.inputs_BKT.cpu(), "targets": error.batch.targets_BKT.cpu()}
     context.work.save(name, error.step, batch)
     context.fail(cell, f"{error}; the batch is kept in _work/{name}")
-    context.work.drop(cell.key)
+    context.work.drop(cell.whole().key)

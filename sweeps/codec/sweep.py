@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from sweeps.codec.cells import CORPORA, HalvedCell, LMCell, Study, TextCell, model_config
-from sweeps.codec.packs import CPU_FLOPS, FIXED, GPU_BASIS, TRACKED, packs, threads, work
+from sweeps.codec.packs import CPU_FLOPS, FIXED, GPU_BASIS, TRACKED, extent, packs, stopped, threads, work
 from sweeps.codec.presets import OPTIONS, PRESETS
 from sweeps.codec.texts import NONE, arm_name
 from sweeps.core.cells import Estimate, Pack, PublishedCell, UserError
@@ -18,6 +18,7 @@ from sweeps.core.settings import RunSettings
 from sweeps.launch.context import PackContext
 from sweeps.launch.first_view import Chart, View
 from sweeps.launch.sweep import Sweep
+from sweeps.search.halving import Extent
 
 
 def _units(cells: Sequence[LMCell]) -> list[list[LMCell]]:
@@ -59,7 +60,7 @@ class CodecLMSweep(Sweep[LMCell, Study]):
         preset.check_source(CORPORA)
         for architecture, kind in product(preset.architectures, preset.text or (NONE,)):
             model_config(preset.scale, architecture, text=kind != NONE)
-        varied = ("architecture", "lr", "seed")
+        varied = ("architecture", "lr", "seed", "stop_at")
         shared = {f.name: getattr(preset, f.name) for f in fields(LMCell) if f.name not in varied}
         cells = [
             LMCell(architecture=architecture, lr=lr, seed=seed, **shared)
@@ -84,6 +85,15 @@ class CodecLMSweep(Sweep[LMCell, Study]):
             )
             for cell in cells
         ]
+
+    def extent(self, preset: Study) -> Extent | None:
+        return extent(preset)
+
+    def plan_until(self, preset: Study, amount: int) -> Sequence[LMCell]:
+        return stopped(self.plan(preset), preset, amount)
+
+    def checkpoint(self, cell: LMCell, preset: Study, run: RunSettings) -> str:
+        return cell.whole().key
 
     def pack(self, cells: Sequence[LMCell], preset: Study, machine: Machine, run: RunSettings) -> list[Pack[LMCell]]:
         def name(number: int, group: Sequence[LMCell]) -> str:

@@ -103,6 +103,7 @@ class RunSettings:
     max_retries: int = 2  # of a pack after a crash; bad input is never retried
     checkpoint_seconds: float = 30.0  # between checkpoints of unfinished work
     checkpoint_steps: int = 0  # also a checkpoint every so many steps of a language model; 0: by time alone
+    keep_checkpoints: bool = False  # of finished cells, too: a larger budget continues from them
     workers: int = 1  # processes that train one language model together, each with its own GPU or share of the cores
     min_workers: int = 0  # go on with as few, and with more when there is room again; 0: always `workers`
     grace_seconds: float = 25.0  # that running packs get to save when the launch is stopped

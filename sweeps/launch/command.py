@@ -45,12 +45,14 @@ from sweeps.launch.stop import Stopper
 from sweeps.launch.sweep import PresetT, Sweep
 from sweeps.launch.tracking import Plan, Tracker
 from sweeps.launch.tune import Job, run_packs
+from sweeps.ledger.checkpoints import WorkStore
 from sweeps.ledger.claims import Claims
 from sweeps.ledger.ledger import Ledger
 from sweeps.ledger.logins import clean_arguments, given, hide_arguments
 from sweeps.ledger.storage import normal_storage
 from sweeps.search.options import add_search, read_asked
 from sweeps.search.report import write_evidence
+from sweeps.search.search import Search
 
 _WAIT_SECONDS = 4.0  # before the ledger is looked at again for the cells of other launches
 _WAIT_SHARE = 20  # ... and at least so many times what the last look took
@@ -140,6 +142,8 @@ class _Launch(Generic[CellT, PresetT]):
         self.tracking_uri = normal_uri(given(tracking, "--tracking-uri"))
         self.ledger = Ledger(self.storage, sweep.name, sweep.version)
         self.search = open_search(asked, sweep, self.preset, self.run, self.ledger) if asked else None
+        if asked and asked.stop:  # a trial that goes on continues from what its last rung kept
+            self.run = replace(self.run, keep_checkpoints=True)
         self.cells = self._planned()
         self.by_key = {cell.key: cell for cell in self.cells}
         self.done = self.ledger.done(self.by_key)
@@ -393,6 +397,7 @@ class _Launch(Generic[CellT, PresetT]):
         if self.search is None:
             return False
         self.whole = self.cells = self.search.advance(record=True)
+        self._drop_checkpoints(self.search)
         fresh = [cell for cell in self.cells if cell.key not in self.by_key]
         self.by_key.update((cell.key, cell) for cell in fresh)  # in place: MLflow's thread looks cells up there
         self.run = self.sweep.pin(self.cells, self.run)
@@ -400,6 +405,18 @@ class _Launch(Generic[CellT, PresetT]):
         board.cells = len(self.cells)
         board.say(f"search: {self.search.progress()}")
         return bool(fresh)
+
+    def _drop_checkpoints(self, search: Search[CellT]) -> None:
+        """Forget what finished cells kept for trials that do not go on any more."""
+        if not search.rules.stop:
+            return
+        ended, going = ({self._checkpoint_of(cell) for cell in cells} for cells in search.ended_cells())
+        work = WorkStore(self.ledger.store)
+        for name in sorted((ended - going) & set(work.names())):
+            work.drop(name)
+
+    def _checkpoint_of(self, cell: CellT) -> str:
+        return self.sweep.checkpoint(cell, self.preset, self.run)
 
     def _missing(self, fingerprints: dict[str, str], tracker: Tracker) -> list[str]:
         """Keys that are neither done nor failed; what others have done meanwhile is checked and copied, too.

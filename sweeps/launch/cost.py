@@ -137,12 +137,13 @@ def most_it_costs(
     if search.asked.spend:
         return f"search       until {search.asked.spend} are spent, and the trials that are running then"
     quick = replace(run, probe=False)
-    left, cells = search.most_costly(lambda some: sweep.estimate(some, preset, machine, quick).seconds)
+    left, wholes, cells = search.most_costly(lambda some: sweep.estimate(some, preset, machine, quick).seconds)
     each = sweep.estimate(cells, preset, machine, run).seconds if cells else 0.0
     unit, number = unit_of(machine)
-    hours = left * each / 3600 * number
+    hours = wholes * each / 3600 * number
     money = f" = {hours * run.price_per_hour:.2f}" if run.price_per_hour else ""
+    early = f", stopped early: {wholes:.1f} whole ones" if search.rules.stop else ""
     return (
-        f"search       {left} trials to come, at most {hours:.2f} {unit} hours{money}: each as long as the longest at "
-        f"the ends of the ranges ({span(each)}), with nothing shared"
+        f"search       {left} trials to come{early}, at most {hours:.2f} {unit} hours{money}: each as long as the "
+        f"longest at the ends of the ranges ({span(each)}), with nothing shared"
     )

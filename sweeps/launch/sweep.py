@@ -16,6 +16,7 @@ from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
 from sweeps.launch.context import PackContext
 from sweeps.launch.first_view import View
+from sweeps.search.halving import Extent
 
 PresetT = TypeVar("PresetT")
 BY_CHANCE = "the best of several seeds is chance; judge each trial by several, as in seeds=0,1,2"
@@ -51,6 +52,22 @@ class Sweep(ABC, Generic[CellT, PresetT]):
     @abstractmethod
     def plan(self, preset: PresetT) -> Sequence[CellT]:
         """All cells of a preset; raises UserError for a preset that makes no sense."""
+
+    def extent(self, preset: PresetT) -> Extent | None:
+        """What a search may stop a trial of this preset at; None (the default) where there is nothing."""
+        return None
+
+    def plan_until(self, preset: PresetT, amount: int) -> Sequence[CellT]:
+        """The cells of a preset that is stopped at an amount of its extent; raises UserError as `plan` does.
+
+        What is computed up to there is part of what the whole takes: a trial that goes on continues from it, to the
+        same bits as one that was never stopped.
+        """
+        raise NotImplementedError(f"{self.name} has an extent and does not say what is computed up to an amount of it")
+
+    def checkpoint(self, cell: CellT, preset: PresetT, run: RunSettings) -> str:
+        """Name of the checkpoint that `run` keeps of a finished cell when `keep_checkpoints` is set; empty for none."""
+        return ""
 
     @abstractmethod
     def pack(self, cells: Sequence[CellT], preset: PresetT, machine: Machine, run: RunSettings) -> list[Pack[CellT]]:

@@ -107,6 +107,10 @@ class WorkStore:
             self._say(f"checkpoint of {name} at step {pointer['step']} is missing: starting again")
             return None
 
+    def names(self) -> list[str]:
+        """Names that have a checkpoint, or had one."""
+        return self.store.names("_work")
+
     def drop(self, name: str) -> None:
         """Forget the checkpoints of finished work."""
         self.store.remove(f"_work/{name}")

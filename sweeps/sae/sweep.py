@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +18,7 @@ from sweeps.launch.sweep import BY_CHANCE, Sweep
 from sweeps.sae.cells import Grid, SAECell, released
 from sweeps.sae.lms import spec_of
 from sweeps.sae.presets import PRESETS
+from sweeps.search.halving import Extent
 
 _SETTLED = 0.99  # of its way that a threshold has come after 459 steps
 
@@ -106,6 +107,20 @@ class ProxyGap(Sweep[SAECell, Grid]):
             text_column=preset.text_column,
             rungs=preset.rungs,
         )
+
+    def extent(self, preset: Grid) -> Extent | None:
+        """The largest budget, in whole batches."""
+        if _audits(preset) or not preset.tokens:
+            return None
+        return Extent("tokens", max(preset.tokens), preset.batch_tokens)
+
+    def plan_until(self, preset: Grid, amount: int) -> Sequence[SAECell]:
+        return self.plan(replace(preset, tokens=(amount,)))
+
+    def checkpoint(self, cell: SAECell, preset: Grid, run: RunSettings) -> str:
+        from sweeps.sae.origin import trajectory_name
+
+        return trajectory_name(cell, run)
 
     def pack(self, cells: Sequence[SAECell], preset: Grid, machine: Machine, run: RunSettings) -> list[Pack[SAECell]]:
         if audits := released(cells):

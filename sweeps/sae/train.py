@@ -56,6 +56,8 @@ class Trajectory:
     curves: dict[int, list[tuple[int, float, float, int]]] = field(default_factory=dict)
     # by branch budget, 0 for the trunk: step, loss, grad norm, dead features
     block: tuple[int, int] = (0, 0)  # shuffle block of the last step, index of its first sequence
+    trunk_block: tuple[int, int] = (0, 0)  # the same of the trunk's last step
+    spoilt: bool = False  # some cell of it was given up
 
     @property
     def layer(self) -> int:
@@ -102,6 +104,10 @@ class Trajectory:
             "block": list(self.block),
         }
 
+    def kept(self) -> dict[str, Any]:
+        """The trunk alone, without branches: what a larger budget continues from."""
+        return self.state() | {"step": self.trainer.step_count, "branches": {}, "block": list(self.trunk_block)}
+
     def restore(self, state: dict[str, Any]) -> None:
         self.trainer.load_state_dict(state["trunk"])
         for budget, branch in state["branches"].items():
@@ -118,6 +124,8 @@ class Trajectory:
         for budget, points in json.loads(state["curves"]).items():
             self.curves[int(budget)] = [(int(n), float(x), float(g), int(d)) for n, x, g, d in points]
         self.block = (int(state["block"][0]), int(state["block"][1]))
+        if int(state["step"]) == self.trainer.step_count:  # else a larger budget looks for the trunk's from the start
+            self.trunk_block = self.block
 
 
 def backend(d_in: int, device: str, threads: int) -> Literal["numba", "torch"]:
@@ -288,6 +296,8 @@ class _PackRun:
                 except ValueError as error:
                     raise UserError(str(error)) from error
                 self._show(t, trainer, stats)
+                if trainer is t.trainer:
+                    t.trunk_block = block
                 if stats.step % max(1, 2 ** (stats.step.bit_length() - 1) // _CURVE_POINTS) == 0:
                     t.curves.setdefault(budget, []).append((stats.step, stats.loss, stats.grad_norm, stats.dead))
             t.block = block
@@ -328,6 +338,7 @@ class _PackRun:
 
     def _give_up(self, t: Trajectory, cells: Sequence[SAECell], error: Exception) -> None:
         """Record as failed the cells that this SAE's own numbers spoil; each would fail alone, too."""
+        t.spoilt = True
         for cell in cells:
             self.context.fail(cell, str(error))
             t.drop(cell)
@@ -335,7 +346,10 @@ class _PackRun:
     def _forget_finished(self) -> None:
         for t in self.trajectories:
             if not t.cells:
-                self.context.work.drop(t.name)
+                if self.context.run.keep_checkpoints and not t.spoilt:
+                    self.context.work.save(t.name, t.trainer.step_count, t.kept())
+                else:
+                    self.context.work.drop(t.name)
                 self.bank.pop(t.key)
         self.trajectories = [t for t in self.trajectories if t.cells]
 

@@ -19,6 +19,7 @@ import numpy as np
 from scipy.stats import qmc
 
 from sweeps.core.cells import UserError
+from sweeps.search.halving import FAILED, Standing
 from sweeps.search.space import Point, Space, Value
 
 if TYPE_CHECKING:
@@ -31,12 +32,26 @@ NEAR = 2.0  # over the number of trials: how far from the best setting one of ea
 class Told:
     """A closed trial: its losses (smaller is better, one per objective) and how far it breaks each condition.
 
-    losses is empty for a failed trial.
+    losses is empty for a failed trial. rung: where they were measured; they compare only within a rung. stopped: the
+    trial was not measured at the last one.
     """
 
     point: Point
     losses: tuple[float, ...] = ()
     excess: tuple[float, ...] = ()
+    rung: int = 0
+    stopped: bool = False
+
+    @property
+    def allowed(self) -> bool:
+        """Measured, and no condition is broken."""
+        return bool(self.losses) and all(x <= 0 for x in self.excess)
+
+    def standing(self) -> Standing:
+        """Its place among trials of the same rung: allowed ones by their first loss, then those that break a condition
+        by how far they do, then failed ones."""
+        broken = max((x for x in self.excess if x > 0), default=0.0)
+        return (FAILED, 0.0) if not self.losses else (1, broken) if broken else (0, self.losses[0])
 
 
 class Sampler(Protocol):
@@ -45,18 +60,33 @@ class Sampler(Protocol):
     def batch(self, number: int, told: Sequence[Told]) -> list[Point]: ...
 
 
-def sampler(kind: str, space: Space, seed: int, size: int, objectives: int) -> Sampler:
-    """The sampler of a search. size: points per batch. Raises UserError for a space that it cannot search."""
+@dataclass(frozen=True)
+class Sizes:
+    """Points of the batches, taken in turn: all of one size, or Hyperband's."""
+
+    turn: tuple[int, ...]
+
+    def span(self, number: int) -> tuple[int, int]:
+        """(first point of a batch, the first of the next), counted from 0 over all batches."""
+        rounds, rest = divmod(number, len(self.turn))
+        first = rounds * sum(self.turn) + sum(self.turn[:rest])
+        return first, first + self.turn[rest]
+
+
+def sampler(kind: str, space: Space, seed: int, size: int | tuple[int, ...], objectives: int) -> Sampler:
+    """The sampler of a search. size: points per batch, or those of batches in turn. Raises UserError for a space that
+    it cannot search."""
+    sizes = Sizes(size if isinstance(size, tuple) else (size,))
     if kind == "random":
-        return Random(space, seed, size)
+        return Random(space, seed, sizes)
     if kind == "qmc":
-        return Sobol(space, seed, size)
+        return Sobol(space, seed, sizes)
     if kind == "grid":
-        return Grid(space, seed, size)
+        return Grid(space, seed, sizes)
     if kind == "tpe":
-        return TPE(space, seed, size, objectives)
+        return TPE(space, seed, sizes, objectives)
     if kind == "cmaes":
-        return CMAES.over(space, seed, size, objectives)
+        return CMAES.over(space, seed, sizes, objectives)
     raise UserError(f"--search {kind!r} is not known; choose from {', '.join(SEARCHES)}")
 
 
@@ -74,11 +104,10 @@ class Random:
 
     space: Space
     seed: int
-    size: int
+    sizes: Sizes
 
     def batch(self, number: int, told: Sequence[Told]) -> list[Point]:
-        first = number * self.size
-        return [self._point(i) for i in range(first, first + self.size)]
+        return [self._point(i) for i in range(*self.sizes.span(number))]
 
     def _point(self, i: int) -> Point:
         return at(self.space, np.random.default_rng([self.seed, i]).random(len(self.space)))
@@ -90,11 +119,11 @@ class Sobol:
 
     space: Space
     seed: int
-    size: int
+    sizes: Sizes
 
     def batch(self, number: int, told: Sequence[Told]) -> list[Point]:
-        first = number * self.size
-        return [at(self.space, u) for u in sobol(len(self.space), self.seed, first + self.size)[first:]]
+        first, end = self.sizes.span(number)
+        return [at(self.space, u) for u in sobol(len(self.space), self.seed, end)[first:]]
 
 
 @dataclass(frozen=True)
@@ -103,7 +132,7 @@ class Grid:
 
     space: Space
     seed: int
-    size: int
+    sizes: Sizes
 
     @functools.cached_property
     def points(self) -> list[Point]:
@@ -113,7 +142,7 @@ class Grid:
         return [points[i] for i in np.random.default_rng(self.seed).permutation(len(points))]
 
     def batch(self, number: int, told: Sequence[Told]) -> list[Point]:
-        return self.points[number * self.size : (number + 1) * self.size]
+        return self.points[slice(*self.sizes.span(number))]
 
 
 def at(space: Space, u_D: Sequence[float] | np.ndarray) -> Point:
@@ -139,25 +168,26 @@ class TPE:
     The study is kept between batches and only lengthened; one that is made anew from all trials asks the same points.
     """
 
-    def __init__(self, space: Space, seed: int, size: int, objectives: int) -> None:
-        self.space, self.seed, self.size, self.objectives = space, seed, size, objectives
+    def __init__(self, space: Space, seed: int, sizes: Sizes, objectives: int) -> None:
+        self.space, self.seed, self.sizes, self.objectives = space, seed, sizes, objectives
         self._study: optuna.Study | None = None
         self._held = 0
 
     def batch(self, number: int, told: Sequence[Told]) -> list[Point]:
-        first = number * self.size
-        start = [at(self.space, u) for u in sobol(len(self.space), self.seed, STARTUP)[first : first + self.size]]
-        near = self._near_best(number, told) if not start and self.size > 1 else []
-        count = self.size - len(start) - len(near)
+        first, end = self.sizes.span(number)
+        start = [at(self.space, u) for u in sobol(len(self.space), self.seed, STARTUP)[first:end]]
+        near = self._near_best(number, told) if not start and end - first > 1 else []
+        count = end - first - len(start) - len(near)
         return [*start, *(self._asked(number, told, count) if count else ()), *near]
 
     def _near_best(self, number: int, told: Sequence[Told]) -> list[Point]:
-        """One point near the best allowed trial by the first objective, nearer the more trials there are: Parzen
-        estimators alone come no closer than their width. Nothing while there is no such trial."""
-        allowed = [t for t in told if t.losses and all(x <= 0 for x in t.excess)]
+        """One point near the best allowed trial by the first objective, among those that came furthest, nearer the
+        more trials there are: Parzen estimators alone come no closer than their width. Nothing while there is no such
+        trial."""
+        allowed = [t for t in told if t.allowed]
         if not allowed:
             return []
-        best = min(allowed, key=lambda t: t.losses[0])
+        best = min(allowed, key=lambda t: (-t.rung, t.losses[0]))
         rng = np.random.default_rng([self.seed, number, 1])
         u_D = np.array([d.unit(best.point[d.field]) for d in self.space])
         u_D += NEAR / len(told) * rng.standard_normal(len(u_D))
@@ -184,11 +214,14 @@ class TPE:
             if self._study is None or self._held > len(told):
                 self._study, self._held = optuna.create_study(directions=["minimize"] * self.objectives), 0
             distributions = _distributions(self.space)
+            state = optuna.trial.TrialState
             self._study.add_trials(
                 optuna.create_trial(
+                    state=state.PRUNED if t.stopped else state.COMPLETE,  # Optuna ranks all whole trials first
                     params=_to_optuna(self.space, t.point),
                     distributions=distributions,
-                    values=t.losses,
+                    values=None if t.stopped else t.losses,
+                    intermediate_values={t.rung: t.losses[0]} if t.stopped else None,
                     constraints={str(i): x for i, x in enumerate(t.excess)} or None,
                 )
                 for t in told[self._held :]
@@ -201,8 +234,9 @@ class TPE:
 class CMAES:
     """CMA-ES on the unit cube, a generation per batch, begun in the middle, and anew at a random place when it is done.
 
-    A failed trial counts as the worst of its generation; one that breaks a condition is worse than all that do not.
-    The optimiser is kept between batches; one that is made anew from all trials asks the same points.
+    A failed trial counts as the worst of its generation; one that breaks a condition is worse than all that do not,
+    and one that was stopped early is worse than all that went further. The optimiser is kept between batches; one that
+    is made anew from all trials asks the same points.
     """
 
     def __init__(self, space: Space, seed: int, size: int) -> None:
@@ -212,8 +246,11 @@ class CMAES:
         self._cma = self._begun(np.full(len(space), 0.5), 0)
 
     @classmethod
-    def over(cls, space: Space, seed: int, size: int, objectives: int) -> CMAES:
+    def over(cls, space: Space, seed: int, sizes: Sizes, objectives: int) -> CMAES:
         """Raises UserError for a space, population or number of objectives that CMA-ES does not take."""
+        if len(sizes.turn) > 1:
+            raise UserError("--search cmaes needs generations of one size; use --stop halving, or tpe with hyperband")
+        size = sizes.turn[0]
         if objectives > 1:
             raise UserError("--search cmaes takes one objective; use tpe for several")
         if words := [d for d in space if d.kind == "choice"]:
@@ -246,11 +283,11 @@ class CMAES:
 
 
 def _ranked(generation: Sequence[Told]) -> list[float]:
-    """A number per trial whose order is: allowed by their loss, then by how far a condition is broken, then failed."""
+    """A number per trial whose order is: by standing, and within its kinds the trials that came further first."""
 
-    def order(t: Told) -> tuple[int, float]:
-        broken = max((x for x in t.excess if x > 0), default=0.0)
-        return (2, 0.0) if not t.losses else (1, broken) if broken else (0, t.losses[0])
+    def order(t: Told) -> tuple[int, int, float]:
+        kind, value = t.standing()
+        return kind, -t.rung, value
 
     ranks = {key: float(i) for i, key in enumerate(sorted({order(t) for t in generation}))}
     return [ranks[order(t)] for t in generation]

@@ -19,7 +19,7 @@ from sweeps.search.study import Outcome, Study, Trial
 
 def write_evidence(search: Search[CellT], question: str, out: Path) -> list[str]:
     """Write the search's report into the folder `out`; returns lines for the screen."""
-    studies = tuple(StudyTable(s.group, _table(search, s), _again(search, s)) for s in search.studies)
+    studies = tuple(_of_study(search, s) for s in search.studies)
     evidence = Evidence(question, _axes(search), _goals(search), studies, tuple(_facts(search)))
     lines = write_report(evidence, out)
     (out / "search.json").write_text(json.dumps(_record(search), indent=1), encoding="utf-8")
@@ -39,7 +39,14 @@ def _facts(search: Search[CellT]) -> list[str]:
     rules, asked = search.rules, search.asked
     facts = [f"`{d}`" for d in rules.space]
     counts = " and ".join(dict.fromkeys(str(len(search.outcomes(s))) for s in search.studies))
-    facts = [f"searched by {rules.kind}: {', '.join(facts)}; {counts} trials in batches of {rules.size}"]
+    sizes = ", ".join(map(str, rules.sizes))
+    facts = [f"searched by {rules.kind}: {', '.join(facts)}; {counts} trials in batches of {sizes}"]
+    if stop := rules.stop:
+        rungs = ", ".join(map(str, stop.amounts))
+        facts.append(
+            f"stopped early by {stop.kind}: each batch is measured at {stop.field}={rungs} in turn, and the best 1/"
+            f"{stop.eta} of those at one go on to the next; the value of a trial is the one at {stop.amounts[-1]}"
+        )
     facts.append(f"objective: {', '.join(map(str, rules.objectives))}, the mean over a trial's cells")
     if rules.conditions:
         facts.append(f"conditions: {', '.join(map(str, rules.conditions))}")
@@ -62,6 +69,18 @@ def _again(search: Search[CellT], study: Study[CellT]) -> Again:
     return Again(values, failed, why)
 
 
+def _of_study(search: Search[CellT], study: Study[CellT]) -> StudyTable:
+    """A study's tables; where trials are stopped early also all that were measured at the first rung, as measured
+    there."""
+    table, again, stop = _table(search, study), _again(search, study), search.rules.stop
+    if stop is None:
+        return StudyTable(study.group, table, again)
+    first = [study.outcome(t, search.known, 0) if 0 in t.rungs else None for t in study.trials(len(table))]
+    rows = [_row(search, t, o) for t, o in zip(study.trials(len(table)), first, strict=True) if o and o.state == "done"]
+    early = StudyTable(study.group, pd.DataFrame(rows, columns=table.columns))
+    return StudyTable(study.group, table, again, stop.field, early, f"{stop.field}={stop.amounts[0]}")
+
+
 def _table(search: Search[CellT], study: Study[CellT]) -> pd.DataFrame:
     outcomes = search.outcomes(study)
     return pd.DataFrame([_row(search, t, o) for t, o in zip(study.trials(len(outcomes)), outcomes, strict=True)])
@@ -75,6 +94,7 @@ def _row(search: Search[CellT], trial: Trial[CellT], outcome: Outcome) -> dict[s
         "state": outcome.state,
         "reason": outcome.reason,
         "allowed": outcome.allowed,
+        **({"measured_at": search.rules.stop.amounts[outcome.rung]} if search.rules.stop else {}),
         **trial.point,
         **{o.column: v for o, v in zip(objectives, values, strict=True)},
         "cells": " ".join(cell.key for cell in trial.cells),
@@ -101,10 +121,12 @@ def _record(search: Search[CellT]) -> dict[str, Any]:
                 "group": study.group,
                 "trials": len(outcomes),
                 "failed": sum(o.state == "failed" for o in outcomes),
+                "stopped": sum(o.state == "stopped" for o in outcomes),
                 "best": described(study, outcomes, study.best(outcomes)),
                 "again": [list(o.values) for o in search.fresh(study)],
                 "front": [described(study, outcomes, i) for i in front],
             }
         )
     objectives = [str(o) for o in search.rules.objectives]
-    return {"search": search.rules.kind, "objectives": objectives, "studies": studies}
+    stop = {"stop": str(search.rules.stop)} if search.rules.stop else {}
+    return {"search": search.rules.kind, "objectives": objectives, **stop, "studies": studies}

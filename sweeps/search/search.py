@@ -1,8 +1,8 @@
 """A search as a launch sees it: cells that are added to the plan batch by batch as trials close.
 
 The state is the ledger alone. Whoever opens the same search reads the recorded batches and the finished cells, and asks
-the next batch as soon as every trial of a study is closed (measured or failed); so a launch that was killed goes on
-with the same points, and two launches work on the same ones.
+the next batch as soon as every trial of a study is closed (measured, stopped early or failed); so a launch that was
+killed goes on with the same points, and two launches work on the same ones.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from sweeps.core.cells import Cell, CellT, PublishedCell, UserError, nearest
 from sweeps.ledger.ledger import Ledger
+from sweeps.search.halving import Extent, Stop
 from sweeps.search.objective import number, unknown
 from sweeps.search.options import Asked
 from sweeps.search.space import Space, place, read_space, spelled
@@ -34,6 +35,10 @@ class Searchable(Protocol[_OfSweep]):
     fixed: Mapping[str, str]
 
     def plan(self, preset: Any) -> Sequence[_OfSweep]: ...
+
+    def extent(self, preset: Any) -> Extent | None: ...
+
+    def plan_until(self, preset: Any, amount: int) -> Sequence[_OfSweep]: ...
 
 
 class Search(Generic[CellT]):
@@ -56,15 +61,16 @@ class Search(Generic[CellT]):
             objectives=asked.objectives,
             conditions=asked.conditions,
             seed=asked.seed,
-            size=asked.batch,
+            sizes=asked.sizes,
+            stop=_stop(asked, sweep, preset),
         )
         self.known = Known()
         self.studies = [
-            Study(self.rules, own, sweep.plan, ledger.store, group)
+            Study(self.rules, own, self._plan, ledger.store, group)
             for group, own in _groups(preset, asked.each, self.rules.space)
         ]
         for study in self.studies:
-            _check_ends(self.rules.space, study.preset, sweep)
+            _check_ends(self.rules.space, study)
         for study in self.studies:
             study.open()
         self.confirm = asked.confirm if _has_seeds(preset) else 0
@@ -72,8 +78,12 @@ class Search(Generic[CellT]):
         self._look()
         self._check_trials()
 
+    def _plan(self, preset: Any, amount: int) -> Sequence[CellT]:
+        return self.sweep.plan_until(preset, amount) if amount else self.sweep.plan(preset)
+
     def cells(self) -> list[CellT]:
-        """The cells of all trials that were asked so far, and of the best setting's fresh trainings, each once."""
+        """The cells of all trials that were asked so far, at the rungs that they have come to, and of the best
+        setting's fresh trainings, each once."""
         trials = [t for s in self.studies for t in (*self._trials(s), *self.again(s))]
         return list({c.key: c for t in trials for c in t.cells}.values())
 
@@ -112,7 +122,8 @@ class Search(Generic[CellT]):
 
     def first_cells(self) -> list[CellT]:
         """Those of each study's first batch: what packs are sized for, however far the search has come."""
-        return [c for s in self.studies for t in s.trials(self.rules.size) for c in t.cells]
+        first = [t for s in self.studies for t in s.trials(self.rules.sizes[0])]
+        return [c for t in first for c in next(iter(t.rungs.values()), ())]
 
     def advance(self, *, record: bool) -> list[CellT]:
         """Ask what can be asked now, and return `cells`. record: write the new batches to the ledger.
@@ -142,25 +153,33 @@ class Search(Generic[CellT]):
 
     def outcomes(self, study: Study[CellT], count: int | None = None) -> list[Outcome]:
         """Of the first `count` trials, by default of those that this command asks for."""
-        trials = study.trials(self.asked.trials if count is None else count)
-        return [study.outcome(trial, self.known) for trial in trials]
+        return study.outcomes(self.known)[: self.asked.trials if count is None else count]
 
     def forget_failures(self) -> None:
         """Failed cells are to run again."""
         self.known.failed.clear()
+        for study in self.studies:
+            study.forget_failures()
 
     def _look(self) -> None:
-        """Bring `known` up to date with the ledger."""
-        trials = [t for s in self.studies for t in (*s.trials(s.asked), *self.again(s))]
-        open_keys = [c.key for t in trials for c in t.cells if not self.known.closed(c.key)]
+        """Bring `known` up to date with the ledger, rung after rung."""
+        while self._look_once() and self.rules.stop:
+            pass
+
+    def _look_once(self) -> bool:
+        """Read the cells that are waited for; whether some of them are closed now."""
+        wanted = [c.key for s in self.studies for c in s.unclosed(self.known)]
+        wanted += [c.key for s in self.studies for t in self.again(s) for c in t.cells]
+        open_keys = [key for key in dict.fromkeys(wanted) if not self.known.closed(key)]
         if not open_keys:
-            return
+            return False
         cells = self._read(open_keys)
         found = list(islice(cells, _LOOK))
         deque(cells, maxlen=0)
         failed = self.ledger.failures(set(open_keys) - self.known.numbers.keys())
         self.known.failed.update((key, str(record.get("error"))) for key, record in failed.items())
         self._refuse_unmeasured(found)
+        return bool(found or failed)
 
     def _read(self, keys: Sequence[str]) -> Iterator[PublishedCell]:
         """The published cells among these keys, each noted in `known`; few are in memory at once."""
@@ -179,7 +198,7 @@ class Search(Generic[CellT]):
     def _check_columns(self) -> None:
         """Raise UserError where published cells of the kind that is planned have no such column."""
         study = self.studies[0]
-        planned = self.sweep.plan(place(study.preset, {d.field: d.at(0.5) for d in self.rules.space}))
+        planned = study.cells_at({d.field: d.at(0.5) for d in self.rules.space}, -1)
         kinds = {frozenset(cell.identity()) for cell in planned}
         keys = sorted(self.ledger.done())[:_LOOK]
         alike = [cell for cell in self.ledger.sound(keys) if frozenset(cell.identity) in kinds] if keys else []
@@ -199,22 +218,38 @@ class Search(Generic[CellT]):
                     f"{closed} or more, or another --search-seed for a new search"
                 )
 
-    def most_costly(self, seconds_of: Callable[[Sequence[CellT]], float]) -> tuple[float, list[CellT]]:
-        """(trials still to come, the cells of one trial that takes as long as any may), by the ends of the ranges."""
-        left = sum(o.state == "open" for s in self.studies for o in self.outcomes(s))
-        left += sum(max(0, self.asked.trials - s.asked) for s in self.studies if not s.over)
-        left += sum(
+    def most_costly(self, seconds_of: Callable[[Sequence[CellT]], float]) -> tuple[int, float, list[CellT]]:
+        """(trials still to come, whole trainings that they are as long as, the cells of one trial that takes as long
+        as any may), by the ends of the ranges."""
+        fresh = sum(
             sum(o.state == "open" for o in self.fresh(s)) if self.again(s) else self.confirm for s in self.studies
         )
+        left, wholes = fresh, float(fresh)
+        for study in self.studies:
+            more = 0 if study.over else max(0, self.asked.trials - study.asked)
+            left += more + sum(o.state == "open" for o in self.outcomes(study))
+            wholes += study.wholes(self.known, self.asked.trials)
         dearest: tuple[float, list[CellT]] = (-1.0, [])
         for study in self.studies:
             for corner in study.cost_corners():
                 try:
-                    cells = list(self.sweep.plan(place(study.preset, corner)))
+                    cells = list(study.cells_at(corner, -1))
                 except UserError:
                     continue
                 dearest = max(dearest, (seconds_of(cells), cells), key=lambda pair: pair[0])
-        return left, dearest[1]
+        return left, wholes, dearest[1]
+
+    def ended_cells(self) -> tuple[list[CellT], list[CellT]]:
+        """(cells of trials that are closed for good, cells of those that are not): only the latter's checkpoints are
+        still of use."""
+        ended: list[CellT] = []
+        going: list[CellT] = []
+        for study in self.studies:
+            trials, again = self._trials(study), self.again(study)
+            outcomes = [*self.outcomes(study), *self.fresh(study)]
+            for trial, outcome in zip([*trials, *again], outcomes, strict=True):
+                (going if outcome.state == "open" else ended).extend(trial.cells)
+        return ended, going
 
     @property
     def finished(self) -> bool:
@@ -262,14 +297,27 @@ def _groups(preset: Any, each: str, space: Space) -> list[tuple[str, Any]]:
     return [(str(value), place(preset, {each: value})) for value in dict.fromkeys(values)]
 
 
-def _check_ends(space: Space, preset: Any, sweep: Searchable[CellT]) -> None:
-    """Raise UserError for a range whose end the sweep refuses, and for a field that no cell depends on."""
+def _stop(asked: Asked, sweep: Searchable[CellT], preset: Any) -> Stop | None:
+    """How trials are stopped early; raises UserError for a sweep or preset that cannot be stopped."""
+    if not asked.stop:
+        return None
+    extent = sweep.extent(preset)
+    if extent is None:
+        raise UserError(f"--stop {asked.stop}: these cells have nothing to stop at; leave out --stop")
+    if asked.each == extent.field or any(text.partition("=")[0] == extent.field for text in asked.ranges):
+        raise UserError(f"--stop {asked.stop} sets {extent.field} itself; leave out its range, or --stop")
+    return Stop(asked.stop, asked.eta, extent.field, extent.amounts(asked.eta, asked.rungs))
+
+
+def _check_ends(space: Space, study: Study[CellT]) -> None:
+    """Raise UserError for a range whose end the sweep refuses at the first or the last rung, and for a field that no
+    cell depends on."""
     middle = {d.field: d.at(0.5) for d in space}
     for d in space:
         plans: list[Sequence[Cell]] = []
         for value in d.ends():
             try:
-                plans.append(sweep.plan(place(preset, {**middle, d.field: value})))
+                plans.append([c for rung in (0, -1) for c in study.cells_at({**middle, d.field: value}, rung)])
             except UserError as error:
                 raise UserError(f"--set {d}: {d.field}={value} is refused: {error}") from error
         if len({tuple(cell.key for cell in plan) for plan in plans}) < 2:

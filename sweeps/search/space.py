@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sweeps.core.cells import UserError, canonical_json, nearest
+from sweeps.core.cells import UserError, nearest
 from sweeps.core.settings import RunSettings, parse_text
 
 KINDS = ("log", "lin", "int", "choice")
@@ -205,8 +205,3 @@ def place(preset: Any, point: Mapping[str, Value]) -> Any:
 def spelled(point: Mapping[str, Value]) -> str:
     """`lr=0.001 k=8`"""
     return " ".join(f"{name}={value}" for name, value in point.items())
-
-
-def point_name(point: Mapping[str, Value]) -> str:
-    """One text for equal points."""
-    return canonical_json(dict(point))

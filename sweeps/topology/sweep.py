@@ -11,7 +11,8 @@ from sweeps.core.settings import RunSettings
 from sweeps.launch.context import PackContext
 from sweeps.launch.first_view import Chart, View
 from sweeps.launch.sweep import Sweep
-from sweeps.topology.cells import Audit, TopologyCell
+from sweeps.search.halving import Extent
+from sweeps.topology.cells import FULL_TABLE, Audit, DiagramCell, TopologyCell
 from sweeps.topology.presets import PRESETS
 from sweeps.topology.sources import Sources
 
@@ -56,6 +57,14 @@ class OdorTopology(Sweep[TopologyCell, Audit]):
 
         return plan(Sources(preset))
 
+    def extent(self, preset: Audit) -> Extent | None:
+        """The subsamples of each representation; the utility study has none."""
+        return None if preset.study == "utility" or preset.runs < 2 else Extent("runs", preset.runs)
+
+    def plan_until(self, preset: Audit, amount: int) -> Sequence[TopologyCell]:
+        """Those of the first subsamples, and what has none; the full table once all of them are there."""
+        return [c for c in self.plan(preset) if not isinstance(c, DiagramCell) or _within(c, amount, preset.runs)]
+
     def pack(
         self, cells: Sequence[TopologyCell], preset: Audit, machine: Machine, run: RunSettings
     ) -> list[Pack[TopologyCell]]:
@@ -83,6 +92,10 @@ class OdorTopology(Sweep[TopologyCell, Audit]):
 
     def banner(self, preset_name: str, preset: Audit) -> list[str]:
         return Sources(preset).banner()
+
+
+def _within(cell: DiagramCell, amount: int, runs: int) -> bool:
+    return amount == runs if cell.run == FULL_TABLE else cell.run < amount
 
 
 SWEEP = OdorTopology()

@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 
 from sweeps.codec.cells import HalvedCell, LMCell
-from sweeps.codec.halving import survivors
 from sweeps.codec.presets import PRESETS
 from sweeps.codec.run import run_pack
 from sweeps.codec.sweep import SWEEP
@@ -22,6 +21,7 @@ from sweeps.core.settings import RunSettings
 from sweeps.launch.context import PackContext
 from sweeps.launch.stop import PackStopped
 from sweeps.ledger.ledger import Ledger
+from sweeps.search.halving import survivors
 
 STUDY = replace(
     PRESETS["local"],
