@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from sweeps.codec import loop
 from sweeps.codec.cells import HalvedCell, LMCell
 from sweeps.codec.presets import PRESETS
 from sweeps.codec.run import run_pack
@@ -43,9 +44,9 @@ STUDY = replace(
 CELLS = list(SWEEP.plan(STUDY))
 
 
-def context() -> PackContext:
+def context(**settings: bool) -> PackContext:
     ledger = Ledger(f"memory://{uuid.uuid4().hex}", "codec_lm", LMCell.VERSION)
-    return PackContext(ledger, RunSettings(), threads=1, device="cpu", fingerprint=lambda cell: "f")
+    return PackContext(ledger, RunSettings(**settings), threads=1, device="cpu", fingerprint=lambda cell: "f")
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,38 @@ def test_one_cell_alone_competes_with_all_and_is_the_same(whole: Ledger) -> None
         run_pack([cell], STUDY, place)
         assert place.ledger.done() == {cell.key}
         pd.testing.assert_frame_equal(rows(place.ledger, cell), rows(whole, cell), check_exact=True)
+
+
+def test_a_promoted_cell_continues_and_is_the_separately_trained_one(
+    whole: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = replace(STUDY, rungs=(), seeds=(0,), lr=(1e-3, 1e-2), eval_every=4)
+    ends: list[int] = []
+    real = loop.Trainer.step
+
+    def counted(self: loop.Trainer, batch: loop.Batch, **how: bool) -> loop.StepStats:
+        ends.append(self.step_count)
+        return real(self, batch, **how)
+
+    monkeypatch.setattr(loop.Trainer, "step", counted)
+    promoted, apart = context(keep_checkpoints=True), context()
+    for amount in (2, 3, 6):  # never where the whole training is measured
+        cells = SWEEP.plan_until(study, amount)
+        run_pack(cells, study, promoted)
+        kept = promoted.ledger.store.names("_work")
+        assert set(kept) == ({SWEEP.checkpoint(c, study, RunSettings()) for c in cells} if amount < 6 else set())
+    assert ends == [*[0, 1] * 2, *[2] * 2, *[3, 4, 5] * 2]
+    for amount in (2, 3, 6):
+        cells = SWEEP.plan_until(study, amount)
+        run_pack(cells, study, apart)
+        assert apart.ledger.store.names("_work") == []
+        for cell in cells:
+            pd.testing.assert_frame_equal(rows(promoted.ledger, cell), rows(apart.ledger, cell), check_exact=True)
+            assert math.isnan(value(promoted.ledger, cell, "stopped_at")) == (amount == 6)
+    for cell in SWEEP.plan(study):
+        assert promoted.ledger.file(cell.key, "clips.parquet") == apart.ledger.file(cell.key, "clips.parquet")
+    with pytest.raises(UserError, match="rungs and --stop"):
+        SWEEP.plan_until(STUDY, 3)
 
 
 def test_report_leaves_stopped_cells_out(whole: Ledger, tmp_path: Path) -> None:

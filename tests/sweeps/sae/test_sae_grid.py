@@ -228,6 +228,41 @@ def test_wsd_budgets_are_separate_runs_with_decay(monkeypatch: pytest.MonkeyPatc
     assert_same(together, resumed, [c.key for c in plan(grid)])
 
 
+@pytest.mark.parametrize("decay", [0, 4], ids=["constant", "wsd"])
+def test_a_promoted_sae_continues_and_is_the_separately_trained_one(
+    decay: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = replace(GRID, k=(4,), schedule="wsd" if decay else "constant", decay_steps=decay)
+    rungs = [plan(replace(grid, tokens=(tokens,))) for tokens in (256, 384, 640)]  # 8, 12 and 20 steps
+    real_step, steps, blocks = SparseTrainer.step, [0], list[int]()
+    real_block = train_module._PackRun._activations
+
+    def counted(self: SparseTrainer, x: torch.Tensor) -> Any:
+        steps[0] += 1
+        return real_step(self, x)
+
+    promoted, apart = fresh(), fresh()
+    with monkeypatch.context() as patch:
+        patch.setattr(SparseTrainer, "step", counted)
+        patch.setattr(
+            train_module._PackRun,
+            "_activations",
+            lambda self, tokens, block: blocks.append(block) or real_block(self, tokens, block),
+        )
+        for cells in rungs:
+            train(cells, promoted, keep_checkpoints=True)
+    for cells in rungs:
+        train(cells, apart)
+    assert_same(promoted, apart, [c.key for cells in rungs for c in cells])
+    # both layers: the trunk to the end, or to where its last branch leaves it, and each branch
+    assert steps[0] == 2 * (20 if not decay else 16 + 3 * decay)
+    assert blocks == ([0, 1, 2, 2, 3, 3, 4, 5, 6] if not decay else [0, 1, 2, 1, 2, 3, 2, 3, 4, 5, 6])
+    names = {SWEEP.checkpoint(c, grid, RunSettings()) for cells in rungs for c in cells}
+    assert set(promoted.store.names("_work")) == names
+    assert len(names) == 2
+    assert apart.store.names("_work") == []
+
+
 def train_until(step: int, cells: list[SAECell], ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stop the pack after `step` steps, with its checkpoint."""
     asked = iter(range(1, 1000))
@@ -388,6 +423,9 @@ def test_an_sae_that_diverges_fails_alone() -> None:
     assert "gradient norm is" in failures[bad[1].key]["error"]
     assert "lower lr=1e+38" in failures[bad[1].key]["error"]
     assert together.store.names("_work") == []
+    kept = fresh()
+    train([*bad, good], kept, keep_checkpoints=True)  # what diverged is not continued
+    assert kept.store.names("_work") == [SWEEP.checkpoint(good, ONE, RunSettings())]
     train([*bad, good], together)  # a retry of the pack leaves what it knows to fail
 
 

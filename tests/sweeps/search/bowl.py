@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ from sweeps.core.settings import RunSettings
 from sweeps.launch.context import PackContext
 from sweeps.launch.sweep import Sweep
 from sweeps.ledger.ledger import Ledger
+from sweeps.search.halving import Extent
 from sweeps.search.search import Search
 
 
@@ -26,6 +27,7 @@ class BowlCell(Cell):
     y: float
     n: int
     seed: int
+    stop_at: int = 0  # of the preset's steps; 0: the whole
 
     def __post_init__(self) -> None:
         if self.n > 90:
@@ -36,6 +38,11 @@ class BowlCell(Cell):
         centre = {"left": -1.0, "right": 2.0}[self.arm]
         return (self.x - centre) ** 2 + math.log10(self.y / 1e-2) ** 2 + 0.01 * abs(self.n - 8) + 0.01 * self.seed
 
+    @property
+    def measured(self) -> float:
+        """The depth, or what a trial that was stopped shows of it: further from it the earlier."""
+        return self.depth + (int(self.key, 16) % 1000 / 1000 / self.stop_at if self.stop_at else 0.0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class BowlPreset:
@@ -45,12 +52,13 @@ class BowlPreset:
     n: int = 8
     seeds: tuple[int, ...] = (0,)
     width: int = 7  # no cell depends on it
+    steps: int = 27
 
 
 def rows(cell: BowlCell) -> list[Row]:
     spoilt = math.nan if cell.n == 13 else 0.0
     where = [Row("loss", cell.depth + 1, params={"weights": w}) for w in ("ema", "raw")]
-    return [Row("depth", cell.depth + spoilt), Row("size", cell.n), *where, Row("curve", 1.0, params={"step": 3})]
+    return [Row("depth", cell.measured + spoilt), Row("size", cell.n), *where, Row("curve", 1.0, params={"step": 3})]
 
 
 class BowlSweep(Sweep[BowlCell, BowlPreset]):
@@ -70,6 +78,15 @@ class BowlSweep(Sweep[BowlCell, BowlPreset]):
             for seed in preset.seeds
         ]
 
+    def extent(self, preset: BowlPreset) -> Extent | None:
+        return Extent("steps", preset.steps) if preset.steps else None
+
+    def plan_until(self, preset: BowlPreset, amount: int) -> Sequence[BowlCell]:
+        return [replace(cell, stop_at=amount if amount < preset.steps else 0) for cell in self.plan(preset)]
+
+    def checkpoint(self, cell: BowlCell, preset: BowlPreset, run: RunSettings) -> str:
+        return replace(cell, stop_at=0).key
+
     def pack(
         self, cells: Sequence[BowlCell], preset: BowlPreset, machine: Machine, run: RunSettings
     ) -> list[Pack[BowlCell]]:
@@ -80,6 +97,9 @@ class BowlSweep(Sweep[BowlCell, BowlPreset]):
             if cell.n == 17:
                 raise UserError("n=17 is refused by the work; choose another")
             context.publish(cell, rows(cell))
+            if context.run.keep_checkpoints:
+                name = self.checkpoint(cell, preset, context.run)
+                context.ledger.store.replace(f"_work/{name}/latest.json", b"{}")
 
     def fingerprint(self, cell: BowlCell, preset: BowlPreset, run: RunSettings) -> str:
         return digest(cell.key)

@@ -82,6 +82,33 @@ def test_a_killed_search_ends_with_the_same_report(main: Main, capsys: pytest.Ca
     assert main(*TPE, "--storage=killed", "--report") == 0
 
 
+def test_a_killed_search_with_halving_ends_with_the_same_report(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    halving = (*TPE, "--stop=halving", "--confirm=2")
+    assert main(*halving, "--storage=s", "--plan") == 0
+    # two brackets of 9 at 3, 9 and 27 steps: 9/9 + 3·6/27 + 18/27 whole trainings each, and two fresh ones
+    assert "20 trials to come, stopped early: 6.7 whole ones, at most 0.80 machine hours" in capsys.readouterr().out
+    assert main(*halving, "--storage=whole") == 0
+    shown = capsys.readouterr().out
+    whole, trials = record(), pd.read_parquet("reports/bowl/one-search/trials.parquet")
+    for packs in (4, 7, 8):
+        with pytest.raises(Killed):
+            main(*halving, "--storage=killed", packs=packs)
+    assert len(list(Path("killed/bowl/1/_work").iterdir())) > 1
+    assert main(*halving, "--storage=killed") == 0
+    assert record() == whole
+    pd.testing.assert_frame_equal(pd.read_parquet("reports/bowl/one-search/trials.parquet"), trials)
+    for storage in ("killed", "whole"):
+        assert not list(Path(storage).rglob("_work/*"))
+    assert trials["state"].value_counts().to_dict() == {"stopped": 16, "done": 2}
+    assert trials.loc[trials["state"] == "done", "measured_at"].tolist() == [27, 27]
+    assert whole["studies"][0]["stopped"] == 16
+    assert whole["studies"][0]["best"]["trial"] == trials["depth"].where(trials["state"] == "done").idxmin()
+    assert "optimism" in shown
+    text = Path("reports/bowl/one-search/report.md").read_text(encoding="utf-8")
+    assert "stopped early by halving: each batch is measured at steps=3, 9, 27 in turn, and the best 1/3" in text
+    assert "stopped, value at steps=9" in text
+
+
 def test_failed_trials_are_closed_and_exit_with_1(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
     grid = ("--search=grid", "--set=n=choice:8,17", "--objective=depth:min", "--storage=s")
     assert main(*grid) == 1
