@@ -8,7 +8,8 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -37,8 +38,12 @@ def digest(value: Any) -> str:
 
 
 @functools.cache
-def _field_names(kind: type) -> tuple[str, ...]:
-    return tuple(f.name for f in dataclasses.fields(kind))
+def _reader(kind: type) -> tuple[tuple[str, ...], Callable[[Any], tuple[Any, ...]]]:
+    """(names of a kind of cell's fields, what reads their values): a plan reads a hundred thousand cells."""
+    names = tuple(f.name for f in dataclasses.fields(kind))
+    if len(names) > 1:
+        return names, operator.attrgetter(*names)
+    return names, lambda cell: tuple(getattr(cell, name) for name in names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +59,8 @@ class Cell:
 
     def identity(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
-        return {name: getattr(self, name) for name in _field_names(type(self))}  # type: ignore[arg-type]
+        names, values = _reader(type(self))  # type: ignore[arg-type]
+        return dict(zip(names, values(self), strict=True))
 
     @functools.cached_property
     def key(self) -> str:

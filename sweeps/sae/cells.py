@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -68,7 +70,10 @@ class SAECell(Cell):
 
     def identity(self) -> dict[str, Any]:
         fields = super().identity()
-        return {name: value for name, value in fields.items() if name not in _LATER or value != _LATER[name]}
+        for name, usual in _LATER.items():
+            if fields[name] == usual:
+                del fields[name]
+        return fields
 
     def __post_init__(self) -> None:
         if self.k > self.d_sae:
@@ -134,13 +139,21 @@ class SAECell(Cell):
 
     def trajectory(self) -> tuple[Any, ...]:
         """What cells of nested budgets share in training: all but the budget and what is evaluated."""
-        return self._trajectory
+        plain, later = _of_trajectory(), _LATER_TRAINED(self)
+        return plain(self) + tuple(
+            (name, value) for (name, usual), value in zip(_LATER_USUAL, later, strict=True) if value != usual
+        )
 
-    @functools.cached_property
-    def _trajectory(self) -> tuple[Any, ...]:
-        fields = self.identity()
-        plain = tuple(v for name, v in fields.items() if name not in ("tokens", *_LATER))
-        return plain + tuple((name, v) for name, v in fields.items() if name in _LATER and name != "rungs")
+
+@functools.cache
+def _of_trajectory() -> Callable[[SAECell], tuple[Any, ...]]:
+    """Reads the first version's fields, but for the budget, off a cell: a plan does it for a hundred thousand."""
+    names = [f.name for f in dataclasses.fields(SAECell)]
+    return operator.attrgetter(*(name for name in names if name not in ("tokens", *_LATER)))
+
+
+_LATER_USUAL = [(name, usual) for name, usual in _LATER.items() if name != "rungs"]
+_LATER_TRAINED: Callable[[SAECell], tuple[Any, ...]] = operator.attrgetter(*(name for name, _ in _LATER_USUAL))
 
 
 _RELEASED = (
@@ -173,6 +186,9 @@ class ReleasedCell(SAECell):
         fields = super().identity()
         later = {name: fields[name] for name in _LATER if name in fields}
         return {name: fields[name] for name in _RELEASED} | later | {"sae": self.sae, "sha256": self.sha256}
+
+    def trajectory(self) -> tuple[Any, ...]:
+        return (self.key,)
 
     def __post_init__(self) -> None:
         self._check_evaluation()

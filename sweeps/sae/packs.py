@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
     from models.sae.trainer import SAEConfig
 _PROCESS_BYTES = 3 * 2**29  # an interpreter with torch, transformers and Ray loaded
 _USABLE = 0.75  # share of free memory that packs may plan with
+_SHARED: Callable[[SAECell], tuple[Any, ...]] = operator.attrgetter(
+    *("model", "stream", "context", "batch_tokens", "shuffle_sequences", "eval_sequences", "lm_dtype"),
+    *("drop_positions", "max_norm_multiple", "hook", "blocks", "text", "text_column", "rungs"),
+)
+"""What cells that one LM pass serves have in common."""
 
 
 def pack_bytes(cells: Sequence[SAECell], run: RunSettings) -> int:
@@ -56,12 +62,7 @@ def shared_passes(cells: Sequence[SAECell]) -> dict[tuple[Any, ...], dict[tuple[
     """{what an LM pass is shared by: {trajectory: its cells}}, both in plan order by layer."""
     groups: dict[tuple[Any, ...], dict[tuple[Any, ...], list[SAECell]]] = {}
     for cell in sorted(cells, key=lambda c: c.layer):
-        shared = (
-            *(cell.model, cell.stream, cell.context, cell.batch_tokens, cell.shuffle_sequences),
-            *(cell.eval_sequences, cell.lm_dtype, cell.drop_positions, cell.max_norm_multiple),
-            *(cell.hook, cell.blocks, cell.text, cell.text_column, cell.rungs),
-        )
-        groups.setdefault(shared, {}).setdefault(cell.trajectory(), []).append(cell)
+        groups.setdefault(_SHARED(cell), {}).setdefault(cell.trajectory(), []).append(cell)
     return groups
 
 
