@@ -15,6 +15,7 @@ from sklearn.decomposition import PCA
 from sklearn.random_projection import GaussianRandomProjection
 from torch import Tensor, nn
 
+from models.cpu.adam import Adam
 from models.cpu.threads import torch_threads
 
 DIM = 256
@@ -70,7 +71,7 @@ def autoencoder(
         torch.manual_seed(seed)
         encode = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, dim))
         decode = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, width))
-        optimiser = torch.optim.Adam([*encode.parameters(), *decode.parameters()], learning_rate)
+        optimiser = Adam([*encode.parameters(), *decode.parameters()], learning_rate)
         loss_of: Callable[[Tensor, Tensor], Tensor] = (
             nn.functional.binary_cross_entropy_with_logits if binary else nn.functional.mse_loss
         )

@@ -21,6 +21,7 @@ from iterstrat.ml_stratifiers import MultilabelStratifiedShuffleSplit
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
+from models.cpu.adam import AdamW
 from models.cpu.threads import torch_threads
 from models.odor.graphs import GraphBatch, Graphs, neighbour_sum
 
@@ -197,7 +198,7 @@ class _Training:
 
     def __init__(self, net: OdorNet, epochs: int, steps: int) -> None:
         self.net = net
-        self.optimiser = torch.optim.AdamW(net.parameters(), _LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
+        self.optimiser = AdamW(net.parameters(), _LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimiser, _LEARNING_RATE, total_steps=steps)
         self.average = _Average(net, decay=1 - epochs / (2 * steps))
 

@@ -31,6 +31,7 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
+from models.cpu.adam import Adam
 from models.sae.model import SAEConfig, TopKSAE, row_chunks
 from models.sae.precision import bfloat16_is_faster
 
@@ -119,9 +120,9 @@ class Engine:
         self.exp_avg, self.exp_avg_sq = exp_avg, exp_avg_sq
 
     @cached_property
-    def _adam(self) -> torch.optim.Adam:
+    def _adam(self) -> Adam:
         parameters = [getattr(self.sae, name) for name in PARAMETERS]
-        return torch.optim.Adam(parameters, betas=self.config.betas, eps=self.config.eps, fused=True)
+        return Adam(parameters, betas=self.config.betas, eps=self.config.eps, fused=True)
 
     def grad(self, name: str) -> torch.Tensor:
         """Gradient buffer of a parameter, valid from `gradients` to the next use of the scratch."""

@@ -30,6 +30,7 @@ from data.split import identity_hash
 from models.codec.cost import names_by_group
 from models.codec.model import CodecLM, config_facts
 from models.codec.text import Texts
+from models.cpu.adam import AdamW
 from models.cpu.allocator import keep_freed_memory
 from models.cpu.bfloat16 import multiplies_bfloat16
 from sweeps.core.world import World
@@ -167,7 +168,7 @@ class Trainer:
         decayed = [p for n, p in named.items() if p.dim() > 1 and not n.endswith(_NOT_DECAYED)]
         chosen = {id(p) for p in decayed}
         rest = [p for p in named.values() if id(p) not in chosen]
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = AdamW(
             [
                 {"params": decayed, "weight_decay": self.config.weight_decay},
                 {"params": rest, "weight_decay": 0.0},

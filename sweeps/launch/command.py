@@ -51,7 +51,6 @@ from sweeps.ledger.ledger import Ledger
 from sweeps.ledger.logins import clean_arguments, given, hide_arguments
 from sweeps.ledger.storage import normal_storage
 from sweeps.search.options import add_search, read_asked
-from sweeps.search.report import write_evidence
 from sweeps.search.search import Search
 
 _WAIT_SECONDS = 4.0  # before the ledger is looked at again for the cells of other launches
@@ -507,6 +506,8 @@ class _Launch(Generic[CellT, PresetT]):
         if self.search is None:
             lines = self.sweep.report(cells, self.arguments.preset, self.preset, made)
         else:
+            from sweeps.search.report import write_evidence  # here: it loads Matplotlib
+
             lines = write_evidence(self.search, self.sweep.question, made)
         if len(keys) < len(self.whole):
             say_partial(made / "report.md", len(keys), len(self.whole))

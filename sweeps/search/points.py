@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from scipy.stats import qmc
 
 from sweeps.core.cells import UserError
 from sweeps.search.halving import FAILED, Standing
@@ -152,6 +151,8 @@ def at(space: Space, u_D: Sequence[float] | np.ndarray) -> Point:
 
 @functools.lru_cache(maxsize=4)
 def _sobol(dimensions: int, seed: int, power: int) -> np.ndarray:
+    from scipy.stats import qmc  # here: scipy.stats takes longer than all else that a launch without a search imports
+
     return qmc.Sobol(dimensions, scramble=True, rng=np.random.default_rng(seed)).random_base2(power)
 
 
