@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from analysis.markdown import table as pipe_table
 from analysis.multiplicity import ALPHA
 from analysis.sae import published
 from analysis.sae.budget import format_k_star, k_star, k_star_interval
@@ -260,13 +261,11 @@ def each(frame: pd.DataFrame) -> Iterator[pd.Series]:
 
 
 def markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    """A pipe table; numbers right-aligned, `|` escaped."""
+    """A pipe table; numbers right-aligned."""
     names = list(rows[0])
-    cells = [[row[name].replace("|", "\\|") for name in names] for row in rows]
+    cells = [[row[name] for name in names] for row in rows]
     numeric = [all(not row[i] or row[i][0] in "+-0123456789><" for row in cells) for i in range(len(names))]
-    head = [name.replace("|", "\\|") for name in names]
-    rule = ["---:" if right else "---" for right in numeric]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *cells))
+    return pipe_table(names, cells, numeric)
 
 
 def leaderboard(study: Study) -> Section:

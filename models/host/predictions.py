@@ -9,6 +9,7 @@ entries.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -18,6 +19,9 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.host.next_token_loss import NextTokenLoss, wide
+
+# torch's own rules of forward mode are compiled by what torch itself calls deprecated, at the first pass that needs one
+warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated", category=FutureWarning)
 
 
 class NoForwardMode(Exception):

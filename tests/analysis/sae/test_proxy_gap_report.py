@@ -218,7 +218,7 @@ def test_text_helpers():
     assert number(0.12345, 2, sign=True) == "+0.12"
     assert interval(0.5, 0.25, 0.75, 2) == "0.50 [0.25, 0.75]"
     assert interval(0.5, float("nan"), float("nan"), 2) == "0.50"
-    assert markdown([{"a": "x|y", "b": "1"}]) == "| a | b |\n| --- | ---: |\n| x\\|y | 1 |"
+    assert markdown([{"a": "x|y", "b": "1"}]) == "| a | b |\n|---|---:|\n| x\\|y | 1 |"
 
 
 def test_bad_geometry_and_sequence_tables_are_named(make_grid):

@@ -49,8 +49,7 @@ class Tags(HTMLParser):
 
 
 def test_a_hostile_name_becomes_neither_html_nor_script(tmp_path: Path) -> None:
-    names = [name.replace("|", "\\|") for name in HOSTILE]
-    text = f"# Report of {HOSTILE[0]}\n\n{table(['name'], [[name] for name in names])}\n\n" + "\n\n".join(HOSTILE)
+    text = f"# Report of {HOSTILE[0]}\n\n{table(['name'], [[name] for name in HOSTILE])}\n\n" + "\n\n".join(HOSTILE)
     page = Tags(page_of(text, tmp_path))
     assert [tag for tag, _ in page.tags if tag in ("svg", "iframe", "object", "img", "form")] == []
     assert len(page.all("script")) == 1
