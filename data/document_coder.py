@@ -42,17 +42,35 @@ class Coder:
         encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array([self.separator, *e.ids], dtype=np.int32) for e in encodings]
 
-    def packed(self, parts: Sequence[np.ndarray], context: int) -> np.ndarray:
-        """The parts one after another, cut into sequences int32 [S, T], each begun with BOS where there is one.
+    def encode_with_spans(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """`encode`, and the characters [start, end) of the text that each id stands for, int32 [N, 2].
 
-        The last, incomplete sequence is dropped.
+        The separator stands for none. Ids that share a character of several bytes all stand for it.
+        """
+        if self.tokenizer is None:
+            lengths = [np.array([len(c.encode()) for c in text], np.int64) for text in texts]
+            spans: list[np.ndarray] = [np.repeat(np.arange(len(n_C)), n_C)[:, None] + [0, 1] for n_C in lengths]
+            ids = self.encode(texts)
+        else:
+            encodings = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+            spans = [np.array(e.offsets, np.int64).reshape(-1, 2) for e in encodings]
+            ids = [np.array([self.separator, *e.ids], dtype=np.int32) for e in encodings]
+        with_separator = [np.concatenate([[[0, 0]], span_N2]).astype(np.int32) for span_N2 in spans]
+        return list(zip(ids, with_separator, strict=True))
+
+    def packed(self, parts: Sequence[np.ndarray], context: int, first: int | None = None) -> np.ndarray:
+        """The parts one after another, cut into sequences [S, T], each begun with BOS where there is one.
+
+        The last, incomplete sequence is dropped. `first` is what stands at the place of BOS where the parts hold
+        something else about each token than its id. Type: that of the parts, int32 where there is none.
         """
         flat_N = np.concatenate(parts) if parts else np.empty(0, np.int32)
         width = context - (self.bos is not None)
         rows_SW = flat_N[: len(flat_N) // width * width].reshape(-1, width)
         if self.bos is None:
             return rows_SW
-        return np.concatenate([np.full((len(rows_SW), 1), self.bos, np.int32), rows_SW], axis=1)
+        start = self.bos if first is None else first
+        return np.concatenate([np.full((len(rows_SW), 1), start, rows_SW.dtype), rows_SW], axis=1)
 
 
 def encode_bytes(text: str) -> np.ndarray:

@@ -101,12 +101,23 @@ def split(*, held_out: bool) -> tuple[Document, ...]:
 @lru_cache(maxsize=1)
 def _held_out() -> tuple[bool, ...]:
     """Which of `documents()` are never trained on."""
+    first_G, alone_G = _groups()
+    return tuple((np.array([first % HOLDOUT_EVERY == 0 for first in first_G]) & alone_G).tolist())
+
+
+def duplicate_groups() -> dict[str, int]:
+    """A number for each document by its name, equal for near-duplicates and otherwise in no order: 63 bits."""
+    return {d.name: first >> 1 for d, first in zip(documents(), _groups()[0], strict=True)}
+
+
+@lru_cache(maxsize=1)
+def _groups() -> tuple[tuple[int, ...], np.ndarray]:
+    """(smallest identity in each document's group of near-duplicates, whether the group is alone) of `documents()`."""
     group_G, alone_G = near_duplicates(documents())
     first: dict[int, int] = {}
     for group, document in zip(group_G.tolist(), documents(), strict=True):
         first[group] = min(document.identity, first.get(group, document.identity))
-    chosen_G = np.array([first[group] % HOLDOUT_EVERY == 0 for group in group_G.tolist()])
-    return tuple((chosen_G & alone_G).tolist())
+    return tuple(first[group] for group in group_G.tolist()), alone_G
 
 
 def near_duplicates(documents: Sequence[Document]) -> tuple[np.ndarray, np.ndarray]:

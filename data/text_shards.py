@@ -76,7 +76,7 @@ class TokenisedText:
 
     def _make(self, state: dict[str, Any], n_train: int, n_held_out: int, say: Callable[[str], None]) -> None:
         coder = coder_of(self.tokenizer)
-        for texts, following in _stacks(self.source, *state["next"]):
+        for texts, following in stacks(self.source, *state["next"]):
             name = f"text-{len(state['shards']):05d}.parquet"
             data, counts = _shard(texts, coder, self.context)
             write_whole(self.folder / name, data)
@@ -101,7 +101,7 @@ def _enough(state: dict[str, Any], n_train: int, n_held_out: int) -> bool:
     return bool(state["ended"]) or (train >= n_train and held >= n_held_out)
 
 
-def _stacks(source: DocumentSource, file: int, row: int) -> Iterator[tuple[list[str], list[int] | None]]:
+def stacks(source: DocumentSource, file: int, row: int) -> Iterator[tuple[list[str], list[int] | None]]:
     """(the texts of a shard, where the next one begins; None at the end of the text)."""
     texts: list[str] = []
     size = 0

@@ -33,6 +33,7 @@ __all__ = [
     "ParquetShards",
     "Shards",
     "StreamUnavailable",
+    "embedded_order",
     "held_out_rows",
     "is_local",
 ]
@@ -274,7 +275,11 @@ def _packed(shards: EmbeddedShards, shard: int | None) -> np.ndarray:
         documents = tuple(d for d in documents if d.shard == shard)
     coder = coder_of(shards.tokenizer)
     rows_NT = coder.packed(coder.encode([d.text for d in documents]), shards.context)
-    order = np.random.default_rng(0 if shard is None else shard + 1).permutation(len(rows_NT))
-    packed_NT = rows_NT[order]
+    packed_NT = rows_NT[embedded_order(len(rows_NT), shard)]
     packed_NT.flags.writeable = False
     return packed_NT
+
+
+def embedded_order(n: int, shard: int | None) -> np.ndarray:
+    """In which order the n packed sequences of a training shard, or of the held-out side (None), stand."""
+    return np.random.default_rng(0 if shard is None else shard + 1).permutation(n)

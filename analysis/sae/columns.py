@@ -35,6 +35,10 @@ RUNG_COLUMNS = (
 )
 # how many features fire, and how often (analysis.sae.budget.FeatureCounts.density); older ledgers lack them
 FIRING_COLUMNS = ("l0", "density_median", "dense_share")
+# of cells that ask for it alone (analysis.sae.legibility): means over labels; features in a sparse probe
+PROBED_K = (1, 2, 5)
+LEGIBILITY = (*(f"k{k}" for k in PROBED_K), "dense", "mdl", "mdl_dense")
+LEGIBILITY_COLUMNS = tuple(f"legibility_{name}" for name in LEGIBILITY)
 LATER_COLUMNS = (*AUDIT_COLUMNS, *RUNG_COLUMNS, *FIRING_COLUMNS)
 CELL_COLUMNS = (
     *IDENTITY,

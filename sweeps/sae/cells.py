@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 DEPTHS = ("early", "mid", "late")
 RUNGS = ("all", "free")
+LEGIBILITY = ("off", "on")
 SAES = ("topk", "batchtopk", "matryoshka")
+_EVALUATED = ("rungs", "legibility")  # of the later fields those that training does not depend on
 _LATER: Mapping[str, Any] = {
     "drop_positions": 0,
     "max_norm_multiple": 0.0,
@@ -28,6 +30,7 @@ _LATER: Mapping[str, Any] = {
     "text_column": "",
     "rungs": "all",
     "sae": "topk",
+    "legibility": "off",
 }
 """Fields that came later, with the values that keep them out of a cell's identity: older cells keep their keys."""
 
@@ -67,6 +70,7 @@ class SAECell(Cell):
     text_column: str = ""
     rungs: str = "all"  # which rungs of the ladder are measured
     sae: str = "topk"  # topk, batchtopk or matryoshka
+    legibility: str = "off"  # whether probes ask which classes of tokens the features tell apart
 
     def identity(self) -> dict[str, Any]:
         fields = super().identity()
@@ -116,6 +120,13 @@ class SAECell(Cell):
             raise UserError(f"lm_dtype={self.lm_dtype!r} is not known; choose float32 or bfloat16")
         if self.rungs not in RUNGS:
             raise UserError(f"rungs={self.rungs!r} is not known; choose {' or '.join(RUNGS)}")
+        if self.legibility not in LEGIBILITY:
+            raise UserError(f"legibility={self.legibility!r} is not known; choose {' or '.join(LEGIBILITY)}")
+        if self.legibility != "off" and self.stream == "pile":
+            raise UserError(
+                "legibility=on needs the documents that tokens come from, and stream=pile holds tokens alone; choose "
+                "stream=embedded, or name documents with --set text="
+            )
         if not 0 <= self.drop_positions < self.context:
             raise UserError(
                 f"drop_positions={self.drop_positions} leaves no token of context={self.context}; choose 0 to "
@@ -152,7 +163,7 @@ def _of_trajectory() -> Callable[[SAECell], tuple[Any, ...]]:
     return operator.attrgetter(*(name for name in names if name not in ("tokens", *_LATER)))
 
 
-_LATER_USUAL = [(name, usual) for name, usual in _LATER.items() if name != "rungs"]
+_LATER_USUAL = [(name, usual) for name, usual in _LATER.items() if name not in _EVALUATED]
 _LATER_TRAINED: Callable[[SAECell], tuple[Any, ...]] = operator.attrgetter(*(name for name, _ in _LATER_USUAL))
 
 
@@ -237,6 +248,7 @@ class Grid:
     h0_margin: float = 0.05  # of the verdicts, registered with the preset: CE_rec that counts as no gap, and
     h1_ratio: float = 3.0  # |ΔR²| / |ΔCE_rec| that counts as a distortion (docs/hypotheses.md)
     rungs: str = "all"  # "free": only what needs no pass of the language model beyond CE_rec's
+    legibility: str = "off"  # "on": also sparse probes for classes of tokens; needs documents (embedded, or text=)
 
 
 def sae_config(cell: SAECell, d_in: int) -> SAEConfig:

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from analysis.sae.budget import FeatureCounts
 from analysis.sae.cells import cell_numbers
-from analysis.sae.columns import LAYER_COLUMNS
+from analysis.sae.columns import LAYER_COLUMNS, SETS
 from analysis.sae.fidelity import SequenceSums
 from analysis.sae.geometry import CovarianceSums
 from analysis.sae.variance import ControlledErrors, Controls, VarianceSums
@@ -26,13 +27,14 @@ from sweeps.core.cells import Row, UserError
 from sweeps.launch.context import PackContext
 from sweeps.ledger.published import parquet_bytes
 from sweeps.sae.rungs import FREE, CellRungs, Clock, SharedPass
-from sweeps.sae.sources import begins_with_bos
+from sweeps.sae.sources import begins_with_bos, held_out_labels
 from sweeps.sae.text import TextCheck
 from sweeps.sae.tokens import kept_tokens, leaves_out
 
 if TYPE_CHECKING:
     from models.host.host_lm import HostLM
     from sweeps.sae.cells import SAECell
+    from sweeps.sae.legibility import CellLegibility, LayerProbes
 
 _CHUNK = 8  # sequences evaluated at once
 _UNITS = {"mse": "squared norm / d_model", "loss_orig": "nats/token", "loss_recon": "nats/token"} | {
@@ -76,6 +78,7 @@ class Evaluation:
         self.text = TextCheck(stream, tokens, {cell.model: lm.d_vocab})
         self.tokens_ST = torch.from_numpy(tokens.astype("int64")).to(context.device)
         self._pass()
+        self._probes: dict[int, LayerProbes] = self._layer_probes() if cell.legibility != "off" else {}
 
     def _chunks(self) -> list[slice]:
         return [slice(i, i + _CHUNK) for i in range(0, len(self.tokens_ST), _CHUNK)]
@@ -115,6 +118,26 @@ class Evaluation:
             self.mean_D[layer] = covariance.mean_D
             self.controls[layer] = Controls.of(a_STD, norm_ST, covariance, kept_ST)
 
+    def _layer_probes(self) -> dict[int, LayerProbes]:
+        from sweeps.sae.legibility import LayerProbes  # here: scikit-learn is loaded by those who ask for probes
+
+        labels = held_out_labels(self.cell, self.context.run, self.lm.tokenizer_dir)
+        if not np.array_equal(labels.tokens_ST, self.tokens_ST.cpu().numpy()):
+            raise RuntimeError(f"the classes of {self.stream.source} belong to other tokens than its held-out ones")
+        self.context.progress(phase="probes on the activations")
+        no_sinks = SETS.index("no_sinks")
+        return {
+            layer: LayerProbes.of(labels, self.a_STD[layer], self.controls[layer].keep_PST[no_sinks].bool())
+            for layer in self.layers
+        }
+
+    def _legibility(self, cell: SAECell) -> CellLegibility | None:
+        if not self._probes:
+            return None
+        from sweeps.sae.legibility import CellLegibility
+
+        return CellLegibility(self._probes[cell.layer], cell.d_sae)
+
     def _require_finite(self, sums: dict[int, VarianceSums]) -> None:
         """UserError that names the lowest block, or the head, where the unpatched model's numbers go wrong."""
         places = {f"layer {layer}": s.covariance.mean_D for layer, s in sums.items()} | {"loss": self.loss_orig_S}
@@ -135,6 +158,7 @@ class Evaluation:
         features = FeatureCounts(cell.d_sae)
         rungs = CellRungs(self.shared, cell.layer, len(self.tokens_ST), self.context.device)
         reconstruct = reconstructor(sae)
+        legibility = self._legibility(cell)
         for rows in self._chunks():
             a_BTD = self.a_STD[cell.layer][rows]
             a_hat_BTD, index_BTk, value_BTk = reconstruct(a_BTD)
@@ -148,6 +172,8 @@ class Evaluation:
             controlled.update(a_BTD, a_hat_BTD, rows)
             counted = slice(None) if kept_BT is None else kept_BT.flatten()
             features.update(index_BTk.flatten(0, -2)[counted], value_BTk.flatten(0, -2)[counted])
+            if legibility is not None:
+                legibility.update(rows, index_BTk, value_BTk)
             recon_B = rungs.patched_loss(rows, a_BTD, a_hat_BTD, self.g_STD[cell.layer][rows])
             sums.add_losses(sequence_B, self.loss_orig_S[rows], recon_B, self.loss_zero_S[cell.layer][rows])
         sequences = sums.table()
@@ -161,6 +187,9 @@ class Evaluation:
         rows_out += rungs.layer_rows()
         sequences = sequences.assign(**controlled.by_sequence(), **rungs.table())
         tables = {"sequences.parquet": parquet_bytes(sequences), "rungs.parquet": parquet_bytes(rungs.costs())}
+        if legibility is not None:
+            probed, table = legibility.published()
+            rows_out, tables = rows_out + probed, tables | table
         return rows_out, tables, numbers["ce_rec"]
 
     def saelens_files(self, cell: SAECell, sae: TopKSAE | JumpReLUSAE) -> dict[str, bytes]:

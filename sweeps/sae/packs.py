@@ -21,7 +21,7 @@ _PROCESS_BYTES = 3 * 2**29  # an interpreter with torch, transformers and Ray lo
 _USABLE = 0.75  # share of free memory that packs may plan with
 _SHARED: Callable[[SAECell], tuple[Any, ...]] = operator.attrgetter(
     *("model", "stream", "context", "batch_tokens", "shuffle_sequences", "eval_sequences", "lm_dtype"),
-    *("drop_positions", "max_norm_multiple", "hook", "blocks", "text", "text_column", "rungs"),
+    *("drop_positions", "max_norm_multiple", "hook", "blocks", "text", "text_column", "rungs", "legibility"),
 )
 """What cells that one LM pass serves have in common."""
 

@@ -11,6 +11,7 @@ from data._listing import skipped_line
 from data.document_coder import coder_of
 from data.documents import DocumentSource
 from data.text_shards import TokenisedText
+from data.token_labels import TokenLabels, embedded_labels, text_labels
 from data.token_stream import EMBEDDED, PILE_HUB, CorruptShard, StreamUnavailable, TokenStream
 from models.host.specs import HOST_LMS
 from sweeps.core.cells import UserError
@@ -93,24 +94,31 @@ def begins_with_bos(cell: SAECell, run: RunSettings, folder: Path | None) -> boo
     return cell.stream != "pile" and coder_of(tokenizer_folder(cell, run, folder)).bos is not None
 
 
+def _text(cell: SAECell, run: RunSettings, tokenizer: str) -> TokenisedText:
+    source = DocumentSource(at_commit(text_place(cell), run), cell.text_column)
+    return TokenisedText(source, text_identity(cell, run), tokenizer, cell.context, str(user_cache()))
+
+
 def _tokenised(cell: SAECell, run: RunSettings, tokenizer: str, tokens: int, say: Callable[[str], None]) -> TokenStream:
     """The documents' tokens as far as whole shuffle blocks of the budget need them: a block cut short by how much
     happens to be tokenised would be shuffled in another way."""
     block = cell.shuffle_sequences * cell.context
     try:
-        text = TokenisedText(
-            DocumentSource(at_commit(text_place(cell), run), cell.text_column),
-            text_identity(cell, run),
-            tokenizer,
-            cell.context,
-            str(user_cache()),
-        )
+        text = _text(cell, run, tokenizer)
         state = text.extend(-(-tokens // block) * cell.shuffle_sequences, cell.eval_sequences, say)
     except (CorruptShard, StreamUnavailable, ValueError) as error:
         raise UserError(str(error)) from error
     if not state["shards"]:
         raise UserError(f"text {cell.text} holds no document; give files with text")
     return TokenStream(source=str(text.folder), context=cell.context, shards=len(state["shards"]))
+
+
+def held_out_labels(cell: SAECell, run: RunSettings, folder: Path | None) -> TokenLabels:
+    """The classes of the cell's held-out tokens, whose tokenizer is in `folder`, if known; the stream must be open."""
+    tokenizer = tokenizer_folder(cell, run, folder)
+    if cell.stream == "embedded":
+        return embedded_labels(tokenizer, cell.context, cell.eval_sequences)
+    return text_labels(_text(cell, run, tokenizer), cell.eval_sequences)
 
 
 def longest_reads(cells: Sequence[SAECell]) -> list[SAECell]:

@@ -106,6 +106,7 @@ class ProxyGap(Sweep[SAECell, Grid]):
             text=preset.text,
             text_column=preset.text_column,
             rungs=preset.rungs,
+            legibility=preset.legibility,
         )
 
     def extent(self, preset: Grid) -> Extent | None:
