@@ -32,6 +32,7 @@ class Study:
     earlier_intervals: int = 0  # cells whose stored interval of CE_rec is of an earlier method
     adjudication: Adjudication | None = None
     costs: pd.DataFrame = field(default_factory=lambda: merged_costs({}))  # of the rungs, as `rungs.merged_costs`
+    legibility: pd.DataFrame = field(default_factory=pd.DataFrame)  # a row per cell and class of tokens, with cell_key
 
     @property
     def models(self) -> list[str]:

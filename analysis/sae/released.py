@@ -14,6 +14,7 @@ import pandas as pd
 
 from analysis.sae.cells import ce_rec_interval
 from analysis.sae.leaderboard import PROXIES, REFERENCE, TARGET
+from analysis.sae.legibility_tables import MEANING, by_cell, cells_of, rows_of
 from analysis.sae.measured import measured
 from analysis.sae.tables import markdown
 
@@ -88,9 +89,15 @@ def glance(cells: pd.DataFrame) -> list[str]:
 
 
 def write_audit(
-    cells: pd.DataFrame, sequences: pd.DataFrame, out: Path, *, facts: Mapping[str, str], notes: Sequence[str] = ()
+    cells: pd.DataFrame,
+    sequences: pd.DataFrame,
+    out: Path,
+    *,
+    facts: Mapping[str, str],
+    notes: Sequence[str] = (),
+    probed: Mapping[str, pd.DataFrame] | None = None,
 ) -> Path:
-    """Write report.md, cells.parquet, cells.csv, ranks.csv and proxies.csv of audited SAEs.
+    """Write report.md, cells.parquet, cells.csv, ranks.csv and proxies.csv of audited SAEs (and legibility.csv).
 
     Args:
         cells: one row per SAE: `sae` (its name), `sae_class` and `columns.CELL_COLUMNS`.
@@ -98,6 +105,7 @@ def write_audit(
         out: folder, made when absent.
         facts: what it ran on, in plain words, in order.
         notes: caveats, a line each.
+        probed: what probes found of each class of tokens, by cell_key, for SAEs that were asked.
     Returns:
         The path of report.md.
     """
@@ -113,9 +121,25 @@ def write_audit(
     cells.to_csv(out / "cells.csv", index=False)
     ranked.to_csv(out / "ranks.csv", index=False)
     agreement(cells).to_csv(out / "proxies.csv", index=False)
+    text = _compose(cells, ranked, facts, notes)
+    if probed:
+        table = by_cell(probed)
+        table.to_csv(out / "legibility.csv", index=False)
+        text += "\n".join(_legibility(cells, table))
     report = out / "report.md"
-    report.write_text(_compose(cells, ranked, facts, notes), encoding="utf-8")
+    report.write_text(text, encoding="utf-8")
     return report
+
+
+def _legibility(cells: pd.DataFrame, table: pd.DataFrame) -> list[str]:
+    """The report's part on probes, in lines of Markdown."""
+    known = cells[cells["cell_key"].isin(table["cell_key"])]
+    rows = [
+        {"SAE": str(row["sae"]), "CE_rec": f"{row['ce_rec']:.3f}", "R²": f"{row['r2']:.4f}"} | cells_of(row)
+        for _, row in known.iterrows()
+    ]
+    by_class = ["", "By class, means over these SAEs:", "", markdown(rows_of(table))]
+    return ["", "## Legibility: probes for classes of tokens", "", MEANING, "", markdown(rows), *by_class, ""]
 
 
 def _compose(cells: pd.DataFrame, ranked: pd.DataFrame, facts: Mapping[str, str], notes: Sequence[str]) -> str:

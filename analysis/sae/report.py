@@ -22,6 +22,7 @@ from analysis.sae.columns import LAYER_COLUMNS
 from analysis.sae.contrasts import configuration_means, model_deltas
 from analysis.sae.hypotheses import Thresholds, adjudicate
 from analysis.sae.leaderboard import leaderboard
+from analysis.sae.legibility_tables import labels, legibility
 from analysis.sae.measured import Study, measured, study_name
 from analysis.sae.plots import write_figures
 from analysis.sae.rung_tables import rungs
@@ -57,6 +58,8 @@ def write_report(study: Study, out: Path, *, preset: str, facts: Mapping[str, st
         "costs.csv": study.costs.rename_axis("rung").reset_index(),
     }.items():
         table.to_csv(out / name, index=False)
+    if len(study.legibility):
+        study.legibility.to_csv(out / "legibility.csv", index=False)
     figures = write_figures(study, out)
     report = out / "report.md"
     report.write_text(compose(study, figures, preset=preset, facts=facts, notes=notes), encoding="utf-8")
@@ -141,6 +144,8 @@ def compose(
         (details.participation_ratios(study), ["participation_ratio.png"]),
         (details.conventions(study), []),
         (details.rates(study), ["rate_distortion.png", "alive.png"]),
+        (legibility(study), []),
+        (labels(study), []),
         (variance.definition_check(study), []),
         (adjudication(study), []),
     ]

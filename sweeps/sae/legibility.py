@@ -18,8 +18,8 @@ from analysis.sae.legibility import Task, dense_probes, drawn_tokens, sparse_pro
 from data.token_labels import DOCUMENTATION, NONE, PYTHON, TokenLabels
 from sweeps.core.cells import Row
 from sweeps.ledger.published import parquet_bytes
+from sweeps.sae.report import LEGIBILITY_TABLE
 
-TABLE = "legibility.parquet"
 _KINDS = {"python": PYTHON, "documentation": DOCUMENTATION}
 _BITS = ("mdl", "mdl_dense")
 
@@ -79,4 +79,4 @@ class CellLegibility:
             Row(f"legibility_{name}", float(table[name].mean()), "bits/label" if name in _BITS else "")
             for name in LEGIBILITY
         ]
-        return rows, {TABLE: parquet_bytes(table)}
+        return rows, {LEGIBILITY_TABLE: parquet_bytes(table)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ import pandas as pd
 from analysis.sae import published
 from analysis.sae.columns import IDENTITY, LAYER_COLUMNS
 from analysis.sae.hypotheses import Thresholds
+from analysis.sae.legibility_tables import by_cell
 from analysis.sae.released import glance as glance_at_audit
 from analysis.sae.released import write_audit
 from analysis.sae.report import glance, measure, write_report
@@ -28,8 +29,9 @@ if TYPE_CHECKING:
 
 _FINDINGS = 3  # sentences of the report's "At a glance" that the screen shows
 THRESHOLDS = "thresholds.json"
+LEGIBILITY_TABLE = "legibility.parquet"
 _SELECTION = ("models", "k", "tokens", "depths", "layers", "seeds")  # fields that choose among cells
-_READING = ("rungs", "h0_margin", "h1_ratio")  # fields that change no published number
+_READING = ("rungs", "legibility", "h0_margin", "h1_ratio")  # fields that change no published number
 _GEOMETRY = {f"{name}_of_layer": name for name in ("pr", "pr_deflated", *LAYER_COLUMNS)}
 
 
@@ -59,6 +61,12 @@ def _costs(cells: Sequence[PublishedCell]) -> dict[str, pd.DataFrame]:
     """What each rung took, by cell; cells of an older ledger have no such file."""
     known = [c for c in cells if "rungs.parquet" in c.files]
     return {c.key: table for c, table in zip(known, tables_of(known, "rungs.parquet"), strict=True)}
+
+
+def _probed(cells: Sequence[PublishedCell]) -> dict[str, pd.DataFrame]:
+    """What probes found, by cell, of the cells that were asked."""
+    known = [c for c in cells if LEGIBILITY_TABLE in c.files]
+    return {c.key: table for c, table in zip(known, tables_of(known, LEGIBILITY_TABLE), strict=True)}
 
 
 def thresholds_of(grid: Grid) -> Thresholds:
@@ -103,7 +111,7 @@ def write_released(cells: Sequence[PublishedCell], preset_name: str, grid: Grid,
         "hardware": recorded(cells, "hardware"),
         "commit": recorded(cells, "git_commit"),
     }
-    write_audit(frame, sequences, out, facts=facts, notes=notes)
+    write_audit(frame, sequences, out, facts=facts, notes=notes, probed=_probed(cells))
     return labelled("answer", glance_at_audit(frame)[:_FINDINGS])
 
 
@@ -132,6 +140,7 @@ def write(cells: Sequence[PublishedCell], preset_name: str, grid: Grid, original
         thresholds=thresholds_of(grid),
         recorded=_recorded(cells),
     )
+    study = replace(study, legibility=by_cell(_probed(cells)))
     write_report(study, out, preset=preset_name, facts=facts, notes=notes)
     best = frame.sort_values("ce_rec").to_dict("records")[-1]
     return [
