@@ -11,11 +11,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves workers on a machine that has other work
 os.environ.setdefault("RAY_raylet_start_wait_time_s", "240")
-# kernels are compiled once per checkout, not once per test that has a cache folder of its own (20 to 60 s of a core)
-os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".numba_cache"))
 
 import numpy as np
 import pytest
+
+from sweeps.core.machine import KERNEL_CACHE, user_cache
+
+# kernels are compiled once per machine, not once per test that has a cache folder of its own (20 to 60 s of a core)
+os.environ.setdefault("NUMBA_CACHE_DIR", str(user_cache() / "numba"))
+os.environ.setdefault("NUMBA_CACHE_LOCATOR_CLASSES", KERNEL_CACHE)
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -126,6 +126,7 @@ def prepare_process() -> None:
         kernels = user_cache() / "numba"
         check_folder(kernels, "the cache folder", _CACHE_REMEDY)
         os.environ["NUMBA_CACHE_DIR"] = str(kernels)
+    os.environ.setdefault("NUMBA_CACHE_LOCATOR_CLASSES", KERNEL_CACHE)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 starves trials beside any other work
@@ -150,4 +151,8 @@ def check_folder(folder: Path, what: str, remedy: str) -> None:
 
 
 ROOT = Path(__file__).resolve().parents[2]
+KERNEL_CACHE = (  # how numba finds compiled kernels: this checkout's by their content, others as it always does
+    "sweeps.core.kernel_cache.ByContent,UserProvidedCacheLocator,InTreeCacheLocator,UserWideCacheLocator,"
+    "IPythonCacheLocator,ZipCacheLocator"
+)
 HEADROOM = 0.9  # share of a CPU that a pack asks of Ray for each it uses; the rest feeds data tasks

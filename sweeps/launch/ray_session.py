@@ -116,6 +116,7 @@ def _environment() -> dict[str, str]:
     names = (
         "OMP_WAIT_POLICY",
         "NUMBA_CACHE_DIR",
+        "NUMBA_CACHE_LOCATOR_CLASSES",
         "PLUMBLINE_CACHE",
         "XDG_CACHE_HOME",
         "TOKENIZERS_PARALLELISM",
