@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from data._content import file_sha256
+from data.token_stream import CorruptShard
 from models.host.specs import HOOKS, HOST_LMS
 from sweeps.core.cells import Estimate, Pack, UserError
 from sweeps.core.machine import Machine
@@ -218,14 +219,17 @@ def audit_pack(cells: Sequence[ReleasedCell], context: PackContext) -> None:
     from models.sae.folders import read_folder
     from sweeps.ledger.published import parquet_bytes
     from sweeps.sae.evaluate import Evaluation
-    from sweeps.sae.sources import open_stream, start_pack
+    from sweeps.sae.sources import corrupt, open_stream, start_pack
 
     left, lm = start_pack(cells, context)
     if lm is None:
         return
     first = left[0]
-    stream = open_stream(first, context.run, lm.tokenizer_dir, say=context.note)
-    evaluation = Evaluation(lm, stream, sorted({c.layer for c in left}), first, context)
+    try:
+        stream = open_stream(first, context.run, lm.tokenizer_dir, say=context.note)
+        evaluation = Evaluation(lm, stream, sorted({c.layer for c in left}), first, context)
+    except CorruptShard as error:
+        raise corrupt(error) from error
     best = float("-inf")
     for i, cell in enumerate(left):
         context.progress(force=True, phase=f"SAE {i + 1} of {len(left)}: {cell.source}", done=i, total=len(left))

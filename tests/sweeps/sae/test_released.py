@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
+from data.token_stream import TokenStream
 from models.host.host_lm import HostLM
 from sweeps.core.cells import UserError
 from sweeps.core.machine import Machine
@@ -26,6 +27,7 @@ from sweeps.sae.released import folder_of_sae
 from sweeps.sae.sweep import SWEEP
 from tests.sweeps.sae.test_sae_grid import CONTEXT, GRID, Numbers, fresh, lm, toy_sources, train
 from tests.sweeps.sae.test_sae_sources import _be_the_hub, hub_server
+from tests.sweeps.tiny_proxy_gap import save_shards
 
 __all__ = ["lm", "toy_sources"]
 D = 64
@@ -223,6 +225,29 @@ def test_a_preset_without_saes_and_a_place_that_is_none_are_one_line(tmp_path: P
     (grid,) = apply_settings([f"saes={tmp_path}", "models=standin-small"], PRESETS["released"])
     with pytest.raises(UserError, match=r"holds no cfg\.json"):
         SWEEP.plan(grid)
+
+
+def test_a_corrupt_shard_of_an_audit_is_one_line_with_its_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same sentence as of a training pack; --set on_corrupt=skip, which it names, audits without the shard."""
+    shards = save_shards(tmp_path / "shards", shards=2, rows=400, length=CONTEXT, vocab=256)
+    first = sorted(shards.iterdir())[0]
+    first.write_bytes(first.read_bytes()[:-1000] + bytes(1000))
+    grid = preset([lens_folder("TopK", tmp_path / "sae")], rungs="free")
+    for skip in (False, True):
+        stream = TokenStream(source=str(shards), context=CONTEXT, on_corrupt="skip" if skip else "raise")
+        monkeypatch.setattr("sweeps.sae.sources.open_stream", lambda *a, stream=stream, **how: stream)
+        if skip:
+            ledger, cells = audit(grid)
+            assert ledger.done() == {cells[0].key}
+        else:
+            with pytest.raises(
+                UserError, match=r"; mend the shard, or leave it out with --set on_corrupt=skip"
+            ) as caught:
+                audit(grid)
+            assert first.name in str(caught.value)
+            assert "\n" not in str(caught.value)
 
 
 def test_a_damaged_sae_fails_alone(tmp_path: Path) -> None:
