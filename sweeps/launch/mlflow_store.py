@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import logging
 import os
 import re
 import sqlite3
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote, unquote
 
 import filelock
 
 from sweeps.core.cells import UserError
+from sweeps.core.machine import user_cache
 
 TAG_LENGTH = 5000  # characters that every store of MLflow takes in a tag
 GRID = "plumbline.grid"  # tag: the grids that a run belongs to, blanks between them
@@ -60,15 +63,60 @@ def quiet_mlflow() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def alone(file: Path) -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def alone(file: Path) -> Iterator[None]:
     """A lock for the first call on a SQLite file, which makes its tables: two launches doing so at once break them.
 
+    MLflow makes them once per machine, in fifty migrations; a new file gets a copy of them from the user's cache.
     Raises sqlite3.Error where the file cannot be written.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(file.parent / "mlflow.db.lock")
     _open_once(file)
-    return lock
+    with filelock.FileLock(file.parent / "mlflow.db.lock"):
+        new = _empty(file)
+        if new:
+            with contextlib.suppress(sqlite3.Error, OSError, UserError):  # MLflow then makes the tables itself
+                _copy_tables(_kept_tables(), file)
+        made = new and _empty(file)
+        yield
+        if made:
+            with contextlib.suppress(sqlite3.Error, OSError, UserError):
+                _keep_tables(file, _kept_tables())
+
+
+def _kept_tables() -> Path:
+    """Where this machine keeps the tables of the MLflow that is installed, without runs."""
+    return user_cache() / "mlflow" / f"tables-{importlib.metadata.version('mlflow')}.db"
+
+
+def _empty(file: Path) -> bool:
+    with contextlib.closing(sqlite3.connect(file, timeout=60.0)) as database:
+        return not database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+
+
+def _copy_tables(source: Path, target: Path) -> None:
+    """Copy a database into another file's place, all of it or nothing."""
+    with (
+        contextlib.closing(sqlite3.connect(f"file:{quote(str(source))}?mode=ro", uri=True)) as kept,
+        contextlib.closing(sqlite3.connect(target, timeout=60.0)) as database,
+    ):
+        kept.backup(database)
+
+
+def _keep_tables(file: Path, kept: Path) -> None:
+    """Keep the tables that MLflow just made in `file`, unless they hold more than its default experiment."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+        copy = Path(folder, kept.name)
+        _copy_tables(file, copy)
+        with contextlib.closing(sqlite3.connect(copy, isolation_level=None)) as database:
+            database.execute("DELETE FROM experiments WHERE experiment_id = 0")  # MLflow makes it where it is missing
+            tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+            filled = {
+                name for name in tables if database.execute(f'SELECT EXISTS (SELECT * FROM "{name}")').fetchone()[0]
+            }
+        if filled <= {"alembic_version", "workspaces"}:
+            copy.replace(kept)
 
 
 def _open_once(file: Path) -> None:

@@ -59,8 +59,11 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow database with empty tables, which takes many seconds to make."""
     from mlflow.tracking import MlflowClient
 
+    from sweeps.launch.mlflow_store import alone
+
     file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(f"sqlite:///{file}").search_experiments()
+    with alone(file):
+        MlflowClient(f"sqlite:///{file}").search_experiments()
     return file
 
 

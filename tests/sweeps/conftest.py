@@ -64,10 +64,14 @@ Launch = Callable[..., Outcome]
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A Ray of this machine alone for those launches of a file that do not kill it, with a cache folder of its own."""
+    from sweeps.core.machine import user_cache
     from sweeps.launch import ray_session
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PLUMBLINE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        tables, cache = user_cache() / "mlflow", tmp_path_factory.mktemp("cache")
+        tables.mkdir(parents=True, exist_ok=True)
+        (cache / "mlflow").symlink_to(tables)  # MLflow's tables take many seconds to make
+        patch.setenv("PLUMBLINE_CACHE", str(cache))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.delenv("RAY_ADDRESS", raising=False)
         yield ray_session.connect(None, str(tmp_path_factory.getbasetemp()))
