@@ -36,6 +36,7 @@ for name in gpu.PARTS:
 """
 
 
+@pytest.mark.slow
 def test_every_part_runs_and_holds_its_gates_without_the_sweeps_packages(tmp_path: Path) -> None:
     script = SCRIPT.format(absent=ABSENT, folder=str(tmp_path))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PLUMBLINE_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}

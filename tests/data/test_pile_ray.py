@@ -50,6 +50,7 @@ def collect(reader) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([i for i, _ in pieces]), np.concatenate([t for _, t in pieces])
 
 
+@pytest.mark.slow
 def test_ray_equals_the_plain_iterator_from_several_starts(ray_of_two_cpus, stream):
     _, whole = collect(stream.sequences(use_ray=False))
     assert len(whole) == stream.n_train()

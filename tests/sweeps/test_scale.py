@@ -289,6 +289,7 @@ def test_claims_of_interleaved_launches_have_one_holder() -> None:
         launch.release()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["plan", "scan", "claim"])
 def test_work_grows_as_the_number_of_cells(step: str, tmp_path: Path) -> None:
     """Log-log slopes over the cells: calls of functions at most 1.02, CPU time, which is noisy, at most 1.25.

@@ -90,6 +90,7 @@ def test_crashes_are_survived(fault: str, reason: str, transient: bool) -> None:
     assert verdict.transient is transient
 
 
+@pytest.mark.slow
 def test_a_hang_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = tmp_path / "pid"
     monkeypatch.setenv("PLANTED_HANG", str(started))

@@ -63,6 +63,7 @@ def wheel(folder: Path, name: str, version: str) -> None:
         f.writestr(f"{home}.dist-info/RECORD", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("works", [True, False])
 def test_packages_come_from_the_index_that_pip_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], works: bool

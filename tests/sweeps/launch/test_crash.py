@@ -193,6 +193,7 @@ def test_a_trial_and_a_worker_settle_errors_alike(
     assert said == [line]
 
 
+@pytest.mark.slow
 def test_ray_kills_a_trial_for_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's own monitor kills, since any machine uses more than a thousandth of its memory."""
     monkeypatch.syspath_prepend(str(TOY.parent))

@@ -82,6 +82,7 @@ def cell_runs(uri: str, failed: Sequence[str] = ()) -> list[str]:
     return finished
 
 
+@pytest.mark.slow
 def test_run_fail_repair_extend_continue_report(tmp_path: Path, main: Main) -> None:
     settings = ("--set", "pack_size=1", "--set", f"scratch={tmp_path}")
     uri = f"sqlite:///{tmp_path}/runs/mlflow.db"
@@ -137,6 +138,7 @@ def test_run_fail_repair_extend_continue_report(tmp_path: Path, main: Main) -> N
     assert "Traceback" not in other_code.err
 
 
+@pytest.mark.slow
 def test_killed_worker_is_retried_and_keeps_what_was_published(tmp_path: Path) -> None:
     """Each loss of a worker after some progress counts from one again, however many there are."""
     settings = ("n=1,2,3", "crash=2,3", "pack_size=3", "max_retries=1", f"scratch={tmp_path}")
@@ -252,6 +254,7 @@ def test_bad_arguments_are_one_line_and_start_nothing(tmp_path: Path, main: Main
     assert not (tmp_path / "runs/ledger").exists()
 
 
+@pytest.mark.slow
 def test_plan_then_only_one_cell_while_mlflow_is_down(tmp_path: Path, main: Main) -> None:
     plan = main("--plan")
     assert plan.code == 0

@@ -43,6 +43,7 @@ def test_a_script_outside_plans_and_refuses(script: Path, capsys: pytest.Capture
         del sys.modules["my_coins"]
 
 
+@pytest.mark.slow
 def test_a_script_outside_runs_on_ray(script: Path) -> None:
     """Its classes are of `__main__`, which no worker could import."""
     arguments = ["--set", "bias=0,1", "--set", "seeds=0"]

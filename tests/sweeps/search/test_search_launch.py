@@ -63,6 +63,7 @@ def record(preset: str = "one") -> dict[str, Any]:
     return json.loads(Path(f"reports/bowl/{preset}-search/search.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_a_killed_search_ends_with_the_same_report(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(*TPE, "--storage=whole") == 0
     whole, trials = record(), pd.read_parquet("reports/bowl/one-search/trials.parquet")
