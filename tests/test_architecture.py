@@ -158,7 +158,8 @@ def test_reports_of_saes_and_topology_load_neither_torch_nor_ray() -> None:
     assert done.stdout.strip() == "[]"
 
 
-KERNELS = ("models/ops/", "models/cpu/", "models/sae/", "models/codec/compiled/", "analysis/topology/rips_h1.py")
+KERNELS = ("models/ops/", "models/cpu/", "models/sae/", "models/codec/compiled/", "models/information/pairs.py")
+KERNELS += ("analysis/topology/rips_h1.py",)
 LONGEST, MOST_PARAMETERS = 60, 8
 
 

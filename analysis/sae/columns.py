@@ -17,6 +17,8 @@ LAYER_COLUMNS = (
     *(f"sst_share_eig{m}" for m in DIRECTIONS),
     *("sink_share", "sst_share_sinks", "r2_constant", "sst_token", "energy_token"),
 )
+# task-relevant dimension of a layer, where it was asked for (analysis.sae.task_dimension)
+INFORMATION_COLUMNS = ("k_mi", "k_mi_lo", "k_mi_hi", "k_mi_one_shot", "mi_nats", "mi_ceiling")
 CONTROLS = (
     *("r2_no_sinks", "r2_no_first", "r2_no_first4", "r2_no_huge"),
     *(f"r2_deflated{m}" for m in DIRECTIONS),

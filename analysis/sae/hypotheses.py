@@ -24,6 +24,7 @@ from analysis.sae.asymptote import MIN_BUDGETS, Asymptote, asymptote, equal_aliv
 from analysis.sae.cells import depths_of, tokens_label
 from analysis.sae.contrasts import ConfigurationMeans, Measured, combination, difference_effects
 from analysis.sae.leaderboard import BEYOND_R2, Leaderboard
+from analysis.sae.task_dimension import at_ceiling
 
 SUPPORTED, REJECTED, UNDETERMINED, BLOCKED = "supported", "rejected", "undetermined", "blocked"
 _RATIOS = np.geomspace(1e-3, 1e3, 301)  # magnitude ratios that are tried, of either sign
@@ -359,7 +360,8 @@ def judge_h3(geometry: pd.DataFrame, cells: pd.DataFrame, h0: Verdict, threshold
         f"supported: above 0, permutation p < {thresholds.alpha:g}; rejected: below 0 at that p"
     )
     if "k_mi" not in geometry or geometry["k_mi"].isna().all():
-        return Verdict("H3", statement, "not read", rule, BLOCKED, "k_MI* not measured")
+        lacks = "k_MI* not measured; --set information=on measures it"
+        return Verdict("H3", statement, "not read", rule, BLOCKED, lacks)
     if not h0.decided:
         return Verdict("H3", statement, "not read", rule, BLOCKED, f"H0 {h0.word}")
     gap_C = (cells["r2"].rank() - cells["ce_rec"].rank()).abs() / len(cells)
@@ -370,10 +372,18 @@ def judge_h3(geometry: pd.DataFrame, cells: pd.DataFrame, h0: Verdict, threshold
         return Verdict("H3", statement, "–", rule, UNDETERMINED, needs)
     departure = ((places["k_mi"] - places["pr"]).abs() / places["pr"]).to_numpy(float)
     r, p = permutation_rank_test(departure, places["failure"].to_numpy(float))
-    inputs = f"{len(places)} places, Spearman {r:+.2f}, permutation p {p:.3g}"
+    inputs = f"{len(places)} places{_bounded(places)}, Spearman {r:+.2f}, permutation p {p:.3g}"
     if p < thresholds.alpha:
         return Verdict("H3", statement, inputs, rule, SUPPORTED if r > 0 else REJECTED)
     return Verdict("H3", statement, inputs, rule, UNDETERMINED, "more (model, layer) places")
+
+
+def _bounded(places: pd.DataFrame) -> str:
+    """How many places know k_MI* as a lower bound alone."""
+    if "mi_ceiling" not in places:
+        return ""
+    n = sum(at_ceiling(*row) for row in places[["mi_nats", "mi_ceiling"]].to_numpy(float))
+    return f" (k_MI* a lower bound in {n}: the ceiling of InfoNCE)" if n else ""
 
 
 def permutation_rank_test(x: np.ndarray, y: np.ndarray, seed: int = 0) -> tuple[float, float]:

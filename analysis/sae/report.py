@@ -21,6 +21,7 @@ from analysis.sae.cells import SequenceTables, depths_of, prepare_cells, tokens_
 from analysis.sae.columns import LAYER_COLUMNS
 from analysis.sae.contrasts import configuration_means, model_deltas
 from analysis.sae.hypotheses import Thresholds, adjudicate
+from analysis.sae.information_tables import information
 from analysis.sae.leaderboard import leaderboard
 from analysis.sae.legibility_tables import labels, legibility
 from analysis.sae.measured import Study, measured, study_name
@@ -142,6 +143,7 @@ def compose(
         (variance.controls(study), ["r2_no_sinks_vs_ce_rec.png"]),
         (variance.scale_parts(study), []),
         (details.participation_ratios(study), ["participation_ratio.png"]),
+        (information(study), []),
         (details.conventions(study), []),
         (details.rates(study), ["rate_distortion.png", "alive.png"]),
         (legibility(study), []),

@@ -30,6 +30,7 @@ from models.cpu.bfloat16 import multiplies_bfloat16, product
 from models.host.layout import Readout
 
 _ROWS, _COLUMNS = 1024, 2048  # a tile: 8 MiB of float32
+_GRAM_ROWS = 8192  # of the vocabulary, added up in float32
 _LOG2_E = 1.0 / math.log(2.0)
 
 
@@ -167,6 +168,15 @@ class NextTokenLoss:
     def linear(self) -> bool:
         """Whether the logits are linear in the hidden states (no soft cap)."""
         return not self._cap
+
+    def gram_DD(self) -> Tensor:
+        """Σ_v (W_v − W̄)(W_v − W̄)ᵀ in float64: hᵀGh is the squared length of the logits W·h around their mean."""
+        mean_D = self._weight_VD.mean(0)
+        sum_DD = torch.zeros(len(mean_D), len(mean_D), dtype=torch.float64, device=mean_D.device)
+        for block_RD in self._weight_VD.split(_GRAM_ROWS):
+            centred_RD = block_RD - mean_D
+            sum_DD += centred_RD.T @ centred_RD
+        return sum_DD
 
     @property
     def rows_at_once(self) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from models.host.specs import HOOKS, HOST_LMS, RESID_POST
+from models.information.settings import CriticSettings
 from sweeps.core.cells import Cell, UserError, nearest
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ DEPTHS = ("early", "mid", "late")
 RUNGS = ("all", "free")
 LEGIBILITY = ("off", "on")
 SAES = ("topk", "batchtopk", "matryoshka")
-_EVALUATED = ("rungs", "legibility")  # of the later fields those that training does not depend on
+_EVALUATED = ("rungs", "legibility", "information")  # of the later fields those that training does not depend on
+INFORMATION = ("off", "on")
 _LATER: Mapping[str, Any] = {
     "drop_positions": 0,
     "max_norm_multiple": 0.0,
@@ -31,6 +33,7 @@ _LATER: Mapping[str, Any] = {
     "rungs": "all",
     "sae": "topk",
     "legibility": "off",
+    "information": "off",
 }
 """Fields that came later, with the values that keep them out of a cell's identity: older cells keep their keys."""
 
@@ -71,6 +74,7 @@ class SAECell(Cell):
     rungs: str = "all"  # which rungs of the ladder are measured
     sae: str = "topk"  # topk, batchtopk or matryoshka
     legibility: str = "off"  # whether probes ask which classes of tokens the features tell apart
+    information: str = "off"  # whether the layer's task-relevant dimension is measured, too
 
     def identity(self) -> dict[str, Any]:
         fields = super().identity()
@@ -127,6 +131,7 @@ class SAECell(Cell):
                 "legibility=on needs the documents that tokens come from, and stream=pile holds tokens alone; choose "
                 "stream=embedded, or name documents with --set text="
             )
+        self._check_information()
         if not 0 <= self.drop_positions < self.context:
             raise UserError(
                 f"drop_positions={self.drop_positions} leaves no token of context={self.context}; choose 0 to "
@@ -137,6 +142,15 @@ class SAECell(Cell):
                 f"max_norm_multiple={self.max_norm_multiple:g} would leave out half of the tokens; choose more than 1 "
                 "median norm, or 0 to keep all"
             )
+
+    def _check_information(self) -> None:
+        if self.information not in INFORMATION:
+            raise UserError(f"information={self.information!r} is not known; choose {' or '.join(INFORMATION)}")
+        if self.information == "on":
+            try:
+                CriticSettings().require(self.eval_sequences, self.context)
+            except ValueError as error:
+                raise UserError(f"information=on with eval_sequences={self.eval_sequences}: {error}") from error
 
     @property
     def remedy(self) -> str:
@@ -249,6 +263,7 @@ class Grid:
     h1_ratio: float = 3.0  # |ΔR²| / |ΔCE_rec| that counts as a distortion (docs/hypotheses.md)
     rungs: str = "all"  # "free": only what needs no pass of the language model beyond CE_rec's
     legibility: str = "off"  # "on": also sparse probes for classes of tokens; needs documents (embedded, or text=)
+    information: str = "off"  # "on": the hooked layers' task-relevant dimension by mutual information, too
 
 
 def sae_config(cell: SAECell, d_in: int) -> SAEConfig:

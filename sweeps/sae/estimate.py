@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from models.host.specs import RESID_POST, RESID_PRE
+from models.information.settings import CriticSettings
 from sweeps.core.cells import Estimate, Pack
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
@@ -68,6 +69,8 @@ def _work(pack: Pack[SAECell], run: RunSettings) -> _Work:
             steps = steps_of(own, config)
             sae_flops += step_flops(config, first.batch_tokens) * steps
             traffic += _STEP_TOUCHES * 4 * width * config.d_sae * steps
+    if first.information == "on":
+        sae_flops += len({c.layer for c in cells}) * _information_flops(width)
     return _Work(longest, _lm_flops(cells, longest, run), sae_flops, traffic)
 
 
@@ -85,6 +88,14 @@ def _lm_flops(cells: Sequence[SAECell], tokens: int, run: RunSettings) -> float:
     of_cell = 1 if first.rungs == "free" else 1 + _RUNG_PASSES
     patched = sum(of_cell * evaluated * (forward(None) - below) for below in skipped)
     return tokens * forward(max(c.layer for c in cells)) + unpatched + patched
+
+
+def _information_flops(width: int) -> float:
+    """FLOPs of the critics of one layer, if none of them ends early."""
+    from models.host.logit_directions import MOST  # here, as it imports torch
+
+    settings = CriticSettings()
+    return settings.folds * settings.steps * settings.step_flops((width, min(width, MOST)))
 
 
 def _weight_bytes(cell: SAECell, tokens: int, run: RunSettings) -> float:

@@ -25,7 +25,9 @@ from models.sae.saelens import save_saelens
 from models.sae.trainer import JumpReLUSAE, TopKSAE
 from sweeps.core.cells import Row, UserError
 from sweeps.launch.context import PackContext
+from sweeps.launch.stop import PackStopped
 from sweeps.ledger.published import parquet_bytes
+from sweeps.sae.information import LayerInformation, measure_layers
 from sweeps.sae.rungs import FREE, CellRungs, Clock, SharedPass
 from sweeps.sae.sources import begins_with_bos, held_out_labels
 from sweeps.sae.text import TextCheck
@@ -117,6 +119,16 @@ class Evaluation:
                 covariance = _covariance(a_STD, kept_ST)
             self.mean_D[layer] = covariance.mean_D
             self.controls[layer] = Controls.of(a_STD, norm_ST, covariance, kept_ST)
+        self.information = self._information() if self.cell.information == "on" else LayerInformation({})
+
+    def _information(self) -> LayerInformation:
+        hidden_STD = torch.cat([self.shared.predictions[rows.start].hidden_BTD for rows in self._chunks()])
+        return measure_layers(self.a_STD, hidden_STD, self.lm.head, self.kept_ST, self._tell)
+
+    def _tell(self, line: str) -> None:
+        self.context.progress(phase=line)
+        if self.context.stopping():
+            raise PackStopped("stopped while information was measured; it is measured again")
 
     def _layer_probes(self) -> dict[int, LayerProbes]:
         from sweeps.sae.legibility import LayerProbes  # here: scikit-learn is loaded by those who ask for probes
@@ -184,12 +196,13 @@ class Evaluation:
         for layer, summary in self.geometry.items():
             at = {"geometry_layer": layer}
             rows_out += [Row(f"{n}_of_layer", summary[n], "", at) for n in ("pr", "pr_deflated", *LAYER_COLUMNS)]
-        rows_out += rungs.layer_rows()
+        rows_out += self.information.rows() + rungs.layer_rows()
         sequences = sequences.assign(**controlled.by_sequence(), **rungs.table())
         tables = {"sequences.parquet": parquet_bytes(sequences), "rungs.parquet": parquet_bytes(rungs.costs())}
         if legibility is not None:
             probed, table = legibility.published()
             rows_out, tables = rows_out + probed, tables | table
+        tables |= self.information.files()
         return rows_out, tables, numbers["ce_rec"]
 
     def saelens_files(self, cell: SAECell, sae: TopKSAE | JumpReLUSAE) -> dict[str, bytes]:

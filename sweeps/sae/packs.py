@@ -22,6 +22,7 @@ _USABLE = 0.75  # share of free memory that packs may plan with
 _SHARED: Callable[[SAECell], tuple[Any, ...]] = operator.attrgetter(
     *("model", "stream", "context", "batch_tokens", "shuffle_sequences", "eval_sequences", "lm_dtype"),
     *("drop_positions", "max_norm_multiple", "hook", "blocks", "text", "text_column", "rungs", "legibility"),
+    "information",
 )
 """What cells that one LM pass serves have in common."""
 
@@ -42,6 +43,8 @@ def pack_bytes(cells: Sequence[SAECell], run: RunSettings) -> int:
     # in addition to each covariance: the first four tokens per sequence and the longest of all (analysis.sae.variance)
     apart = first.eval_sequences * (4 + 0.02 * first.context)
     covariance = spec.n_layers * (width * width * 8 + int(apart) * width * 4)
+    if first.information == "on":  # both views of the tokens in float64, and again as critics read them
+        evaluation += 6 * first.eval_sequences * first.context * width * 4
     return _PROCESS_BYTES + lm + block + evaluation + covariance + bank_bytes(saes, first.batch_tokens)
 
 

@@ -94,6 +94,7 @@ def _cell(source: str, preset: Grid) -> ReleasedCell:
         text_column=preset.text_column,
         rungs=preset.rungs,
         legibility=preset.legibility,
+        information=preset.information,
         sae=about.sae_class,
         sha256=content(about),
         source=source,
@@ -160,7 +161,7 @@ def pack_released(cells: Sequence[ReleasedCell], machine: Machine, run: RunSetti
     groups: dict[tuple[object, ...], list[ReleasedCell]] = {}
     for cell in cells:
         shared = (cell.model, cell.hook, cell.blocks, cell.stream, cell.text, cell.context, cell.eval_sequences)
-        groups.setdefault((*shared, cell.lm_dtype, cell.rungs, cell.legibility), []).append(cell)
+        groups.setdefault((*shared, cell.lm_dtype, cell.rungs, cell.legibility, cell.information), []).append(cell)
     size = run.cells_per_pack or len(cells)
     parts = [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
     return [

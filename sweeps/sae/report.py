@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from analysis.sae import published
-from analysis.sae.columns import IDENTITY, LAYER_COLUMNS
+from analysis.sae.columns import IDENTITY, INFORMATION_COLUMNS, LAYER_COLUMNS
 from analysis.sae.hypotheses import Thresholds
 from analysis.sae.legibility_tables import by_cell
 from analysis.sae.released import glance as glance_at_audit
@@ -31,8 +32,8 @@ _FINDINGS = 3  # sentences of the report's "At a glance" that the screen shows
 THRESHOLDS = "thresholds.json"
 LEGIBILITY_TABLE = "legibility.parquet"
 _SELECTION = ("models", "k", "tokens", "depths", "layers", "seeds")  # fields that choose among cells
-_READING = ("rungs", "legibility", "h0_margin", "h1_ratio")  # fields that change no published number
-_GEOMETRY = {f"{name}_of_layer": name for name in ("pr", "pr_deflated", *LAYER_COLUMNS)}
+_READING = ("rungs", "legibility", "information", "h0_margin", "h1_ratio")  # fields that change no published number
+_GEOMETRY = {f"{name}_of_layer": name for name in ("pr", "pr_deflated", *LAYER_COLUMNS, *INFORMATION_COLUMNS)}
 
 
 def tables(cells: Sequence[PublishedCell]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
@@ -48,7 +49,8 @@ def tables(cells: Sequence[PublishedCell]) -> tuple[pd.DataFrame, pd.DataFrame, 
         sequences.append(table.assign(cell_key=cell.key))
         for row in cell.table("geometry_layer").reset_index().to_dict("records"):
             place = geometry.setdefault((cell.identity["model"], int(row["geometry_layer"])), {})
-            place |= {short: row[name] for name, short in _GEOMETRY.items() if name in row}
+            known = {short: row[name] for name, short in _GEOMETRY.items() if name in row}
+            place |= {name: value for name, value in known.items() if not math.isnan(value)}  # of another pack
     frame = pd.DataFrame(records)
     width = frame.set_index("model")["d_model"].to_dict()
     layers = pd.DataFrame(

@@ -107,6 +107,7 @@ class ProxyGap(Sweep[SAECell, Grid]):
             text_column=preset.text_column,
             rungs=preset.rungs,
             legibility=preset.legibility,
+            information=preset.information,
         )
 
     def extent(self, preset: Grid) -> Extent | None:

@@ -138,11 +138,18 @@ def test_h3_is_blocked_without_k_mi_and_reads_ranks():
     cells = pd.DataFrame({"model": "m", "layer": layers, "ce_rec": layers * 1.0})
     cells["r2"] = [0.0, 1.0, 2.0, 3.0, 7.0, 6.0, 5.0, 4.0]
     geometry = pd.DataFrame({"model": "m", "layer": layers, "pr": 10.0})
-    assert str(judge_h3(geometry, cells, H0, Thresholds())) == "blocked (by: k_MI* not measured)"
+    assert (
+        str(judge_h3(geometry, cells, H0, Thresholds()))
+        == "blocked (by: k_MI* not measured; --set information=on measures it)"
+    )
     failure = (cells["r2"].rank() - cells["ce_rec"].rank()).abs().to_numpy()
     known = geometry.assign(k_mi=10.0 + failure + 0.1 * layers)
     assert judge_h3(known, cells, H0, Thresholds()).word == SUPPORTED
     assert judge_h3(known, cells, NO_H0, Thresholds()).word == "blocked"
+    capped = known.assign(mi_nats=[4.8] * 3 + [2.0] * 5, mi_ceiling=np.log(128))
+    assert "8 places (k_MI* a lower bound in 3: the ceiling of InfoNCE), Spearman" in (
+        judge_h3(capped, cells, H0, Thresholds()).inputs
+    )
     assert judge_h3(known[:4], cells, H0, Thresholds()).word == "undetermined"
     r, p = permutation_rank_test(np.arange(6.0), np.array([0, 2, 1, 3, 5, 4.0]))
     assert r == pytest.approx(stats.spearmanr(np.arange(6), [0, 2, 1, 3, 5, 4]).statistic)
@@ -159,7 +166,7 @@ def test_the_report_ends_with_the_adjudication_and_tells_of_changed_thresholds(m
     assert "The thresholds were changed after the run: the cells record 000000000000" in last
     assert "1 cells were published without a record of the thresholds." in last
     assert "pythia-410m minus pythia-70m, mid, k = 8; ΔCE_rec by budget: 1M" in last
-    assert "blocked (by: k_MI* not measured)" in last
+    assert "blocked (by: k_MI* not measured; --set information=on measures it)" in last
     assert Thresholds(h0_margin=0.01).digest != Thresholds().digest
     one = make_grid(models=("pythia-70m",), ks=(8, 16), depths=("mid",), n_sequences=9)
     alone = compose(measure(one.cells, one.sequences, None, n_resamples=5), {}, preset="x", facts={})
