@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
 from models.host.attention_plans import AttentionPlans, NoPlans, Scores, compared
@@ -192,6 +193,42 @@ def test_rounded_logits_give_nearly_the_same_forms(tokens_BT):
         known.fisher(tangent_BTD, torch.float32), known.fisher(tangent_BTD, torch.bfloat16), strict=True
     ):
         torch.testing.assert_close(rounded_B, exact_B, rtol=0.05, atol=0)
+
+
+class Products(TorchDispatchMode):
+    """Counts products of matrices."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_weights_that_do_not_move_take_two_products(bias, transposed):
+    g = torch.Generator().manual_seed(0)
+    W, x, dx = (torch.randn(3, 3, dtype=torch.float64, generator=g) for _ in range(3))
+    b = torch.ones(3, dtype=torch.float64) * bias
+
+    def layer(a: Tensor) -> Tensor:
+        return torch.addmm(b, a, W) if transposed else torch.nn.functional.linear(a, W, b if bias else None)
+
+    with Products() as products:
+        y, dy = jvp(layer, x, dx)
+    assert products.count == 2
+    torch.testing.assert_close(y, layer(x), rtol=0, atol=0)
+    torch.testing.assert_close(dy, layer(dx) - b * (transposed or bias))
+
+
+def test_weights_that_move_keep_their_part():
+    g = torch.Generator().manual_seed(0)
+    x, dx = (torch.randn(3, 3, dtype=torch.float64, generator=g) for _ in range(2))
+    _, dy = jvp(lambda a: torch.nn.functional.linear(x, a), x, dx)
+    torch.testing.assert_close(dy, x @ dx.T)
+    _, dy = jvp(lambda a: torch.addmm(a, a, a), x, dx)
+    torch.testing.assert_close(dy, dx + dx @ x + x @ dx)
 
 
 def test_an_operation_without_forward_derivative_is_named(tokens_BT):
