@@ -141,6 +141,7 @@ class _Plain:
 
     tracked: Sequence[str] = ()
     fixed: Mapping[str, str] = {}
+    unseen = ""
 
     def plan(self, preset: Any) -> Sequence[_Cell]:
         return [_Cell(lr=preset.lr, width=preset.width)]

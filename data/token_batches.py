@@ -70,11 +70,12 @@ class TokenClips:
         tokens: from tokenise or open_tokens.
         side: ``"train"``, ``"validation"`` or None for both.
         holdout: share of recordings in validation, by hash of the recording's id: chunks never straddle the split.
+        part: which such share, see `data.split.side_of`.
     Raises:
         ValueError: no clip on that side.
     """
 
-    def __init__(self, tokens: Tokens, side: Side | None = "train", *, holdout: float = 0.05) -> None:
+    def __init__(self, tokens: Tokens, side: Side | None = "train", *, holdout: float = 0.05, part: int = 0) -> None:
         manifest = tokens.manifest
         self.special = SpecialTokens(manifest["codec"]["codebook_size"])
         self.n_codebooks: int = manifest["codec"]["n_codebooks"]
@@ -89,7 +90,7 @@ class TokenClips:
         for s, file in enumerate(self._files):
             _facts, table = read_facts(self._folder, file)
             for r, record in enumerate(table.to_pylist()):
-                if side is not None and side_of(record["recording_id"], holdout=holdout) != side:
+                if side is not None and side_of(record["recording_id"], holdout=holdout, part=part) != side:
                     continue
                 self.clip_ids.append(record["clip_id"])
                 self.recording_ids.append(record["recording_id"])

@@ -57,6 +57,10 @@ class TokenLabels:
     class_ST: np.ndarray
     document_ST: np.ndarray
 
+    def last(self, n: int) -> TokenLabels:
+        """Of the last ``n`` of these sequences."""
+        return TokenLabels(self.tokens_ST[-n:], self.class_ST[-n:], self.document_ST[-n:])
+
 
 def embedded_labels(tokenizer: str, context: int, n: int) -> TokenLabels:
     """Of the first ``n`` held-out sequences of `data.embedded_text` (`data.token_shards.EmbeddedShards`)."""

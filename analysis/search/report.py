@@ -15,9 +15,17 @@ from analysis.search.trials import Axis, Goal, StudyTable, edges
 _SHOWN = 10  # trials listed per study; all are in trials.parquet
 _CHOSEN_NOTE = (
     "The value of the trial is the one by which the setting was chosen, so it flatters the setting. `trained again`: "
-    "mean of fresh trainings of the setting, from seeds that the search did not use, with the 95% t interval for the "
-    "mean over trainings. `optimism`: by how much the chosen value is better than that mean. The held-out data are "
-    "those of the search, so what suits only them is in both numbers."
+    "mean of fresh trainings of the setting, from seeds that the search did not use, {data}, with the 95% t interval "
+    "for the mean over trainings on these data. `optimism`: by how much the chosen value is better than that mean, "
+    "with the same interval. {rest}"
+)
+_UNSEEN = (
+    "measured on data that no trial was scored on",
+    "It holds what the choice gained by chance, and also how much easier the search's data are than these.",
+)
+_SEEN = (
+    "measured on the data of the search",
+    "What suits only these data is in both numbers.",
 )
 
 _IMPORTANCE_NOTE = (
@@ -32,13 +40,14 @@ _EARLY_NOTE = (
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a search found. facts: lines on what was searched."""
+    """What a search found. facts: lines on what was searched. unseen: fresh trainings are measured on other data."""
 
     question: str
     axes: tuple[Axis, ...]
     goals: tuple[Goal, ...]
     studies: tuple[StudyTable, ...]
     facts: tuple[str, ...] = ()
+    unseen: bool = False
 
 
 def write_report(evidence: Evidence, out: Path) -> list[str]:
@@ -46,7 +55,7 @@ def write_report(evidence: Evidence, out: Path) -> list[str]:
     out.mkdir(parents=True, exist_ok=True)
     parts = [f"# Search: {evidence.question}", "\n".join(f"- {fact}" for fact in evidence.facts)]
     best, lines = _best(evidence)
-    parts += ["## Best setting" + ("s" if len(evidence.studies) > 1 else ""), best, _CHOSEN_NOTE]
+    parts += ["## Best setting" + ("s" if len(evidence.studies) > 1 else ""), best, _chosen_note(evidence)]
     parts += _warnings(evidence, lines)
     plots.progress(evidence.studies, evidence.goals[0], out / "progress.png")
     parts += ["## Budget spent and best found", "![best value against trials](progress.png)"]
@@ -56,6 +65,11 @@ def write_report(evidence: Evidence, out: Path) -> list[str]:
     pd.concat(everything, ignore_index=True).to_parquet(out / "trials.parquet", index=False)
     (out / "report.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     return lines
+
+
+def _chosen_note(evidence: Evidence) -> str:
+    data, rest = _UNSEEN if evidence.unseen else _SEEN
+    return _CHOSEN_NOTE.format(data=data, rest=rest)
 
 
 def _study(evidence: Evidence, study: StudyTable, end: str, out: Path) -> list[str]:
@@ -132,7 +146,10 @@ def _again(goal: Goal, study: StudyTable, best: pd.Series) -> list[str]:
     if interval is None:
         return [f"– ({again.why})", "–", "–"]
     limits = f"{interval.lo:.6g} to {interval.hi:.6g}" if interval.lo == interval.lo else f"– ({interval.needs})"
-    return [f"{interval.value:.6g}", limits, f"{again.optimism(goal, float(best[goal.column])):.3g}"]
+    chosen = float(best[goal.column])
+    lo, hi = sorted(goal.sign * (end - chosen) for end in (interval.lo, interval.hi))
+    shift = f"{again.optimism(goal, chosen):.3g}" + (f" ({lo:.3g} to {hi:.3g})" if lo == lo else "")
+    return [f"{interval.value:.6g}", limits, shift]
 
 
 def _warnings(evidence: Evidence, lines: list[str]) -> list[str]:

@@ -30,7 +30,7 @@ class Arm:
 def arms(study: CacheStudy) -> Iterator[Arm]:
     """The base setting, its variants, everything together, and the planted task. Raises UserError for bad values."""
     base = {name: getattr(study, name)[0] for name in VARIABLES}
-    base |= {name: getattr(study, name) for name in PLANTED_SETTING if name not in VARIABLES}
+    base |= {name: getattr(study, name) for name in (*PLANTED_SETTING, "eval_part") if name not in VARIABLES}
     yield _arm(BASE, "", "", base, base, study.seeds)
     for variable in study.variables:
         for value in dict.fromkeys(getattr(study, variable)[1:]):
@@ -48,7 +48,7 @@ def arms(study: CacheStudy) -> Iterator[Arm]:
         what = ", ".join(f"{name}={spelled(name, value)}" for name, value in last.items())
         yield _arm(TOGETHER, TOGETHER, what, base | last, base, study.seeds)
     if study.planted:
-        planted = dict(PLANTED_SETTING)
+        planted = {**PLANTED_SETTING, "eval_part": study.eval_part}
         yield _arm(PLANTED_BASE, "", "", planted, planted, study.seeds)
         changed = planted | {"normalized_retrieval": True}
         yield _arm(PLANTED_NORMALIZED, "normalized_retrieval", "True", changed, planted, study.seeds)

@@ -10,7 +10,7 @@ from sweeps.caching.arms import arms
 from sweeps.caching.cells import VARIABLES, CacheCell, CacheStudy
 from sweeps.caching.presets import PRESETS
 from sweeps.codec.cells import CORPORA
-from sweeps.codec.packs import CPU_FLOPS, FIXED, GPU_BASIS, TRACKED, extent, packs, stopped, threads, work
+from sweeps.codec.packs import CPU_FLOPS, FIXED, GPU_BASIS, TRACKED, UNSEEN, extent, packs, stopped, threads, work
 from sweeps.core.cells import Estimate, Pack, PublishedCell
 from sweeps.core.machine import Machine
 from sweeps.core.settings import RunSettings
@@ -32,6 +32,7 @@ class MemoryCacheSweep(Sweep[CacheCell, CacheStudy]):
     named = ("architecture", *VARIABLES, "seed")
     tracked = TRACKED
     fixed = FIXED
+    unseen = UNSEEN
     view = View(
         params=("architecture", *VARIABLES, "seed"),
         metrics=("final_val_nll/ema", "final_val_nll/raw", "gate_openness/ema/layer 1"),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from data.token_batches import TokenClips
 ARCHITECTURES = ("olmo_hybrid", "gdn", "transformer", "mamba", "mamba2", "hybrid_1_3", "la", "mc_la", "mc_mamba")
 CORPORA = ("synthetic_speech", "asterisk", "ljspeech", "fma")
-_LATER = ("dropout", "stop_at")  # fields that came later
+_LATER = ("dropout", "eval_part", "stop_at")  # fields that came later
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,7 @@ class LMCell(Cell):
     eval_every: int
     eval_clips: int
     dropout: float = 0.0
+    eval_part: int = 0  # which `holdout` of the recordings is held out, see `data.split.side_of`
     stop_at: int = 0  # step of the training of `steps` at which it is stopped and measured; 0: not stopped
 
     def identity(self) -> dict[str, Any]:
@@ -71,6 +72,11 @@ class LMCell(Cell):
             raise UserError(f"stop_at={self.stop_at} must lie in 0..{self.steps - 1}, below steps; 0 does not stop")
         if not 0 < self.holdout < 1:
             raise UserError(f"holdout={self.holdout} must lie between 0 and 1; 0.05 holds out one recording in twenty")
+        if self.eval_part < 0 or (self.eval_part and (self.eval_part + 1) * self.holdout > 1):
+            most = int(1 / self.holdout) - 1
+            raise UserError(
+                f"eval_part={self.eval_part} does not lie within the recordings; choose 0..{most}, or a smaller holdout"
+            )
 
     @property
     def curve_clips(self) -> int:
@@ -142,6 +148,11 @@ class HalvedCell(LMCell):
     seeds: tuple[int, ...]
 
     @property
+    def contest(self) -> str:
+        """The same text for cells whose learning rates compete with each other."""
+        return replace(self, lr=self.rivals[0], seed=self.seeds[0]).key
+
+    @property
     def rival_seeds(self) -> tuple[int, ...]:
         return self.seeds
 
@@ -206,6 +217,7 @@ class TokenStudy:
     precision: str = "bfloat16"
     eval_every: int
     eval_clips: int
+    eval_part: int = 0  # which `holdout` of the recordings is held out; a search's best setting is measured on the next
     needs_gpu: bool = True
 
     def __post_init__(self) -> None:

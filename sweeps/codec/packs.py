@@ -16,11 +16,12 @@ from sweeps.search.halving import Extent
 LMCellT = TypeVar("LMCellT", bound=LMCell)
 TRACKED = ("weights", "group", "layer", "codebook")  # parameters of rows that MLflow shows, see `Sweep`
 _DATA = ("corpus", "corpus_clips", "audio_path", "codec", "codec_weights", "codebooks", "codebook_size", "text")
-_SIZES = ("chunk_s", "min_s", "holdout", "eval_clips")
+_SIZES = ("chunk_s", "min_s", "holdout", "eval_clips", "eval_part")
 # fields that no search may vary, see `Sweep`
 FIXED = {"seeds": BY_CHANCE} | dict.fromkeys(
     (*_DATA, *_SIZES), "its trials would be scored on other tokens, or other recordings"
 )
+UNSEEN = "eval_part"  # see `Sweep`
 CPU_FLOPS = 16e9  # a core's rate on small models, forward and backward
 _GPU_FLOPS = 30e12  # assumed of an A100 in bfloat16; never measured
 GPU_BASIS = "an assumed 30 TFLOP/s a GPU; never measured"

@@ -5,6 +5,7 @@ Shapes: B clips, K codebooks, T steps.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from data.audio_io import first_of_each
+from data.split import Side
 from data.token_batches import TokenClips
 from sweeps.codec.cell_run import CellRun
 from sweeps.codec.evaluate import unigram_nll
@@ -43,20 +45,27 @@ def run_pack(cells: Sequence[LMCell], study: Study, context: PackContext) -> Non
     source = open_source(study, context.device, lambda line: context.progress(force=True, phase=line), ledger)
     if source.tokens.computed and source.tokens.oddities and context.world.first:
         context.note(f"odd recordings: {first_of_each(source.tokens.oddities, _NAMED)}")
-    try:
-        sides = [TokenClips(source.tokens, side, holdout=study.holdout) for side in ("train", "validation")]
-    except ValueError as error:
-        raise UserError(f"{error}; choose another holdout or more audio") from error
-    (training, held_out), left_out = _usable(cells[0], sides, context)
-    baseline = unigram_nll(training, held_out)
+
+    @functools.cache
+    def split(part: int) -> tuple[TokenClips, TokenClips, float, dict[str, int]]:
+        """Training and held-out clips, the unigram model's score on the latter, and how many clips are left out."""
+        both: tuple[Side, Side] = ("train", "validation")
+        try:
+            sides = [TokenClips(source.tokens, side, holdout=study.holdout, part=part) for side in both]
+        except ValueError as error:
+            raise UserError(f"{error}; choose another holdout or more audio") from error
+        (training, held_out), left_out = _usable(cells[0], sides, context)
+        return training, held_out, unigram_nll(training, held_out), left_out
 
     def open_run(cell: LMCell) -> CellRun:
+        training, held_out, baseline, left_out = split(cell.eval_part)
         return CellRun(cell, study, source, cell.training_clips(training), held_out, context, baseline, left_out)
 
     halved: dict[str, list[HalvedCell]] = {}
     for cell in cells:
         if cell.rival_seeds:
-            halved.setdefault(cell.architecture, []).append(cast("HalvedCell", cell))
+            rival = cast("HalvedCell", cell)
+            halved.setdefault(rival.contest, []).append(rival)
             continue
         if context.world.sum([float(context.stopping())])[0]:
             raise PackStopped("stopped between two cells")

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from sweeps.codec.cells import CORPORA, HalvedCell, LMCell, Study, TextCell, model_config
-from sweeps.codec.packs import CPU_FLOPS, FIXED, GPU_BASIS, TRACKED, extent, packs, stopped, threads, work
+from sweeps.codec.packs import CPU_FLOPS, FIXED, GPU_BASIS, TRACKED, UNSEEN, extent, packs, stopped, threads, work
 from sweeps.codec.presets import OPTIONS, PRESETS
 from sweeps.codec.texts import NONE, arm_name
 from sweeps.core.cells import Estimate, Pack, PublishedCell, UserError
@@ -23,9 +23,10 @@ from sweeps.search.halving import Extent
 
 def _units(cells: Sequence[LMCell]) -> list[list[LMCell]]:
     """Cells of an architecture, with or without text, and seed. Rates that compete stay together, with all seeds."""
-    units: dict[tuple[str, int], list[LMCell]] = {}
+    units: dict[tuple[str, int | str], list[LMCell]] = {}
     for cell in cells:
-        units.setdefault((arm_name(cell.identity()), -1 if cell.rival_seeds else cell.seed), []).append(cell)
+        together = cell.contest if isinstance(cell, HalvedCell) else cell.seed
+        units.setdefault((arm_name(cell.identity()), together), []).append(cell)
     return list(units.values())
 
 
@@ -39,6 +40,7 @@ class CodecLMSweep(Sweep[LMCell, Study]):
     named = ("architecture", "text", "lr", "seed")
     tracked = TRACKED
     fixed = FIXED
+    unseen = UNSEEN
     view = View(
         params=("architecture", "lr", "seed", "text"),
         metrics=("final_val_nll/ema", "final_val_nll/raw", "unigram_nll", "n_parameters", "tokens_per_second"),

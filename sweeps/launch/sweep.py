@@ -33,6 +33,8 @@ class Sweep(ABC, Generic[CellT, PresetT]):
     `metric/value`; rows with other parameters are in the ledger alone. view: the columns and charts that MLflow opens
     on. options: further options of the command line, each with the field of the preset that it sets. fixed: {field:
     reason} of fields of the preset that no search may vary, because its trials would be measured differently.
+    unseen: the whole-numbered field of presets that says which part of the data is held out, and whose next value holds
+    out a part that no cell of the preset is scored on; empty where there is none.
     follow_up: {preset: the one that one would run after it}, for presets on stand-ins.
     """
 
@@ -47,6 +49,7 @@ class Sweep(ABC, Generic[CellT, PresetT]):
     view: View = View()
     options: Mapping[str, str] = {}
     fixed: Mapping[str, str] = {}
+    unseen: str = ""
     follow_up: Mapping[str, str] = {}
 
     @abstractmethod

@@ -21,7 +21,8 @@ DEPTHS = ("early", "mid", "late")
 RUNGS = ("all", "free")
 LEGIBILITY = ("off", "on")
 SAES = ("topk", "batchtopk", "matryoshka")
-_EVALUATED = ("rungs", "legibility", "information")  # of the later fields those that training does not depend on
+# of the later fields those that training does not depend on
+_EVALUATED = ("rungs", "legibility", "information", "eval_part")
 INFORMATION = ("off", "on")
 _LATER: Mapping[str, Any] = {
     "drop_positions": 0,
@@ -34,6 +35,7 @@ _LATER: Mapping[str, Any] = {
     "sae": "topk",
     "legibility": "off",
     "information": "off",
+    "eval_part": 0,
 }
 """Fields that came later, with the values that keep them out of a cell's identity: older cells keep their keys."""
 
@@ -75,6 +77,7 @@ class SAECell(Cell):
     sae: str = "topk"  # topk, batchtopk or matryoshka
     legibility: str = "off"  # whether probes ask which classes of tokens the features tell apart
     information: str = "off"  # whether the layer's task-relevant dimension is measured, too
+    eval_part: int = 0  # which `eval_sequences` of the held-out ones: the first, the next, ...
 
     def identity(self) -> dict[str, Any]:
         fields = super().identity()
@@ -122,6 +125,10 @@ class SAECell(Cell):
         """What evaluation needs, whoever trained the SAE."""
         if self.lm_dtype not in ("float32", "bfloat16"):
             raise UserError(f"lm_dtype={self.lm_dtype!r} is not known; choose float32 or bfloat16")
+        if self.eval_part < 0:
+            raise UserError(
+                f"eval_part={self.eval_part} names no part; choose 0 for the first held-out sequences, or more"
+            )
         if self.rungs not in RUNGS:
             raise UserError(f"rungs={self.rungs!r} is not known; choose {' or '.join(RUNGS)}")
         if self.legibility not in LEGIBILITY:
@@ -161,6 +168,11 @@ class SAECell(Cell):
     def steps(self) -> int:
         """Training steps of the budget."""
         return self.tokens // self.batch_tokens
+
+    @property
+    def held_out_end(self) -> int:
+        """Held-out sequences up to the last that the SAE is evaluated on."""
+        return self.eval_sequences * (self.eval_part + 1)
 
     def trajectory(self) -> tuple[Any, ...]:
         """What cells of nested budgets share in training: all but the budget and what is evaluated."""
@@ -261,6 +273,7 @@ class Grid:
     max_norm_multiple: float = 0.0  # tokens longer than so many times the median norm are, too; 0: none
     h0_margin: float = 0.05  # of the verdicts, registered with the preset: CE_rec that counts as no gap, and
     h1_ratio: float = 3.0  # |ΔR²| / |ΔCE_rec| that counts as a distortion (docs/hypotheses.md)
+    eval_part: int = 0  # which `eval_sequences` of the held-out ones; a search's best setting is measured on the next
     rungs: str = "all"  # "free": only what needs no pass of the language model beyond CE_rec's
     legibility: str = "off"  # "on": also sparse probes for classes of tokens; needs documents (embedded, or text=)
     information: str = "off"  # "on": the hooked layers' task-relevant dimension by mutual information, too

@@ -74,10 +74,11 @@ class Evaluation:
         self.cell, self.stream, self.context = cell, stream, context
         self.logits_dtype = torch.bfloat16 if cell.lm_dtype == "bfloat16" else torch.float32
         try:
-            tokens = stream.eval_sequences(cell.eval_sequences)
+            tokens = stream.eval_sequences(cell.held_out_end)[-cell.eval_sequences :]
         except ValueError as error:
             raise UserError(str(error)) from error
-        self.text = TextCheck(stream, tokens, {cell.model: lm.d_vocab})
+        first = cell.held_out_end - cell.eval_sequences
+        self.text = TextCheck(stream, tokens, {cell.model: lm.d_vocab}, first)
         self.tokens_ST = torch.from_numpy(tokens.astype("int64")).to(context.device)
         self._pass()
         self._probes: dict[int, LayerProbes] = self._layer_probes() if cell.legibility != "off" else {}

@@ -22,7 +22,7 @@ _USABLE = 0.75  # share of free memory that packs may plan with
 _SHARED: Callable[[SAECell], tuple[Any, ...]] = operator.attrgetter(
     *("model", "stream", "context", "batch_tokens", "shuffle_sequences", "eval_sequences", "lm_dtype"),
     *("drop_positions", "max_norm_multiple", "hook", "blocks", "text", "text_column", "rungs", "legibility"),
-    "information",
+    *("information", "eval_part"),
 )
 """What cells that one LM pass serves have in common."""
 

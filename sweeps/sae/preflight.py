@@ -87,7 +87,7 @@ def _look_at(stream: TokenStream, longest: int, n_eval: int, block: int, vocabul
 def _look_at_documents(cell: SAECell, run: RunSettings, vocabularies: Mapping[str, int]) -> list[str]:
     stream = open_stream(cell, run, say=lambda line: print(f"  {cell.model}: {line}", flush=True))
     return _look_at(
-        stream, cell.tokens, cell.eval_sequences, cell.shuffle_sequences, {cell.model: vocabularies[cell.model]}
+        stream, cell.tokens, cell.held_out_end, cell.shuffle_sequences, {cell.model: vocabularies[cell.model]}
     )
 
 
@@ -113,7 +113,7 @@ def _needs(cells: Sequence[SAECell]) -> set[tuple[int, int, int]]:
     """(context, longest budget, evaluation sequences) of the cells on Parquet text."""
     piles = [c for c in cells if c.stream == "pile"]
     longest = {c.context: max(x.tokens for x in piles if x.context == c.context) for c in piles}
-    return {(c.context, longest[c.context], c.eval_sequences) for c in piles}
+    return {(c.context, longest[c.context], c.held_out_end) for c in piles}
 
 
 def _cached(model: str) -> bool:

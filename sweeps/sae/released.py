@@ -85,6 +85,7 @@ def _cell(source: str, preset: Grid) -> ReleasedCell:
         aux_coefficient=0.0,
         dead_after_steps=0,
         eval_sequences=preset.eval_sequences,
+        eval_part=preset.eval_part,
         lm_dtype=preset.lm_dtype,
         drop_positions=preset.drop_positions,
         max_norm_multiple=preset.max_norm_multiple,
@@ -161,7 +162,8 @@ def pack_released(cells: Sequence[ReleasedCell], machine: Machine, run: RunSetti
     groups: dict[tuple[object, ...], list[ReleasedCell]] = {}
     for cell in cells:
         shared = (cell.model, cell.hook, cell.blocks, cell.stream, cell.text, cell.context, cell.eval_sequences)
-        groups.setdefault((*shared, cell.lm_dtype, cell.rungs, cell.legibility, cell.information), []).append(cell)
+        measured = (cell.eval_part, cell.lm_dtype, cell.rungs, cell.legibility, cell.information)
+        groups.setdefault((*shared, *measured), []).append(cell)
     size = run.cells_per_pack or len(cells)
     parts = [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
     return [

@@ -105,7 +105,7 @@ def _tokenised(cell: SAECell, run: RunSettings, tokenizer: str, tokens: int, say
     block = cell.shuffle_sequences * cell.context
     try:
         text = _text(cell, run, tokenizer)
-        state = text.extend(-(-tokens // block) * cell.shuffle_sequences, cell.eval_sequences, say)
+        state = text.extend(-(-tokens // block) * cell.shuffle_sequences, cell.held_out_end, say)
     except (CorruptShard, StreamUnavailable, ValueError) as error:
         raise UserError(str(error)) from error
     if not state["shards"]:
@@ -117,15 +117,17 @@ def held_out_labels(cell: SAECell, run: RunSettings, folder: Path | None) -> Tok
     """The classes of the cell's held-out tokens, whose tokenizer is in `folder`, if known; the stream must be open."""
     tokenizer = tokenizer_folder(cell, run, folder)
     if cell.stream == "embedded":
-        return embedded_labels(tokenizer, cell.context, cell.eval_sequences)
-    return text_labels(_text(cell, run, tokenizer), cell.eval_sequences)
+        labels = embedded_labels(tokenizer, cell.context, cell.held_out_end)
+    else:
+        labels = text_labels(_text(cell, run, tokenizer), cell.held_out_end)
+    return labels.last(cell.eval_sequences)
 
 
 def longest_reads(cells: Sequence[SAECell]) -> list[SAECell]:
     """Of all cells that read the same documents in the same way, the one of the largest budget."""
     longest: dict[tuple[object, ...], SAECell] = {}
     for cell in (c for c in cells if c.stream == "text"):
-        key = (cell.model, cell.text, cell.text_column, cell.context, cell.eval_sequences, cell.shuffle_sequences)
+        key = (cell.model, cell.text, cell.text_column, cell.context, cell.held_out_end, cell.shuffle_sequences)
         if key not in longest or cell.tokens > longest[key].tokens:
             longest[key] = cell
     return list(longest.values())

@@ -32,9 +32,19 @@ class ProxyGap(Sweep[SAECell, Grid]):
     headline = "CE_rec"
     named = ("model", "depth", "layer", "k", "seed", "tokens")
     fixed = {"seeds": BY_CHANCE} | dict.fromkeys(
-        ("models", "stream", "context", "eval_sequences", "lm_dtype", "drop_positions", "max_norm_multiple"),
+        (
+            "models",
+            "stream",
+            "context",
+            "eval_sequences",
+            "eval_part",
+            "lm_dtype",
+            "drop_positions",
+            "max_norm_multiple",
+        ),
         "its trials would be scored on another model or other tokens",
     )
+    unseen = "eval_part"
     view = View(
         params=("model", "depth", "layer", "k", "seed", "tokens"),
         metrics=("ce_rec", "r2", "r2_no_sinks", "cosine", "nmse", "swd", "abs_gdelta"),
@@ -98,6 +108,7 @@ class ProxyGap(Sweep[SAECell, Grid]):
             aux_coefficient=preset.aux_coefficient,
             dead_after_steps=preset.dead_after_steps,
             eval_sequences=preset.eval_sequences,
+            eval_part=preset.eval_part,
             lm_dtype=preset.lm_dtype,
             drop_positions=preset.drop_positions,
             max_norm_multiple=preset.max_norm_multiple,

@@ -31,15 +31,20 @@ class TextCheck:
     """Compares training sequences, as they are read, with the held-out ones [S, T] and the models' vocabularies.
 
     Only what is read is looked at: all that the largest budget trains on, never the rest of the stream. Sequences count
-    as equal when all T tokens are.
+    as equal when all T tokens are. first: number of the first of these among the stream's held-out sequences.
     """
 
-    def __init__(self, stream: TokenStream, held_out_ST: np.ndarray, vocabularies: Mapping[str, int]) -> None:
-        self.stream, self.vocabularies = stream, vocabularies
+    def __init__(
+        self, stream: TokenStream, held_out_ST: np.ndarray, vocabularies: Mapping[str, int], first: int = 0
+    ) -> None:
+        self.stream, self.vocabularies, self._first = stream, vocabularies, first
         self._held_out, self._total = HeldOutText(held_out_ST), len(held_out_ST)
         self._met: dict[int, int] = {}
         for model, d_vocab in vocabularies.items():
-            require_ids(held_out_ST, model, d_vocab, stream.source, stream.held_out_place)
+            require_ids(held_out_ST, model, d_vocab, stream.source, self._held_out_place)
+
+    def _held_out_place(self, number: int) -> str:
+        return self.stream.held_out_place(self._first + number)
 
     def training(self, index: int, tokens_nT: np.ndarray) -> bool:
         """Check training sequences `index`, index+1, …; True when held-out ones were met for the first time.
@@ -68,5 +73,5 @@ class TextCheck:
         verb = "stand" if len(self._met) > 1 else "stands"
         return (
             f"{len(self._met)} of {self._total} held-out sequences of {self.stream.source} {verb} word for word in the "
-            f"training text ({self.stream.held_out_place(number)} is {self.stream.training_place(index)})"
+            f"training text ({self._held_out_place(number)} is {self.stream.training_place(index)})"
         )

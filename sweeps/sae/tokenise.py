@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
         for cell in longest_reads(cells):
             print(f"{cell.model}:")
             stream = open_stream(cell, run, say=lambda line: print(f"  {line}", flush=True))
-            stream.require(cell.tokens, cell.eval_sequences)
+            stream.require(cell.tokens, cell.held_out_end)
             print(f"  {stream.n_train():,} training sequences of {cell.context} tokens in {stream.source}")
     except (CorruptShard, ValueError) as error:
         print(f"proxy_gap: {error}", file=sys.stderr)

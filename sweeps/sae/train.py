@@ -170,7 +170,7 @@ class _PackRun:
             self.first, context.run, lm.tokenizer_dir, tokens=longest, say=lambda line: context.progress(phase=line)
         )
         try:
-            self.stream.require(longest, self.first.eval_sequences)
+            self.stream.require(longest, self.first.held_out_end)
         except ValueError as error:
             raise UserError(str(error)) from error
         self.batch = self.first.batch_tokens

@@ -20,7 +20,8 @@ from sweeps.search.study import Outcome, Study, Trial
 def write_evidence(search: Search[CellT], question: str, out: Path) -> list[str]:
     """Write the search's report into the folder `out`; returns lines for the screen."""
     studies = tuple(_of_study(search, s) for s in search.studies)
-    evidence = Evidence(question, _axes(search), _goals(search), studies, tuple(_facts(search)))
+    unseen = bool(search.sweep.unseen)
+    evidence = Evidence(question, _axes(search), _goals(search), studies, tuple(_facts(search)), unseen)
     lines = write_report(evidence, out)
     (out / "search.json").write_text(json.dumps(_record(search), indent=1), encoding="utf-8")
     return lines
@@ -66,6 +67,7 @@ def _again(search: Search[CellT], study: Study[CellT]) -> Again:
         why = "--confirm 0" if search.asked.confirm == 0 else "this sweep has no seeds"
     else:
         why = f"{len(values)} of {search.confirm} fresh trainings are done, {failed} failed"
+        why += next((f": {o.reason}" for o in outcomes if o.state == "failed"), "")
     return Again(values, failed, why)
 
 

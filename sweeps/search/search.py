@@ -33,6 +33,7 @@ class Searchable(Protocol[_OfSweep]):
 
     tracked: Sequence[str]
     fixed: Mapping[str, str]
+    unseen: str
 
     def plan(self, preset: Any) -> Sequence[_OfSweep]: ...
 
@@ -92,7 +93,7 @@ class Search(Generic[CellT]):
         outcomes = self.outcomes(study)
         if any(o.state == "open" for o in outcomes) or not (self._ended(study) or self.spent):
             return []
-        return study.again(outcomes, self.confirm)
+        return study.again(outcomes, self.confirm, self.sweep.unseen)
 
     def _ended(self, study: Study[CellT]) -> bool:
         """As many trials as asked for, or as the sampler has, are asked."""

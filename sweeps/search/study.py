@@ -286,13 +286,14 @@ class Study(Generic[CellT]):
         allowed = [(objective.loss(o.values[0]), i) for i, o in enumerate(outcomes) if o.allowed]
         return min(allowed)[1] if allowed else None
 
-    def again(self, outcomes: Sequence[Outcome], count: int) -> list[Trial[CellT]]:
-        """The best trial's setting with each of `count` seeds that the search did not use; empty without a best one."""
+    def again(self, outcomes: Sequence[Outcome], count: int, unseen: str) -> list[Trial[CellT]]:
+        """The best trial's setting with each of `count` seeds that the search did not use, measured on data that it
+        did not use where the preset has a field `unseen` that says so; empty without a best one."""
         best = self.best(outcomes)
         if best is None or not count:
             return []
         first = max(self.preset.seeds, default=-1) + 1
-        point = self._trials[best].point
+        point = self._trials[best].point | ({unseen: getattr(self.preset, unseen) + 1} if unseen else {})
         last = len(self.stop.amounts) - 1
         return [self._trial(best, {**point, "seeds": seed}, last) for seed in range(first, first + count)]
 

@@ -33,3 +33,14 @@ def test_hash_is_pinned_because_it_defines_every_published_split() -> None:
 def test_impossible_share(holdout: float) -> None:
     with pytest.raises(ValueError, match="must lie in"):
         side_of("a", holdout=holdout)
+
+
+def test_parts_are_disjoint_shares_and_the_first_is_the_usual_one() -> None:
+    names = [f"recording {i}" for i in range(4000)]
+    held_out = [{n for n in names if side_of(n, holdout=0.2, part=part) == "validation"} for part in range(5)]
+    assert held_out[0] == {n for n in names if side_of(n, holdout=0.2) == "validation"}
+    assert sum(map(len, held_out)) == len(set().union(*held_out)) == len(names)
+    assert all(abs(len(part) - 800) < 120 for part in held_out)
+    for part in (-1, 5):
+        with pytest.raises(ValueError, match="must lie within the whole"):
+            side_of("a", holdout=0.2, part=part)

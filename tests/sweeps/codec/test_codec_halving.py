@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import uuid
 from collections.abc import Iterator
@@ -149,6 +150,20 @@ def test_a_promoted_cell_continues_and_is_the_separately_trained_one(
         assert promoted.ledger.file(cell.key, "clips.parquet") == apart.ledger.file(cell.key, "clips.parquet")
     with pytest.raises(UserError, match="rungs and --stop"):
         SWEEP.plan_until(STUDY, 3)
+
+
+def test_another_part_holds_out_other_recordings_in_the_same_pack(whole: Ledger) -> None:
+    studies = [replace(STUDY, rungs=(), seeds=(0,), lr=(1e-3,), steps=2, eval_part=part) for part in (0, 1)]
+    cells = [cell for study in studies for cell in SWEEP.plan(study)]
+    place = context()
+    run_pack(cells, studies[0], place)
+    scored = [pd.read_parquet(io.BytesIO(place.ledger.file(c.key, "clips.parquet"))) for c in cells]
+    assert not set(scored[0]["recording_id"]) & set(scored[1]["recording_id"])
+    alone = context()
+    run_pack(cells[1:], studies[1], alone)
+    pd.testing.assert_frame_equal(rows(place.ledger, cells[1]), rows(alone.ledger, cells[1]), check_exact=True)
+    with pytest.raises(UserError, match=r"eval_part=3 does not lie within the recordings; choose 0\.\.2"):
+        SWEEP.plan(replace(STUDY, eval_part=3))
 
 
 def test_report_leaves_stopped_cells_out(whole: Ledger, tmp_path: Path) -> None:

@@ -332,6 +332,25 @@ def test_tokens_left_out_are_neither_trained_on_nor_counted(packed: Ledger) -> N
         assert metrics[1]["r2_no_first"] == pytest.approx(metrics[1]["r2"], rel=1e-9)
 
 
+def test_another_part_measures_the_same_sae_on_the_next_held_out_sequences(packed: Ledger) -> None:
+    ten, first, second = (
+        plan(replace(GRID, k=(4,), depths=("mid",), tokens=(320,), eval_sequences=n, eval_part=part))
+        for n, part in ((10, 0), (5, 0), (5, 1))
+    )
+    assert ten[0] in plan()
+    ledger = fresh()
+    for cells in (first, second):
+        train(cells, ledger)
+    loss = {
+        c.key: pd.read_parquet(io.BytesIO(where.file(c.key, "sequences.parquet")))["loss_orig"].to_numpy()
+        for where, c in ((packed, ten[0]), (ledger, first[0]), (ledger, second[0]))
+    }
+    np.testing.assert_allclose(np.concatenate([loss[first[0].key], loss[second[0].key]]), loss[ten[0].key], rtol=1e-6)
+    assert loss[first[0].key].shape == (5,)
+    weights = [ledger.file(c.key, "sae/sae_weights.safetensors") for c in (first[0], second[0])]
+    assert weights[0] == weights[1]
+
+
 def test_dropped_tokens_are_replaced_by_the_blocks_first_kept_ones() -> None:
     (cell,) = plan(replace(ONE, drop_positions=1, max_norm_multiple=3.0))
     norms = torch.tensor([[9.0, 1.0, 1.0, 1.0], [1.0, 1.0, 4.0, 1.0]])

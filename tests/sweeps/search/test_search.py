@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import uuid
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,12 @@ import pytest
 from scipy import stats
 
 from benchmarks.tuning import PROBLEMS, ours
+from sweeps.caching.sweep import SWEEP as CACHING
+from sweeps.codec.sweep import SWEEP as CODEC
 from sweeps.core.cells import UserError
 from sweeps.launch import command
 from sweeps.ledger.ledger import Ledger
+from sweeps.sae.sweep import SWEEP as SAE
 from sweeps.search.options import read_asked
 from sweeps.search.points import at, sampler
 from sweeps.search.search import Search
@@ -144,6 +148,28 @@ def test_the_best_setting_is_trained_again_from_fresh_seeds() -> None:
     assert work(search(ledger, *arguments, preset=preset)) == 0
     more = search(ledger, *arguments[:3], "--trials=16", "--confirm=3", preset=preset)
     assert work(more) >= 7 * 2
+
+
+def test_fresh_trainings_are_measured_on_data_that_no_trial_used() -> None:
+    class Unseen(type(SWEEP)):  # type: ignore[misc]
+        unseen = "width"
+
+    arguments = ("--search=grid", "--set=n=choice:8,9", "--objective=depth:min", "--confirm=2")
+    asked = read_asked(parsed(*arguments))[1]
+    assert asked is not None
+    found = Search[Any](asked, Unseen(), ONE, fresh())
+    work(found)
+    (study,) = found.studies
+    assert [t.point for t in found.again(study)] == [{"n": 8, "width": 8, "seeds": seed} for seed in (1, 2)]
+    fields = {SAE: "eval_part", CODEC: "eval_part", CACHING: "eval_part"}
+    for sweep, field in fields.items():
+        assert sweep.unseen == field
+        assert field in sweep.fixed
+        preset = sweep.presets["local"]
+        seen, unseen = (sweep.plan(replace(preset, **{field: part})) for part in (0, 1))
+        assert [c.key for c in seen] == [c.key for c in sweep.plan(preset)]
+        assert not {c.key for c in seen} & {c.key for c in unseen}
+        assert {c.identity()[field] for c in unseen} == {1}
 
 
 def test_conditions_and_parameters_of_columns() -> None:
