@@ -142,8 +142,10 @@ class ParquetShards:
             yield tokens_NT[mask[first_row : first_row + len(tokens_NT)]]
 
     def documents(self, shard: int) -> np.ndarray | None:
+        if not self.by_column:  # ready-made tokens
+            return None
         with named_errors(self.root, self.names[shard]), self.open_shard(shard) as file:
-            if not self.by_column or DOCUMENT not in file.schema_arrow.names:  # ready-made tokens, or older shards
+            if DOCUMENT not in file.schema_arrow.names:  # tokenised before there was this column
                 return None
             document_N = file.read([DOCUMENT]).column(0).to_numpy()
         return document_N[self._held_out_rows(shard)]
