@@ -347,6 +347,7 @@ STATEMENTS: Sequence[Statement] = (
         kind="coverage",
         simulate=other_tokenizers_coverage,
         settings=[
+            *grid(seeds=(3,), sequences=(24,), seed_noise=(0.1,), own=(0.0, 1.0)),
             *grid(seeds=(2, 3), sequences=(32, 48), seed_noise=(0.1,), own=(0.0, 1.0)),
             *grid(seeds=(3,), sequences=(48, 200), seed_noise=(1.0,), own=(1.0,)),
         ],
