@@ -1,21 +1,27 @@
 """Searches compared with Optuna alone, and what the search itself costs.
 
     python benchmarks/tuning.py [--quick]
+    python benchmarks/tuning.py --study sae|codec [--architectures transformer,mamba]
 
 Branin and Hartmann-6, paired by seed: ours asks batches of four at once, Optuna's TPE is asked one trial at a time and
 told its value before the next. A search succeeds when its best value comes within the tolerance of the minimum. Then
 CPU seconds: per asked trial, and for a study of 10,000 finished trials that a launch opens.
+
+--study: a learning rate by one bracket of nine rates with halving, compared with a grid of rates trained to the end, in
+this process on one thread: what each found, and its CPU seconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import math
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,8 +31,16 @@ import numpy as np
 import optuna
 from scipy import stats
 
+from sweeps.codec.cells import Study
+from sweeps.codec.run import run_pack
+from sweeps.codec.sweep import SWEEP as CODEC_LM
 from sweeps.core.cells import Cell, Row
+from sweeps.core.settings import RunSettings
+from sweeps.launch.context import PackContext
+from sweeps.launch.sweep import Sweep
 from sweeps.ledger.ledger import Ledger
+from sweeps.sae.sweep import SWEEP as PROXY_GAP
+from sweeps.sae.train import train_pack
 from sweeps.search.halving import Extent
 from sweeps.search.objective import Objective
 from sweeps.search.options import Asked
@@ -192,10 +206,82 @@ def asking() -> None:
         print(f"{kind}: CPU ms per point {shown}", flush=True)
 
 
+Work = Callable[[Sequence[Any], PackContext], None]
+
+
+def rate_of(sweep: Sweep[Any, Any], preset: Any, asked: Asked, work: Work) -> tuple[float, float, float]:
+    """(best learning rate that was trained to the end, its value, CPU seconds)."""
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = Ledger(folder, sweep.name, sweep.version)
+        run = RunSettings(keep_checkpoints=bool(asked.stop), threads=1)
+        origin = functools.cache(lambda cell: sweep.fingerprint(cell, preset, run))
+        context = PackContext(ledger, run, threads=1, device="cpu", fingerprint=origin)
+        began = time.process_time()
+        search = Search(asked, sweep, preset, ledger)
+        while missing := [c for c in search.advance(record=True) if not search.known.closed(c.key)]:
+            work(missing, context)
+        spent = time.process_time() - began
+        (study,) = search.studies
+        best = study.best(search.outcomes(study))
+        if best is None:
+            return math.nan, math.nan, spent
+        return float(study.trials(best + 1)[best].point["lr"] or 0), search.outcomes(study)[best].values[0], spent
+
+
+def halved_rates(name: str, sweep: Sweep[Any, Any], preset: Any, objective: Objective, work: Work, grid: int) -> None:
+    """Print what nine rates with halving find, compared with a grid of so many rates trained to the end."""
+    lo, hi = (1e-4, 3e-2)
+
+    def asked(**how: Any) -> Asked:
+        return Asked(objectives=(objective,), confirm=0, **how)
+
+    one = asked(kind="grid", ranges=(f"lr=log:{lo}:{hi}:1",), trials=1, batch=1)
+    rate_of(sweep, preset, one, work)  # what is compiled and cached on first use is paid here
+    whole = rate_of(
+        sweep, preset, asked(kind="grid", ranges=(f"lr=log:{lo}:{hi}:{grid}",), trials=grid, batch=grid), work
+    )
+    few = rate_of(
+        sweep, preset, asked(kind="qmc", ranges=(f"lr=log:{lo}:{hi}",), trials=9, batch=9, stop="halving"), work
+    )
+    for what, (lr, value, spent) in ((f"grid of {grid} rates", whole), ("nine rates with halving", few)):
+        print(f"{name}: {what}: lr={lr:.3g}, {objective.column}={value:.5f}, {spent:.0f} CPU s", flush=True)
+    print(f"{name}: halving took {few[2] / whole[2]:.0%} of the grid's CPU seconds", flush=True)
+
+
+def studies(which: str, architectures: Sequence[str]) -> None:
+    """Print the comparison for SAEs of a stand-in, or for audio-token models of the preset `local`."""
+    if which == "sae":
+        preset = replace(
+            PROXY_GAP.presets["local"],
+            models=("standin-small",),
+            depths=("mid",),
+            k=(16,),
+            tokens=(327_680,),
+            seeds=(0,),
+        )
+        halved_rates("SAEs", PROXY_GAP, preset, Objective("ce_rec", "max"), train_pack, 16)
+        return
+    for architecture in architectures:
+        study = replace(CODEC_LM.presets["local"], architectures=(architecture,), sample_s=0.0)
+        objective = Objective("final_val_nll", "min")
+        work = functools.partial(_codec_pack, study)
+        halved_rates(architecture, CODEC_LM, study, objective, work, 9)
+
+
+def _codec_pack(study: Study, cells: Sequence[Any], context: PackContext) -> None:
+    run_pack(cells, study, context)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--study", choices=("sae", "codec"), help="learning rates with halving compared with a grid")
+    parser.add_argument("--architectures", default="transformer,mamba", help="of --study codec")
     parser.add_argument("--quick", action="store_true", help="5 seeds, 1,000 finished trials")
-    quick = parser.parse_args().quick
+    given = parser.parse_args()
+    quick = given.quick
+    if given.study:
+        studies(given.study, given.architectures.split(","))
+        return
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore")
     asking()

@@ -138,6 +138,16 @@ class Index:
 
     def stream(self, keys: Iterable[str]) -> Iterator[PublishedCell]:
         """`read`, file by file and a batch at a time, so that only one file and one batch are in memory."""
+        for batch in self._batches(keys, None):
+            yield from _cells(batch, self.store.uri)
+
+    def rows(self, keys: Iterable[str]) -> Iterator[tuple[str, pa.RecordBatch]]:
+        """(key, rows) of the same cells, without all else: a tenth of the work."""
+        for batch in self._batches(keys, ["key", "schema", "rows"]):
+            yield from _rows(batch)
+
+    def _batches(self, keys: Iterable[str], columns: list[str] | None) -> Iterator[pa.RecordBatch]:
+        """The index's records of these cells, those columns of them or all."""
         wanted: dict[str, list[int]] = {}
         for key in keys:
             if key in self._place:
@@ -145,13 +155,12 @@ class Index:
                 wanted.setdefault(name, []).append(row)
         for name, rows in wanted.items():
             try:
-                table = pq.read_table(io.BytesIO(self.store.read(f"{FOLDER}/{name}")))
+                table = pq.read_table(io.BytesIO(self.store.read(f"{FOLDER}/{name}")), columns=columns)
             except _FAULTS:
                 continue
             rows.sort()
             for start in range(0, len(rows), _BATCH):
-                for batch in table.take(rows[start : start + _BATCH]).to_batches():
-                    yield from _cells(batch, self.store.uri)
+                yield from table.take(rows[start : start + _BATCH]).to_batches()
 
     def add(self, records: Sequence[Record]) -> None:
         """Write the records as one file, merged with every file that is at most twice as large."""
@@ -233,22 +242,30 @@ def _only_batch(table: pa.Table) -> pa.RecordBatch:
     return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
 
 
-def _cells(batch: pa.RecordBatch, uri: str) -> Iterable[PublishedCell]:
+def _rows(batch: pa.RecordBatch) -> Iterable[tuple[str, pa.RecordBatch]]:
+    """(key, rows) of the records that hold rows."""
     schemas: dict[bytes, pa.Schema] = {}
-    commons: dict[str, dict[str, Any]] = {}
-    for record in batch.to_pylist():
-        if record["rows"] is None:
+    for key, schema, rows in zip(*(batch[name].to_pylist() for name in ("key", "schema", "rows")), strict=True):
+        if rows is None:
             continue
-        if record["schema"] not in schemas:
-            schemas[record["schema"]] = pa.ipc.read_schema(pa.py_buffer(record["schema"]))
+        if schema not in schemas:
+            schemas[schema] = pa.ipc.read_schema(pa.py_buffer(schema))
+        yield key, pa.ipc.read_record_batch(pa.py_buffer(rows), schemas[schema])
+
+
+def _cells(batch: pa.RecordBatch, uri: str) -> Iterable[PublishedCell]:
+    commons: dict[str, dict[str, Any]] = {}
+    known = dict(_rows(batch))
+    for record in batch.select(["key", "common", "own", "files"]).to_pylist():
+        if record["key"] not in known:
+            continue
         if record["common"] not in commons:
             commons[record["common"]] = json.loads(record["common"])
-        rows = pa.ipc.read_record_batch(pa.py_buffer(record["rows"]), schemas[record["schema"]])
         meta = {**json.loads(record["own"]), **commons[record["common"]]}
         key = record["key"]
         attempt = meta.get("attempt")
         home = f"{uri}/{key}/{checked(attempt, f'cell {key} of {uri}')}" if attempt else f"{uri}/{key}"
-        yield PublishedCell(key, meta["identity"], rows.to_pandas(), tuple(record["files"]), home, meta)
+        yield PublishedCell(key, meta["identity"], known[key].to_pandas(), tuple(record["files"]), home, meta)
 
 
 def _first_of_each(table: pa.Table) -> pa.Table:

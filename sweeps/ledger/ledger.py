@@ -250,16 +250,34 @@ class Ledger:
         Keys that are not published are passed over, as are cells that turn out `damaged`. Few cells are in memory at
         once, whatever the ledger's size.
         """
+        wanted, indexed = self._published(keys)
+        seen = set()
+        for cell in self.index.stream(indexed):
+            seen.add(cell.key)
+            yield cell
+        yield from self._alone(key for key in wanted if key not in seen)
+
+    def stream_rows(self, keys: Iterable[str]) -> Iterator[tuple[str, pa.RecordBatch]]:
+        """(key, rows) of the cells that `stream` gives, in its order: several times faster where rows are enough."""
+        wanted, indexed = self._published(keys)
+        seen = set()
+        for key, rows in self.index.rows(indexed):
+            seen.add(key)
+            yield key, rows
+        for cell in self._alone(key for key in wanted if key not in seen):
+            yield cell.key, pa.RecordBatch.from_pandas(cell.rows, preserve_index=False)
+
+    def _published(self, keys: Iterable[str]) -> tuple[list[str], list[str]]:
+        """(the published ones of these, each once, those of them in the index)."""
         wanted = list(dict.fromkeys(keys))
         there = self.done(wanted)
         wanted = [key for key in wanted if key in there]
         with self._lock:
             self.index.refresh()
-            indexed = [key for key in wanted if self._indexed(key)]
-        seen = set()
-        for cell in self.index.stream(indexed):
-            seen.add(cell.key)
-            yield cell
+            return wanted, [key for key in wanted if self._indexed(key)]
+
+    def _alone(self, keys: Iterable[str]) -> Iterator[PublishedCell]:
+        """The cells that can be read, each from its own folder; those that turn out `damaged` are passed over."""
 
         def look(key: str) -> PublishedCell | None:
             try:
@@ -270,7 +288,7 @@ class Ledger:
                 self.damaged[key] = damage
                 return None
 
-        yield from (cell for cell in in_order(look, (k for k in wanted if k not in seen)) if cell is not None)
+        yield from (cell for cell in in_order(look, keys) if cell is not None)
 
     def work(self, keys: Iterable[str]) -> list[tuple[str, float, float, str]]:
         """(pack attempt, seconds, share, device) of published cells, see `index.Entry`."""

@@ -13,6 +13,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from sweeps.core.cells import PublishedCell, UserError, nearest
 
 _SIGNS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
@@ -82,20 +85,15 @@ def read_conditions(texts: Sequence[str]) -> tuple[Condition, ...]:
     return tuple(out)
 
 
-def number(cell: PublishedCell, column: str, tracked: Sequence[str]) -> float | None:
-    """The column of a cell; None where the cell has no such row. `tracked`: see `Sweep`."""
-    rows = cell.rows
+def number(rows: pa.RecordBatch, column: str, tracked: Sequence[str]) -> float | None:
+    """The column of a cell by its rows; None where the cell has no such row. `tracked`: see `Sweep`."""
     metric, _, wanted = column.partition("/")
-    places = (rows["metric"].to_numpy() == metric).nonzero()[0]
-    if not len(places):
-        return None
-    parameters = {name: rows[name].to_numpy() for name in rows.columns if name not in ("metric", "value", "unit")}
-    values = rows["value"].to_numpy(dtype=float)
     found: dict[str, float] = {}
-    for place in places:
-        row = {name: value for name, own in parameters.items() if not _missing(value := own[place])}
+    for record in rows.filter(pc.equal(rows["metric"], metric)).to_pylist():
+        row = {n: v for n, v in record.items() if n not in ("metric", "value", "unit") and not _missing(v)}
         if row.keys() <= set(tracked):
-            found.setdefault("/".join(_plain(row[name]) for name in tracked if name in row), float(values[place]))
+            value = math.nan if record["value"] is None else float(record["value"])
+            found.setdefault("/".join(_plain(row[name]) for name in tracked if name in row), value)
     if not wanted and "" not in found and found:
         wanted = next(iter(found))
     return found.get(wanted)

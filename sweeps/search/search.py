@@ -8,12 +8,10 @@ killed goes on with the same points, and two launches work on the same ones.
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
-from sweeps.core.cells import Cell, CellT, PublishedCell, UserError, nearest
+from sweeps.core.cells import Cell, CellT, UserError, nearest
 from sweeps.ledger.ledger import Ledger
 from sweeps.search.halving import Extent, Stop
 from sweeps.search.objective import number, unknown
@@ -174,24 +172,25 @@ class Search(Generic[CellT]):
         open_keys = [key for key in dict.fromkeys(wanted) if not self.known.closed(key)]
         if not open_keys:
             return False
-        cells = self._read(open_keys)
-        found = list(islice(cells, _LOOK))
-        deque(cells, maxlen=0)
+        found = self._read(open_keys)
         failed = self.ledger.failures(set(open_keys) - self.known.numbers.keys())
         self.known.failed.update((key, str(record.get("error"))) for key, record in failed.items())
         self._refuse_unmeasured(found)
         return bool(found or failed)
 
-    def _read(self, keys: Sequence[str]) -> Iterator[PublishedCell]:
-        """The published cells among these keys, each noted in `known`; few are in memory at once."""
-        for cell in self.ledger.stream(keys):
-            self.known.numbers[cell.key] = {c: number(cell, c, self.sweep.tracked) for c in self.rules.columns}
-            yield cell
+    def _read(self, keys: Sequence[str]) -> list[str]:
+        """Note the published cells among these keys in `known`, few of them in memory at once; returns their keys."""
+        found = []
+        for key, rows in self.ledger.stream_rows(keys):
+            self.known.numbers[key] = {c: number(rows, c, self.sweep.tracked) for c in self.rules.columns}
+            found.append(key)
+        return found
 
-    def _refuse_unmeasured(self, fresh: Sequence[PublishedCell]) -> None:
+    def _refuse_unmeasured(self, fresh: Sequence[str]) -> None:
         for column in self.rules.columns:
             if fresh and all(values[column] is None for values in self.known.numbers.values()):
-                raise unknown(self._option(column), column, fresh, self.sweep.tracked)
+                some = self.ledger.read_many(fresh[:_LOOK])
+                raise unknown(self._option(column), column, some, self.sweep.tracked)
 
     def _option(self, column: str) -> str:
         return "--objective" if any(o.column == column for o in self.rules.objectives) else "--where"
@@ -203,8 +202,9 @@ class Search(Generic[CellT]):
         kinds = {frozenset(cell.identity()) for cell in planned}
         keys = sorted(self.ledger.done())[:_LOOK]
         alike = [cell for cell in self.ledger.sound(keys) if frozenset(cell.identity) in kinds] if keys else []
+        tables = [rows for _, rows in self.ledger.stream_rows(cell.key for cell in alike)]
         for column in self.rules.columns:
-            if alike and all(number(cell, column, self.sweep.tracked) is None for cell in alike):
+            if tables and all(number(rows, column, self.sweep.tracked) is None for rows in tables):
                 raise unknown(self._option(column), column, alike, self.sweep.tracked)
 
     def _check_trials(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import uuid
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -15,14 +16,17 @@ from scipy import stats
 from benchmarks.tuning import PROBLEMS, ours
 from sweeps.caching.sweep import SWEEP as CACHING
 from sweeps.codec.sweep import SWEEP as CODEC
-from sweeps.core.cells import UserError
+from sweeps.core.cells import PublishedCell, UserError
 from sweeps.launch import command
 from sweeps.ledger.ledger import Ledger
+from sweeps.ledger.storage import Store
 from sweeps.sae.sweep import SWEEP as SAE
+from sweeps.search import search as search_module
 from sweeps.search.options import read_asked
 from sweeps.search.points import at, sampler
 from sweeps.search.search import Search
 from sweeps.search.space import Point, read_space
+from sweeps.search.study import Study
 from tests.sweeps.search.bowl import SWEEP, BowlPreset, publish, work
 
 ONE = BowlPreset()
@@ -170,6 +174,40 @@ def test_fresh_trainings_are_measured_on_data_that_no_trial_used() -> None:
         assert [c.key for c in seen] == [c.key for c in sweep.plan(preset)]
         assert not {c.key for c in seen} & {c.key for c in unseen}
         assert {c.identity()[field] for c in unseen} == {1}
+
+
+def test_a_finished_study_is_opened_by_a_few_looks_at_each_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice before its cells are read and once after: opening ten thousand takes seconds, as nothing else grows."""
+    arguments = ("--search=random", X, N, "--objective=depth:min", "--batch=10")
+    counts = Counter[str]()
+
+    def counted(kind: type, name: str) -> None:
+        real = getattr(kind, name)
+
+        def call(*given: Any, **named: Any) -> Any:
+            counts[name] += 1
+            return real(*given, **named)
+
+        monkeypatch.setattr(kind, name, call)
+
+    ledgers = {trials: fresh() for trials in (20, 80)}
+    for trials, ledger in ledgers.items():
+        work(search(ledger, *arguments, f"--trials={trials}"))
+        ledger.compact(ledger.done())
+    monkeypatch.setattr(search_module, "_LOOK", 5)
+    for kind, name in ((Study, "outcome"), (Study, "cells_at"), (Store, "read"), (PublishedCell, "__init__")):
+        counted(kind, name)
+    opened = {}
+    for trials, ledger in ledgers.items():
+        counts.clear()
+        again = search(Ledger(ledger.store.uri.rsplit("/", 2)[0], "bowl", "1"), *arguments, f"--trials={trials}")
+        assert again.advance(record=True)
+        assert again.finished
+        opened[trials] = dict(counts)
+    assert [opened[n]["outcome"] for n in ledgers] == [3 * n for n in ledgers]
+    assert opened[80]["cells_at"] - opened[20]["cells_at"] == 60
+    assert opened[80]["read"] - opened[20]["read"] <= 6  # a file per batch
+    assert opened[80]["__init__"] == opened[20]["__init__"] <= 5  # cells that were read whole
 
 
 def test_conditions_and_parameters_of_columns() -> None:
