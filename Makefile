@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 PY := .venv/bin/python
 READY := .venv/.ready
-BENCHMARKS := sae_step sae_grid evaluation lm_trunk bootstrap topology odor_model sequence_ops codec_lm scale tuning
+BENCHMARKS := sae_step sae_grid evaluation lm_trunk bootstrap topology odor_model sequence_ops codec_lm scale tuning information
 
 TWO := -n 2 --dist loadfile --no-loadscope-reorder  # two processes, which share the files
 

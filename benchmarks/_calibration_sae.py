@@ -21,6 +21,7 @@ from benchmarks._calibration import Setting, Statement, Tally, grid
 
 _CE, _R2, _TOKENS, _AT_ONCE = 0.4, 0.8, 256, 250
 _SEQUENCE_SD = 0.05  # of a sequence's own CE_rec (and three times that of its R²), between sequences
+_HELD_OUT = 78  # documents of the embedded text
 _IDEAL = 2 * 1.96  # width of the interval that knows the variances, in standard errors
 
 
@@ -171,6 +172,45 @@ def delta_coverage(
     return counts.tally()
 
 
+def _other_tokenizers(
+    rng: np.random.Generator, trials: int, seeds: int, sequences: int, seed_noise: float, own: float
+) -> tuple[pd.DataFrame, SequenceTables]:
+    """A narrow and a wide model, each on sequences of its own of the same documents, at one k per trial.
+
+    The documents' lengths are as uneven as those of the embedded text's 78 held-out ones (48 sequences are of about 28
+    of them). own: how much a document's effect on one model varies, in standard deviations of a sequence; the effect
+    that both models share varies as much as a sequence.
+    """
+    rows, tables = [], []
+    seed_sd = seed_noise * _SEQUENCE_SD / math.sqrt(sequences)
+    for k in range(1, trials + 1):
+        length_D = np.exp(rng.normal(0, 1.4, _HELD_OUT))
+        shared_MD = rng.normal(0, _SEQUENCE_SD, (2, _HELD_OUT))
+        for m, model in enumerate(("narrow", "wide")):
+            document_U = rng.choice(_HELD_OUT, sequences, p=length_D / length_D.sum())
+            effect_MD = shared_MD + rng.normal(0, own * _SEQUENCE_SD, (2, _HELD_OUT))
+            own_MU = effect_MD[:, document_U] + rng.normal(0, _SEQUENCE_SD, (2, sequences))
+            orig_U, sst_U = losses(rng, sequences), rng.gamma(11.0, 1.0, size=sequences)
+            for seed in range(seeds):
+                value_MU = own_MU + rng.normal(0, _SEQUENCE_SD / 2, (2, sequences)) + rng.normal(0, seed_sd, (2, 1))
+                recon_U = orig_U * (2 - _CE - value_MU[0])
+                table = sequence_table(orig_U, recon_U, sst_U * (1 - _R2 - value_MU[1] / 3), sst_U)
+                tables.append(table.assign(document=document_U))
+                rows.append((model, 8 * (m + 1), k, seed))
+    return _grid(rows, tables)
+
+
+def other_tokenizers_coverage(
+    rng: np.random.Generator, trials: int, *, seeds: int, sequences: int, seed_noise: float, own: float
+) -> Tally:
+    counts = _Counts()
+    for some in chunks(trials // 2, 50):
+        found = model_deltas(configuration_means(*_other_tokenizers(rng, some, seeds, sequences, seed_noise, own)))
+        for metric in METRICS:
+            counts.add(found[f"delta_{metric}_lo"], found[f"delta_{metric}_hi"], 0.0, math.nan)
+    return counts.tally()
+
+
 def _families(
     rng: np.random.Generator, trials: int, comparisons: int, count: Callable[[pd.DataFrame], bool], **how: object
 ) -> Tally:
@@ -300,6 +340,21 @@ STATEMENTS: Sequence[Statement] = (
         trials=500,
         quick_trials=400,
         note=_OWN,
+    ),
+    Statement(
+        name="95% interval of a difference between two models of different tokenizers",
+        printed=f"{_PRINTED}: ΔR² and ΔCE_rec",
+        kind="coverage",
+        simulate=other_tokenizers_coverage,
+        settings=[
+            *grid(seeds=(3,), sequences=(24,), seed_noise=(0.1,), own=(0.0, 1.0)),
+            *grid(seeds=(2, 3), sequences=(32, 48), seed_noise=(0.1,), own=(0.0, 1.0)),
+            *grid(seeds=(3,), sequences=(48, 200), seed_noise=(1.0,), own=(1.0,)),
+        ],
+        quick=({"seeds": 3, "sequences": 48, "seed_noise": 0.1, "own": 1.0},),
+        trials=400,
+        quick_trials=300,
+        note="Paired by document: the sequences of a document count as one unit.",
     ),
     Statement(
         name="“opposite” or “same” directions of two models",

@@ -24,9 +24,11 @@ from analysis.sae.hypotheses import (
     permutation_rank_test,
 )
 from analysis.sae.leaderboard import Leaderboard, leaderboard
+from analysis.sae.task_dimension import TOLERANCE, task_dimension
 from benchmarks._calibration import Statement, Tally, grid
 from benchmarks._calibration_proxies import Design, measured_cells
 from benchmarks._calibration_sae import losses, sequence_table
+from models.information.settings import CriticSettings
 
 _SEQUENCE_SD, _SEQUENCES, _TOKENS = 0.03, 48, 1_000_000
 _LEVELS = (0.5, 0.8)  # CE_rec and R² of the narrow model
@@ -151,12 +153,43 @@ def _differences(rng: np.random.Generator, trials: int, relation: str, design: D
     return Tally(hits, there)
 
 
-def h3_size(rng: np.random.Generator, trials: int, *, places: int) -> Tally:
+def h3_size(rng: np.random.Generator, trials: int, *, models: int, layers: int, alike: float, between: float) -> Tally:
+    """Departure and failure that have nothing to do with each other, each smooth over layers and unlike by model."""
+    names = np.repeat(np.arange(models), layers)
     hits = 0
     for i in range(trials):
-        departure_P, failure_P = rng.lognormal(size=(2, places))
-        hits += permutation_rank_test(departure_P, failure_P, seed=i)[1] < ALPHA
+        departure_P, failure_P = (_smooth(rng, models, layers, alike, between) for _ in range(2))
+        hits += permutation_rank_test(departure_P, failure_P, names.tolist(), seed=i)[1] < ALPHA
     return Tally(hits, trials)
+
+
+def _smooth(rng: np.random.Generator, models: int, layers: int, alike: float, between: float) -> Floats:
+    """A lognormal value per (model, layer): a level of each model, and an autoregression over its layers."""
+    own_ML = rng.normal(size=(models, layers))
+    for i in range(1, layers):
+        own_ML[:, i] = alike * own_ML[:, i - 1] + np.sqrt(1 - alike**2) * own_ML[:, i]
+    return np.exp((between * rng.normal(size=(models, 1)) + own_ML).ravel())
+
+
+def k_mi_coverage(rng: np.random.Generator, trials: int, *, rank: int, noise: float, below: float = 0.0) -> Tally:
+    """Information in equal parts over `rank` dimensions; at the k_z before the plateau `below` of it, where given.
+
+    Every estimate deviates by `noise` nats: of that variance a fourth is shared by the four folds, as they share three
+    quarters of their training data; a level of each fold is shared by all k_z.
+    """
+    grid_K, folds = np.array(CriticSettings().dimensions), CriticSettings().folds
+    truth_K = 1.5 * np.minimum(grid_K / rank, 1.0)
+    if below:
+        truth_K[np.flatnonzero(truth_K < truth_K.max())[-1]] = below * truth_K.max()
+    truth = grid_K[np.flatnonzero(truth_K >= (1 - TOLERANCE) * truth_K.max())[0]]
+    hits = there = 0
+    for _ in range(trials):
+        own_FK = rng.normal(0, noise * np.sqrt(1 - 1 / folds), (folds, len(grid_K)))
+        shared_K = rng.normal(0, noise / np.sqrt(folds), len(grid_K))
+        found = task_dimension(grid_K.tolist(), truth_K + shared_K + own_FK + rng.normal(0, 0.1, (folds, 1)))
+        there += not found.needs
+        hits += not found.needs and found.lo <= truth <= found.hi
+    return Tally(hits, there)
 
 
 _PRINTED = "proxy_gap report: Adjudication"
@@ -249,9 +282,29 @@ STATEMENTS: Sequence[Statement] = (
         printed=f"{_PRINTED}, H3",
         kind="size",
         simulate=h3_size,
-        settings=grid(places=(6, 12)),
-        quick=({"places": 6},),
+        settings=[
+            *grid(models=(6, 12), layers=(1,), alike=(0.0,), between=(1.0,)),
+            *grid(models=(2, 4), layers=(3, 6), alike=(0.0, 0.7), between=(1.0,)),
+            *grid(models=(1, 3), layers=(12,), alike=(0.7,), between=(1.0,)),
+        ],
+        quick=({"models": 4, "layers": 3, "alike": 0.7, "between": 1.0},),
         trials=600,
         quick_trials=200,
+        note="alike: correlation of neighbouring layers. Shuffling places freely rejects in up to .31 of such trials.",
+    ),
+    Statement(
+        name="95% interval of k_MI*",
+        printed="proxy_gap report: Task-relevant dimension by mutual information",
+        kind="coverage",
+        simulate=k_mi_coverage,
+        settings=[
+            *grid(rank=(1, 3, 8, 16), noise=(0.005, 0.02, 0.05)),
+            *grid(rank=(3, 8), noise=(0.005, 0.02), below=(0.94, 0.952)),
+        ],
+        quick=({"rank": 3, "noise": 0.02, "below": 0.94},),
+        trials=2_000,
+        quick_trials=500,
+        note="For other seeds and splits of the same sequences. Both limits are one-sided statements about single k_z, "
+        "so it covers more than 95% wherever no k_z lies near the tolerance.",
     ),
 )

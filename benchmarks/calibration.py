@@ -4,6 +4,7 @@
     python benchmarks/calibration.py --quick    # the settings that are hardest, under 2 minutes; prints only
     python benchmarks/calibration.py --only text --processes 1
 
+A run that was stopped continues with the settings that are missing, unless the code has changed (runs/calibration).
 How to add a statement: see the head of `benchmarks/_calibration.py`. The exit code is 1 when a statement misses its
 bound by more than the simulation's own error.
 """
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,6 +35,7 @@ from benchmarks import (
     _calibration_verdicts,
 )
 from benchmarks._calibration import WIDE_COVERAGE, Setting, Statement, Tally, measure, spelled
+from benchmarks._kept import Kept, code_digest
 
 STUDIES: Mapping[str, Sequence[Statement]] = {
     "Proxy gap": (
@@ -47,6 +48,7 @@ STUDIES: Mapping[str, Sequence[Statement]] = {
     "Searches": _calibration_search.STATEMENTS,
 }
 Job = tuple[str, int, int]  # study, statement, setting
+Result = Future[tuple[Tally, float]]  # with its CPU-seconds
 PAGE = ROOT / "docs" / "calibration.md"
 
 
@@ -69,22 +71,47 @@ def of(job: Job, quick: bool) -> tuple[Statement, Setting, int]:
     return statement, statement.settings[j], statement.trials
 
 
-def run(job: Job, quick: bool, share: float) -> Tally:
+def run(job: Job, quick: bool, share: float) -> tuple[Tally, float]:
+    """What a setting's trials found, and the CPU-seconds they took."""
     statement, setting, trials = of(job, quick)
-    return measure(statement, setting, max(1, round(share * trials)))
+    began = time.process_time()
+    tally = measure(statement, setting, _trials(trials, share))
+    return tally, time.process_time() - began
 
 
-def run_all(todo: Sequence[Job], quick: bool, processes: int, share: float) -> dict[Job, Tally]:
-    """All jobs on some processes, with a line of progress at least every 5 seconds of work done."""
-    found: dict[Job, Tally] = {}
+def _trials(trials: int, share: float) -> int:
+    return max(1, round(share * trials))
+
+
+def run_all(
+    todo: Sequence[Job], quick: bool, processes: int, share: float, kept: Kept
+) -> tuple[dict[Job, Tally], dict[Job, float]]:
+    """(tallies, CPU-seconds) of all jobs on some processes, with a line of progress at least every 5 seconds of work
+    done. Jobs that `kept` holds are not run again."""
+    tallies: dict[Job, Tally] = {}
+    seconds: dict[Job, float] = {}
+    missing: list[Job] = []
+    for job in todo:
+        statement, setting, trials = of(job, quick)
+        known = kept.get(job[0], statement, setting, _trials(trials, share))
+        if known is None:
+            missing.append(job)
+        else:
+            tallies[job], seconds[job] = known
+    if tallies:
+        print(f"{len(tallies)} of {len(todo)} settings were measured before by the same code", flush=True)
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        waiting = {pool.submit(run, job, quick, share): job for job in todo}
+        waiting = {pool.submit(run, job, quick, share): job for job in missing}
         for done in _progress(waiting):
-            found[waiting[done]] = done.result()
-    return found
+            job = waiting[done]
+            tallies[job], seconds[job] = done.result()
+            statement, setting, trials = of(job, quick)
+            kept.put(job[0], statement, setting, _trials(trials, share), done.result())
+    in_order = sorted(tallies, key=todo.index)
+    return {job: tallies[job] for job in in_order}, seconds
 
 
-def _progress(waiting: Mapping[Future[Tally], Job]) -> Iterator[Future[Tally]]:
+def _progress(waiting: Mapping[Result, Job]) -> Iterator[Result]:
     start = said = time.monotonic()
     for n, done in enumerate(as_completed(waiting), start=1):
         now = time.monotonic()
@@ -97,8 +124,8 @@ def _progress(waiting: Mapping[Future[Tally], Job]) -> Iterator[Future[Tally]]:
         yield done
 
 
-def summary(found: Mapping[Job, Tally], quick: bool) -> dict[str, str]:
-    """A table per study: each statement with the worst of its settings."""
+def summary(found: Mapping[Job, Tally], seconds: Mapping[Job, float], quick: bool) -> dict[str, str]:
+    """A table per study: each statement with the worst of its settings and what simulating them took."""
     out = {}
     for study, statements in STUDIES.items():
         rows = []
@@ -118,12 +145,13 @@ def summary(found: Mapping[Job, Tally], quick: bool) -> dict[str, str]:
                     spelled(of(worst, quick)[1]),
                     f"{rates[0]:.3f} to {rates[-1]:.3f}" if rates else "–",
                     str(len(mine)),
+                    f"{sum(seconds[job] for job in mine):.0f}",
                     "yes" if all(statement.holds(tally) for tally in mine.values()) else "**no**",
                 ]
             )
         head = ["statement", "printed in", "measured", "nominal", "worst [simulation's 95%]", "at", "all settings"]
         if rows:
-            out[study] = table([*head, "settings", "kept"], rows)
+            out[study] = table([*head, "settings", "CPU-s", "kept"], rows)
     return out
 
 
@@ -159,10 +187,10 @@ def _measured(tally: Tally) -> str:
     return f"{tally.rate:.4f} [{low:.4f}, {high:.4f}]"
 
 
-def page(found: Mapping[Job, Tally], cpu_minutes: float, share: float) -> str:
-    tables = [line for study, text in summary(found, False).items() for line in (f"## {study}", "", text, "")]
+def page(found: Mapping[Job, Tally], seconds: Mapping[Job, float], share: float) -> str:
+    tables = [line for study, text in summary(found, seconds, False).items() for line in (f"## {study}", "", text, "")]
     command = "python benchmarks/calibration.py" + (f" --share {share:g}" if share < 1 else "")
-    made = f"Made by `{command}` in {cpu_minutes:.0f} CPU-minutes."
+    made = f"Made by `{command}` in {sum(seconds.values()) / 60:.0f} CPU-minutes."
     return "\n".join([*_HEAD, made, "", *tables, "## Every setting", "", details(found, False)])
 
 
@@ -192,12 +220,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     todo = jobs(asked.only, asked.quick)
     if not todo:
         parser.error(f"--only {asked.only!r} matches no statement")
-    found = run_all(todo, asked.quick, asked.processes, asked.share)
-    for study, text in summary(found, asked.quick).items():
+    kept = Kept(ROOT / "runs" / "calibration", code_digest(ROOT))
+    found, seconds = run_all(todo, asked.quick, asked.processes, asked.share, kept)
+    for study, text in summary(found, seconds, asked.quick).items():
         print(f"\n{study}\n\n{text}")
     if not asked.quick and not asked.only:
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        PAGE.write_text(page(found, (used.ru_utime + used.ru_stime) / 60, asked.share), encoding="utf-8")
+        PAGE.write_text(page(found, seconds, asked.share), encoding="utf-8")
         print(f"\nwritten: {PAGE.relative_to(ROOT)}")
     missed = [job for job, tally in found.items() if not of(job, asked.quick)[0].holds(tally)]
     for job in missed:

@@ -25,7 +25,8 @@ from filelock import FileLock
 
 from data._atomic import write_whole
 from data.document_coder import Coder, coder_of
-from data.documents import TEXT_RULE, DocumentSource, held_out
+from data.documents import TEXT_RULE, DocumentSource, document_number, held_out
+from data.token_shards import DOCUMENT, middle_documents
 
 SHARD_CHARACTERS = 2**22
 _STATE = "tokens.json"
@@ -116,10 +117,14 @@ def stacks(source: DocumentSource, file: int, row: int) -> Iterator[tuple[list[s
 
 
 def _shard(texts: list[str], coder: Coder, context: int) -> tuple[bytes, tuple[int, int]]:
-    """(a Parquet file of tokens and held_out, (training, held-out sequences))."""
+    """(a Parquet file of tokens, held_out and DOCUMENT, (training, held-out sequences))."""
     out = [held_out(text) for text in texts]
     parts = coder.encode(texts)
-    sides = [coder.packed([p for p, o in zip(parts, out, strict=True) if o == side], context) for side in (False, True)]
+    own = [
+        [(p, document_number(t)) for t, p, o in zip(texts, parts, out, strict=True) if o == s] for s in (False, True)
+    ]
+    sides = [coder.packed([ids for ids, _ in some], context) for some in own]
+    documents = [middle_documents(coder, [ids for ids, _ in some], [n for _, n in some], context) for some in own]
     tokens_ST = np.concatenate(sides)
     table = pa.table(
         {
@@ -127,6 +132,7 @@ def _shard(texts: list[str], coder: Coder, context: int) -> tuple[bytes, tuple[i
                 pa.array(np.arange(len(tokens_ST) + 1) * context, pa.int32()), pa.array(tokens_ST.ravel(), pa.int32())
             ),
             "held_out": pa.array(np.repeat([False, True], [len(side) for side in sides])),
+            DOCUMENT: pa.array(np.concatenate(documents), pa.int64()),
         }
     )
     buffer = io.BytesIO()

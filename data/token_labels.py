@@ -11,7 +11,6 @@ Shape suffixes: C characters of a document, N tokens of a document, K classes, S
 from __future__ import annotations
 
 import ast
-import hashlib
 import keyword
 import re
 import textwrap
@@ -24,7 +23,7 @@ import numpy as np
 
 from data import embedded_text
 from data.document_coder import Coder, coder_of
-from data.documents import held_out
+from data.documents import document_number, held_out
 from data.text_shards import TokenisedText, stacks
 from data.token_shards import embedded_order
 
@@ -78,17 +77,13 @@ def text_labels(text: TokenisedText, n: int) -> TokenLabels:
     coder, found = coder_of(text.tokenizer), []
     for (texts, _), _ in zip(stacks(text.source, 0, 0), text.state()["shards"], strict=False):
         texts = [t for t in texts if held_out(t)]
-        packed = _Packed(texts, [_identity(t) for t in texts], coder, text.context)
+        packed = _Packed(texts, [document_number(t) for t in texts], coder, text.context)
         found.append(packed.labels(np.arange(min(n, packed.n_sequences))))
         n -= packed.n_sequences
         if n <= 0:
             break
     names = ("tokens_ST", "class_ST", "document_ST")
     return TokenLabels(*(np.concatenate([getattr(part, name) for part in found]) for name in names))
-
-
-def _identity(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 class _Packed:

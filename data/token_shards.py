@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,10 +24,11 @@ from data import embedded_text
 from data._content import content_of
 from data._listing import skipped_line, visible
 from data._places import CorruptShard, StreamUnavailable, filesystem_of, is_local, named_errors
-from data.document_coder import coder_of
+from data.document_coder import Coder, coder_of
 from data.token_ids import LARGEST_ID, bad_id, is_list
 
 __all__ = [
+    "DOCUMENT",
     "CorruptShard",
     "EmbeddedShards",
     "ParquetShards",
@@ -36,9 +37,12 @@ __all__ = [
     "embedded_order",
     "held_out_rows",
     "is_local",
+    "middle_documents",
 ]
 
 BLOCK_ROWS = 512
+DOCUMENT = "document"
+"""Column of a tokenised text's shards: the document of each sequence's middle token."""
 
 
 class Shards(Protocol):
@@ -63,6 +67,10 @@ class Shards(Protocol):
 
     def held_out(self, shard: int) -> Iterator[np.ndarray]:
         """Held-out sequences of ``shard``, int32 [n, T], in their fixed order."""
+
+    def documents(self, shard: int) -> np.ndarray | None:
+        """Of each held-out sequence of ``shard`` the document that its middle token is of, by a number (int64 [n]) that
+        does not depend on the tokenizer; None where the shard does not tell."""
 
     def place(self, shard: int, rank: int, *, held_out: bool = False) -> str:
         """In words, where the training (or held-out) sequence ``rank`` of ``shard`` lies."""
@@ -132,6 +140,15 @@ class ParquetShards:
         mask = self._held_out_rows(shard)
         for first_row, tokens_NT in self._rows(shard, 0):
             yield tokens_NT[mask[first_row : first_row + len(tokens_NT)]]
+
+    def documents(self, shard: int) -> np.ndarray | None:
+        if not self.by_column:  # ready-made tokens
+            return None
+        with named_errors(self.root, self.names[shard]), self.open_shard(shard) as file:
+            if DOCUMENT not in file.schema_arrow.names:  # tokenised before there was this column
+                return None
+            document_N = file.read([DOCUMENT]).column(0).to_numpy()
+        return document_N[self._held_out_rows(shard)]
 
     def place(self, shard: int, rank: int, *, held_out: bool = False) -> str:
         rows = np.flatnonzero(self._held_out_rows(shard) == held_out)
@@ -244,19 +261,22 @@ class EmbeddedShards:
         return tuple(f"embedded-{i:02d}" for i in range(embedded_text.N_SHARDS))
 
     def n_train(self, shard: int) -> int:
-        return len(_packed(self, shard))
+        return len(_packed(self, shard)[0])
 
     def n_held_out(self, shard: int) -> int:
-        return len(_packed(self, None)) if shard == 0 else 0
+        return len(_packed(self, None)[0]) if shard == 0 else 0
 
     def train(self, shard: int, rank: int) -> Iterator[tuple[int, np.ndarray]]:
-        tokens_NT = _packed(self, shard)
+        tokens_NT, _ = _packed(self, shard)
         for first in range(rank, len(tokens_NT), BLOCK_ROWS):
             yield first, tokens_NT[first : first + BLOCK_ROWS]
 
     def held_out(self, shard: int) -> Iterator[np.ndarray]:
         if shard == 0:
-            yield _packed(self, None)
+            yield _packed(self, None)[0]
+
+    def documents(self, shard: int) -> np.ndarray | None:
+        return _packed(self, None)[1] if shard == 0 else np.empty(0, np.int64)
 
     def place(self, shard: int, rank: int, *, held_out: bool = False) -> str:
         return f"{'held-out' if held_out else 'training'} sequence {rank} of {self.names[shard]}"
@@ -268,16 +288,26 @@ class EmbeddedShards:
 
 
 @lru_cache(maxsize=64)
-def _packed(shards: EmbeddedShards, shard: int | None) -> np.ndarray:
-    """All sequences [N, T] of a training shard, or of the whole held-out side (None), permuted."""
+def _packed(shards: EmbeddedShards, shard: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """All sequences [N, T] of a training shard, or of the whole held-out side (None), permuted, and of each the
+    document that its middle token is of (near-duplicates are one document)."""
     documents = embedded_text.split(held_out=shard is None)
     if shard is not None:
         documents = tuple(d for d in documents if d.shard == shard)
-    coder = coder_of(shards.tokenizer)
-    rows_NT = coder.packed(coder.encode([d.text for d in documents]), shards.context)
-    packed_NT = rows_NT[embedded_order(len(rows_NT), shard)]
+    coder, groups = coder_of(shards.tokenizer), embedded_text.duplicate_groups()
+    parts = coder.encode([d.text for d in documents])
+    rows_NT = coder.packed(parts, shards.context)
+    document_N = middle_documents(coder, parts, [groups[d.name] for d in documents], shards.context)
+    order = embedded_order(len(rows_NT), shard)
+    packed_NT = rows_NT[order]
     packed_NT.flags.writeable = False
-    return packed_NT
+    return packed_NT, document_N[order]
+
+
+def middle_documents(coder: Coder, parts: Sequence[np.ndarray], numbers: Sequence[int], context: int) -> np.ndarray:
+    """int64 [N]: of each packed sequence the number of the document that its middle token is of."""
+    owners = [np.full(len(ids), number, np.int64) for ids, number in zip(parts, numbers, strict=True)]
+    return coder.packed(owners, context, first=-1)[:, context // 2].astype(np.int64)
 
 
 def embedded_order(n: int, shard: int | None) -> np.ndarray:

@@ -127,6 +127,23 @@ class TokenStream:
             f"fewer than the {n:,} asked for; use more shards or fewer evaluation sequences"
         )
 
+    def held_out_documents(self, n: int) -> np.ndarray | None:
+        """Of the first ``n`` of `eval_sequences` the document that each one's middle token is of, int64 [n].
+
+        Numbers do not depend on the tokenizer. None where the stream does not tell: ready-made tokens, and shards that
+        were tokenised before they held it.
+        """
+        shards, taken, count = self._shards(), [], 0
+        for shard in range(len(shards.names)):
+            document_N = shards.documents(shard)
+            if document_N is None:
+                return None
+            taken.append(document_N)
+            count += len(document_N)
+            if count >= n:
+                break
+        return np.concatenate(taken)[:n]
+
     def held_out_place(self, number: int) -> str:
         """In words, where the held-out sequence ``number`` (from 0) of `eval_sequences` lies."""
         before = 0

@@ -181,11 +181,14 @@ class SequenceTables:
     Cells evaluated on the same sequences (all cells of a model; all models that share a tokenizer) share
     every resample. R² keeps each sequence's Σ‖a − ā‖² around the mean of the whole evaluation set: the
     mean is not drawn again.
+
+    Models of other tokenizers have other sequences under the same numbers. Where every table says which `document` a
+    sequence is of, sequences are the same when number and document are; otherwise when the number is.
     """
 
     def __init__(self, cells: pd.DataFrame, sequences: Mapping[str, pd.DataFrame] | pd.DataFrame | None) -> None:
         self._cells = cells
-        self._groups: dict[tuple[int, ...], list[int]] = {}
+        self._groups: dict[tuple[tuple[int, int], ...], list[int]] = {}
         tables = _by_key(sequences)
         absent = [key for key in cells["cell_key"] if key not in tables]
         if tables and absent:
@@ -193,11 +196,19 @@ class SequenceTables:
                 f"cells {absent[:5]} (of {len(absent)}) have no sequence table; give one for all or for none"
             )
         self._columns: list[dict[str, Floats]] = []
+        known = bool(tables) and all("document" in t and t["document"].notna().all() for t in tables.values())
+        self._documents: dict[int, npt.NDArray[np.int64]] = {}
         for row, key in enumerate(cells["cell_key"]):
             if not tables:
                 break
             columns = _summands(_checked(key, tables[key]))
-            self._groups.setdefault(tuple(columns["sequence"].astype(np.int64).tolist()), []).append(row)
+            numbers_S = columns["sequence"].astype(np.int64)
+            document_S = np.zeros_like(numbers_S)
+            if known:
+                document_S = tables[key].sort_values("sequence", kind="stable")["document"].to_numpy(np.int64)
+                self._documents[row] = document_S
+            identity = tuple(zip(numbers_S.tolist(), document_S.tolist(), strict=True))
+            self._groups.setdefault(identity, []).append(row)
             self._columns.append(columns)
 
     @property
@@ -228,6 +239,10 @@ class SequenceTables:
         for rows in self._groups.values():
             result |= dict(zip(rows, _trained(np.stack([influence[r] for r in rows])), strict=True))
         return [result[row] for row in range(len(self._cells))]
+
+    def documents(self, row: int) -> npt.NDArray[np.int64] | None:
+        """Of each sequence of a cell the document that it is of; None where not every table tells."""
+        return self._documents.get(row)
 
     @property
     def sequence_set(self) -> npt.NDArray[np.int64]:

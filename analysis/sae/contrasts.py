@@ -13,7 +13,9 @@ own variance, with Welch's degrees of freedom (1947, "The generalization of 'Stu
 population variances are involved") where both have equally many seeds. With unequal numbers Welch's approximation is
 too narrow when the rarer seeds vary more (coverage down to .90 at 2 against 4 seeds): each model's seeds are then a
 component of their own. Budgets of one trajectory are separate configurations, so that no trajectory counts twice.
-Models evaluated on the same sequences are paired by sequence; others have a component of sequences each. Sequences
+Models evaluated on the same sequences are paired by sequence. Models of different tokenizers have other sequences of
+the same documents: they are paired by document, the document being the unit (`_by_document`). Where the tables do not
+tell the documents, models with other sequences have a component of sequences each. Sequences
 are skewed (a few long damages): their component is widened by `crossed.skew_factor`, and with too few of them
 (`cells.MIN_SEQUENCES`) no interval is given.
 """
@@ -34,6 +36,8 @@ from analysis.multiplicity import holm_list
 from analysis.sae.cells import SequenceTables, configurations, models_of, needs_sequences, sequence_component
 
 METRICS = ("ce_rec", "r2")
+MIN_DOCUMENTS = 20
+"""With fewer documents that models of different tokenizers were evaluated on, their difference has no interval."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,13 @@ class Measured:
     """A configuration's trained SAEs: influences on a metric of the sequences that all of them were evaluated on.
 
     sequences: the number of their set of sequences. `needs`: what an interval would need of the sequences.
+    documents_U: the document that each sequence is of, where all tables tell.
     """
 
     table_SU: Floats
     sequences: int
     needs: str = ""
+    documents_U: npt.NDArray[np.int64] | None = None
 
     @property
     def mean_U(self) -> Floats:
@@ -100,7 +106,7 @@ def _measured(metric: str, tables: SequenceTables, rows: Sequence[npt.NDArray[np
             continue
         table_SU = np.stack([influence[i] for i in r])
         needs = needs_sequences(metric, table_SU.shape[1]) if tables.given or len(r) < 2 else ""
-        found.append(Measured(table_SU, int(sets_C[r[0]]), needs))
+        found.append(Measured(table_SU, int(sets_C[r[0]]), needs, tables.documents(int(r[0]))))
     return found
 
 
@@ -130,10 +136,31 @@ def _difference_components(a: Measured, b: Measured) -> list[Component] | str:
     if a.needs or b.needs:
         return a.needs or b.needs
     parts = [(m.mean_U, m.residual_variance) for m in (a, b)]
+    together = a.residual_variance + b.residual_variance
     if a.sequences == b.sequences:
-        parts = [(a.mean_U - b.mean_U, a.residual_variance + b.residual_variance)]
+        parts = [(a.mean_U - b.mean_U, together)]
+    elif a.documents_U is not None and b.documents_U is not None:
+        by_document_D = _by_document(a, b)
+        if len(by_document_D) < MIN_DOCUMENTS:
+            return f"needs ≥ {MIN_DOCUMENTS} evaluated documents"
+        parts = [(by_document_D, together)]
     units = [sequence_component(mean_U, twice) for mean_U, twice in parts if len(mean_U) > 1]
     return [*_seed_components(a.seeds_component(), b.seeds_component()), *units]
+
+
+def _by_document(a: Measured, b: Measured) -> Floats:
+    """[D] values whose mean is the mean of a less that of b: each document's part of the difference, times D.
+
+    A document's part is what its sequences add to either mean around that mean. The variance over documents is then
+    that of the difference, with all covariance between the sequences of a document, of one model or of both (the
+    linearised variance for clusters, Cochran 1977, "Sampling Techniques", sec. 9A).
+    """
+    assert a.documents_U is not None
+    assert b.documents_U is not None
+    documents, place_U = np.unique(np.concatenate([a.documents_U, b.documents_U]), return_inverse=True)
+    parts_U = np.concatenate([sign * (m.mean_U - m.mean_U.mean()) / len(m.mean_U) for sign, m in ((1.0, a), (-1.0, b))])
+    difference = float(a.mean_U.mean() - b.mean_U.mean())
+    return np.asarray(difference + len(documents) * np.bincount(place_U, weights=parts_U), np.float64)
 
 
 def _seed_components(a: Component, b: Component) -> list[Component]:
@@ -146,7 +173,8 @@ def _seed_components(a: Component, b: Component) -> list[Component]:
 def combination(weights: npt.ArrayLike, of: Sequence[Measured]) -> Measured:
     """Σ weight · metric of trained SAEs that continue each other (budgets of a trajectory): seeds stay together."""
     table_SU = np.einsum("g,gsu->su", np.asarray(weights, float), np.stack([m.table_SU for m in of]))
-    return Measured(table_SU, of[0].sequences, next((m.needs for m in of if m.needs), ""))
+    needs = next((m.needs for m in of if m.needs), "")
+    return Measured(table_SU, of[0].sequences, needs, of[0].documents_U)
 
 
 def difference_effects(pairs: Sequence[tuple[Measured, Measured]]) -> list[Effect]:

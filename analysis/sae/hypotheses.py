@@ -356,7 +356,8 @@ def judge_h3(geometry: pd.DataFrame, cells: pd.DataFrame, h0: Verdict, threshold
     """H3: the task-relevant dimension departs from PR where R² fails worst."""
     statement = "the task-relevant dimension k_MI* departs from the participation ratio where R² fails worst"
     rule = (
-        "Spearman's correlation over (model, layer) of |k_MI* − PR| / PR with the mean |rank by R² − rank by CE_rec|; "
+        "Spearman's correlation over (model, layer) of |k_MI* − PR| / PR with the mean |rank by R² − rank by CE_rec|, "
+        "within models where one has several places (each model's layers turned and mirrored as a ring); "
         f"supported: above 0, permutation p < {thresholds.alpha:g}; rejected: below 0 at that p"
     )
     if "k_mi" not in geometry or geometry["k_mi"].isna().all():
@@ -366,12 +367,13 @@ def judge_h3(geometry: pd.DataFrame, cells: pd.DataFrame, h0: Verdict, threshold
         return Verdict("H3", statement, "not read", rule, BLOCKED, f"H0 {h0.word}")
     gap_C = (cells["r2"].rank() - cells["ce_rec"].rank()).abs() / len(cells)
     failure = gap_C.groupby([cells["model"], cells["layer"]]).mean().rename("failure")
-    places = geometry.dropna(subset=["k_mi"]).set_index(["model", "layer"]).join(failure, how="inner")
+    places = geometry.dropna(subset=["k_mi"]).set_index(["model", "layer"]).join(failure, how="inner").sort_index()
     if len(places) < thresholds.min_places:
         needs = f"≥ {thresholds.min_places} (model, layer) with k_MI*, of {len(places)}"
         return Verdict("H3", statement, "–", rule, UNDETERMINED, needs)
     departure = ((places["k_mi"] - places["pr"]).abs() / places["pr"]).to_numpy(float)
-    r, p = permutation_rank_test(departure, places["failure"].to_numpy(float))
+    models = places.index.get_level_values("model").tolist()
+    r, p = permutation_rank_test(departure, places["failure"].to_numpy(float), models)
     inputs = f"{len(places)} places{_bounded(places)}, Spearman {r:+.2f}, permutation p {p:.3g}"
     if p < thresholds.alpha:
         return Verdict("H3", statement, inputs, rule, SUPPORTED if r > 0 else REJECTED)
@@ -386,16 +388,38 @@ def _bounded(places: pd.DataFrame) -> str:
     return f" (k_MI* a lower bound in {n}: the ceiling of InfoNCE)" if n else ""
 
 
-def permutation_rank_test(x: np.ndarray, y: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """(Spearman's correlation, two-sided permutation p); the observed order counts as one of the permutations."""
+def permutation_rank_test(
+    x: np.ndarray, y: np.ndarray, models: Sequence[object] | None = None, seed: int = 0
+) -> tuple[float, float]:
+    """(Spearman's correlation, two-sided permutation p); the observed order counts as one of the permutations.
+
+    `models`: each place's model, the places of a model by layer. Layers of a model are alike, and neighbours more so:
+    where a model has several places, ranks count less their mean in the model, and each model's series is turned and
+    mirrored as a ring (its own order stays) instead of shuffled, which rejects far too often.
+    """
     rank_x, rank_y = (stats.rankdata(v) - (len(v) + 1) / 2 for v in (x, y))
+    names = np.asarray(range(len(x)) if models is None else models)
+    places = [np.flatnonzero(names == name) for name in dict.fromkeys(names.tolist())]
+    within = max(map(len, places)) > 1
+    for of_model in places if within else ():
+        for ranks in (rank_x, rank_y):
+            ranks[of_model] -= ranks[of_model].mean()
     scale = math.sqrt(float((rank_x**2).sum() * (rank_y**2).sum()))
     if not scale:
         return math.nan, 1.0
     rng = np.random.default_rng(seed)
-    shuffled = rng.permuted(np.broadcast_to(rank_y, (_PERMUTATIONS, len(y))), axis=1) @ rank_x
+    if within:
+        shuffled = sum(_turned(rank_y[p], rng) @ rank_x[p] for p in places)
+    else:
+        shuffled = rng.permuted(np.broadcast_to(rank_y, (_PERMUTATIONS, len(y))), axis=1) @ rank_x
     observed = float(rank_x @ rank_y)
     return observed / scale, float((np.abs(shuffled) >= abs(observed) - 1e-9).sum() + 1) / (_PERMUTATIONS + 1)
+
+
+def _turned(series: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """_PERMUTATIONS draws of the series turned as a ring, mirrored or not."""
+    rings = np.stack([np.roll(way, i) for way in (series, series[::-1]) for i in range(len(series))])
+    return rings[rng.integers(0, len(rings), _PERMUTATIONS)]
 
 
 def _conclusion(h0: Verdict, h1: Verdict, h2: Verdict, h3: Verdict) -> str:

@@ -21,7 +21,7 @@ _STEP_TOUCHES = 14  # a dense step reads and writes both matrices, their moments
 _NOMINAL_FLOPS = 5e10  # FLOP/s of a CPU core, when nothing is measured
 _EVALUATION_PASSES = 4  # in forward passes over the held-out text that all SAEs of a pack share: one, and its backward
 
-_RUNG_PASSES = 3.2  # in patched passes: the Fisher forms and the attention plans of one SAE
+_RUNG_PASSES = 2.5  # in patched passes: the Fisher forms and the attention plans of one SAE
 
 
 def estimate(cells: Sequence[SAECell], machine: Machine, run: RunSettings) -> Estimate:

@@ -77,6 +77,8 @@ class Evaluation:
             tokens = stream.eval_sequences(cell.held_out_end)[-cell.eval_sequences :]
         except ValueError as error:
             raise UserError(str(error)) from error
+        documents = stream.held_out_documents(cell.held_out_end)
+        self._documents = {} if documents is None else {"document": documents[-cell.eval_sequences :]}
         first = cell.held_out_end - cell.eval_sequences
         self.text = TextCheck(stream, tokens, {cell.model: lm.d_vocab}, first)
         self.tokens_ST = torch.from_numpy(tokens.astype("int64")).to(context.device)
@@ -198,7 +200,7 @@ class Evaluation:
             at = {"geometry_layer": layer}
             rows_out += [Row(f"{n}_of_layer", summary[n], "", at) for n in ("pr", "pr_deflated", *LAYER_COLUMNS)]
         rows_out += self.information.rows() + rungs.layer_rows()
-        sequences = sequences.assign(**controlled.by_sequence(), **rungs.table())
+        sequences = sequences.assign(**controlled.by_sequence(), **rungs.table(), **self._documents)
         tables = {"sequences.parquet": parquet_bytes(sequences), "rungs.parquet": parquet_bytes(rungs.costs())}
         if legibility is not None:
             probed, table = legibility.published()

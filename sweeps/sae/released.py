@@ -98,8 +98,14 @@ def _cell(source: str, preset: Grid) -> ReleasedCell:
         information=preset.information,
         sae=about.sae_class,
         sha256=content(about),
-        source=source,
+        source=_from_anywhere(source),
     )
+
+
+def _from_anywhere(source: str) -> str:
+    """The source as a worker finds it, which runs in another folder than the launch."""
+    folder = Path(source).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else source
 
 
 def _described(source: str) -> Description:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from data import embedded_text, text_shards
@@ -161,3 +162,33 @@ def test_near_duplicates_are_one_document_of_the_labels() -> None:
     groups, (group, _) = embedded_text.duplicate_groups(), embedded_text.near_duplicates(embedded_text.documents())
     pairs = {(groups[name], number) for name, number in zip(names, group.tolist(), strict=True)}
     assert len(pairs) == len(set(group.tolist())) == len(set(groups.values()))
+
+
+def test_held_out_sequences_tell_their_document_whatever_the_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The document of the middle token; ready-made tokens and shards from before the column tell none."""
+    stream = TokenStream(source=EMBEDDED, context=32, tokenizer="byte")
+    found = stream.held_out_documents(40)
+    np.testing.assert_array_equal(found, embedded_labels("byte", 32, 40).document_ST[:, 16])
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    for i in range(250):
+        (folder / f"{i:03d}.txt").write_text(f"{i} times the words of document {i} " * 30)
+    source = DocumentSource(str(folder))
+    monkeypatch.setattr(text_shards, "SHARD_CHARACTERS", 60_000)
+    sets = []
+    for tokenizer in ("byte", str(characters(tmp_path / "tokenizer", bos=True))):
+        text = TokenisedText(source, source.fingerprint(), tokenizer, 32, str(tmp_path / "tokens"))
+        shards = len(text.extend(1, 100)["shards"])
+        assert shards > 1
+        stream = TokenStream(source=str(text.folder), context=32, shards=shards)
+        found = stream.held_out_documents(100)
+        np.testing.assert_array_equal(found, text_labels(text, 100).document_ST[:, 16])
+        sets.append(set(found.tolist()))
+    assert len(sets[0]) > 2
+    assert sets[0] & sets[1]
+    first = sorted(text.folder.glob("*.parquet"))[0]
+    pq.write_table(pq.read_table(first).drop_columns(["document"]), first)
+    assert TokenStream(source=str(text.folder), context=32, shards=1).held_out_documents(5) is None
+    assert TokenStream(source=str(text.folder), context=32).held_out_documents(5) is None

@@ -40,6 +40,12 @@ def s3_bucket() -> Iterator[str]:
             os.environ[name] = value
 
 
+@pytest.fixture(scope="session")
+def codec_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder in which the stand-in codec and the tokens of small corpora are made once for several files."""
+    return tmp_path_factory.mktemp("codec-cache")
+
+
 @pytest.fixture(params=["local", "memory", "s3"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "local":

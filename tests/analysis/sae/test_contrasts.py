@@ -138,3 +138,56 @@ def test_only_configurations_with_both_extreme_models_are_compared(make_grid):
     deltas = model_deltas(_means(partial)[1])
     assert list(deltas["k"]) == [32]
     assert list(deltas["large"]) == ["pythia-410m"]
+
+
+def _by_document(grid, order, documents):
+    """The wide model's sequences in another order, as another tokenizer packs them; every table tells documents."""
+    tables = {}
+    for key, table in grid.sequences.items():
+        moved = "410m" in key
+        rows = table.iloc[order] if moved else table
+        own = documents[order] if moved else documents
+        tables[key] = rows.assign(sequence=np.arange(len(table)), document=own)
+    return tables
+
+
+def test_models_of_other_tokenizers_are_paired_by_document(make_grid):
+    """One sequence per document in another order: the intervals are those of the pairing by sequence."""
+    grid = make_grid(depths=("mid",), ks=(8,), seeds=3, n_sequences=40)
+    documents = np.random.default_rng(1).integers(0, 2**62, 40)
+    paired = model_deltas(_means(grid)[1])
+    order = np.random.default_rng(2).permutation(40)
+    _, means = _means(grid, _by_document(grid, order, documents))
+    assert len({m.sequences for m in means.measured["r2"]}) == 2
+    pd.testing.assert_frame_equal(model_deltas(means), paired, rtol=1e-9)
+    same = _by_document(grid, np.arange(40), documents)
+    pd.testing.assert_frame_equal(model_deltas(_means(grid, same)[1]), paired, check_exact=True)
+
+
+def test_sequences_of_a_document_are_one_unit(make_grid):
+    """Every sequence twice, in one document: the differences' intervals are those of 40 units, not of 80."""
+    grid = make_grid(depths=("mid",), ks=(8,), seeds=3, n_sequences=40)
+    documents = np.random.default_rng(1).integers(0, 2**62, 40)
+    once = model_deltas(_means(grid, _by_document(grid, np.arange(40)[::-1], documents))[1])
+    doubled = {key: pd.concat([t, t], ignore_index=True) for key, t in grid.sequences.items()}
+    twice = type(grid)(grid.cells, doubled, None)
+    order = np.random.default_rng(3).permutation(80)
+    found = model_deltas(_means(twice, _by_document(twice, order, np.tile(documents, 2)))[1])
+    for metric in ("ce_rec", "r2"):
+        widths = [float(t[f"delta_{metric}_hi"][0] - t[f"delta_{metric}_lo"][0]) for t in (found, once)]
+        assert 0.999 < widths[0] / widths[1] < 1.1  # 80 independent ones: 0.71; less of seed × sequence is taken off
+
+
+def test_few_documents_give_no_interval_and_older_tables_none_of_their_own(make_grid):
+    grid = make_grid(depths=("mid",), ks=(8,), seeds=2, n_sequences=40)
+    documents = np.arange(40) // 4
+    tables = _by_document(grid, np.arange(40)[::-1], documents)
+    row = model_deltas(_means(grid, tables)[1]).iloc[0]
+    assert row["delta_ce_rec_needs"] == row["delta_r2_needs"] == "needs ≥ 20 evaluated documents"
+    assert np.isnan(row["delta_ce_rec_lo"])
+    first = next(iter(tables))
+    older = tables | {first: tables[first].drop(columns="document")}  # of a ledger that was begun before
+    plain = {key: table.drop(columns="document") for key, table in tables.items()}
+    for mixed in (older, pd.concat([t.assign(cell_key=key) for key, t in older.items()])):
+        found = model_deltas(_means(grid, mixed)[1])
+        pd.testing.assert_frame_equal(found, model_deltas(_means(grid, plain)[1]), check_exact=True)

@@ -134,26 +134,40 @@ def test_h2_is_not_read_before_h0_and_corrects_for_all_its_proxies():
 
 
 def test_h3_is_blocked_without_k_mi_and_reads_ranks():
-    layers = np.arange(8)
-    cells = pd.DataFrame({"model": "m", "layer": layers, "ce_rec": layers * 1.0})
-    cells["r2"] = [0.0, 1.0, 2.0, 3.0, 7.0, 6.0, 5.0, 4.0]
-    geometry = pd.DataFrame({"model": "m", "layer": layers, "pr": 10.0})
+    models, layers = np.repeat(["m", "n"], 8), np.tile(np.arange(8), 2)
+    cells = pd.DataFrame({"model": models, "layer": layers, "ce_rec": np.arange(16.0)})
+    cells["r2"] = [0.0, 1.0, 2.0, 3.0, 7.0, 6.0, 5.0, 4.0, 8.0, 12.0, 10.0, 14.0, 9.0, 13.0, 11.0, 15.0]
+    geometry = pd.DataFrame({"model": models, "layer": layers, "pr": 10.0})
     assert (
         str(judge_h3(geometry, cells, H0, Thresholds()))
         == "blocked (by: k_MI* not measured; --set information=on measures it)"
     )
     failure = (cells["r2"].rank() - cells["ce_rec"].rank()).abs().to_numpy()
-    known = geometry.assign(k_mi=10.0 + failure + 0.1 * layers)
+    known = geometry.assign(k_mi=10.0 + failure + 0.01 * layers)
     assert judge_h3(known, cells, H0, Thresholds()).word == SUPPORTED
     assert judge_h3(known, cells, NO_H0, Thresholds()).word == "blocked"
-    capped = known.assign(mi_nats=[4.8] * 3 + [2.0] * 5, mi_ceiling=np.log(128))
-    assert "8 places (k_MI* a lower bound in 3: the ceiling of InfoNCE), Spearman" in (
+    capped = known.assign(mi_nats=[4.8] * 3 + [2.0] * 13, mi_ceiling=np.log(128))
+    assert "16 places (k_MI* a lower bound in 3: the ceiling of InfoNCE), Spearman" in (
         judge_h3(capped, cells, H0, Thresholds()).inputs
     )
     assert judge_h3(known[:4], cells, H0, Thresholds()).word == "undetermined"
     r, p = permutation_rank_test(np.arange(6.0), np.array([0, 2, 1, 3, 5, 4.0]))
     assert r == pytest.approx(stats.spearmanr(np.arange(6), [0, 2, 1, 3, 5, 4]).statistic)
     assert 0.005 < p < 0.06
+
+
+def test_layers_of_a_model_are_turned_as_a_ring_and_never_shuffled():
+    x, y = np.array([0, 1, 2, 3, 9, 8, 7, 6.0]), np.array([0, 2, 1, 3, 8, 9, 7, 6.0])
+    models = ["a"] * 4 + ["b"] * 4
+    r, p = permutation_rank_test(x, y, models)
+    ranks = [stats.rankdata(v).reshape(2, 4) for v in (x, y)]
+    a, b = (v - v.mean(axis=1, keepdims=True) for v in ranks)
+    assert r == pytest.approx((a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum()))
+    ways = [[np.roll(way, i) for way in (row, row[::-1]) for i in range(4)] for row in b]
+    sums = [float(first @ a[0] + second @ a[1]) for first in ways[0] for second in ways[1]]
+    assert p == pytest.approx(np.mean(np.abs(sums) >= (a * b).sum() - 1e-9), abs=0.01)
+    assert permutation_rank_test(x, y, list(range(8))) == permutation_rank_test(x, y)  # one place per model
+    assert permutation_rank_test(np.arange(8), np.arange(8), ["a"] * 8)[1] > 0.05  # 16 ways at most
 
 
 def test_the_report_ends_with_the_adjudication_and_tells_of_changed_thresholds(make_grid):

@@ -51,10 +51,10 @@ def context(**settings: bool) -> PackContext:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ledger]:
+def whole(codec_cache: Path) -> Iterator[Ledger]:
     """All cells, undisturbed; the token cache stays for the other tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PLUMBLINE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("PLUMBLINE_CACHE", str(codec_cache))
         place = context()
         run_pack(CELLS, STUDY, place)
         yield place.ledger

@@ -61,10 +61,10 @@ def context_on(storage: str, run: RunSettings | None = None) -> PackContext:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Ledger, list[LMCell]]]:
+def finished(codec_cache: Path) -> Iterator[tuple[Ledger, list[LMCell]]]:
     """Two architectures trained over memory:// from a token cache of their own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PLUMBLINE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("PLUMBLINE_CACHE", str(codec_cache))
         context = context_on(f"memory://{uuid.uuid4().hex}")
         cells = list(SWEEP.plan(TINY))
         for pack in SWEEP.pack(cells, TINY, MACHINE, RunSettings()):

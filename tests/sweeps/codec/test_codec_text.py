@@ -31,10 +31,10 @@ STUDY = replace(TINY, architectures=("transformer",), text=("none", "bytes"), te
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PackContext, list[LMCell]]]:
+def finished(codec_cache: Path) -> Iterator[tuple[PackContext, list[LMCell]]]:
     """A transformer without and with texts, trained over memory:// from a token cache of their own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PLUMBLINE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("PLUMBLINE_CACHE", str(codec_cache))
         context = context_on(f"memory://{uuid.uuid4().hex}")
         cells = list(SWEEP.plan(STUDY))
         run_pack(cells, STUDY, context)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -250,18 +250,18 @@ def spoil(shard: Path) -> None:
 
 
 @pytest.mark.slow
-def test_corrupt_page_is_named_once_or_skipped(tmp_path: Path, tiny_lms: Path) -> None:
+def test_corrupt_page_is_named_once_or_skipped(launch: Callable[..., Any], tmp_path: Path, tiny_lms: Path) -> None:
     shards = save_shards(tmp_path / "shards", shards=3, rows=1400, length=64, vocab=257)
     spoil(shards / "train-00001-of-00003.parquet")
     grid = tiny_grid(tiny_lms, shards, k=4, tokens=163_840)
-    stopped = cli(tmp_path, *grid)
-    assert stopped.returncode == 2  # the text that will be trained on is read once before any pack
-    (line,) = stopped.stderr.strip().splitlines()
+    stopped = launch(SWEEP, *grid)
+    assert stopped.code == 2  # the text that will be trained on is read once before any pack
+    (line,) = stopped.err.strip().splitlines()
     assert "train-00001-of-00003.parquet" in line
     assert "on_corrupt=skip" in line
-    skipped = cli(tmp_path, *grid, "--retry-failed", *settings(on_corrupt="skip"))
-    assert skipped.returncode == 0, skipped.stderr
-    assert "skipped: shard train-00001-of-00003.parquet" in skipped.stdout + skipped.stderr
+    skipped = launch(SWEEP, *grid, "--retry-failed", *settings(on_corrupt="skip"))
+    assert skipped.code == 0, skipped.err
+    assert "skipped: shard train-00001-of-00003.parquet" in skipped.out + skipped.err
 
 
 class TestPythia:

@@ -47,11 +47,14 @@ def preset(saes: Sequence[Path | str], **changes: Any) -> Grid:
 def audit(grid: Grid) -> tuple[Ledger, list[SAECell]]:
     ledger, cells = fresh(), list(SWEEP.plan(grid))
     for pack in SWEEP.pack(cells, grid, MACHINE, RunSettings()):
-        context = PackContext(
-            ledger, RunSettings(), threads=1, device="cpu", fingerprint=lambda cell: "f", place=Place("test")
-        )
-        SWEEP.run(pack, grid, context)
+        SWEEP.run(pack, grid, in_process(ledger))
     return ledger, cells
+
+
+def in_process(ledger: Ledger) -> PackContext:
+    return PackContext(
+        ledger, RunSettings(), threads=1, device="cpu", fingerprint=lambda cell: "f", place=Place("test")
+    )
 
 
 def lens_folder(kind: str, folder: Path, d_in: int = D, layer: int = 3, **metadata: Any) -> Path:
@@ -167,6 +170,21 @@ def test_one_pass_of_the_model_serves_all_saes_and_identity_is_content(
     assert {"l0", "kl", "fisher", "fisher_diag", "first_order_slope", "attention_plan", "r2", "ce_rec"} <= set(table)
     assert lines[0].startswith("answer")
     assert "2 SAEs that were trained elsewhere" in SWEEP.banner("released", grid)[0]
+
+
+def test_a_relative_folder_is_found_from_a_workers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = lens_folder("TopK", tmp_path / "saes" / "one")
+    monkeypatch.chdir(tmp_path)
+    grid = preset([Path("saes/one")], rungs="free")
+    (cell,) = SWEEP.plan(grid)
+    assert isinstance(cell, ReleasedCell)
+    assert cell.source == str(folder)
+    assert cell.key == SWEEP.plan(preset([folder], rungs="free"))[0].key
+    (pack,) = SWEEP.pack([cell], grid, MACHINE, RunSettings())
+    monkeypatch.chdir("/")
+    ledger = fresh()
+    SWEEP.run(pack, grid, in_process(ledger))
+    assert ledger.done() == {cell.key}
 
 
 def test_a_release_on_the_hub_is_the_folder_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,9 @@ class Numbers:
     def eval_sequences(self, n: int) -> np.ndarray:
         return np.random.default_rng(99).integers(0, 256, (n, CONTEXT))
 
+    def held_out_documents(self, n: int) -> None:
+        return None
+
     def held_out_place(self, number: int) -> str:
         return f"held-out number {number}"
 
