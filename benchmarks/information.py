@@ -32,7 +32,7 @@ from models.information.settings import CriticSettings
 from models.information.training import Pairs, train
 
 RHO, LENGTH, NOISE = 0.8, 20, 6  # correlation, tokens of a sequence, dimensions of noise
-SMALL = CriticSettings(hidden=64, lr=2e-3, folds=3, steps=800, every=50, patience=8, test_batches=16)
+SMALL = CriticSettings(hidden=64, lr=2e-3, folds=3, starts=2, steps=800, every=50, patience=8, test_batches=16)
 MOST_SECONDS = 360.0  # of one layer of 50,000 tokens: 3 minutes on 2 cores
 HEAD = ["pairs", "truth, nats", "best critic", "critic", "estimate", "k_MI* [95%]", "one-shot", "CPU-s"]
 

@@ -14,9 +14,9 @@ class CriticSettings:
 
     dimensions: k_z of the encoders, ascending. hidden: width of their two hidden layers; joint: of the hybrid critic's.
     batch: N of InfoNCE, whose ceiling is log N. folds: parts of the sequences, each held out once, with a seed each.
-    starts: trainings of each k_z per fold, the better of which counts: now and then two outputs of one end up saying
-    the same. steps: of training at most; every: steps between two test estimates, of `test_batches` batches at most;
-    smooth: how many of these are averaged; patience: how many may pass without a new maximum.
+    starts: trainings of each k_z per fold, the best of which counts (with large steps two outputs of one may end up
+    saying the same). steps: of training at most; every: steps between two test estimates, of `test_batches` batches at
+    most; smooth: how many of these are averaged; patience: how many may pass without a new maximum.
     """
 
     dimensions: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 32)
@@ -26,7 +26,7 @@ class CriticSettings:
     batch: int = 128
     lr: float = 5e-4
     folds: int = 4
-    starts: int = 2
+    starts: int = 1
     steps: int = 2000
     every: int = 100
     smooth: int = 3

@@ -19,7 +19,7 @@ from models.information.training import Pairs, train
 from models.information.views import REACH, scaled
 
 SMALL = CriticSettings(
-    dimensions=(1, 2, 3), hidden=64, lr=2e-3, folds=2, steps=500, every=50, patience=8, test_batches=16
+    dimensions=(1, 2, 3), hidden=64, lr=2e-3, folds=2, starts=2, steps=500, every=50, patience=8, test_batches=16
 )
 LENGTH = 20
 KAPPA = 0.3
