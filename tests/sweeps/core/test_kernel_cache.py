@@ -90,7 +90,24 @@ def test_sources_are_what_is_imported_directly_or_not(tmp_path: Path) -> None:
     assert [file.name for file in found] == ["__init__.py", "deep.py", "helper.py", "kernel.py"]
 
 
-def test_kernels_of_other_packages_are_left_to_numba(tmp_path: Path) -> None:
-    here = Path(kernel_cache.ROOT)
-    for file in (tmp_path / "kernel.py", here / ".venv/kernel.py", here / "kernel.py"):
-        assert kernel_cache.ByContent.from_function(called, str(file)) is None
+def test_installed_packages_share_kernels_wherever_they_are_installed(cache: Path, tmp_path: Path) -> None:
+    def path(place: str, name: str, text: str) -> str | None:
+        file = tmp_path / place / "lib/site-packages" / name
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+        found = kernel_cache.ByContent.from_function(called, str(file))
+        return found and found.get_cache_path()
+
+    first = path("a", "librosa/core.py", "x = 1")
+    assert first is not None
+    assert Path(first).parent == cache
+    assert path("b", "librosa/core.py", "x = 1") == first
+    assert path("c", "librosa/core.py", "x = 2") != first
+    assert path("d", "of_no_known_version/core.py", "x = 1") is None
+
+
+def test_other_kernels_are_left_to_numba(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "kernel.py").touch()
+    assert kernel_cache.ByContent.from_function(called, str(tmp_path / "kernel.py")) is None
+    assert kernel_cache.ByContent.from_function(called, str(kernel_cache.ROOT / "tests/conftest.py")) is None
+    assert kernel_cache.ByContent.from_function(called, "<ipython-input-1>") is None
