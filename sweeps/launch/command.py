@@ -32,6 +32,7 @@ from sweeps.launch.address import check as check_address
 from sweeps.launch.cost import cost_lines, most_it_costs, open_search
 from sweeps.launch.ending import failure_lines, mlflow_lines, next_lines, open_page
 from sweeps.launch.failure import SYSTEM_ERROR, one_line
+from sweeps.launch.first_view import View
 from sweeps.launch.lines import tell
 from sweeps.launch.mlflow_store import default_uri, normal_uri, sqlite_file
 from sweeps.launch.pack_queue import Queue
@@ -283,7 +284,7 @@ class _Launch(Generic[CellT, PresetT]):
         tracker.start(
             {"preset": self.arguments.preset, "cells": len(self.cells), "storage": self.storage},
             {"plumbline.preset": self.arguments.preset, "plumbline.git_commit": git_commit()},
-            Plan(self.by_key, [cell.key for cell in self._sizing], self.sweep.view, self.out.name),
+            Plan(self.by_key, [cell.key for cell in self._sizing], self._view, self.out.name),
         )
         tracker.want(sorted(self.done))
         status = "FAILED"
@@ -352,6 +353,12 @@ class _Launch(Generic[CellT, PresetT]):
     def _sizing(self) -> Sequence[CellT]:
         """The grid, or of a search what does not grow with it: the first batch."""
         return self.whole if self.search is None else self.search.first_cells()
+
+    @property
+    def _view(self) -> View:
+        """What MLflow opens on."""
+        view = self.sweep.view
+        return view if self.search is None else view.of_search(self.search.cell_fields(), self.search.rules.columns)
 
     @property
     def _whole(self) -> bool:

@@ -55,6 +55,12 @@ class View:
     metrics: Sequence[str] = ()
     charts: Sequence[Chart] = ()
 
+    def of_search(self, fields: Sequence[str], columns: Sequence[str]) -> View:
+        """The same for a search: its fields, and what it optimises against each of them, come first."""
+        charts = [Chart(f"{columns[0]} by {name}", "scatter", columns[0], name, x_param=True) for name in fields]
+        params, metrics = dict.fromkeys([*fields, *self.params]), dict.fromkeys([*columns, *self.metrics])
+        return View(list(params), list(metrics), [*charts, *self.charts])
+
 
 def search_of(grid: str) -> str:
     """MLflow's search for the runs of a grid: its cells and its launches."""

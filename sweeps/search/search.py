@@ -124,6 +124,11 @@ class Search(Generic[CellT]):
         first = [t for s in self.studies for t in s.trials(self.rules.sizes[0])]
         return [c for t in first for c in next(iter(t.rungs.values()), ())]
 
+    def cell_fields(self) -> list[str]:
+        """The searched fields that cells have under the same name."""
+        known = {name for cell in self.first_cells() for name in cell.identity()}
+        return [d.field for d in self.rules.space if d.field in known]
+
     def advance(self, *, record: bool) -> list[CellT]:
         """Ask what can be asked now, and return `cells`. record: write the new batches to the ledger.
 

@@ -203,3 +203,14 @@ def test_a_reader_sees_the_launch_the_cells_their_numbers_and_the_charts(tmp_pat
         assert "No data available" not in table
         plain = seen(runs_address(uri, tracker._experiment, tracker._grid, ""), has)
         assert [line for line in plain.splitlines() if line in names] == names
+
+
+def test_a_search_opens_on_its_fields_and_its_objective() -> None:
+    view = VIEW.of_search(["lr", "batch_size"], ["ce_rec", "l0"])
+    state = first_view._state(view, "0123abcd")
+    shown = [c["displayName"] for c in state["compareRunCharts"]]
+    assert shown[:2] == ["ce_rec by lr", "ce_rec by batch_size"]
+    assert shown[2:] == [chart.title for chart in VIEW.charts]
+    assert list(view.params)[:2] == ["lr", "batch_size"]
+    assert list(view.metrics)[:2] == ["ce_rec", "l0"]
+    assert len(set(view.params)) == len(view.params)
