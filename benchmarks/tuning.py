@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import math
 import sys
 import tempfile
@@ -221,6 +222,7 @@ def rate_of(sweep: Sweep[Any, Any], preset: Any, asked: Asked, work: Work) -> tu
         while missing := [c for c in search.advance(record=True) if not search.known.closed(c.key)]:
             work(missing, context)
         spent = time.process_time() - began
+        gc.collect()  # ends what still reads through Ray; at the interpreter's exit that would start Ray once more
         (study,) = search.studies
         best = study.best(search.outcomes(study))
         if best is None:
