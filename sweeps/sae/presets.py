@@ -47,7 +47,7 @@ PRESETS: Mapping[str, Grid] = {
         batch_tokens=512,
         shuffle_sequences=256,
         lr=1e-3,
-        warmup_steps=16,
+        warmup_steps=12,
         dead_after_steps=120,
         eval_sequences=24,
     ),

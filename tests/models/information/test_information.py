@@ -102,8 +102,29 @@ def test_packed_is_alone_and_the_same_seed_gives_the_same_bits() -> None:
     together = found(1, 2, 3)
     assert together == found(1, 2, 3)
     for k in together:
-        assert dict(together[k]) == pytest.approx(dict(found(k)[k]), abs=1e-5)
+        # a product of one matrix is rounded in another way than one of a stack, and Adam's first steps are signs of
+        # gradients near 0: measured up to .002 nats; the next test holds what is exact
+        assert dict(together[k]) == pytest.approx(dict(found(k)[k]), abs=0.02)
     assert len({len(curve) for curve in together.values()}) > 1  # some ended before others
+
+
+@pytest.mark.parametrize("critic", ["hybrid", "separable"])
+def test_a_packed_critic_has_the_estimate_and_gradients_that_it_has_alone(critic: str) -> None:
+    x_STD, y_STD = gaussian(2, 0.7, 260)
+    pairs, settings = Pairs(x_STD.flatten(0, 1), y_STD.flatten(0, 1)), replace(SMALL, critic=critic)
+
+    def of(*dimensions: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        bank = CriticBank(settings, [(k, 0) for k in dimensions], pairs.widths, seed=5)
+        weights = {name: w.requires_grad_(True) for name, w in bank.weights.items()}
+        bits_M = info_nce(bank.scores(*pairs[torch.arange(settings.batch)]))
+        return bits_M.detach(), dict(zip(weights, torch.autograd.grad(bits_M.sum(), weights.values()), strict=True))
+
+    estimates_M, gradients = of(1, 2, 3)
+    for m, k in enumerate((1, 2, 3)):
+        alone_M, own = of(k)
+        torch.testing.assert_close(estimates_M[m : m + 1], alone_M, rtol=0, atol=1e-5)
+        for name, gradient in own.items():
+            torch.testing.assert_close(gradients[name][m : m + 1], gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_pair_scores_are_plain_torchs_with_their_gradients() -> None:

@@ -120,6 +120,9 @@ def test_command_line_is_frozen() -> None:
         "--each": (None, None, "FIELD"),
         "--batch": (None, None, "N"),
         "--search-seed": (None, None, "N"),
+        "--stop": (None, None, "KIND"),
+        "--eta": (None, None, "N"),
+        "--rungs": (None, None, "N"),
         "--spend": (None, None, "COST"),
         "--confirm": (None, None, "N"),
     }
