@@ -1,28 +1,24 @@
 """Finished settings of a calibration, kept so that a run that was stopped continues.
 
-One line per setting in a file named by the code that measured it: all of `analysis` and the simulations. When one of
-these files changes, everything is measured again.
+One line per setting in a file named by the code that measured it. When a file of the product or of the benchmarks
+changes, everything is measured again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks._calibration import Setting, Statement, Tally, spelled
+from sweeps.core.cells import digest
+from sweeps.launch.same_code import code_digest, own_code
 
 
-def code_digest(root: Path, libraries: Iterable[str] = ("numpy", "scipy", "pandas", "scikit-learn")) -> str:
-    """16 hex digits of what decides a result: source files by path and content, libraries by version."""
-    found = hashlib.sha256()
-    for file in sorted([*(root / "analysis").rglob("*.py"), *(root / "benchmarks").glob("_calibration*.py")]):
-        found.update(f"{file.relative_to(root)} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
-    for name in libraries:
-        found.update(f"{name} {version(name)}\n".encode())
-    return found.hexdigest()[:16]
+def measuring_code() -> str:
+    """16 hex digits of what decides a result: the checkout's code, and these libraries by version."""
+    libraries = [f"{name} {version(name)}" for name in ("numpy", "scipy", "pandas", "scikit-learn")]
+    return digest([own_code(), code_digest([Path(__file__).parent]), *libraries])[:16]
 
 
 class Kept:

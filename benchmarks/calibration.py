@@ -35,7 +35,7 @@ from benchmarks import (
     _calibration_verdicts,
 )
 from benchmarks._calibration import WIDE_COVERAGE, Setting, Statement, Tally, measure, spelled
-from benchmarks._kept import Kept, code_digest
+from benchmarks._kept import Kept, measuring_code
 
 STUDIES: Mapping[str, Sequence[Statement]] = {
     "Proxy gap": (
@@ -220,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     todo = jobs(asked.only, asked.quick)
     if not todo:
         parser.error(f"--only {asked.only!r} matches no statement")
-    kept = Kept(ROOT / "runs" / "calibration", code_digest(ROOT))
+    kept = Kept(ROOT / "runs" / "calibration", measuring_code())
     found, seconds = run_all(todo, asked.quick, asked.processes, asked.share, kept)
     for study, text in summary(found, seconds, asked.quick).items():
         print(f"\n{study}\n\n{text}")

@@ -44,7 +44,6 @@ class CriticSettings:
                 f"batch={self.batch}, folds={self.folds}, starts={self.starts}; choose 2 or more of the first two, "
                 "and 1 or more starts"
             )
-
         if self.patience < self.smooth:
             raise ValueError(f"patience={self.patience} is below smooth={self.smooth}; choose patience >= smooth")
 

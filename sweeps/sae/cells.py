@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -19,11 +18,10 @@ if TYPE_CHECKING:
 
 DEPTHS = ("early", "mid", "late")
 RUNGS = ("all", "free")
-LEGIBILITY = ("off", "on")
+SWITCH = ("off", "on")
 SAES = ("topk", "batchtopk", "matryoshka")
 # of the later fields those that training does not depend on
 _EVALUATED = ("rungs", "legibility", "information", "eval_part")
-INFORMATION = ("off", "on")
 _LATER: Mapping[str, Any] = {
     "drop_positions": 0,
     "max_norm_multiple": 0.0,
@@ -38,6 +36,7 @@ _LATER: Mapping[str, Any] = {
     "eval_part": 0,
 }
 """Fields that came later, with the values that keep them out of a cell's identity: older cells keep their keys."""
+_LATER_TRAINED = tuple(name for name in _LATER if name not in _EVALUATED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,10 +128,9 @@ class SAECell(Cell):
             raise UserError(
                 f"eval_part={self.eval_part} names no part; choose 0 for the first held-out sequences, or more"
             )
-        if self.rungs not in RUNGS:
-            raise UserError(f"rungs={self.rungs!r} is not known; choose {' or '.join(RUNGS)}")
-        if self.legibility not in LEGIBILITY:
-            raise UserError(f"legibility={self.legibility!r} is not known; choose {' or '.join(LEGIBILITY)}")
+        for name, known in (("rungs", RUNGS), ("legibility", SWITCH), ("information", SWITCH)):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name}={getattr(self, name)!r} is not known; choose {' or '.join(known)}")
         if self.legibility != "off" and self.stream == "pile":
             raise UserError(
                 "legibility=on needs the documents that tokens come from, and stream=pile holds tokens alone; choose "
@@ -151,8 +149,6 @@ class SAECell(Cell):
             )
 
     def _check_information(self) -> None:
-        if self.information not in INFORMATION:
-            raise UserError(f"information={self.information!r} is not known; choose {' or '.join(INFORMATION)}")
         if self.information == "on":
             try:
                 CriticSettings().require(self.eval_sequences, self.context)
@@ -176,21 +172,14 @@ class SAECell(Cell):
 
     def trajectory(self) -> tuple[Any, ...]:
         """What cells of nested budgets share in training: all but the budget and what is evaluated."""
-        plain, later = _of_trajectory(), _LATER_TRAINED(self)
-        return plain(self) + tuple(
-            (name, value) for (name, usual), value in zip(_LATER_USUAL, later, strict=True) if value != usual
-        )
+        later = ((name, getattr(self, name)) for name in _LATER_TRAINED)
+        return _FIRST_TRAINED(self) + tuple((name, value) for name, value in later if value != _LATER[name])
 
 
-@functools.cache
-def _of_trajectory() -> Callable[[SAECell], tuple[Any, ...]]:
-    """Reads the first version's fields, but for the budget, off a cell: a plan does it for a hundred thousand."""
-    names = [f.name for f in dataclasses.fields(SAECell)]
-    return operator.attrgetter(*(name for name in names if name not in ("tokens", *_LATER)))
-
-
-_LATER_USUAL = [(name, usual) for name, usual in _LATER.items() if name not in _EVALUATED]
-_LATER_TRAINED: Callable[[SAECell], tuple[Any, ...]] = operator.attrgetter(*(name for name, _ in _LATER_USUAL))
+_FIRST_TRAINED: Callable[[SAECell], tuple[Any, ...]] = operator.attrgetter(
+    *(f.name for f in dataclasses.fields(SAECell) if f.name not in ("tokens", *_LATER))
+)
+"""The first version's fields, but for the budget, in one call: a plan reads a hundred thousand cells."""
 
 
 _RELEASED = (

@@ -2,7 +2,7 @@
 
 The state is the ledger alone. Whoever opens the same search reads the recorded batches and the finished cells, and asks
 the next batch as soon as every trial of a study is closed (measured, stopped early or failed); so a launch that was
-killed goes on with the same points, and two launches work on the same ones.
+killed continues with the same points, and two launches work on the same ones.
 """
 
 from __future__ import annotations

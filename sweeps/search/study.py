@@ -288,7 +288,7 @@ class Study(Generic[CellT]):
 
     def again(self, outcomes: Sequence[Outcome], count: int, unseen: str) -> list[Trial[CellT]]:
         """The best trial's setting with each of `count` seeds that the search did not use, measured on data that it
-        did not use where the preset has a field `unseen` that says so; empty without a best one."""
+        did not use where the preset has a field, named by `unseen`, for that; empty without a best one."""
         best = self.best(outcomes)
         if best is None or not count:
             return []

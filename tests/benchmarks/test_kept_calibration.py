@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks._calibration import Statement, Tally
-from benchmarks._kept import Kept, code_digest
+from benchmarks._kept import Kept
+from sweeps.launch.same_code import code_digest
 
 SETTING = {"seeds": 3}
 STATEMENT = Statement("an interval", "nowhere", "coverage", lambda *_: Tally(1, 1), [SETTING], [SETTING])
@@ -37,11 +38,12 @@ def test_a_line_that_was_cut_short_is_measured_again(tmp_path: Path) -> None:
 
 
 def test_the_code_that_decides_is_read_by_content(tmp_path: Path) -> None:
-    for folder in ("analysis", "benchmarks"):
-        (tmp_path / folder).mkdir()
+    folders = [tmp_path / "analysis", tmp_path / "benchmarks"]
+    for folder in folders:
+        folder.mkdir()
     file = tmp_path / "analysis" / "crossed.py"
     file.write_text("a = 1\n", encoding="utf-8")
-    before = code_digest(tmp_path)
-    assert code_digest(tmp_path) == before
+    before = code_digest(folders)
+    assert code_digest(folders) == before
     file.write_text("a = 2\n", encoding="utf-8")
-    assert code_digest(tmp_path) != before
+    assert code_digest(folders) != before

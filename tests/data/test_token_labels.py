@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -135,15 +136,19 @@ def test_labels_lie_on_the_tokens_that_are_evaluated() -> None:
     assert len(np.unique(found.document_ST)) > 10
 
 
+def documents_of(folder: Path, text: Callable[[int], str]) -> DocumentSource:
+    """250 files, each a document."""
+    folder.mkdir()
+    for i in range(250):
+        (folder / f"{i:03d}.txt").write_text(text(i))
+    return DocumentSource(str(folder))
+
+
 @pytest.mark.parametrize("bos", [False, True])
 def test_labels_of_documents_of_files(bos: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over several shards and with BOS: the labels' tokens are the stream's, and classes fit their characters."""
     tokenizer = str(characters(tmp_path / "tokenizer", bos=bos))
-    folder = tmp_path / "documents"
-    folder.mkdir()
-    for i in range(250):
-        (folder / f"{i:03d}.txt").write_text(f"def f{i}(x):\n    return x * {i} * x\n\n\n" * 40)
-    source = DocumentSource(str(folder))
+    source = documents_of(tmp_path / "documents", lambda i: f"def f{i}(x):\n    return x * {i} * x\n\n\n" * 40)
     monkeypatch.setattr(text_shards, "SHARD_CHARACTERS", 40_000)
     text = TokenisedText(source, source.fingerprint(), tokenizer, 32, str(tmp_path / "tokens"))
     state = text.extend(1, 60)
@@ -171,11 +176,7 @@ def test_held_out_sequences_tell_their_document_whatever_the_tokenizer(
     stream = TokenStream(source=EMBEDDED, context=32, tokenizer="byte")
     found = stream.held_out_documents(40)
     np.testing.assert_array_equal(found, embedded_labels("byte", 32, 40).document_ST[:, 16])
-    folder = tmp_path / "documents"
-    folder.mkdir()
-    for i in range(250):
-        (folder / f"{i:03d}.txt").write_text(f"{i} times the words of document {i} " * 30)
-    source = DocumentSource(str(folder))
+    source = documents_of(tmp_path / "documents", lambda i: f"{i} times the words of document {i} " * 30)
     monkeypatch.setattr(text_shards, "SHARD_CHARACTERS", 60_000)
     sets = []
     for tokenizer in ("byte", str(characters(tmp_path / "tokenizer", bos=True))):
