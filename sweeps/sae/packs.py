@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from models.sae.trainer import SAEConfig
 _PROCESS_BYTES = 3 * 2**29  # an interpreter with torch, transformers and Ray loaded
 _USABLE = 0.75  # share of free memory that packs may plan with
-_SHARED: Callable[[SAECell], tuple[Any, ...]] = operator.attrgetter(
+pass_of: Callable[[SAECell], tuple[Any, ...]] = operator.attrgetter(
     *("model", "stream", "context", "batch_tokens", "shuffle_sequences", "eval_sequences", "lm_dtype"),
     *("drop_positions", "max_norm_multiple", "hook", "blocks", "text", "text_column", "rungs", "legibility"),
     *("information", "eval_part"),
 )
-"""What cells that one LM pass serves have in common."""
+"""What cells that one LM pass serves have in common, of those that are trained here and of audits."""
 
 
 def pack_bytes(cells: Sequence[SAECell], run: RunSettings) -> int:
@@ -65,7 +65,7 @@ def shared_passes(cells: Sequence[SAECell]) -> dict[tuple[Any, ...], dict[tuple[
     """{what an LM pass is shared by: {trajectory: its cells}}, both in plan order by layer."""
     groups: dict[tuple[Any, ...], dict[tuple[Any, ...], list[SAECell]]] = {}
     for cell in sorted(cells, key=lambda c: c.layer):
-        groups.setdefault(_SHARED(cell), {}).setdefault(cell.trajectory(), []).append(cell)
+        groups.setdefault(pass_of(cell), {}).setdefault(cell.trajectory(), []).append(cell)
     return groups
 
 

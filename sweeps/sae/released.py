@@ -20,6 +20,7 @@ from sweeps.core.settings import RunSettings
 from sweeps.launch.context import PackContext
 from sweeps.sae.cells import Grid, ReleasedCell, SAECell
 from sweeps.sae.lms import spec_of
+from sweeps.sae.packs import pass_of
 
 if TYPE_CHECKING:
     from models.sae.folders import Description
@@ -167,9 +168,7 @@ def pack_released(cells: Sequence[ReleasedCell], machine: Machine, run: RunSetti
     """A pack per model, hook and text: one pass of the language model serves all its SAEs, whatever their layers."""
     groups: dict[tuple[object, ...], list[ReleasedCell]] = {}
     for cell in cells:
-        shared = (cell.model, cell.hook, cell.blocks, cell.stream, cell.text, cell.context, cell.eval_sequences)
-        measured = (cell.eval_part, cell.lm_dtype, cell.rungs, cell.legibility, cell.information)
-        groups.setdefault((*shared, *measured), []).append(cell)
+        groups.setdefault(pass_of(cell), []).append(cell)
     size = run.cells_per_pack or len(cells)
     parts = [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
     return [
