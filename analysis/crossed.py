@@ -245,15 +245,19 @@ def residual(tables_SU: Sequence[Floats]) -> float:
 
 
 def ratio_influence(numerator_SU: npt.ArrayLike, denominator_SU: npt.ArrayLike) -> Floats:
-    """A table whose row means are Σ numerator / Σ denominator: each unit's linearised influence on that ratio.
+    """A table whose row means are Σ numerator / Σ denominator: each unit's influence on that ratio.
 
-    Cochran 1977, "Sampling Techniques", sec. 6: long units weigh more, and a ratio that is the same in every unit
-    varies with none.
+    A unit's influence is how far its jackknife pseudo-value lies from their mean, on top of the ratio (Cochran 1977,
+    "Sampling Techniques", sec. 6.17: linearised influences are too small where few units hold much of the denominator).
+    Long units weigh more, and a ratio that is the same in every unit varies with none.
     """
     top, bottom = np.atleast_2d(np.asarray(numerator_SU, float)), np.atleast_2d(np.asarray(denominator_SU, float))
-    total = bottom.sum(axis=1, keepdims=True)
+    total, units = bottom.sum(axis=1, keepdims=True), bottom.shape[1]
     ratio = top.sum(axis=1, keepdims=True) / total
-    return np.asarray(ratio + (top - ratio * bottom) * bottom.shape[1] / total)
+    if units == 1:
+        return np.asarray(ratio)
+    deviation_SU = (units - 1) * (top - ratio * bottom) / (total - bottom)
+    return np.asarray(ratio + deviation_SU - deviation_SU.mean(axis=1, keepdims=True))
 
 
 def _table(d_SU: npt.ArrayLike) -> Floats:

@@ -16,7 +16,7 @@ from analysis.bootstrap import Floats
 from analysis.sae.cells import SequenceTables
 from analysis.sae.leaderboard import demean_within, leaderboard
 from benchmarks._calibration import Setting, Statement, Tally, covers, grid
-from benchmarks._calibration_sae import losses, sequence_table
+from benchmarks._calibration_sae import lengths, losses, sequence_table
 
 _BUDGETS, _SAME_TRAJECTORY = 2, 0.7  # share of a cell's deviation that its trajectory's budgets have in common
 _PROXIES = ("r2", "cosine")
@@ -76,17 +76,23 @@ def _cells(design: Design, values_3C: Floats) -> pd.DataFrame:
 def measured_cells(
     rng: np.random.Generator, design: Design, values_3C: Floats, sequences: int
 ) -> tuple[pd.DataFrame, SequenceTables]:
-    """The cells as some sequences measure them; each sequence shifts all cells, and every cell on its own."""
+    """The cells as some sequences measure them; each sequence shifts all cells, and every cell on its own.
+
+    Half of what shifts all cells is the document's.
+    """
     cells = _cells(design, values_3C)
     if not sequences:
         return cells, SequenceTables(cells, None)
     scale = 0.01  # a deviation of one in a metric's own unit
     orig_U, tables = losses(rng, sequences), {}
-    shift_3U = rng.normal(0, 1, (3, sequences))
+    share_D = lengths(rng)
+    document_U = rng.choice(len(share_D), sequences, p=share_D)
+    shift_3U = (rng.normal(0, 1, (3, sequences)) + rng.normal(0, 1, (3, len(share_D)))[:, document_U]) / math.sqrt(2)
     for key, value_3 in zip(cells["cell_key"], values_3C.T, strict=True):
         seen_3U = scale * (value_3[:, None] + shift_3U + rng.normal(0, 1, (3, sequences)))
         sst_U = np.ones(sequences)
-        tables[key] = sequence_table(orig_U, orig_U * (1.5 - seen_3U[0]), 0.2 - seen_3U[1], sst_U, 0.8 + seen_3U[2])
+        table = sequence_table(orig_U, orig_U * (1.5 - seen_3U[0]), 0.2 - seen_3U[1], sst_U, 0.8 + seen_3U[2])
+        tables[key] = table.assign(document=document_U)
     sums = {key: table.sum() for key, table in tables.items()}
     cells["ce_rec"] = [2 - s["loss_recon"] / s["loss_orig"] for s in sums.values()]
     cells["r2"] = [1 - s["sse"] / s["sst"] for s in sums.values()]

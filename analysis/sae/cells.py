@@ -1,6 +1,9 @@
 """The cells table of the proxy gap: its columns, one row per cell, and the order in which reports list them.
 
-Shape suffixes: C cells, S sequences, R resamples.
+The unit of every interval is the document where the cells' tables tell the document of each sequence: its sequences
+are alike, and count as one. Where they do not (ready-made tokens, older ledgers), it is the sequence.
+
+Shape suffixes: C cells, S sequences, U units (documents or sequences), R resamples.
 """
 
 from __future__ import annotations
@@ -32,13 +35,17 @@ from analysis.sae.columns import (
 if TYPE_CHECKING:
     from analysis.sae.fidelity import SequenceSums
 
-# Fewer sequences leave 95% intervals below .93: R² depends on the few sequences with the longest activations.
-MIN_SEQUENCES = {"ce_rec": 8, "r2": 32}
+# Fewer units leave 95% intervals below .93 (simulated).
+MIN_UNITS = 8
 _DEPTHS = {"early": 0, "mid": 1, "late": 2}
 
 
 def cell_numbers(
-    k: int, sums: SequenceSums, features: FeatureCounts, geometry: Mapping[str, float]
+    k: int,
+    sums: SequenceSums,
+    features: FeatureCounts,
+    geometry: Mapping[str, float],
+    documents_S: npt.NDArray[np.int64] | None = None,
 ) -> dict[str, float]:
     """What the cells table holds of one cell besides its identity, keys NUMBERS in their order.
 
@@ -49,6 +56,7 @@ def cell_numbers(
         geometry: `pr` and `pr_deflated` of the hooked layer (`CovarianceSums.summary`), and AUDIT_COLUMNS
             (`VarianceSums.summary`, `ControlledErrors.metrics`), RUNG_COLUMNS (`rungs.rung_numbers`) and FIRING_COLUMNS
             (`FeatureCounts.density`); those that are not given are NaN.
+        documents_S: the document that each sequence is of, where that is known.
 
     Raises:
         ValueError: sequences without losses.
@@ -57,7 +65,7 @@ def cell_numbers(
     absent = int(table[list(LOSSES)].isna().any(axis=1).sum())
     if absent:
         raise ValueError(f"{absent} of {len(table)} sequences have no losses; call add_losses for every sequence")
-    interval = ce_rec_interval(table)
+    interval = ce_rec_interval(table if documents_S is None else table.assign(document=documents_S))
     values: dict[str, float] = {
         **sums.metrics(),
         "ce_rec_lo": interval.lo,
@@ -78,29 +86,29 @@ def ce_rec_interval(table: pd.DataFrame) -> Effect:
     """CE_rec of one trained SAE for other sequences; NaN limits where `needs` says what they would need.
 
     Args:
-        table: one row per evaluated sequence, columns `columns.SEQUENCE_COLUMNS`.
+        table: one row per evaluated sequence, columns `columns.SEQUENCE_COLUMNS` and, where known, `document`.
     """
-    return _trained(_METRICS["ce_rec"].influence(_summands(table)))[0]
+    columns, documents_U = _of_units(_summands(table), _documents(table))
+    return _trained(_METRICS["ce_rec"].influence(columns), "sequences" if documents_U is None else "documents")[0]
 
 
-def _trained(influence_CS: Floats) -> list[Effect]:
+def _trained(influence_CU: Floats, unit: str) -> list[Effect]:
     """CE_rec of trained SAEs that share their sequences, for other sequences."""
-    values, needs = influence_CS.mean(axis=1).tolist(), needs_sequences("ce_rec", influence_CS.shape[1])
+    values, needs = influence_CU.mean(axis=1).tolist(), needs_units(influence_CU.shape[1], unit)
     if needs:
         return [Effect(value, math.nan, math.nan, math.nan, needs) for value in values]
-    return effects(values, [[sequence_component(row)] for row in influence_CS])
+    return effects(values, [[sequence_component(row)] for row in influence_CU])
 
 
-def needs_sequences(metric: str, sequences: int) -> str:
-    """What an interval over sequences would need, empty where there are enough of them."""
-    least = MIN_SEQUENCES[metric]
-    return "" if sequences >= least else f"needs ≥ {least} evaluated sequences"
+def needs_units(units: int, unit: str) -> str:
+    """What an interval over sequences would need, empty where there are enough units. `unit`: their name."""
+    return "" if units >= MIN_UNITS else f"needs ≥ {MIN_UNITS} evaluated {unit}"
 
 
-def sequence_component(mean_S: Floats, twice: float = 0.0) -> Component:
-    """Variance of a mean over sequences, widened for their skewness; `twice` as in `crossed.units_component`."""
-    plain = units_component(mean_S, twice)
-    return Component(plain.variance * skew_factor(mean_S) ** 2, plain.df)
+def sequence_component(mean_U: Floats, twice: float = 0.0) -> Component:
+    """Variance of a mean over sequences, widened for the units' skewness; `twice` as in `crossed.units_component`."""
+    plain = units_component(mean_U, twice)
+    return Component(plain.variance * skew_factor(mean_U) ** 2, plain.df)
 
 
 def prepare_cells(cells: pd.DataFrame) -> pd.DataFrame:
@@ -176,7 +184,7 @@ RESAMPLED = tuple(_METRICS)
 
 
 class SequenceTables:
-    """The evaluated sequences of many cells, ready for paired resampling.
+    """The evaluated sequences of many cells, by unit, ready for paired resampling.
 
     Cells evaluated on the same sequences (all cells of a model; all models that share a tokenizer) share
     every resample. R² keeps each sequence's Σ‖a − ā‖² around the mean of the whole evaluation set: the
@@ -196,19 +204,19 @@ class SequenceTables:
                 f"cells {absent[:5]} (of {len(absent)}) have no sequence table; give one for all or for none"
             )
         self._columns: list[dict[str, Floats]] = []
-        known = bool(tables) and all("document" in t and t["document"].notna().all() for t in tables.values())
+        known = bool(tables) and all(_documents(t) is not None for t in tables.values())
         self._documents: dict[int, npt.NDArray[np.int64]] = {}
         for row, key in enumerate(cells["cell_key"]):
             if not tables:
                 break
             columns = _summands(_checked(key, tables[key]))
             numbers_S = columns["sequence"].astype(np.int64)
-            document_S = np.zeros_like(numbers_S)
-            if known:
-                document_S = tables[key].sort_values("sequence", kind="stable")["document"].to_numpy(np.int64)
-                self._documents[row] = document_S
-            identity = tuple(zip(numbers_S.tolist(), document_S.tolist(), strict=True))
-            self._groups.setdefault(identity, []).append(row)
+            document_S = _documents(tables[key]) if known else None
+            shown_S = np.zeros_like(numbers_S) if document_S is None else document_S
+            self._groups.setdefault(tuple(zip(numbers_S.tolist(), shown_S.tolist(), strict=True)), []).append(row)
+            columns, document_U = _of_units(columns, document_S)
+            if document_U is not None:
+                self._documents[row] = document_U
             self._columns.append(columns)
 
     @property
@@ -216,8 +224,13 @@ class SequenceTables:
         """Whether there are sequence tables."""
         return bool(self._columns)
 
+    @property
+    def unit(self) -> str:
+        """What the units are: "documents" or "sequences"."""
+        return "documents" if self._documents else "sequences"
+
     def influence(self, metric: str) -> list[Floats]:
-        """Each cell's row of the sequences' linearised influence on a metric (its mean is the metric).
+        """Each cell's row of the units' linearised influence on a metric (its mean is the metric).
 
         Without sequence tables a row holds the cell's own value alone.
         """
@@ -226,8 +239,8 @@ class SequenceTables:
         ratio, result = _METRICS[metric], [np.empty(0)] * len(self._cells)
         for rows in self._groups.values():
             stacked = {c: np.stack([self._columns[r][c] for r in rows]) for c in (ratio.top, ratio.bottom)}
-            for row, influence_S in zip(rows, ratio.influence(stacked), strict=True):
-                result[row] = influence_S
+            for row, influence_U in zip(rows, ratio.influence(stacked), strict=True):
+                result[row] = influence_U
         return result
 
     def ce_rec_intervals(self) -> list[Effect] | None:
@@ -237,11 +250,12 @@ class SequenceTables:
         influence = self.influence("ce_rec")
         result: dict[int, Effect] = {}
         for rows in self._groups.values():
-            result |= dict(zip(rows, _trained(np.stack([influence[r] for r in rows])), strict=True))
+            found = _trained(np.stack([influence[r] for r in rows]), self.unit)
+            result |= dict(zip(rows, found, strict=True))
         return [result[row] for row in range(len(self._cells))]
 
     def documents(self, row: int) -> npt.NDArray[np.int64] | None:
-        """Of each sequence of a cell the document that it is of; None where not every table tells."""
+        """The document that each unit of a cell is; None where not every table tells."""
         return self._documents.get(row)
 
     @property
@@ -253,17 +267,16 @@ class SequenceTables:
         return result
 
     @property
-    def sequence_counts(self) -> npt.NDArray[np.int64]:
-        """How many sequences each cell was evaluated on; 0 without sequence tables."""
-        result = np.zeros(len(self._cells), dtype=np.int64)
-        for ids, rows in self._groups.items():
-            result[rows] = len(ids)
-        return result
+    def unit_counts(self) -> npt.NDArray[np.int64]:
+        """How many units each cell was evaluated on; 0 without sequence tables."""
+        if not self._columns:
+            return np.zeros(len(self._cells), dtype=np.int64)
+        return np.array([len(columns["n_tokens"]) for columns in self._columns], dtype=np.int64)
 
     def blocks(
         self, metrics: Sequence[str], *, n_resamples: int, seed: int, block: int = 250
     ) -> Iterator[dict[str, Floats]]:
-        """Each metric of every cell in every sequence resample, (R, C) arrays a block of R at a time.
+        """Each metric of every cell in every resample of the units, (R, C) arrays a block of R at a time.
 
         Without sequence tables every resample repeats the cell's own value.
         """
@@ -278,14 +291,16 @@ class SequenceTables:
             (rows, np.stack([np.stack([self._columns[r][c] for r in rows], axis=1) for c in needed], axis=1))
             for rows in self._groups.values()
         ]
+        counts_C = self.unit_counts
         draws = [
-            count_blocks(len(ids), n_resamples, [seed, position], block) for position, ids in enumerate(self._groups)
+            count_blocks(int(counts_C[rows[0]]), n_resamples, [seed, position], block)
+            for position, rows in enumerate(self._groups.values())
         ]
         for counts in zip(*draws, strict=True):
             result = {name: np.empty((len(counts[0]), size)) for name in metrics}
-            for (rows, columns_SMC), counts_RS in zip(stacked, counts, strict=True):
-                flat = counts_RS @ columns_SMC.reshape(len(columns_SMC), -1)
-                sums = dict(zip(needed, np.moveaxis(flat.reshape(len(counts_RS), len(needed), -1), 1, 0), strict=True))
+            for (rows, columns_UMC), counts_RU in zip(stacked, counts, strict=True):
+                flat = counts_RU @ columns_UMC.reshape(len(columns_UMC), -1)
+                sums = dict(zip(needed, np.moveaxis(flat.reshape(len(counts_RU), len(needed), -1), 1, 0), strict=True))
                 for name in metrics:
                     result[name][:, rows] = _METRICS[name].value(sums)
             yield result
@@ -301,6 +316,23 @@ def _summands(table: pd.DataFrame) -> dict[str, Floats]:
     columns_CS = np.ascontiguousarray(columns_CS[:, np.argsort(columns_CS[0], kind="stable")])
     columns = dict(zip(names, columns_CS, strict=True))
     return columns | {name: columns["n_tokens"] * columns[name] for name in (*LOSSES, *RUNG_SUMS)}
+
+
+def _documents(table: pd.DataFrame) -> npt.NDArray[np.int64] | None:
+    """The document of each sequence, sequences in order; None where the table does not tell."""
+    if "document" not in table or table["document"].isna().any():
+        return None
+    return table.sort_values("sequence", kind="stable")["document"].to_numpy(np.int64)
+
+
+def _of_units(
+    columns: dict[str, Floats], document_S: npt.NDArray[np.int64] | None
+) -> tuple[dict[str, Floats], npt.NDArray[np.int64] | None]:
+    """(summands by unit, the document that each unit is): summed over a document's sequences where they are known."""
+    if document_S is None:
+        return columns, None
+    document_U, place_S = np.unique(document_S, return_inverse=True)
+    return {name: np.bincount(place_S, weights=values) for name, values in columns.items()}, document_U
 
 
 def _checked(key: str, table: pd.DataFrame) -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """Means over seeds and differences between models, with intervals over seeds crossed with evaluated sequences.
 
-Shape suffixes: S seeds, U evaluated sequences, G configurations (model, layer, k, tokens), N statements.
+Shape suffixes: S seeds, U units (the documents of the evaluated sequences, or the sequences where their documents are
+not known), G configurations (model, layer, k, tokens), N statements.
 
 CE_rec and R² are ratios of sums over sequences; each sequence enters by its linearised influence on the ratio. The
 variance of a mean over seeds then has two components, seeds and sequences, and the interval adds them as
@@ -17,7 +18,7 @@ Models evaluated on the same sequences are paired by sequence. Models of differe
 the same documents: they are paired by document, the document being the unit (`_by_document`). Where the tables do not
 tell the documents, models with other sequences have a component of sequences each. Sequences
 are skewed (a few long damages): their component is widened by `crossed.skew_factor`, and with too few of them
-(`cells.MIN_SEQUENCES`) no interval is given.
+(`cells.MIN_UNITS`) no interval is given.
 """
 
 from __future__ import annotations
@@ -33,11 +34,9 @@ import pandas as pd
 from analysis.bootstrap import Floats
 from analysis.crossed import NEEDS_SEEDS, Component, Effect, effects, residual
 from analysis.multiplicity import holm_list
-from analysis.sae.cells import SequenceTables, configurations, models_of, needs_sequences, sequence_component
+from analysis.sae.cells import SequenceTables, configurations, models_of, needs_units, sequence_component
 
 METRICS = ("ce_rec", "r2")
-MIN_DOCUMENTS = 20
-"""With fewer documents that models of different tokenizers were evaluated on, their difference has no interval."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Measured:
     """A configuration's trained SAEs: influences on a metric of the sequences that all of them were evaluated on.
 
     sequences: the number of their set of sequences. `needs`: what an interval would need of the sequences.
-    documents_U: the document that each sequence is of, where all tables tell.
+    documents_U: the document that each unit is, where all tables tell.
     """
 
     table_SU: Floats
@@ -105,7 +104,7 @@ def _measured(metric: str, tables: SequenceTables, rows: Sequence[npt.NDArray[np
             found.append(Measured(means, -1, "needs the same evaluated sequences for all seeds"))
             continue
         table_SU = np.stack([influence[i] for i in r])
-        needs = needs_sequences(metric, table_SU.shape[1]) if tables.given or len(r) < 2 else ""
+        needs = needs_units(table_SU.shape[1], tables.unit) if tables.given or len(r) < 2 else ""
         found.append(Measured(table_SU, int(sets_C[r[0]]), needs, tables.documents(int(r[0]))))
     return found
 
@@ -141,8 +140,8 @@ def _difference_components(a: Measured, b: Measured) -> list[Component] | str:
         parts = [(a.mean_U - b.mean_U, together)]
     elif a.documents_U is not None and b.documents_U is not None:
         by_document_D = _by_document(a, b)
-        if len(by_document_D) < MIN_DOCUMENTS:
-            return f"needs ≥ {MIN_DOCUMENTS} evaluated documents"
+        if needs := needs_units(len(by_document_D), "documents"):
+            return needs
         parts = [(by_document_D, together)]
     units = [sequence_component(mean_U, twice) for mean_U, twice in parts if len(mean_U) > 1]
     return [*_seed_components(a.seeds_component(), b.seeds_component()), *units]

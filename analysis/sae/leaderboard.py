@@ -31,7 +31,7 @@ from scipy import special
 
 from analysis.bootstrap import Floats
 from analysis.crossed import LEVEL
-from analysis.sae.cells import RESAMPLED, SequenceTables, needs_sequences
+from analysis.sae.cells import RESAMPLED, SequenceTables, needs_units
 
 TARGET = "ce_rec"
 REFERENCE = "r2"
@@ -201,8 +201,9 @@ class _Spread:
 class _Scope:
     """The cells of one scope, with everything that its rows need."""
 
-    def __init__(self, cells: pd.DataFrame, proxies: list[Proxy], sequences: int | None) -> None:
-        self.cells, self.proxies, self.sequences = cells, proxies, sequences
+    def __init__(self, cells: pd.DataFrame, proxies: list[Proxy], units: int | None, unit: str) -> None:
+        """`units`: how many documents or sequences (`unit`) every cell was evaluated on; None without their tables."""
+        self.cells, self.proxies, self.units, self.unit = cells, proxies, units, unit
         self.k_C = cells["k"].to_numpy(np.int64)
         columns = {name: cells[name].to_numpy(float)[None] for name in (TARGET, *(p.metric for p in proxies))}
         self.series = self.of(columns)
@@ -235,8 +236,8 @@ class _Scope:
         n_clusters = int(cluster_C.max()) + 1
         if n_clusters < MIN_CLUSTERS:
             return _Spread(((nothing, 1),), f"needs ≥ {MIN_CLUSTERS} {_CLUSTER_NAMES[relation]}")
-        if self.sequences is not None and needs_sequences(TARGET, self.sequences):
-            return _Spread(((nothing, 1),), needs_sequences(TARGET, self.sequences))
+        if self.units is not None and needs_units(self.units, self.unit):
+            return _Spread(((nothing, 1),), needs_units(self.units, self.unit))
         kept_RC = (cluster_C != np.arange(n_clusters)[:, None]).astype(float)
         series = [np.broadcast_to(x, kept_RC.shape) for x in self.series]
         z_PR = _fisher(_correlations(series, kept_RC, self.k_C, relation, statistic), len(self.cells))
@@ -244,9 +245,9 @@ class _Scope:
         jackknife_PP = (n_clusters - 1) / n_clusters * (deviation_PR @ deviation_PR.T)
         jackknife_PP[np.diag(jackknife_PP) == 0] = np.nan  # all samples give the same ranking: no spread is known
         parts = [(jackknife_PP, n_clusters - 1)]
-        if self.resampled[relation] and self.sequences:
+        if self.resampled[relation] and self.units:
             over_sequences_PP = np.cov(np.concatenate(self.resampled[relation], axis=1)).reshape(jackknife_PP.shape)
-            parts.append((over_sequences_PP, self.sequences - 1))
+            parts.append((over_sequences_PP, self.units - 1))
         return _Spread(tuple(parts))
 
 
@@ -289,9 +290,9 @@ def leaderboard(
     masks = {name: np.asarray(mask) for name, mask in masks.items() if int(np.sum(mask)) >= MIN_CELLS}
     if not proxies or not masks:
         return Leaderboard(pd.DataFrame(columns=_TABLE), pd.DataFrame(columns=_PAIRS), tuple(dropped))
-    counts_C = tables.sequence_counts
+    counts_C = tables.unit_counts
     chosen = {
-        name: _Scope(cells[mask], proxies, int(counts_C[mask].min()) if tables.given else None)
+        name: _Scope(cells[mask], proxies, int(counts_C[mask].min()) if tables.given else None, tables.unit)
         for name, mask in masks.items()
     }
     if tables.given:

@@ -147,7 +147,8 @@ def _compose(cells: pd.DataFrame, ranked: pd.DataFrame, facts: Mapping[str, str]
         "Ranks and their differences describe the SAEs that were given, on this text; they say nothing about others.",
         "SAEs of different layers or models are ranked together. CE_rec is easier at some layers than at others: "
         "compare within a layer before you choose.",
-        "CE_rec's brackets are 95% t intervals over the evaluated sequences, for the one SAE.",
+        "CE_rec's brackets are 95% t intervals for the one SAE and other text: over the documents of the evaluated "
+        "sequences where they are known, else over the sequences.",
         "A sequence begins with BOS where the model's tokenizer puts that token before texts, and the "
         "model's weights are unprocessed; an SAE that was trained on other input may do worse here than where it was "
         "made.",

@@ -251,12 +251,13 @@ def _notes(study: Study) -> list[str]:
     notes = [
         "The language models' weights are used unprocessed: no folding of layer norms, no centring of weights.",
         f"Brackets are 95% t intervals over {crossed}, each interval for its own number alone. Models evaluated on the "
-        "same sequences are paired by sequence. R²'s total variation stays around the mean of the whole evaluation "
+        "same text are paired. Sequences of one document are alike and count as one unit, where the cells tell their "
+        "documents. R²'s total variation stays around the mean of the whole evaluation "
         "set. “[–]”: these data support no interval.",
         "A configuration of one seed: its interval is that of the one trained SAE over sequences and covers no "
         "variation between trainings. Seeds differ in the SAE's initial weights; all see the same tokens in the same "
         "order.",
-        "CE_rec_lo and CE_rec_hi in cells.csv are per cell, over sequences alone.",
+        "CE_rec_lo and CE_rec_hi in cells.csv are per cell, for other text alone.",
     ]
     lacking = int(study.cells["sst_share_top1pct"].isna().sum())
     if lacking:
@@ -266,8 +267,8 @@ def _notes(study: Study) -> list[str]:
         )
     if study.earlier_intervals:
         notes.append(
-            f"{study.earlier_intervals} cells were published with limits of CE_rec by an earlier method (percentile "
-            "bootstrap, too narrow for few sequences); here they are computed again from the cells' sequences."
+            f"{study.earlier_intervals} cells were published with limits of CE_rec by an earlier method (too "
+            "narrow); here they are computed again from the cells' sequences."
         )
     if study.published:
         notes.append("“Published” columns: the source study's numbers; blank where it printed none for that cell.")

@@ -78,7 +78,7 @@ class Evaluation:
         except ValueError as error:
             raise UserError(str(error)) from error
         documents = stream.held_out_documents(cell.held_out_end)
-        self._documents = {} if documents is None else {"document": documents[-cell.eval_sequences :]}
+        self._documents_S = None if documents is None else documents[-cell.eval_sequences :]
         first = cell.held_out_end - cell.eval_sequences
         self.text = TextCheck(stream, tokens, {cell.model: lm.d_vocab}, first)
         self.tokens_ST = torch.from_numpy(tokens.astype("int64")).to(context.device)
@@ -194,13 +194,15 @@ class Evaluation:
         sequences = sums.table()
         audit = self.geometry[cell.layer] | controlled.metrics() | rungs.numbers(sequences)
         audit |= features.density(int(sequences["n_tokens"].sum()))
-        numbers = cell_numbers(cell.k or max(1, round(audit["l0"])), sums, features, audit)
+        numbers = cell_numbers(cell.k or max(1, round(audit["l0"])), sums, features, audit, self._documents_S)
         rows_out = [Row(name, value, _UNITS.get(name, "")) for name, value in numbers.items()]
         for layer, summary in self.geometry.items():
             at = {"geometry_layer": layer}
             rows_out += [Row(f"{n}_of_layer", summary[n], "", at) for n in ("pr", "pr_deflated", *LAYER_COLUMNS)]
         rows_out += self.information.rows() + rungs.layer_rows()
-        sequences = sequences.assign(**controlled.by_sequence(), **rungs.table(), **self._documents)
+        sequences = sequences.assign(**controlled.by_sequence(), **rungs.table())
+        if self._documents_S is not None:
+            sequences = sequences.assign(document=self._documents_S)
         tables = {"sequences.parquet": parquet_bytes(sequences), "rungs.parquet": parquet_bytes(rungs.costs())}
         if legibility is not None:
             probed, table = legibility.published()
