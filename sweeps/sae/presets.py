@@ -49,7 +49,7 @@ PRESETS: Mapping[str, Grid] = {
         lr=1e-3,
         warmup_steps=12,
         dead_after_steps=120,
-        eval_sequences=24,
+        eval_sequences=16,
     ),
     # SAEs that others trained (--set saes=…); models, hooks and contexts are those that their metadata names
     "released": Grid(models=(), k=(), tokens=(), stream="embedded", context=0, eval_sequences=48),

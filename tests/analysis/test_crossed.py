@@ -99,6 +99,19 @@ def test_influence_on_a_ratio_of_sums() -> None:
     assert crossed.ratio_influence(2.0 * tokens, tokens) == pytest.approx(np.full((2, 40), 2.0))
 
 
+def test_influences_are_jackknife_pseudo_values() -> None:
+    """Their variance over units is the delete-one jackknife's of the ratio, also where one unit holds a third of it."""
+    rng = np.random.default_rng(8)
+    tokens = np.array([40.0, *rng.integers(1, 9, 19)])
+    nll = tokens * rng.normal(3, 1, 20)
+    influence_U = crossed.ratio_influence(nll, tokens)[0]
+    without_U = (nll.sum() - nll) / (tokens.sum() - tokens)
+    jackknife = 19 / 20 * float(((without_U - without_U.mean()) ** 2).sum())
+    assert influence_U.var(ddof=1) / 20 == pytest.approx(jackknife)
+    assert influence_U.mean() == pytest.approx(nll.sum() / tokens.sum())
+    assert crossed.ratio_influence(nll[:1], tokens[:1]) == pytest.approx(nll[0] / tokens[0])
+
+
 def test_pairs_at_once_equal_one_by_one() -> None:
     rng = np.random.default_rng(5)
     arms = CrossedArms(tuple(rng.normal(size=(s, 25)) for s in (2, 3, 1)))

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from analysis.crossed import CrossedArms, crossed_mean
-from analysis.sae.cells import SequenceTables, prepare_cells
-from analysis.sae.contrasts import configuration_means, model_deltas
+from analysis.sae.cells import SequenceTables, ce_rec_interval, prepare_cells
+from analysis.sae.contrasts import METRICS, configuration_means, model_deltas
 from analysis.sae.tables import direction
 
 
@@ -40,13 +40,13 @@ def test_one_seed_speaks_of_its_trained_sae_over_sequences(make_grid):
 
 
 def test_few_sequences_give_no_interval_and_the_reason(make_grid):
-    _, means = _means(make_grid(depths=("mid",), ks=(8,), n_sequences=12, seeds=2))
-    assert set(means.table["r2_needs"]) == {"needs ≥ 32 evaluated sequences"}
-    assert means.table["r2_lo"].isna().all()
-    assert means.table["ce_rec_lo"].notna().all()
-    assert model_deltas(means)["delta_r2_needs"][0] == "needs ≥ 32 evaluated sequences"
-    _, alone = _means(make_grid(depths=("mid",), ks=(8,), n_sequences=1))
-    assert set(alone.table["ce_rec_needs"]) == {"needs ≥ 8 evaluated sequences"}
+    _, means = _means(make_grid(depths=("mid",), ks=(8,), n_sequences=7, seeds=2))
+    for metric in METRICS:
+        assert set(means.table[f"{metric}_needs"]) == {"needs ≥ 8 evaluated sequences"}
+        assert means.table[f"{metric}_lo"].isna().all()
+        assert model_deltas(means)[f"delta_{metric}_needs"][0] == "needs ≥ 8 evaluated sequences"
+    _, enough = _means(make_grid(depths=("mid",), ks=(8,), n_sequences=8))
+    assert enough.table[["ce_rec_lo", "r2_lo"]].notna().all(axis=None)
 
 
 def _with_seed_effects(grid, effects):
@@ -161,7 +161,7 @@ def test_models_of_other_tokenizers_are_paired_by_document(make_grid):
     assert len({m.sequences for m in means.measured["r2"]}) == 2
     pd.testing.assert_frame_equal(model_deltas(means), paired, rtol=1e-9)
     same = _by_document(grid, np.arange(40), documents)
-    pd.testing.assert_frame_equal(model_deltas(_means(grid, same)[1]), paired, check_exact=True)
+    pd.testing.assert_frame_equal(model_deltas(_means(grid, same)[1]), paired, rtol=1e-12)
 
 
 def test_sequences_of_a_document_are_one_unit(make_grid):
@@ -178,12 +178,31 @@ def test_sequences_of_a_document_are_one_unit(make_grid):
         assert 0.999 < widths[0] / widths[1] < 1.1  # 80 independent ones: 0.71; less of seed × sequence is taken off
 
 
+def test_documents_are_the_units_of_one_model_too(make_grid):
+    """Each sequence twice in one document: the means' intervals of the sequences once, and half the documents' units."""
+    grid = make_grid(depths=("mid",), ks=(8,), n_sequences=12)
+    once = _means(grid)[1].table
+    key = "sequence"
+    twice = {
+        name: pd.concat([t, t]).assign(sequence=np.arange(24), document=np.tile(t[key].to_numpy(), 2))
+        for name, t in grid.sequences.items()
+    }
+    found = _means(grid, twice)[1].table
+    for column in ("ce_rec_lo", "ce_rec_hi", "r2_lo", "r2_hi"):
+        assert found[column].tolist() == pytest.approx(once[column].tolist(), rel=1e-12)
+    name, table = next(iter(twice.items()))
+    limits, plain = ce_rec_interval(table), ce_rec_interval(grid.sequences[name])
+    assert (limits.lo, limits.hi) == pytest.approx((plain.lo, plain.hi), rel=1e-12)
+    few = ce_rec_interval(table.assign(document=table["document"] % 7))
+    assert few.needs == "needs ≥ 8 evaluated documents"
+
+
 def test_few_documents_give_no_interval_and_older_tables_none_of_their_own(make_grid):
     grid = make_grid(depths=("mid",), ks=(8,), seeds=2, n_sequences=40)
-    documents = np.arange(40) // 4
+    documents = np.arange(40) // 6
     tables = _by_document(grid, np.arange(40)[::-1], documents)
     row = model_deltas(_means(grid, tables)[1]).iloc[0]
-    assert row["delta_ce_rec_needs"] == row["delta_r2_needs"] == "needs ≥ 20 evaluated documents"
+    assert row["delta_ce_rec_needs"] == row["delta_r2_needs"] == "needs ≥ 8 evaluated documents"
     assert np.isnan(row["delta_ce_rec_lo"])
     first = next(iter(tables))
     older = tables | {first: tables[first].drop(columns="document")}  # of a ledger that was begun before
