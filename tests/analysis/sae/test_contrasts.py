@@ -179,7 +179,7 @@ def test_sequences_of_a_document_are_one_unit(make_grid):
 
 
 def test_documents_are_the_units_of_one_model_too(make_grid):
-    """Each sequence twice in one document: the means' intervals of the sequences once, and half the documents' units."""
+    """Each sequence twice in one document: intervals as of the sequences once."""
     grid = make_grid(depths=("mid",), ks=(8,), n_sequences=12)
     once = _means(grid)[1].table
     key = "sequence"
