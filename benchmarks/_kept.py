@@ -44,7 +44,8 @@ class Kept:
         tally, seconds = found
         entry = {
             "setting": _name(study, statement, setting, trials),
-            "tally": {"hits": tally.hits, "trials": tally.trials, "width": tally.width},
+            # some count with NumPy's integers
+            "tally": {"hits": int(tally.hits), "trials": int(tally.trials), "width": float(tally.width)},
             "seconds": seconds,
         }
         self._file.parent.mkdir(parents=True, exist_ok=True)

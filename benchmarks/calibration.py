@@ -102,11 +102,14 @@ def run_all(
         print(f"{len(tallies)} of {len(todo)} settings were measured before by the same code", flush=True)
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         waiting = {pool.submit(run, job, quick, share): job for job in missing}
-        for done in _progress(waiting):
-            job = waiting[done]
-            tallies[job], seconds[job] = done.result()
-            statement, setting, trials = of(job, quick)
-            kept.put(job[0], statement, setting, _trials(trials, share), done.result())
+        try:
+            for done in _progress(waiting):
+                job = waiting[done]
+                tallies[job], seconds[job] = done.result()
+                statement, setting, trials = of(job, quick)
+                kept.put(job[0], statement, setting, _trials(trials, share), done.result())
+        finally:  # a failure, or ^C, does not wait for hundreds of settings
+            pool.shutdown(wait=False, cancel_futures=True)
     in_order = sorted(tallies, key=todo.index)
     return {job: tallies[job] for job in in_order}, seconds
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks._calibration import Statement, Tally
 from benchmarks._kept import Kept
 from sweeps.launch.same_code import code_digest
@@ -20,6 +22,12 @@ def test_a_setting_is_kept_by_statement_setting_trials_and_code(tmp_path: Path) 
     assert again.get("study", STATEMENT, {"seeds": 4}, 9) is None
     assert again.get("another", STATEMENT, SETTING, 9) is None
     assert Kept(tmp_path, "b").get("study", STATEMENT, SETTING, 9) is None
+
+
+def test_counts_of_numpy_are_kept_as_others(tmp_path: Path) -> None:
+    counted = Tally(np.int64(8), np.int64(9), np.float32(1.5))  # type: ignore[arg-type]
+    Kept(tmp_path, "a").put("study", STATEMENT, SETTING, 9, (counted, 0.25))
+    assert Kept(tmp_path, "a").get("study", STATEMENT, SETTING, 9) == (Tally(8, 9, 1.5), 0.25)
 
 
 def test_a_line_that_was_cut_short_is_measured_again(tmp_path: Path) -> None:
