@@ -332,7 +332,8 @@ def _of_units(
     if document_S is None:
         return columns, None
     document_U, place_S = np.unique(document_S, return_inverse=True)
-    return {name: np.bincount(place_S, weights=values) for name, values in columns.items()}, document_U
+    summed = {name: np.asarray(np.bincount(place_S, values), np.float64) for name, values in columns.items()}
+    return summed, document_U
 
 
 def _checked(key: str, table: pd.DataFrame) -> pd.DataFrame:
