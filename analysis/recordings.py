@@ -40,15 +40,14 @@ def wide_sums(clips: pd.DataFrame, model: list[str]) -> tuple[pd.DataFrame, pd.D
     if clips.empty:
         raise ValueError("no held-out clip was scored; hold out a larger share, or give more audio")
     unit = unit_of(clips)
-    by_unit = clips.groupby([*model, unit], sort=True)
-    nll, tokens = (by_unit[name].sum().unstack(unit) for name in ("nll", "tokens"))
-    return nll, tokens
+    sums = clips.groupby([*model, unit], sort=True)[["nll", "tokens"]].sum()
+    return sums["nll"].unstack(unit), sums["tokens"].unstack(unit)
 
 
 def likelihood_differences(a: pd.DataFrame, b: pd.DataFrame) -> npt.NDArray[np.float64]:
     """d_SU whose mean is the difference of val_nll (nats per token), a less b, averaged over seeds.
 
-    val_nll is a ratio of sums, so each unit enters by its linearised influence on it (`crossed.ratio_influence`).
+    val_nll is a ratio of sums, so each unit enters by its influence on it (`crossed.ratio_influence`).
 
     Both tables: see `wide_sums`, with the column seed for the model.
     Raises ValueError when the two do not share seeds, units and tokens.

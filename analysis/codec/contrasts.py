@@ -154,7 +154,7 @@ def arm_resamples(clips: pd.DataFrame) -> Arms:
         ValueError: no clip, or models that were scored on other clips or tokens.
     """
     nll, tokens = wide_sums(clips, ["architecture", "seed"])
-    if nll.isna().to_numpy().any() or (tokens.nunique(axis=0) != 1).any():
+    if nll.isna().to_numpy().any() or (tokens.to_numpy() != tokens.to_numpy()[:1]).any():
         counts = clips.groupby(["architecture", "seed"])["tokens"].agg(["size", "sum"])
         raise ValueError(f"models were scored on different clips (clips and tokens of each: {counts.to_dict('index')})")
     names = tuple(dict.fromkeys(clips["architecture"]))

@@ -163,7 +163,7 @@ class _Ratio:
         return self.base + self.sign * (sums[self.top] / sums[self.bottom])
 
     def influence(self, columns: Mapping[str, Floats]) -> Floats:
-        """Arrays (rows, S) whose row means are the metric: each sequence's linearised influence on it."""
+        """Arrays (rows, U) whose row means are the metric: each unit's influence on it."""
         return self.base + self.sign * ratio_influence(columns[self.top], columns[self.bottom])
 
 
@@ -230,7 +230,7 @@ class SequenceTables:
         return "documents" if self._documents else "sequences"
 
     def influence(self, metric: str) -> list[Floats]:
-        """Each cell's row of the units' linearised influence on a metric (its mean is the metric).
+        """Each cell's row of the units' influence on a metric (its mean is the metric).
 
         Without sequence tables a row holds the cell's own value alone.
         """

@@ -3,7 +3,7 @@
 Shape suffixes: S seeds, U units (the documents of the evaluated sequences, or the sequences where their documents are
 not known), G configurations (model, layer, k, tokens), N statements.
 
-CE_rec and R² are ratios of sums over sequences; each sequence enters by its linearised influence on the ratio. The
+CE_rec and R² are ratios of sums over units; each enters by its influence on the ratio (`crossed.ratio_influence`). The
 variance of a mean over seeds then has two components, seeds and sequences, and the interval adds them as
 `analysis.crossed` says. A single seed says nothing about other trainings: the interval of its mean speaks of that
 trained SAE over sequences, and a difference between models has none.
@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -52,11 +53,11 @@ class Measured:
     needs: str = ""
     documents_U: npt.NDArray[np.int64] | None = None
 
-    @property
+    @cached_property
     def mean_U(self) -> Floats:
         return np.asarray(self.table_SU.mean(axis=0))
 
-    @property
+    @cached_property
     def residual_variance(self) -> float:
         """The part of `mean_U`'s variance that is seed × sequence, divided by the number of sequences."""
         return residual([self.table_SU]) / self.table_SU.size
