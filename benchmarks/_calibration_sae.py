@@ -401,7 +401,7 @@ STATEMENTS: Sequence[Statement] = (
             *grid(seeds=(3,), comparisons=(18,), seed_noise=(0.1,), ratio=(1.0,)),
         ],
         quick=({"seeds": 3, "comparisons": 6, "seed_noise": 5.0, "ratio": 1.0},),
-        trials=200,
+        trials=300,
         quick_trials=60,
         note="ΔR² is real and ΔCE_rec is 0 in all comparisons of the report.",
     ),
