@@ -7,7 +7,7 @@ import math
 import pandas as pd
 
 from analysis.sae.columns import INFORMATION_COLUMNS
-from analysis.sae.measured import Study, number
+from analysis.sae.measured import number
 from analysis.sae.tables import Section, each
 from analysis.sae.task_dimension import AT_CEILING, TOLERANCE, at_ceiling
 
@@ -20,13 +20,18 @@ _VIEW = (
 )
 
 
-def information(study: Study) -> Section:
-    """k_MI* with its interval, information with its ceiling, the one-shot estimate, and PR raw, deflated, sink-free."""
+def information(cells: pd.DataFrame, geometry: pd.DataFrame) -> Section:
+    """k_MI* with its interval, information with its ceiling, the one-shot estimate, and PR raw, deflated, sink-free.
+
+    Args:
+        cells: columns model, layer, depth.
+        geometry: one row per model and layer, with INFORMATION_COLUMNS where they were measured.
+    """
     title = "Task-relevant dimension by mutual information"
-    known = measured_layers(study.geometry)
+    known = measured_layers(geometry)
     if known.empty:
         return Section(title, needs="cells that measure it (`--set information=on`)")
-    depth_of = study.cells.drop_duplicates(["model", "layer"]).set_index(["model", "layer"])["depth"].to_dict()
+    depth_of = cells.drop_duplicates(["model", "layer"]).set_index(["model", "layer"])["depth"].to_dict()
     rows = [
         {"model": row["model"], "layer": str(row["layer"])}
         | {"hooked as": depth_of.get((row["model"], row["layer"]), "")}

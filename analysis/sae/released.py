@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.sae.cells import ce_rec_interval
+from analysis.sae.information_tables import information
 from analysis.sae.leaderboard import PROXIES, REFERENCE, TARGET
 from analysis.sae.legibility_tables import MEANING, by_cell, cells_of, rows_of
 from analysis.sae.measured import measured
@@ -96,6 +97,7 @@ def write_audit(
     facts: Mapping[str, str],
     notes: Sequence[str] = (),
     probed: Mapping[str, pd.DataFrame] | None = None,
+    geometry: pd.DataFrame | None = None,
 ) -> Path:
     """Write report.md, cells.parquet, cells.csv, ranks.csv and proxies.csv of audited SAEs (and legibility.csv).
 
@@ -106,6 +108,7 @@ def write_audit(
         facts: what it ran on, in plain words, in order.
         notes: caveats, a line each.
         probed: what probes found of each class of tokens, by cell_key, for SAEs that were asked.
+        geometry: one row per model and layer, as `information_tables.information` takes it.
     Returns:
         The path of report.md.
     """
@@ -126,6 +129,9 @@ def write_audit(
         table = by_cell(probed)
         table.to_csv(out / "legibility.csv", index=False)
         text += "\n".join(_legibility(cells, table))
+    layers = None if geometry is None else information(cells, geometry)
+    if layers is not None and not layers.needs:
+        text += "\n".join(["", f"## {layers.title}", "", *layers.lines, "", markdown(layers.rows), ""])
     report = out / "report.md"
     report.write_text(text, encoding="utf-8")
     return report

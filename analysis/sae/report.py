@@ -143,7 +143,7 @@ def compose(
         (variance.controls(study), ["r2_no_sinks_vs_ce_rec.png"]),
         (variance.scale_parts(study), []),
         (details.participation_ratios(study), ["participation_ratio.png"]),
-        (information(study), []),
+        (information(study.cells, study.geometry), []),
         (details.conventions(study), []),
         (details.rates(study), ["rate_distortion.png", "alive.png"]),
         (legibility(study), []),

@@ -98,7 +98,7 @@ def is_the_studys(name: str, grid: Grid, original: Grid) -> bool:
 
 def write_released(cells: Sequence[PublishedCell], preset_name: str, grid: Grid, out: Path) -> list[str]:
     """Write the report of audited SAEs; returns the headline lines for the screen."""
-    frame, sequences, _ = tables(cells)
+    frame, sequences, geometry = tables(cells)
     cards = pd.concat(tables_of(cells, "sae.parquet"), ignore_index=True)
     frame = frame.assign(sae=cards["sae"], hook_name=cards["hook_name"], depth=[c.identity["depth"] for c in cells])
     models = sorted(set(frame["model"]))
@@ -113,7 +113,7 @@ def write_released(cells: Sequence[PublishedCell], preset_name: str, grid: Grid,
         "hardware": recorded(cells, "hardware"),
         "commit": recorded(cells, "git_commit"),
     }
-    write_audit(frame, sequences, out, facts=facts, notes=notes, probed=_probed(cells))
+    write_audit(frame, sequences, out, facts=facts, notes=notes, probed=_probed(cells), geometry=geometry)
     return labelled("answer", glance_at_audit(frame)[:_FINDINGS])
 
 

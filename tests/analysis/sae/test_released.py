@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pandas as pd
 
-from analysis.sae.released import agreement, flags, glance, ranks
+from analysis.sae.cells import prepare_cells
+from analysis.sae.columns import INFORMATION_COLUMNS
+from analysis.sae.released import agreement, flags, glance, ranks, write_audit
 
 
 def cells(r2: list[float], ce_rec: list[float], **more: list[float]) -> pd.DataFrame:
@@ -44,3 +48,22 @@ def test_r2_misleads_where_ranks_are_a_quarter_of_the_saes_apart() -> None:
     assert lines[-2:] == found
     assert "R² +0.6" in lines[1]
     assert "from three SAEs on" in glance(cells([0.9, 0.8], [0.1, 0.2]))[1]
+
+
+def test_the_layers_information_is_shown_where_it_was_measured(make_grid, tmp_path: Path) -> None:
+    grid = make_grid(models=("pythia-70m",), depths=("mid",), ks=(8, 32))
+    audited = prepare_cells(grid.cells).assign(sae=lambda t: "sae" + t["k"].astype(str), sae_class="topk")
+    sequences = pd.concat([t.assign(cell_key=key) for key, t in grid.sequences.items()])
+    layer = {
+        "model": "pythia-70m",
+        "layer": int(audited["layer"][0]),
+        "pr": 4.0,
+        "pr_deflated": 9.0,
+        "pr_no_sinks": 8.0,
+    }
+    measured = dict(zip(INFORMATION_COLUMNS, (6.0, 5.0, 8.0, 5.5, 1.5, 4.85), strict=True))
+    for geometry, shown in (([layer | measured], True), ([layer], False)):
+        report = write_audit(audited, sequences, tmp_path, facts={"SAEs": "2"}, geometry=pd.DataFrame(geometry))
+        text = report.read_text(encoding="utf-8")
+        assert ("## Task-relevant dimension by mutual information" in text) == shown
+        assert ("6 [5, 8]" in text) == shown
