@@ -71,7 +71,7 @@ def banerjee(value_N: npt.ArrayLike, variance_NK: npt.ArrayLike, df_NK: npt.Arra
         return np.sqrt((quantile**2 * variance).sum(axis=-1))
 
     low, high = np.full(value.shape, math.log(_SMALLEST_P)), np.zeros(value.shape)
-    for _ in range(50):  # the half width falls as α rises
+    for _ in range(36):  # to 4e-10 of p; the half width falls as α rises
         middle = (low + high) / 2
         inside = half(np.exp(middle)) >= value
         low, high = np.where(inside, middle, low), np.where(inside, high, middle)
