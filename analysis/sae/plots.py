@@ -253,7 +253,8 @@ def cost(study: Study) -> Figure | None:
             error = error_lengths(*(np.array([row[c]], float) for c in ("value", "lo", "hi")))
             look = {"color": PALETTE[i % len(PALETTE)], "marker": MARKERS[i // len(PALETTE) % len(MARKERS)]}
             axis.errorbar([passes[name]], [row["value"]], error, linestyle="", label=row["label"], **look)
-        axis.set_xscale("symlog", linthresh=0.1)
+        axis.set_xscale("symlog", linthresh=0.1)  # many cost next to nothing
+        axis.xaxis.set_major_locator(FixedLocator([0, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_ylim(-1.05, 1.05)
         axis.axhline(0, color="black", linewidth=0.9)
@@ -326,26 +327,34 @@ def alive(study: Study) -> Figure:
 
 
 def budget(study: Study) -> Figure | None:
-    """CE_rec against the training budget, one panel a depth and k; None with a single budget."""
+    """CE_rec and R² against the training budget, a column for each k; None with a single budget.
+
+    Two rows for each depth; R² without sinks is dashed and has no interval.
+    """
     if len(study.budgets) < 2:
         return None
-    figure, axes = panels(len(study.depths), len(study.ks), width=2.3, height=2.1)
-    for row, depth in zip(axes, study.depths, strict=True):
-        for axis, k in zip(row, study.ks, strict=True):
+    figure, axes = panels(2 * len(study.depths), len(study.ks), width=2.3, height=2.1, sharey="row")
+    for i, depth in enumerate(study.depths):
+        for j, k in enumerate(study.ks):
+            above, below = axes[2 * i, j], axes[2 * i + 1, j]
+            above.set_title(f"{depth}, k = {k}")
             for model, curve in _curves(study, depth):
                 part = curve[curve["k"] == k]
-                error = error_lengths(part["ce_rec"], part["ce_rec_lo"], part["ce_rec_hi"])
-                axis.errorbar(
-                    part["tokens"], part["ce_rec"], error, color=_color(study, model), marker="o", markersize=4
-                )
-            axis.set_xscale("log")
-            axis.xaxis.set_major_locator(FixedLocator(study.budgets))
-            axis.xaxis.set_minor_locator(NullLocator())
-            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens_label(value)))
-            axis.set_xlim(study.budgets[0] / 1.4, study.budgets[-1] * 1.4)
-            axis.set_title(f"{depth}, k = {k}")
-    outer_labels(axes, "training tokens", "CE_rec, 95% CI")
-    legend_below(figure, _model_handles(study))
+                for axis, metric in ((above, "ce_rec"), (below, "r2")):
+                    error = error_lengths(part[metric], part[f"{metric}_lo"], part[f"{metric}_hi"])
+                    look = {"color": _color(study, model), "marker": "o", "markersize": 4}
+                    axis.errorbar(part["tokens"], part[metric], error, **look)
+                below.plot(part["tokens"], part["r2_no_sinks"], "--", color=_color(study, model), linewidth=1.2)
+    for axis in axes.flat:
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(FixedLocator(study.budgets))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens_label(value)))
+        axis.tick_params(axis="x", labelrotation=45)
+        axis.set_xlim(study.budgets[0] / 1.4, study.budgets[-1] * 1.4)
+    outer_labels(axes, "training tokens", ["CE_rec, 95% CI", "R², 95% CI"] * len(study.depths))
+    without = Line2D([], [], color=GREY, linestyle="--", label="R² without sinks")
+    legend_below(figure, [*_model_handles(study), without])
     return figure
 
 
@@ -354,7 +363,7 @@ FIGURES: dict[str, tuple[str, Callable[[Study], Figure | None]]] = {
     "r2_no_sinks_vs_ce_rec.png": ("R² without sinks against CE_rec", r2_no_sinks_vs_ce),
     "ce_rec_vs_k.png": ("CE_rec against k", ce_vs_k),
     "delta.png": ("Widest minus narrowest model", delta),
-    "budget.png": ("CE_rec against the training budget", budget),
+    "budget.png": ("CE_rec and R² against the training budget", budget),
     "leaderboard.png": ("Proxy leaderboard", leaderboard),
     "cost.png": ("Rank correlation with CE_rec against the cost of the proxy", cost),
     "participation_ratio.png": ("Participation ratio by layer", participation_ratio),
