@@ -268,6 +268,7 @@ class _PackRun:
         place = torch.from_numpy(np.random.default_rng([block, n]).permutation(n)).to(device)
         out = {layer: torch.empty(n, width, device=device) for layer in self.layers}
         for i in range(0, len(tokens_NT), _LM_BATCH):
+            self.context.progress(phase=f"activations of block {block + 1}, sequence {i} of {len(tokens_NT)}")
             tokens_BT = torch.from_numpy(tokens_NT[i : i + _LM_BATCH].astype(np.int64)).to(device)
             rows = place[i * self.first.context :][: tokens_BT.numel()]
             for layer, a_BTD in self.lm.activations(tokens_BT, self.layers).items():
