@@ -291,6 +291,24 @@ def test_resume_after_a_skipped_shard_is_the_uninterrupted_run(monkeypatch: pyte
         assert_same(whole, ledger, [c.key for c in plan(ONE)])
 
 
+@pytest.mark.parametrize(("ask", "step"), [(1, 0), (7, 3)])
+def test_a_stop_while_activations_are_collected_does_not_wait_for_the_block(
+    ask: int, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two questions for each block of six sequences, two at a time, and one for each of its three steps."""
+    monkeypatch.setattr(train_module, "_LM_BATCH", 2)
+    whole, stopped = fresh(), fresh()
+    train(plan(ONE), whole)
+    asked = iter(range(1, 1000))
+    with monkeypatch.context() as patch:
+        patch.setattr(PackContext, "stopping", lambda self: next(asked) == ask)
+        with pytest.raises(PackStopped, match=f"stopped at step {step}"):
+            train(plan(ONE), stopped, checkpoint_seconds=1e9)
+    assert next(asked) == ask + 1
+    train(plan(ONE), stopped)
+    assert_same(whole, stopped, [c.key for c in plan(ONE)])
+
+
 def test_no_block_is_read_beyond_the_last_step(lm: HostLM, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
     real = train_module._PackRun._activations
