@@ -256,7 +256,8 @@ def ratio_influence(numerator_SU: npt.ArrayLike, denominator_SU: npt.ArrayLike) 
     ratio = top.sum(axis=1, keepdims=True) / total
     if units == 1:
         return np.asarray(ratio)
-    deviation_SU = (units - 1) * (top - ratio * bottom) / (total - bottom)
+    others = np.where(bottom < total, total - bottom, total)  # without a unit that holds everything there is no ratio
+    deviation_SU = (units - 1) * (top - ratio * bottom) / others
     return np.asarray(ratio + deviation_SU - deviation_SU.mean(axis=1, keepdims=True))
 
 

@@ -110,6 +110,7 @@ def test_influences_are_jackknife_pseudo_values() -> None:
     assert influence_U.var(ddof=1) / 20 == pytest.approx(jackknife)
     assert influence_U.mean() == pytest.approx(nll.sum() / tokens.sum())
     assert crossed.ratio_influence(nll[:1], tokens[:1]) == pytest.approx(nll[0] / tokens[0])
+    assert np.isfinite(crossed.ratio_influence([3.0, 0.5, 0.0], [2.0, 0.0, 0.0])).all()  # one unit holds everything
 
 
 def test_pairs_at_once_equal_one_by_one() -> None:
