@@ -9,6 +9,7 @@ Shape suffixes: C cells, S sequences, U units (documents or sequences), R resamp
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -135,6 +136,25 @@ def prepare_cells(cells: pd.DataFrame) -> pd.DataFrame:
 def models_of(cells: pd.DataFrame) -> list[str]:
     """Models from narrow to wide."""
     return cells.sort_values(["d_model", "model"])["model"].drop_duplicates().tolist()
+
+
+def family_of(model: str) -> str:
+    """A model's name without its size and what follows: "qwen2.5-coder-0.5b" and "-1.5b" are one family."""
+    name = model.rsplit("/", 1)[-1].lower()
+    match = re.search(r"[-_](\d+(\.\d+)?[mb]|small|medium|large|xl)(?![a-z0-9])", name)
+    return name[: match.start()] if match else name
+
+
+def compared_models(table: pd.DataFrame) -> list[str]:
+    """Narrowest and widest model of the family with most configurations (rows), of all models where no family has two.
+
+    One model where there is no other.
+    """
+    families = table["model"].map(family_of)
+    several = [f for f in families.unique() if table.loc[families == f, "model"].nunique() > 1]
+    chosen = max(several, key=lambda f: int((families == f).sum()), default=None)
+    order = models_of(table if chosen is None else table[families == chosen])
+    return order if len(order) < 2 else [order[0], order[-1]]
 
 
 def depths_of(cells: pd.DataFrame) -> list[str]:

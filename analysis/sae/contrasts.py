@@ -35,7 +35,7 @@ import pandas as pd
 from analysis.bootstrap import Floats
 from analysis.crossed import NEEDS_SEEDS, Component, Effect, effects, residual
 from analysis.multiplicity import holm_list
-from analysis.sae.cells import SequenceTables, configurations, models_of, needs_units, sequence_component
+from analysis.sae.cells import SequenceTables, compared_models, configurations, needs_units, sequence_component
 
 METRICS = ("ce_rec", "r2")
 
@@ -184,13 +184,16 @@ def difference_effects(pairs: Sequence[tuple[Measured, Measured]]) -> list[Effec
 
 
 def model_deltas(means: ConfigurationMeans) -> pd.DataFrame:
-    """The grid's widest minus its narrowest model at each depth, k and budget that has both, with intervals.
+    """Widest minus narrowest of the compared models at each depth, k and budget that has both, with intervals.
+
+    These are of one family where the grid has two of one (`cells.compared_models`): between families Δ is no question
+    of scale alone.
 
     Columns: depth, k, tokens, small, large, n_seeds (the fewer of the two); delta_ce_rec and delta_r2, each with _lo,
     _hi (95%), _p (two-sided, against 0), _p_holm (adjusted for every delta of the table, both metrics together) and
     _needs (what NaN limits would need).
     """
-    models = models_of(means.table)
+    models = compared_models(means.table)
     records: list[dict[str, object]] = []
     pairs: list[tuple[int, int]] = []
     for (depth, k, tokens), group in means.table.groupby(["depth", "k", "tokens"], sort=True):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -21,7 +20,7 @@ from scipy import stats
 from analysis.crossed import Effect
 from analysis.multiplicity import ALPHA, holm
 from analysis.sae.asymptote import MIN_BUDGETS, Asymptote, asymptote, equal_alive
-from analysis.sae.cells import depths_of, tokens_label
+from analysis.sae.cells import compared_models, depths_of, family_of, tokens_label
 from analysis.sae.contrasts import ConfigurationMeans, Measured, combination, difference_effects
 from analysis.sae.leaderboard import BEYOND_R2, Leaderboard
 from analysis.sae.task_dimension import at_ceiling
@@ -136,27 +135,16 @@ def adjudicate(
     return Adjudication((h0, h1, h2, h3), _conclusion(h0, h1, h2, h3), thresholds, tuple(notes))
 
 
-def family_of(model: str) -> str:
-    """A model's name without its size and what follows: "qwen2.5-coder-0.5b" and "-1.5b" are one family."""
-    name = model.rsplit("/", 1)[-1].lower()
-    match = re.search(r"[-_](\d+(\.\d+)?[mb]|small|medium|large|xl)(?![a-z0-9])", name)
-    return name[: match.start()] if match else name
-
-
 def choose_reference(means: ConfigurationMeans) -> Reference | None:
     """Narrowest and widest of the family with most configurations: mid depth (or the first), most budgets, smallest k.
 
     Without two models of one family the grid's narrowest and widest; None with one model.
     """
     table = means.table
-    families = table["model"].map(family_of)
-    several = [f for f in families.unique() if table.loc[families == f, "model"].nunique() > 1]
-    chosen = max(several, key=lambda f: int((families == f).sum()), default=None)
-    part = table if chosen is None else table[families == chosen]
-    order = part.sort_values(["d_model", "model"])["model"].drop_duplicates().tolist()
+    order = compared_models(table)
     if len(order) < 2:
         return None
-    part = part[part["model"].isin([order[0], order[-1]])]
+    part = table[table["model"].isin(order)]
     depths = depths_of(part)
     part = part[part["depth"] == ("mid" if "mid" in depths else depths[0])]
     shared = {
@@ -179,7 +167,7 @@ def choose_reference(means: ConfigurationMeans) -> Reference | None:
         k=k,
         budgets=tuple(int(b) for b in shared[k]),
         seeds=int(part["n_seeds"].min()),
-        one_family=chosen is not None,
+        one_family=family_of(order[0]) == family_of(order[-1]),
         ce_rec=_by_model(means.measured["ce_rec"], rows),
         r2=_by_model(means.measured["r2"], rows),
         alive=tuple(tuple(table["alive"].to_numpy(float)[r].tolist()) for r in rows),  # type: ignore[arg-type]

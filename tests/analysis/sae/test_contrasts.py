@@ -132,6 +132,16 @@ def test_one_model_gives_an_empty_table(make_grid):
     assert model_deltas(means).empty
 
 
+def test_models_of_one_family_are_compared_where_there_are_two(make_grid):
+    grid = make_grid(models=("pythia-70m", "pythia-160m", "pythia-410m"), depths=("mid",), ks=(8,))
+    renamed = grid.cells.replace({"model": {"pythia-70m": "smollm2-135m"}})
+    deltas = model_deltas(_means(type(grid)(renamed, grid.sequences, None))[1])
+    assert set(zip(deltas["small"], deltas["large"], strict=True)) == {("pythia-160m", "pythia-410m")}
+    alone = renamed[renamed["model"] != "pythia-160m"]
+    deltas = model_deltas(_means(type(grid)(alone, grid.sequences, None))[1])
+    assert set(zip(deltas["small"], deltas["large"], strict=True)) == {("smollm2-135m", "pythia-410m")}
+
+
 def test_only_configurations_with_both_extreme_models_are_compared(make_grid):
     grid = make_grid(models=("pythia-70m", "pythia-160m", "pythia-410m"), depths=("mid",), ks=(8, 32), n_sequences=9)
     partial = type(grid)(grid.cells[~((grid.cells.model == "pythia-410m") & (grid.cells.k == 8))], grid.sequences, None)

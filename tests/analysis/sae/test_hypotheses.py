@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from analysis.sae.asymptote import asymptote, equal_alive
+from analysis.sae.cells import family_of
 from analysis.sae.contrasts import Measured
 from analysis.sae.hypotheses import (
     REJECTED,
@@ -17,7 +18,6 @@ from analysis.sae.hypotheses import (
     Reference,
     Thresholds,
     Verdict,
-    family_of,
     judge_h0,
     judge_h1,
     judge_h2,
