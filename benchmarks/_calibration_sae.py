@@ -105,7 +105,7 @@ def _trained(
         rows.append(("m", 8, k, 0))
     moment = math.exp(0.49) if damage == "skewed" else 1.0
     one = {"ce_rec": 0.15 * (math.sqrt(1.04) if damage == "even" else 1.0), "r2": 0.03 * math.sqrt(moment * 12 / 11)}
-    more = math.sqrt(1 + (alike or 0.0) * (repeats - 1) if alike else 1.0)
+    more = math.sqrt(1 + (alike or 0.0) * (repeats - 1))
     return *_grid(rows, tables), truth, {metric: more * sd / math.sqrt(sequences) for metric, sd in one.items()}
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import io
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -185,17 +186,17 @@ def markdown_table(
     return "\n".join(lines)
 
 
+def cpuinfo() -> dict[str, str]:
+    """What Linux says of the last core, by name ("model name", "flags"); at least the model's name elsewhere."""
+    file = Path("/proc/cpuinfo")
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    known = dict(re.findall(r"^(.+?)\s*: (.+)$", text, re.MULTILINE))
+    return {"model name": platform.processor() or platform.machine(), **known}
+
+
 def machine() -> str:
     """One line about this machine: CPU model, cores that this process may use, memory, Python and torch."""
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [
-            line.split(":", 1)[1].strip()
-            for line in cpuinfo.read_text(encoding="utf-8").splitlines()
-            if "model name" in line
-        ]
-        cpu = models[0] if models else cpu
+    cpu = cpuinfo()["model name"]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     parts = [cpu, f"{cores} cores", f"{gib:.0f} GiB", f"Python {platform.python_version()}"]

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -27,7 +26,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from analysis.markdown import table
-from benchmarks._paired import machine
+from benchmarks._paired import cpuinfo, machine
 
 RUNS: Mapping[str, Sequence[str]] = {
     "sae_step": (),
@@ -84,12 +83,9 @@ def claims(report: str) -> Iterator[Claim]:
 
 def processor() -> tuple[str, list[str]]:
     """(model, instruction sets that decide between our kernels) of this machine."""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
-    known = dict(re.findall(r"^(.+?)\s*: (.+)$", text, re.MULTILINE))
+    known = cpuinfo()
     flags = known.get("flags", "").split()
-    model = known.get("model name") or platform.processor() or platform.machine()
-    return model, [name for name in _INSTRUCTIONS if name in flags]
+    return known["model name"], [name for name in _INSTRUCTIONS if name in flags]
 
 
 def slug(name: str) -> str:
@@ -181,9 +177,8 @@ def main() -> None:
         page = args.docs / "benchmarks" / slug(model) / f"{slug(name)}.md"
         page.parent.mkdir(parents=True, exist_ok=True)
         found = measure(name, page, args.quick)
-        save(
-            file, model, instructions, load(file) | {name: found}
-        )  # what is finished stays when the next one is stopped
+        # what is finished stays when the next one is stopped
+        save(file, model, instructions, load(file) | {name: found})
         write(args.docs)
     if args.write:
         write(args.docs)

@@ -224,14 +224,15 @@ class SequenceTables:
                 f"cells {absent[:5]} (of {len(absent)}) have no sequence table; give one for all or for none"
             )
         self._columns: list[dict[str, Floats]] = []
-        known = bool(tables) and all(_documents(t) is not None for t in tables.values())
+        documents = {key: _documents(table) for key, table in tables.items()}
+        known = all(document_S is not None for document_S in documents.values())
         self._documents: dict[int, npt.NDArray[np.int64]] = {}
         for row, key in enumerate(cells["cell_key"]):
             if not tables:
                 break
             columns = _summands(_checked(key, tables[key]))
             numbers_S = columns["sequence"].astype(np.int64)
-            document_S = _documents(tables[key]) if known else None
+            document_S = documents[key] if known else None
             shown_S = np.zeros_like(numbers_S) if document_S is None else document_S
             self._groups.setdefault(tuple(zip(numbers_S.tolist(), shown_S.tolist(), strict=True)), []).append(row)
             columns, document_U = _of_units(columns, document_S)
@@ -342,7 +343,7 @@ def _documents(table: pd.DataFrame) -> npt.NDArray[np.int64] | None:
     """The document of each sequence, sequences in order; None where the table does not tell."""
     if "document" not in table or table["document"].isna().any():
         return None
-    return table.sort_values("sequence", kind="stable")["document"].to_numpy(np.int64)
+    return table["document"].to_numpy(np.int64)[np.argsort(table["sequence"].to_numpy(), kind="stable")]
 
 
 def _of_units(

@@ -219,7 +219,7 @@ class _PackRun:
                 self._tell(number + 1)
                 if not self.trajectories:
                     return
-                self._stop_if_asked(number + 1)
+                self._stop_if_asked()
                 if time.monotonic() - self._saved > max(
                     self.context.run.checkpoint_seconds, _SAVE_PAUSE * self._save_took
                 ):
@@ -268,7 +268,7 @@ class _PackRun:
         for i in range(0, len(tokens_NT), _LM_BATCH):
             self.context.progress(phase=f"activations of block {block + 1}, sequence {i} of {len(tokens_NT)}")
             if i:  # a block of a large model takes minutes on CPUs; a pod's notice is shorter
-                self._stop_if_asked(block * self.block_steps)
+                self._stop_if_asked()
             tokens_BT = torch.from_numpy(tokens_NT[i : i + _LM_BATCH].astype(np.int64)).to(device)
             rows = place[i * self.first.context :][: tokens_BT.numel()]
             for layer, a_BTD in self.lm.activations(tokens_BT, self.layers).items():
@@ -354,10 +354,11 @@ class _PackRun:
                 self.bank.pop(t.key)
         self.trajectories = [t for t in self.trajectories if t.cells]
 
-    def _stop_if_asked(self, step: int) -> None:
+    def _stop_if_asked(self) -> None:
         """Raises PackStopped with every SAE saved when the launch is being stopped."""
         if self.context.stopping():
             self._checkpoint()
+            step = min(t.step_count for t in self.trajectories)
             raise PackStopped(f"stopped at step {step}; its checkpoints are kept")
 
     def _checkpoint(self) -> None:
