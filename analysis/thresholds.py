@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 QUANTILE, LEVEL = 0.95, 0.95
 _WIDER_TAIL = 3  # few values lie beyond a far quantile, so that groups which differ may look alike there by chance
@@ -148,7 +148,8 @@ def _effective(below_V: np.ndarray, groupings: Sequence[np.ndarray], level: floa
     if variance <= 0:
         return float(n)
     tail = 1 - (1 - level) / 2
-    shrink = (stats.t.ppf(tail, n - 1) / stats.t.ppf(tail, df)) ** 2
+    all_apart, as_grouped = special.stdtrit([n - 1, df], tail)
+    shrink = (all_apart / as_grouped) ** 2
     return float(min(n, shrink * share * (1 - share) / variance))
 
 
@@ -164,8 +165,8 @@ def _order_interval(sorted_V: np.ndarray, effective: float, quantile: float, lev
     """Order statistics at the ranks that a sample of `effective` independent values would take, as shares."""
     n, m = sorted_V.size, math.floor(effective)
     tail = (1 - level) / 2
-    low = int(stats.binom.ppf(tail, m, quantile))  # P(that rank's value > quantile) = P(binomial < low) <= tail
-    high = int(stats.binom.ppf(1 - tail, m, quantile)) + 1
+    low, high = stats.binom.ppf([tail, 1 - tail], m, quantile).astype(int)
+    high += 1  # P(the value at rank `low` > quantile) = P(binomial < low) <= tail; likewise above `high`
     lo = sorted_V[max(1, math.floor(low / m * n)) - 1] if low >= 1 else -math.inf
     hi = sorted_V[min(n, math.ceil(high / m * n)) - 1] if high <= m else math.inf
     return float(lo), float(hi)
