@@ -33,7 +33,9 @@ class Kept:
                 entry = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            self._known[entry["setting"]] = (Tally(**entry["tally"]), entry["seconds"])
+            before = entry["tally"].pop("before")
+            tally = Tally(**entry["tally"], before=before and tuple(before))
+            self._known[entry["setting"]] = (tally, entry["seconds"])
 
     def get(self, study: str, statement: Statement, setting: Setting, trials: int) -> tuple[Tally, float] | None:
         """(tally, CPU-seconds) of a setting that was measured before."""
@@ -45,7 +47,12 @@ class Kept:
         entry = {
             "setting": _name(study, statement, setting, trials),
             # some count with NumPy's integers
-            "tally": {"hits": int(tally.hits), "trials": int(tally.trials), "width": float(tally.width)},
+            "tally": {
+                "hits": int(tally.hits),
+                "trials": int(tally.trials),
+                "width": float(tally.width),
+                "before": tally.before and [int(count) for count in tally.before],
+            },
             "seconds": seconds,
         }
         self._file.parent.mkdir(parents=True, exist_ok=True)

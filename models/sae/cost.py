@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
+
+from models.cpu.bfloat16 import multiplies_bfloat16
 from models.sae.batch_screen import MOST_CANDIDATES, MOST_PER_ROW
 from models.sae.engines import Backend, n_candidates
 from models.sae.intrinsics import BLOCK
@@ -28,7 +31,12 @@ def bank_bytes(configs: Iterable[SAEConfig], batch: int, *, backend: Backend = "
 def _cell_bytes(config: SAEConfig, backend: Backend) -> int:
     matrix, vectors = config.d_in * config.d_sae, config.d_sae + config.d_in
     state = 4 * 3 * (2 * matrix + vectors) + 4 * config.d_sae
-    return state + ((2 if multiplies_int8() else 4) * matrix + 9 * config.d_sae if backend == "numba" else 0)
+    return state + (_screen_itemsize() * matrix + 9 * config.d_sae if backend == "numba" else 0)
+
+
+def _screen_itemsize() -> int:
+    """Bytes of a weight in the widest precision that the screen may turn to."""
+    return 2 if multiplies_int8() and multiplies_bfloat16(torch.device("cpu")) else 4
 
 
 def _scratch_bytes(config: SAEConfig, batch: int, backend: Backend, aux: bool) -> int:
@@ -46,7 +54,8 @@ def _scratch_bytes(config: SAEConfig, batch: int, backend: Backend, aux: bool) -
     blocks = 4 * BLOCK * -(-D // BLOCK)
     levels = len(config.widths) - 1
     per_token += (5 if multiplies_int8() else 8) * D + 8 + blocks * (1 + levels + len(wanted) + (len(wanted) > 1))
-    product = M * min(4 * batch, CHUNK_BYTES_PER_FEATURE)
+    per_token += 0 if multiplies_int8() else 2 * D  # 16-bit copies, where int8 is multiplied by pairs
+    product = M * min(4 * batch, CHUNK_BYTES_PER_FEATURE) + (0 if multiplies_int8() else 2 * D * M)
     if config.kind != "topk":  # candidates: feature, token, a and score; marks of a block of rows
         per_token += 16 * (MOST_CANDIDATES * config.k + MOST_PER_ROW)
         product += product // 4

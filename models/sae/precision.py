@@ -15,6 +15,8 @@ from functools import lru_cache
 
 import torch
 
+from models.cpu import int8
+
 ROWS, WIDTH, FEATURES, RUNS = 256, 512, 2048, 3
 HOPELESS = 2.0  # times float32's seconds, after which a precision is not measured again
 # times float32's seconds that a low precision may take, as its candidates are scored again; and times int8's that
@@ -24,18 +26,34 @@ LOW_SHARE, BFLOAT16_SHARE = 0.8, 0.9
 
 def product_seconds(dtype: torch.dtype, limit: float = float("inf")) -> float:
     """CPU-seconds of one screening product [R, D] × [D, M] in a precision (int8, bfloat16 or float32): the least of a
-    few runs after a small one that compiles, or of one that took more than `limit`."""
+    few runs after a small one that compiles, or of one that took more than `limit`. Of the two ways to multiply int8,
+    those of the faster."""
+    if dtype != torch.int8:
+        return _seconds(dtype, limit, torch.mm)
+    of_torch, paired = _int8_seconds(limit)
+    return min(of_torch, paired)
+
+
+def _int8_seconds(limit: float) -> tuple[float, float]:
+    """CPU-seconds of torch's int8 product and of ours, infinite where the processor lacks the instruction."""
+    paired = _seconds(torch.int8, limit, _paired) if int8.pairs_int8() else float("inf")
+    return _seconds(torch.int8, min(limit, HOPELESS * paired), torch._int_mm), paired
+
+
+def _paired(x_RD: torch.Tensor, W_DM: torch.Tensor) -> torch.Tensor:
+    width, features = W_DM.shape
+    panels = int8.pack(W_DM.T, torch.empty(int8.packed_shape(features, width), dtype=torch.int16))
+    return int8.multiply(x_RD, panels, torch.empty(len(x_RD), features, dtype=torch.int32))
+
+
+def _seconds(dtype: torch.dtype, limit: float, multiply: Callable[[torch.Tensor, torch.Tensor], object]) -> float:
     generator = torch.Generator().manual_seed(0)
     x, W = ((40 * torch.randn(n, WIDTH, generator=generator)).clamp_(-127, 127).to(dtype) for n in (ROWS, FEATURES))
-
-    def multiply(rows: torch.Tensor) -> object:
-        return torch._int_mm(rows, W.T) if dtype == torch.int8 else torch.mm(rows, W.T)
-
-    multiply(x[:32])
+    multiply(x[:32], W.T)
     least = float("inf")
     for _ in range(RUNS):
         start = time.process_time()
-        multiply(x)
+        multiply(x, W.T)
         least = min(least, time.process_time() - start)
         if least > limit:
             break
@@ -57,6 +75,13 @@ def choose(seconds: Seconds = product_seconds) -> torch.dtype:
 def screen_precision() -> torch.dtype:
     """What the screen of the numba engine begins with on this processor."""
     return choose()
+
+
+@lru_cache(maxsize=1)
+def multiplies_pairs() -> bool:
+    """Whether our int8 product takes less time than torch's on this processor."""
+    of_torch, paired = _int8_seconds(float("inf"))
+    return paired < of_torch
 
 
 @lru_cache(maxsize=1)

@@ -1,10 +1,10 @@
 """Which features are active, on CPUs: a low-precision product finds candidates, float32 settles them.
 
 The screen multiplies copies of x and W_enc · n in the precision that is measured to be the fastest here (`precision`):
-int8 (one scale a row, exact int32 sums), bfloat16, or float32 where neither is faster (without AVX512-VNNI torch's int8
-product takes twenty times as long). Activations with a few enormous coordinates do not survive eight bits; the
-certificate notices, those rows are scored in float32, and when they are many the screen turns to bfloat16 for the next
-HOLD_STEPS batches. Either way the support is the float32 one.
+int8 (one scale a row, exact int32 sums, by torch or by `models.cpu.int8`), bfloat16, or float32 where neither is
+faster. Activations with a few enormous coordinates do not survive eight bits; the certificate notices, those rows are
+scored in float32, and when they are many the screen turns to bfloat16 for the next HOLD_STEPS batches, or to float32
+where bfloat16 is no faster. Either way the support is the float32 one.
 
 Shape suffixes as in `kernels`.
 """
@@ -13,21 +13,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
+from models.cpu import int8
 from models.cpu.threads import array, even_split, run_kernel
 from models.sae import kernels
 from models.sae.engines import CERTIFICATE, Scratch, dots, exact_topk, n_candidates
 from models.sae.intrinsics import BLOCK
 from models.sae.jumprelu import JumpReLUSAE
 from models.sae.model import TopKSAE
-from models.sae.precision import screen_precision
+from models.sae.precision import bfloat16_is_faster, multiplies_pairs, screen_precision
 
 CHUNK_BYTES_PER_FEATURE = 1024  # of a block of screened scores; 256 rows of int32, 512 of bfloat16
 INT8_MARGIN, BFLOAT16_MARGIN = 32, 16  # least surplus of candidates: int8's error is about three times as large
-HOLD_STEPS = 256  # batches in bfloat16 after an int8 screen that left more than HOLD_SHARE of its rows in doubt
+HOLD_STEPS = (
+    256  # batches in another precision after an int8 screen that left more than HOLD_SHARE of its rows in doubt
+)
 HOLD_SHARE = 0.02
 
 
@@ -76,15 +80,18 @@ class Screen:
         self.norm_M = torch.empty(sae.d_sae)
         self.scale_M = torch.empty(sae.d_sae)
         self.first = screen_precision()
-        held = max(self.first.itemsize, torch.bfloat16.itemsize)
-        self._memory = torch.empty(held * sae.d_sae * sae.d_in, dtype=torch.uint8)
+        self.second = self.first
+        if self.first == torch.int8:
+            self.second = torch.bfloat16 if bfloat16_is_faster() else torch.float32
+        self._pairs = self.first == torch.int8 and multiplies_pairs()
+        self._memory = torch.empty(self.second.itemsize * sae.d_sae * sae.d_in, dtype=torch.uint8)
         self.hold = 0
         self.refresh()
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of the next screen: the fastest here, or bfloat16 while int8 would leave too much in doubt."""
-        return torch.bfloat16 if self.first == torch.int8 and self.hold > 0 else self.first
+        """Precision of the next screen: the fastest here, or the second while int8 would leave too much in doubt."""
+        return self.second if self.hold > 0 else self.first
 
     def low_MD(self) -> torch.Tensor:
         """W_enc · n in the precision of the next screen."""
@@ -162,17 +169,24 @@ class Screen:
 
     def products(self, x_BD: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """The screening product of lowered rows with the lowered weights, a block of rows at a time."""
-        W = self.low_MD()
+        W, multiply = self._weights()
         dtype = torch.int32 if self.dtype == torch.int8 else self.dtype
         step = CHUNK_BYTES_PER_FEATURE // dtype.itemsize
         for start in range(0, len(x_BD), step):
             chunk = slice(start, min(start + step, len(x_BD)))
             product = self.scratch.take("screen.product", chunk.stop - chunk.start, self.sae.d_sae, dtype=dtype)
-            if self.dtype == torch.int8:
-                torch._int_mm(x_BD[chunk], W.T, out=product)
-            else:
-                torch.mm(x_BD[chunk], W.T, out=product)
+            multiply(x_BD[chunk], W, product)
             yield chunk, product
+
+    def _weights(self) -> tuple[torch.Tensor, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]]:
+        """The lowered weights as the product takes them, and the product (x, weights, result)."""
+        low = self.low_MD()
+        if self.dtype != torch.int8:
+            return low.T, lambda x, W, out: torch.mm(x, W, out=out)
+        if not self._pairs:
+            return low.T, lambda x, W, out: torch._int_mm(x, W, out=out)
+        panels = self.scratch.take("screen.panels", *int8.packed_shape(*low.shape), dtype=torch.int16)
+        return int8.pack(low, panels, self.n_threads), partial(int8.multiply, n_threads=self.n_threads)
 
     def sort(self, idx_Bk: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Entries by feature: starts [M + 1], token [E], and the slot of each entry [B, k]."""

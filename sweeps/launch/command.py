@@ -38,7 +38,7 @@ from sweeps.launch.mlflow_store import default_uri, normal_uri, sqlite_file
 from sweeps.launch.pack_queue import Queue
 from sweeps.launch.plan import PlanText
 from sweeps.launch.ray_session import connect, shutdown_ray
-from sweeps.launch.report_folder import put_in_place, say_partial, say_runs, say_settings
+from sweeps.launch.report_folder import keep_runs, put_in_place, say_partial, say_runs, say_settings
 from sweeps.launch.report_page import write_page
 from sweeps.launch.same_code import OTHER_CODE, own_code
 from sweeps.launch.screen import Board
@@ -523,6 +523,7 @@ class _Launch(Generic[CellT, PresetT]):
         only = ["--only", *self.arguments.only] if self.arguments.only else []
         searched = self.search.asked.arguments() if self.search else []
         say_settings(made / "report.md", shlex.join(["--preset", self.arguments.preset, *settings, *only, *searched]))
+        keep_runs(made / "report.md", self.out / "report.md")
         write_page(made)
         return [*lines, f"report       {self.out / 'report.md'} (report.html shows it)"], put_in_place(made, self.out)
 

@@ -56,10 +56,20 @@ class View:
     charts: Sequence[Chart] = ()
 
     def of_search(self, fields: Sequence[str], columns: Sequence[str]) -> View:
-        """The same for a search: its fields, and what it optimises against each of them, come first."""
+        """The same for a search: its fields, and what it optimises against each of them, come first.
+
+        A column may be a name alone, `final_val_nll`, of which MLflow knows `final_val_nll/ema`: the sweep's own view
+        begins with the one that is meant.
+        """
+        columns = [self._spelled(column) for column in columns]
         charts = [Chart(f"{columns[0]} by {name}", "scatter", columns[0], name, x_param=True) for name in fields]
         params, metrics = dict.fromkeys([*fields, *self.params]), dict.fromkeys([*columns, *self.metrics])
         return View(list(params), list(metrics), [*charts, *self.charts])
+
+    def _spelled(self, column: str) -> str:
+        if column in self.metrics:
+            return column
+        return next((name for name in self.metrics if name.startswith(f"{column}/")), column)
 
 
 def search_of(grid: str) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _LIST = ".report.json"  # {"files": names that a report wrote}
+_IN_MLFLOW = "\n\nIn MLflow: "  # the last line of a report
 _TRIES = 5  # against launches that write the same report at the same moment
 
 
@@ -25,8 +26,19 @@ def say_settings(report: Path, arguments: str) -> None:
 
 def say_runs(report: Path, address: str) -> None:
     """Say at the end of a Markdown report where MLflow compares the runs of its cells."""
+    text = report.read_text(encoding="utf-8").partition(_IN_MLFLOW)[0].rstrip("\n")
+    report.write_text(f"{text}{_IN_MLFLOW}[these cells compared]({address}).\n", encoding="utf-8")
+
+
+def keep_runs(report: Path, before: Path) -> None:
+    """Keep what the report `before`, where there is one, says about MLflow, if it is otherwise the same report."""
+    try:
+        old, mark, runs = before.read_text(encoding="utf-8").partition(_IN_MLFLOW)
+    except (OSError, ValueError):
+        return
     text = report.read_text(encoding="utf-8").rstrip("\n")
-    report.write_text(f"{text}\n\nIn MLflow: [these cells compared]({address}).\n", encoding="utf-8")
+    if mark and old == text:
+        report.write_text(f"{text}{mark}{runs}", encoding="utf-8")
 
 
 def say_partial(report: Path, cells: int, planned: int) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import calibration
-from benchmarks._calibration import Statement, Tally, measure, spelled
+from benchmarks._calibration import CLOSELY, Statement, Tally, measure, measure_closely, spelled
 
 CASES = [
     pytest.param(statement, setting, id=f"{statement.name}: {spelled(setting)}")
@@ -32,6 +32,21 @@ def _too_narrow(rng: np.random.Generator, trials: int) -> Tally:
 def test_a_wrong_interval_is_found() -> None:
     wrong = Statement("z interval of four values", "nowhere", "coverage", _too_narrow, ({},), ({},))
     assert not wrong.holds(measure(wrong, {}, 600), level=0.99)
+
+
+def _right(rng: np.random.Generator, trials: int) -> Tally:
+    return Tally(int((rng.random(trials) < 0.96).sum()), trials)
+
+
+def test_a_rate_beyond_its_bound_is_measured_again_with_fresh_draws() -> None:
+    wrong, right = (
+        Statement("an interval", "nowhere", "coverage", simulate, ({},), ({},)) for simulate in (_too_narrow, _right)
+    )
+    first, closely = measure(wrong, {}, 600), measure_closely(wrong, {}, 600)
+    assert closely.before == (first.hits, 600)
+    assert closely.trials == CLOSELY * 600
+    assert closely.hits != measure(wrong, {}, CLOSELY * 600).hits  # whose first draws are those that were looked at
+    assert measure_closely(right, {}, 600) == measure(right, {}, 600)
 
 
 def test_bounds_follow_the_kind() -> None:

@@ -15,9 +15,10 @@ STATEMENT = Statement("an interval", "nowhere", "coverage", lambda *_: Tally(1, 
 
 
 def test_a_setting_is_kept_by_statement_setting_trials_and_code(tmp_path: Path) -> None:
-    Kept(tmp_path, "a").put("study", STATEMENT, SETTING, 9, (Tally(8, 9, 1.5), 0.25))
+    found = Tally(8, 9, 1.5, before=(1, 2))
+    Kept(tmp_path, "a").put("study", STATEMENT, SETTING, 9, (found, 0.25))
     again = Kept(tmp_path, "a")
-    assert again.get("study", STATEMENT, SETTING, 9) == (Tally(8, 9, 1.5), 0.25)
+    assert again.get("study", STATEMENT, SETTING, 9) == (found, 0.25)
     assert again.get("study", STATEMENT, SETTING, 10) is None
     assert again.get("study", STATEMENT, {"seeds": 4}, 9) is None
     assert again.get("another", STATEMENT, SETTING, 9) is None

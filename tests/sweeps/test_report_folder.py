@@ -11,7 +11,7 @@ import pytest
 
 from sweeps.core.cells import Row
 from sweeps.launch import command
-from sweeps.launch.report_folder import put_in_place
+from sweeps.launch.report_folder import keep_runs, put_in_place, say_runs
 from sweeps.ledger.ledger import Ledger
 from tests.sweeps.launch.test_launch import Main, main  # noqa: F401 - a fixture
 
@@ -36,6 +36,21 @@ def test_another_launchs_figures_do_not_stay(tmp_path: Path) -> None:
     assert visible(place) == {"notes.txt": "mine", "report.md": "b"}
     assert visible(tmp_path / "b") == {"report.md": "b"}  # for MLflow, whatever others do to the place meanwhile
     assert [p.name for p in place.parent.iterdir()] == ["small"]
+
+
+def test_the_address_of_the_runs_stays_with_the_same_report_alone(tmp_path: Path) -> None:
+    before = made(tmp_path / "before", report="# One") / "report.md"
+    same, other = (made(tmp_path / text, report=f"# {text}") / "report.md" for text in ("One", "Two"))
+    keep_runs(same, before)
+    assert same.read_text() == "# One"  # there was none
+    for address in ("http://a", "http://b"):
+        say_runs(before, address)
+    assert before.read_text() == "# One\n\nIn MLflow: [these cells compared](http://b).\n"
+    for report in (same, other):
+        keep_runs(report, before)
+    keep_runs(other, tmp_path / "absent.md")
+    assert same.read_text() == before.read_text()
+    assert other.read_text() == "# Two"
 
 
 def test_a_folder_without_a_list_of_its_files_is_moved_aside(tmp_path: Path) -> None:

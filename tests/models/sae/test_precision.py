@@ -46,9 +46,13 @@ def test_flags_decide_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(encoder(sae), ScreenedEncoder)
 
 
-def test_doubt_turns_int8_alone_to_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("second", [torch.bfloat16, torch.float32])
+def test_doubt_turns_int8_alone_to_what_is_faster_of_the_others(
+    monkeypatch: pytest.MonkeyPatch, second: torch.dtype
+) -> None:
     sae = TopKSAE.from_config(SAEConfig(d_in=32, d_sae=128, k=4, seed=0))
-    for first, then in ((torch.int8, torch.bfloat16), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)):
+    monkeypatch.setattr(screen, "bfloat16_is_faster", lambda: second == torch.bfloat16)
+    for first, then in ((torch.int8, second), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)):
         monkeypatch.setattr(screen, "screen_precision", lambda first=first: first)
         one = Screen(sae, Scratch(), 1)
         one.judge(1.0)

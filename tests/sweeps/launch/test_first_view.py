@@ -214,3 +214,9 @@ def test_a_search_opens_on_its_fields_and_its_objective() -> None:
     assert list(view.params)[:2] == ["lr", "batch_size"]
     assert list(view.metrics)[:2] == ["ce_rec", "l0"]
     assert len(set(view.params)) == len(view.params)
+
+
+def test_an_objective_by_its_name_alone_is_charted_as_mlflow_spells_it() -> None:
+    view = View(metrics=("final_val_nll/ema", "final_val_nll/raw")).of_search(["lr"], ["final_val_nll", "size"])
+    assert view.charts[0] == Chart("final_val_nll/ema by lr", "scatter", "final_val_nll/ema", "lr", x_param=True)
+    assert list(view.metrics) == ["final_val_nll/ema", "size", "final_val_nll/raw"]
