@@ -317,11 +317,13 @@ def test_unknown_backend_is_refused() -> None:
 
 
 @pytest.mark.usefixtures("int8")
-def test_activations_that_int8_cannot_hold_turn_the_screen_to_bfloat16_and_back(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("second", [torch.bfloat16, torch.float32])
+def test_activations_that_int8_cannot_hold_turn_the_screen_to_more_bits_and_back(
+    monkeypatch: pytest.MonkeyPatch, second: torch.dtype
 ) -> None:
     """One enormous coordinate a token leaves nothing of the others in eight bits: the support stays exact, the engine
-    screens in bfloat16 for a while, and a copy that resumes in between does the same."""
+    screens in bfloat16 or float32 for a while, and a copy that resumes in between does the same."""
+    monkeypatch.setattr("models.sae.screen.bfloat16_is_faster", lambda: second == torch.bfloat16)
     monkeypatch.setattr("models.sae.screen.HOLD_STEPS", 3)
     config = config_of(d_in=64, d_sae=1024, k=4)
     trainer = SparseTrainer(config, backend="numba", n_threads=1)
@@ -338,7 +340,7 @@ def test_activations_that_int8_cannot_hold_turn_the_screen_to_bfloat16_and_back(
     for _ in range(2):
         trainer.step(x)
         seen.append(trainer._engine.screen_dtype)  # type: ignore[attr-defined]
-    assert seen == [torch.bfloat16] * 2
+    assert seen == [second] * 2
     twin = SparseTrainer(config, backend="numba", n_threads=1)
     twin.load_state_dict(trainer.state_dict())
     easy = activations(128, 64, 6)
