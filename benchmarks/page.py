@@ -88,9 +88,14 @@ def processor() -> tuple[str, list[str]]:
     return known["model name"], [name for name in _INSTRUCTIONS if name in flags]
 
 
-def slug(name: str) -> str:
-    """A processor's name as a file's."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+def slug(*words: str) -> str:
+    """Words as the name of a file or folder."""
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
+
+
+def kind(model: str, instructions: Sequence[str]) -> str:
+    """Name of a kind of processor as a file's. Its newest instructions are in it: one model name serves generations."""
+    return slug(model, *instructions[-1:])
 
 
 def measure(name: str, page: Path, quick: bool) -> Measured:
@@ -171,10 +176,11 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the pages")
     args = parser.parse_args()
     model, instructions = processor()
-    file = args.docs / "benchmarks" / "measured" / f"{slug(model)}.json"
+    folder = args.docs / "benchmarks"
+    file = folder / "measured" / f"{kind(model, instructions)}.json"
     for i, name in enumerate(() if args.write else args.only, start=1):
         print(f"benchmark {i} of {len(args.only)}: {name}", file=sys.stderr, flush=True)
-        page = args.docs / "benchmarks" / slug(model) / f"{slug(name)}.md"
+        page = folder / kind(model, instructions) / f"{slug(name)}.md"
         page.parent.mkdir(parents=True, exist_ok=True)
         found = measure(name, page, args.quick)
         # what is finished stays when the next one is stopped

@@ -69,5 +69,11 @@ def test_a_benchmark_that_fails_is_a_line_and_not_the_end(tmp_path: Path, monkey
 def test_every_run_names_a_benchmark_and_the_processor_has_a_name() -> None:
     assert all((page.ROOT / "benchmarks" / f"{name.split(',')[0]}.py").is_file() for name in page.RUNS)
     model, instructions = page.processor()
-    assert page.slug(model)
+    assert page.kind(model, instructions)
     assert set(instructions) <= {"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile"}
+
+
+def test_two_generations_under_one_model_name_have_files_of_their_own() -> None:
+    assert page.kind("AMD EPYC", ["avx2"]) == "amd-epyc-avx2"
+    assert page.kind("AMD EPYC", ["avx2", "avx512f", "avx512_bf16"]) == "amd-epyc-avx512-bf16"
+    assert page.kind("Old CPU", []) == "old-cpu"
