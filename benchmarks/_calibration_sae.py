@@ -320,13 +320,13 @@ _OWN = (
     "t quantiles costs up to a third of width."
 )
 _TRAINED: Sequence[Setting] = [
-    *grid(metric=METRICS, sequences=(8, 16, 48, 200, 512), damage=("even", "skewed")),
+    *grid(metric=METRICS, sequences=(10, 16, 48, 200, 512), damage=("even", "skewed")),
     *grid(metric=METRICS, sequences=(16, 48, 96), damage=("skewed",), alike=(0.2, 0.5)),
 ]
 _DELTAS: Sequence[Setting] = [
     *grid(seeds=((2, 2), (3, 3), (5, 5)), sequences=(48,), seed_noise=(0.1, 1.0, 5.0), ratio=(1.0, 3.0)),
     *grid(seeds=((2, 4),), sequences=(48,), seed_noise=(5.0,), ratio=(1 / 3, 3.0)),
-    *grid(seeds=((3, 3),), sequences=(8, 200), seed_noise=(1.0,), ratio=(1.0,)),
+    *grid(seeds=((3, 3),), sequences=(10, 200), seed_noise=(1.0,), ratio=(1.0,)),
 ]
 _PRINTED = "proxy_gap report"
 
@@ -355,7 +355,7 @@ STATEMENTS: Sequence[Statement] = (
         simulate=mean_coverage,
         settings=[
             *grid(seeds=(2, 3, 5), sequences=(48,), seed_noise=(0.1, 1.0, 5.0)),
-            *grid(seeds=(3,), sequences=(8,), seed_noise=(0.1,)),
+            *grid(seeds=(3,), sequences=(10,), seed_noise=(0.1,)),
         ],
         quick=({"seeds": 2, "sequences": 48, "seed_noise": 5.0},),
         trials=1_000,

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from analysis.sae.fidelity import SequenceSums
 
 # Fewer units leave 95% intervals below .93 (simulated).
-MIN_UNITS = 8
+MIN_UNITS = 10
 _DEPTHS = {"early": 0, "mid": 1, "late": 2}
 
 

@@ -33,6 +33,7 @@ ENVIRONMENT = {  # pip's option: uv's variable (and not an argument, which every
 }
 ON_CPUS = ("torch", "torchaudio")  # the packages that are built for CPUs alone, under a version of their own
 FOR_GPUS = ("nvidia-", "cuda-")  # the beginnings of the names of what those builds do without
+WITH_LIBRARY = ("soundfile",)  # packages that have a wheel with their C library, and one without it
 
 RARE = r"/(tests?|testing|transformers/models|plotly|statsmodels|rllib|wandb|Cython|IPython)/"  # folders, half of all
 
@@ -87,6 +88,14 @@ def install(uv: str, requirements: Path, *more: str) -> bool:
     return subprocess.run([*PIP, *asked]).returncode == 0
 
 
+def complete(lock: Sequence[str]) -> None:
+    """Install again by pip what lacks its C library: of a version that two indexes have, uv takes the first's wheel."""
+    for pin in [line for line in lock if line.startswith(tuple(f"{name}==" for name in WITH_LIBRARY))]:
+        name = pin.partition("==")[0]
+        if subprocess.run([sys.executable, "-c", f"import {name}"], stderr=subprocess.DEVNULL).returncode:
+            subprocess.run([*PIP, "install", "--quiet", "--no-deps", "--force-reinstall", pin])
+
+
 def uv_of(lock: Sequence[str]) -> str:
     """uv's program, installed by pip in the lock's version; empty where that fails."""
     (pin,) = [line for line in lock if line.startswith("uv==")]
@@ -132,6 +141,7 @@ def main(arguments: Sequence[str]) -> int:
         chosen.write_text("\n".join(lock), encoding="utf-8")
         if not install(uv, chosen):
             return 1
+    complete(lock)
     compile_modules()
     return 0
 

@@ -40,12 +40,12 @@ def test_one_seed_speaks_of_its_trained_sae_over_sequences(make_grid):
 
 
 def test_few_sequences_give_no_interval_and_the_reason(make_grid):
-    _, means = _means(make_grid(depths=("mid",), ks=(8,), n_sequences=7, seeds=2))
+    _, means = _means(make_grid(depths=("mid",), ks=(8,), n_sequences=9, seeds=2))
     for metric in METRICS:
-        assert set(means.table[f"{metric}_needs"]) == {"needs ≥ 8 evaluated sequences"}
+        assert set(means.table[f"{metric}_needs"]) == {"needs ≥ 10 evaluated sequences"}
         assert means.table[f"{metric}_lo"].isna().all()
-        assert model_deltas(means)[f"delta_{metric}_needs"][0] == "needs ≥ 8 evaluated sequences"
-    _, enough = _means(make_grid(depths=("mid",), ks=(8,), n_sequences=8))
+        assert model_deltas(means)[f"delta_{metric}_needs"][0] == "needs ≥ 10 evaluated sequences"
+    _, enough = _means(make_grid(depths=("mid",), ks=(8,), n_sequences=10))
     assert enough.table[["ce_rec_lo", "r2_lo"]].notna().all(axis=None)
 
 
@@ -123,7 +123,7 @@ def test_without_sequences_seeds_alone_carry_the_interval(make_grid):
     assert means.table["ce_rec_lo"][0] == pytest.approx(expected.lo)
     one = cells[cells["seed"] == 0].reset_index(drop=True)
     assert set(configuration_means(one, SequenceTables(one, None)).table["ce_rec_needs"]) == {
-        "needs ≥ 8 evaluated sequences"
+        "needs ≥ 10 evaluated sequences"
     }
 
 
@@ -203,8 +203,8 @@ def test_documents_are_the_units_of_one_model_too(make_grid):
     name, table = next(iter(twice.items()))
     limits, plain = ce_rec_interval(table), ce_rec_interval(grid.sequences[name])
     assert (limits.lo, limits.hi) == pytest.approx((plain.lo, plain.hi), rel=1e-12)
-    few = ce_rec_interval(table.assign(document=table["document"] % 7))
-    assert few.needs == "needs ≥ 8 evaluated documents"
+    few = ce_rec_interval(table.assign(document=table["document"] % 9))
+    assert few.needs == "needs ≥ 10 evaluated documents"
 
 
 def test_few_documents_give_no_interval_and_older_tables_none_of_their_own(make_grid):
@@ -212,7 +212,7 @@ def test_few_documents_give_no_interval_and_older_tables_none_of_their_own(make_
     documents = np.arange(40) // 6
     tables = _by_document(grid, np.arange(40)[::-1], documents)
     row = model_deltas(_means(grid, tables)[1]).iloc[0]
-    assert row["delta_ce_rec_needs"] == row["delta_r2_needs"] == "needs ≥ 8 evaluated documents"
+    assert row["delta_ce_rec_needs"] == row["delta_r2_needs"] == "needs ≥ 10 evaluated documents"
     assert np.isnan(row["delta_ce_rec_lo"])
     first = next(iter(tables))
     older = tables | {first: tables[first].drop(columns="document")}  # of a ledger that was begun before

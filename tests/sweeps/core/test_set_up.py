@@ -53,26 +53,37 @@ def test_lock_for_cpus() -> None:
     assert len([line for line in whole if line.startswith("uv==")]) == 1
 
 
-def wheel(folder: Path, name: str, version: str) -> None:
-    """A package of one module that holds its version."""
+def wheel(folder: Path, name: str, version: str, tag: str = "py3-none-any", module: str = "") -> None:
+    """A package of one module that holds its version, or this text."""
     home = f"{name}-{version}"
-    with zipfile.ZipFile(folder / f"{home}-py3-none-any.whl", "w") as f:
-        f.writestr(f"{name}.py", f"VERSION = {version!r}\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(folder / f"{home}-{tag}.whl", "w") as f:
+        f.writestr(f"{name}.py", module or f"VERSION = {version!r}\n")
         f.writestr(f"{home}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         f.writestr(f"{home}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         f.writestr(f"{home}.dist-info/RECORD", "")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("works", [True, False])
-def test_packages_come_from_the_index_that_pip_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], works: bool
-) -> None:
-    """Torch for CPUs where the index has it, kept by later set-ups; one line where not; pip where uv fails."""
+@pytest.fixture
+def own_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip and uv know nothing of how this machine configures them."""
     for name in [name for name in os.environ if name.startswith(("PIP_", "UV_"))]:
         monkeypatch.delenv(name)
     for name in ("XDG_CONFIG_DIRS", "XDG_CONFIG_HOME", "HOME"):  # where this machine's own pip.conf may lie
         monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("works", [True, False])
+def test_packages_come_from_the_index_that_pip_has(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    own_configuration: None,
+    works: bool,
+) -> None:
+    """Torch for CPUs where the index has it, kept by later set-ups; one line where not; pip where uv fails."""
     index, home = tmp_path / "index", tmp_path / "venv"
     index.mkdir()
     for version in ("3.0", "3.0+cpu"):
@@ -80,7 +91,6 @@ def test_packages_come_from_the_index_that_pip_has(
     wheel(index, "nvidia_x", "2.0")
     monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
     (tmp_path / "pip.conf").write_text(f"[global]\nno-index = true\nfind-links = {index}\n")
-    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "cache"))
     venv.create(home)
     tools = Path(sys.executable).parent
     real = str(tools / "uv")
@@ -114,6 +124,36 @@ def test_packages_come_from_the_index_that_pip_has(
     assert set_up.main([]) == 0
     assert installed() == ["nvidia_x-2.0.dist-info", "torch-3.0+cpu.dist-info"]
     assert subprocess.run([home / "bin" / "python", "-c", "import torch"]).returncode == 0
+
+
+@pytest.mark.slow
+def test_a_wheel_without_its_library_is_replaced_by_the_one_that_pip_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_configuration: None
+) -> None:
+    """uv takes a version from the first index that has it (extra ones first), whatever better wheel another has."""
+    home = tmp_path / "venv"
+    venv.create(home)
+    python = home / "bin" / "python"
+    for index, tag, module in (("one", "py3-none-any", "raise OSError"), ("two", "cp311-none-any", "")):
+        folder = tmp_path / index / "soundfile"
+        wheel(folder, "soundfile", "0.1", tag, module)
+        (folder / "index.html").write_text("".join(f'<a href="{p.name}">{p.name}</a>' for p in folder.glob("*.whl")))
+    monkeypatch.setenv("PIP_INDEX_URL", (tmp_path / "two").as_uri())
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", (tmp_path / "one").as_uri())
+    monkeypatch.setattr(set_up, "LOCK", tmp_path / "lock")
+    (tmp_path / "lock").write_text("soundfile==0.1\n")
+    real = str(Path(sys.executable).parent / "uv")
+    monkeypatch.setattr(set_up, "uv_of", lambda lock: real)
+    monkeypatch.setattr(set_up, "PIP", (*set_up.PIP, "--python", str(python)))
+    monkeypatch.setattr(set_up, "compile_modules", lambda: None)
+    monkeypatch.setattr(set_up.sys, "executable", str(python))
+    complete = set_up.complete
+    monkeypatch.setattr(set_up, "complete", lambda lock: None)
+    assert set_up.main([]) == 0
+    works = [str(python), "-c", "import soundfile"]
+    assert subprocess.run(works, stderr=subprocess.DEVNULL).returncode == 1
+    complete(["other==1", "soundfile==0.1"])
+    assert subprocess.run(works).returncode == 0
 
 
 def test_another_torch_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
