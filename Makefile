@@ -4,7 +4,7 @@ PY := .venv/bin/python
 READY := .venv/.ready
 BENCHMARKS := sae_step sae_grid evaluation lm_trunk bootstrap topology odor_model sequence_ops codec_lm scale tuning information
 
-TWO := -n 2 --dist loadfile --no-loadscope-reorder  # two processes, which share the files
+SHARED := --dist loadfile --no-loadscope-reorder  # the processes share the files
 
 # TORCH=cpu: torch's builds for CPUs, where the package index that pip is configured for has them.
 define SET_UP
@@ -28,13 +28,12 @@ proxy-gap: $(READY)  # in packs of 24 cells: in two of 48 the small model's ends
 	$(PY) sweeps/proxy_gap.py --set cells_per_pack=24
 
 test: $(READY)
-	$(PY) -m pytest $(TWO) -m "not slow or daily"
+	$(PY) -m pytest -n 2 $(SHARED) -m "not slow or daily"
 
-test-rest: $(READY)  # what `make test` leaves out
-	$(PY) -m pytest $(TWO) --durations=30 -m "slow and not daily"
+test-rest: $(READY)  # what `make test` leaves out: kills and clusters, which mostly wait, so four share two cores
+	$(PY) -m pytest -n 4 $(SHARED) --durations=30 -m "slow and not daily"
 
-test-all: $(READY)
-	$(PY) -m pytest $(TWO) --durations=30
+test-all: test test-rest
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -21,6 +21,7 @@ from sweeps.core.machine import user_cache
 TAG_LENGTH = 5000  # characters that every store of MLflow takes in a tag
 GRID = "plumbline.grid"  # tag: the grids that a run belongs to, blanks between them
 LAUNCH = "plumbline.launch"  # tag: the launch that a run is of
+PATIENCE = 60.0  # seconds for another process that writes to a SQLite file; one that takes longer is stopped
 _PLAIN = "/!$&'()*+,;=:@"  # characters of a path that need no percent-encoding in an address
 
 
@@ -64,15 +65,16 @@ def quiet_mlflow() -> None:
 
 
 @contextlib.contextmanager
-def alone(file: Path) -> Iterator[None]:
+def alone(file: Path, patience: float = PATIENCE) -> Iterator[None]:
     """A lock for the first call on a SQLite file, which makes its tables: two launches doing so at once break them.
 
     MLflow makes them once per machine, in fifty migrations; a new file gets a copy of them from the user's cache.
-    Raises sqlite3.Error where the file cannot be written.
+    patience: seconds to wait for another process that writes. Raises sqlite3.Error where the file cannot be written,
+    filelock.Timeout where another process makes its tables for longer than that.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    _open_once(file)
-    with filelock.FileLock(file.parent / "mlflow.db.lock"):
+    _open_once(file, patience)
+    with filelock.FileLock(file.parent / "mlflow.db.lock", timeout=patience):
         new = _empty(file)
         if new:
             with contextlib.suppress(sqlite3.Error, OSError, UserError):  # MLflow then makes the tables itself
@@ -119,12 +121,12 @@ def _keep_tables(file: Path, kept: Path) -> None:
             copy.replace(kept)
 
 
-def _open_once(file: Path) -> None:
+def _open_once(file: Path, patience: float) -> None:
     """Open and lock a SQLite file for writing; raises sqlite3.Error.
 
     MLflow asks ten times with growing pauses, nearly two minutes in all, whatever is wrong with a file.
     """
-    with contextlib.closing(sqlite3.connect(file, timeout=60.0, isolation_level=None)) as database:
+    with contextlib.closing(sqlite3.connect(file, timeout=patience, isolation_level=None)) as database:
         database.execute("BEGIN IMMEDIATE")
         database.execute("ROLLBACK")
 

@@ -29,7 +29,17 @@ from sweeps.core.cells import Cell, UserError, digest
 from sweeps.launch.cell_runs import CellRuns, Run
 from sweeps.launch.first_view import SUMMARY, View, runs_address, share
 from sweeps.launch.live import CURVE_SECONDS
-from sweeps.launch.mlflow_store import GRID, LAUNCH, TAG_LENGTH, alone, pages, quiet_mlflow, quoted, sqlite_file
+from sweeps.launch.mlflow_store import (
+    GRID,
+    LAUNCH,
+    PATIENCE,
+    TAG_LENGTH,
+    alone,
+    pages,
+    quiet_mlflow,
+    quoted,
+    sqlite_file,
+)
 from sweeps.ledger.claims import Claims
 from sweeps.ledger.ledger import Ledger
 from sweeps.ledger.logins import http_login, with_login, without_password
@@ -37,6 +47,7 @@ from sweeps.ledger.logins import http_login, with_login, without_password
 _POLL_SECONDS = 0.5  # between looks for newly published cells
 _FOLLOW_SHARE = 0.01  # of a core goes to runs of cells that are computed, however many there are
 _FOLLOW_PAUSE = 60.0  # at most, however long the first listing of a large ledger took
+_SHORT_PATIENCE = 5.0  # seconds for a SQLite file that stayed locked before
 _FINISH_TRIES = 4  # of a store that answered before: SQLite may be locked by another launch
 _WAIT_SECONDS = 60.0  # for cells that another launch is copying
 _CHUNK = 256  # cells claimed and copied at once: few requests per cell, and other launches get a share
@@ -170,7 +181,7 @@ class Tracker(CellRuns):
         if isinstance(error, Refused) or _FINAL.search(str(error)) or not isinstance(error, Exception):
             return False
         if sqlite_file(self.uri) is not None or self.uri.startswith("file:") or "://" not in self.uri:
-            return bool(_BUSY.search(str(error)))
+            return bool(_BUSY.search(str(error))) and not self._down  # else it was waited for already
         return bool(self._parent)
 
     def _finish_once(self, status: str, metrics: Mapping[str, float], files: Sequence[Path]) -> None:
@@ -235,9 +246,8 @@ class Tracker(CellRuns):
                     self._follow()
             except Exception as error:
                 self._unreachable(error)
-                if self._refused:
+                if self._refused or self._stop.wait(10.0):  # `finish` asks once more itself
                     return
-                self._stop.wait(10.0)
             if stopping or self._stop.wait(_POLL_SECONDS):
                 return
 
@@ -287,7 +297,7 @@ class Tracker(CellRuns):
             os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"] = login
             self._address = self.uri
         name, file = f"plumbline/{self.ledger.sweep}", sqlite_file(self.uri)
-        with contextlib.nullcontext() if file is None else alone(file):
+        with contextlib.nullcontext() if file is None else alone(file, _SHORT_PATIENCE if self._down else PATIENCE):
             self._client = MlflowClient(self._address)
             found = self._client.get_experiment_by_name(name)
         if found is None:

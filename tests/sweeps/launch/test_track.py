@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import sqlite3
 import threading
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -264,6 +266,40 @@ def test_a_run_left_without_its_files_gets_them(ledger: Ledger, monkeypatch: pyt
         assert not broken.finish("FINISHED", {}, [])
         broken.claims.release()
     assert {run.info.status for run in runs_of_cells(broken.uri, "scale")} == {"RUNNING"}
+    after = tracker(ledger, [])
+    after.start({}, {})
+    after.want(ledger.done())
+    assert after.finish("FINISHED", {}, [])
+    after.claims.release()
+    assert_copied_once(ledger, after.uri)
+
+
+def test_a_file_that_stays_locked_is_waited_for_once(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch that was paused while it wrote holds SQLite's lock: others wait once for it, and not at each try."""
+    said: list[str] = []
+    tracking = tracker(ledger, said)
+    waits: list[float] = []
+
+    def locked(file: Path, patience: float) -> None:
+        waits.append(patience)
+        with closing(sqlite3.connect(file, timeout=min(patience, 60) / 1000, isolation_level=None)) as database:
+            database.execute("BEGIN IMMEDIATE")
+
+    file = sqlite_file(tracking.uri)
+    assert file is not None
+    with closing(sqlite3.connect(file, isolation_level=None)) as paused:
+        paused.execute("BEGIN IMMEDIATE")
+        with monkeypatch.context() as patch:
+            patch.setattr("sweeps.launch.mlflow_store._open_once", locked)
+            tracking.start({}, {})
+            tracking.want(ledger.done())
+            assert not tracking.finish("FINISHED", {}, [])
+    tracking.claims.release()
+    assert waits[0] == 60
+    assert len(waits) <= 3
+    assert set(waits[1:]) == {5}
+    assert len(said) == 1
+    assert "does not answer (database is locked)" in said[0]
     after = tracker(ledger, [])
     after.start({}, {})
     after.want(ledger.done())
