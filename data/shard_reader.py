@@ -125,10 +125,11 @@ def _tables_in_order(reads: Sequence[_ReadShard]) -> Iterator[pa.Table]:
     settings.target_max_block_size = _BLOCK_BYTES
     settings.enable_progress_bars = False
     settings.print_on_execution_start = False
+    settings.issue_detectors_config.detectors = []  # after 30 s one prints 18 lines on memory that is not reserved
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(
-        logging.ERROR
-    )  # it would announce that progress bars are off
+    # these would announce that progress bars are off, and that nothing is left of the processors that the packs hold
+    for name in ("progress", "execution.resource_manager"):
+        logging.getLogger(f"ray.data._internal.{name}").setLevel(logging.ERROR)
     with DataContext.current(settings):
         dataset = ray.data.read_datasource(
             ShardSource(),

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data import embedded_text
+from data import embedded_text, shard_reader
 from data._content import content_of
 from data.token_shards import held_out_rows
 from data.token_stream import EMBEDDED, PILE_HUB, CorruptShard, StreamUnavailable, TokenStream
@@ -263,3 +263,22 @@ def test_embedded_text_with_a_hugging_face_tokenizer(tmp_path):
     same = TokenStream(source=EMBEDDED, tokenizer=str(copy), context=32)
     assert same.fingerprint() == stream.fingerprint()
     assert TokenStream(source=EMBEDDED, tokenizer="byte", context=32).fingerprint() != stream.fingerprint()
+
+
+def test_ray_data_prints_nothing_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No progress bars, and no advice on memory that reading tasks do not reserve: the screen is the launch's."""
+    import ray.data
+
+    class Nothing:
+        def iter_batches(self, **how: object) -> list[object]:
+            return []
+
+    seen = []
+    monkeypatch.setattr(
+        ray.data, "read_datasource", lambda source, **how: seen.append(ray.data.DataContext.get_current()) or Nothing()
+    )
+    assert list(shard_reader._tables_in_order([])) == []
+    (settings,) = seen
+    assert settings.issue_detectors_config.detectors == []
+    assert not settings.enable_progress_bars
+    assert ray.data.DataContext.get_current().issue_detectors_config.detectors  # other pipelines keep theirs
