@@ -52,6 +52,16 @@ def save_random_lm(folder: Path, head_scale: float = 1.0) -> None:
     model.save_pretrained(folder)
 
 
+def only_evaluated(tokens_ST: np.ndarray) -> Any:
+    """A stream as far as an evaluation looks at it: sequences of no known documents."""
+    return SimpleNamespace(
+        eval_sequences=lambda n: tokens_ST[:n],
+        held_out_documents=lambda n: None,
+        held_out_place=str,
+        source="benchmark",
+    )
+
+
 def make_workspace(folder: Path, sequences: int, d_sae: int) -> None:
     """The model, the SAEs and the tokens that every arm loads."""
     from tokenizers import Tokenizer, models
@@ -160,7 +170,7 @@ def ours(folder: Path, dtype: str) -> Any:
 
     tokens = np.load(folder / "tokens.npy")
     lm = load_host_lm(MODEL, lm_path=folder / "lm")
-    stream: Any = SimpleNamespace(eval_sequences=lambda n: tokens[:n], held_out_place=str, source="benchmark")
+    stream = only_evaluated(tokens)
     context: Any = SimpleNamespace(progress=lambda **_: None, device="cpu")
     saes = {cell: load_saelens(folder / cell_name(*cell))[0] for cell in CELLS}
     cells = {

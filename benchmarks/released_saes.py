@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from benchmarks._paired import Arm, machine, markdown_table, paired, timed, write_report
-from benchmarks.evaluation import CONTEXT, MODEL, saelens_losses, save_random_lm
+from benchmarks.evaluation import CONTEXT, MODEL, only_evaluated, saelens_losses, save_random_lm
 
 LAYER, FIRING, TARGETS = 3, 32, {1: 3.0, 10: 5.0}
 
@@ -86,7 +86,7 @@ def ours(folder: Path, count: int, tokens_ST: torch.Tensor, found: dict[str, lis
     )
     saes = [read_folder(name) for name in folders]
     tokens = tokens_ST.numpy()
-    stream: Any = SimpleNamespace(eval_sequences=lambda n: tokens[:n], held_out_place=str, source="benchmark")
+    stream = only_evaluated(tokens)
     context: Any = SimpleNamespace(progress=lambda **_: None, device="cpu")
 
     def work() -> None:

@@ -7,6 +7,7 @@ surfaces at its place in the order rather than when a task ahead of the consumer
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from data.token_shards import CorruptShard, Shards, StreamUnavailable
 
 _BLOCK_BYTES = 2 * 2**20  # small, so that the first piece comes soon and a task holds little
 _READ_TASKS = 2  # one is read while the other is consumed
+_PAUSE_SECONDS = 0.05  # of Ray Data's loop after each turn, which takes 1 to 2 ms
 _CPUS_PER_READ = 0.02  # reading mostly waits: it must not take a core from training
 
 
@@ -102,6 +104,7 @@ def _tables_in_order(reads: Sequence[_ReadShard]) -> Iterator[pa.Table]:
     """The tables of each read, in the order of `reads`, each read being one task of Ray Data."""
     import ray
     from ray.data import DataContext, Datasource, ReadTask
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
     from ray.data.block import BlockMetadata
 
     class ShardSource(Datasource):
@@ -120,11 +123,18 @@ def _tables_in_order(reads: Sequence[_ReadShard]) -> Iterator[pa.Table]:
                 for read, file in zip(reads, files, strict=True)
             ]
 
+    class Pause(ExecutionCallback):
+        """Ray Data's loop takes a whole core of this process while read blocks wait to be consumed."""
+
+        def on_execution_step(self, executor: Any) -> None:
+            time.sleep(_PAUSE_SECONDS)
+
     settings = DataContext.get_current().copy()
     settings.execution_options.preserve_order = True
     settings.target_max_block_size = _BLOCK_BYTES
     settings.enable_progress_bars = False
     settings.print_on_execution_start = False
+    settings.custom_execution_callback_classes.append(Pause)
     settings.issue_detectors_config.detectors = []  # after 30 s one prints 18 lines on memory that is not reserved
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     # these would announce that progress bars are off, and that nothing is left of the processors that the packs hold

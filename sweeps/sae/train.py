@@ -10,9 +10,10 @@ block its step lies in), and the shuffle's memory is one block.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -211,23 +212,29 @@ class _PackRun:
         self.context.begin(*(cell for t in self.trajectories for cell in t.cells))
         step = min(t.step_count for t in self.trajectories)
         self._began = (time.monotonic(), step)
-        for block, index, acts_ND in self._blocks():
-            for number in range(max(step, block * self.block_steps), (block + 1) * self.block_steps):
-                row = (number - block * self.block_steps) * self.batch
-                self._step(number, (block, index), {layer: a[row : row + self.batch] for layer, a in acts_ND.items()})
-                self._finish_due()
-                self._tell(number + 1)
+        with contextlib.closing(self._blocks()) as blocks:
+            for block, index, acts_ND in blocks:
+                self._train_block((block, index), step, acts_ND)
                 if not self.trajectories:
                     return
-                self._stop_if_asked()
-                if time.monotonic() - self._saved > max(
-                    self.context.run.checkpoint_seconds, _SAVE_PAUSE * self._save_took
-                ):
-                    self._checkpoint()
         t = self.trajectories[0]
         raise UserError(
             f"the stream ended at {t.step_count * self.batch} of {t.cells[-1].tokens} tokens; choose a smaller budget"
         )
+
+    def _train_block(self, at: tuple[int, int], step: int, acts_ND: Mapping[int, torch.Tensor]) -> None:
+        """The steps of one shuffle block from `step` on. at: the block, and the index of its first sequence."""
+        first = at[0] * self.block_steps
+        for number in range(max(step, first), first + self.block_steps):
+            row = (number - first) * self.batch
+            self._step(number, at, {layer: a[row : row + self.batch] for layer, a in acts_ND.items()})
+            self._finish_due()
+            self._tell(number + 1)
+            if not self.trajectories:
+                return
+            self._stop_if_asked()
+            if time.monotonic() - self._saved > max(self.context.run.checkpoint_seconds, _SAVE_PAUSE * self._save_took):
+                self._checkpoint()
 
     def _resume(self, t: Trajectory) -> None:
         """Continue from the checkpoint, unless a budget without a branch needs the trunk at an earlier step."""
@@ -239,23 +246,26 @@ class _PackRun:
         if not leaves or int(state["step"]) == int(state["trunk"]["step"]) <= min(leaves):
             t.restore(state)
 
-    def _blocks(self) -> Iterator[tuple[int, int, dict[int, torch.Tensor]]]:
+    def _blocks(self) -> Generator[tuple[int, int, dict[int, torch.Tensor]]]:
         """From the slowest SAE's shuffle block on: (block, index of its first sequence, permuted activations)."""
         n = self.first.shuffle_sequences
         # indices have gaps where a corrupt shard was skipped, so a checkpoint says where its block began; at the end
         # of a block that block is read again, as only reading tells where the next one begins
         block, start = min(self.trajectories, key=lambda t: t.step_count).block
         parts: list[tuple[int, np.ndarray]] = []
-        for index, tokens_nT in self.stream.sequences(start):
-            if self.evaluation.text.training(index, tokens_nT):
-                self.context.note(self.evaluation.text.line())
-            parts.append((index, tokens_nT))
-            while sum(len(tokens) for _, tokens in parts) >= n:
-                rows = np.concatenate([tokens for _, tokens in parts])
-                yield block, parts[0][0], self._activations(rows[:n], block)
-                left = len(rows) - n
-                parts = [(index + len(tokens_nT) - left, rows[n:])] if left else []
-                block += 1
+        with contextlib.closing(
+            self.stream.sequences(start)
+        ) as reader:  # closed with this generator: what reads ahead ends then
+            for index, tokens_nT in reader:
+                if self.evaluation.text.training(index, tokens_nT):
+                    self.context.note(self.evaluation.text.line())
+                parts.append((index, tokens_nT))
+                while sum(len(tokens) for _, tokens in parts) >= n:
+                    rows = np.concatenate([tokens for _, tokens in parts])
+                    yield block, parts[0][0], self._activations(rows[:n], block)
+                    left = len(rows) - n
+                    parts = [(index + len(tokens_nT) - left, rows[n:])] if left else []
+                    block += 1
         if parts:
             yield block, parts[0][0], self._activations(np.concatenate([tokens for _, tokens in parts]), block)
 
