@@ -43,13 +43,16 @@ RUNS: Mapping[str, Sequence[str]] = {
 """Name on the page → options of the benchmark that its first word names: those with targets for ratios."""
 DOCS = ROOT / "docs"
 BEGIN, END = "<!-- measured: written by benchmarks/page.py -->", "<!-- end of what is measured -->"
-_HEAD = re.compile(r"\| case \| arm \| CPU-seconds \(median\) \| ratio to (?P<peer>.*) \(median \[min, max\]\) \|")
+_HEAD = re.compile(
+    r"\| case \| arm \| (?P<what>CPU-seconds|peak MiB).* "
+    r"\| ratio to (?P<peer>.*?)(?: \(median \[min, max\]\))? \| target"
+)
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile")
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A ratio of CPU-seconds that has a target: `ratio` as printed, with its range over the rounds."""
+    """A ratio of CPU-seconds (or of memory) that has a target: `ratio` as printed, with its range over the rounds."""
 
     case: str
     arm: str
@@ -70,15 +73,15 @@ class Measured:
 
 
 def claims(report: str) -> Iterator[Claim]:
-    """The rows with a target of the tables in a benchmark's report (`_paired.markdown_table`)."""
-    peer = ""
+    """The rows with a target of the tables in a benchmark's report: `_paired.markdown_table`, and of peak memory."""
+    peer, of = "", ""
     for line in report.splitlines():
         if head := _HEAD.match(line):
-            peer = head["peer"]
+            peer, of = head["peer"], ", peak memory" if head["what"] == "peak MiB" else ""
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
         if len(cells) == 6 and cells[4].startswith("≥"):
             case, arm, _, ratio, target, met = cells
-            yield Claim(case, arm, peer, ratio, target, met == "yes")
+            yield Claim(case + of, arm, peer, ratio, target, met == "yes")
 
 
 def processor() -> tuple[str, list[str]]:

@@ -7,8 +7,9 @@ Branin and Hartmann-6, paired by seed: ours asks batches of four at once, Optuna
 told its value before the next. A search succeeds when its best value comes within the tolerance of the minimum. Then
 CPU seconds: per asked trial, and for a study of 10,000 finished trials that a launch opens.
 
---study: a learning rate by one bracket of nine rates with halving, compared with a grid of rates trained to the end, in
-this process on one thread: what each found, and its CPU seconds.
+--study: a learning rate by one bracket with halving, compared with a grid of rates trained to the end, in this process
+on one thread: what each found, and its CPU seconds. SAEs of a stand-in: six rates in two rungs, both arms with
+`rungs=free`; audio-token models: nine rates in three.
 """
 
 from __future__ import annotations
@@ -230,9 +231,20 @@ def rate_of(sweep: Sweep[Any, Any], preset: Any, asked: Asked, work: Work) -> tu
         return float(study.trials(best + 1)[best].point["lr"] or 0), search.outcomes(study)[best].values[0], spent
 
 
-def halved_rates(name: str, sweep: Sweep[Any, Any], preset: Any, objective: Objective, work: Work, grid: int) -> None:
-    """Print what nine rates with halving find, compared with a grid of so many rates trained to the end."""
-    lo, hi = (1e-4, 3e-2)
+@dataclass(frozen=True)
+class Bracket:
+    """`rates` learning rates with halving in `rungs` rungs, compared with a grid of `grid` rates."""
+
+    rates: int
+    rungs: int
+    grid: int
+
+
+def halved_rates(
+    name: str, sweep: Sweep[Any, Any], preset: Any, objective: Objective, work: Work, bracket: Bracket
+) -> None:
+    """Print what a bracket finds, compared with a grid of rates trained to the end."""
+    lo, hi, grid, rates = (1e-4, 3e-2, bracket.grid, bracket.rates)
 
     def asked(**how: Any) -> Asked:
         return Asked(objectives=(objective,), confirm=0, **how)
@@ -243,9 +255,19 @@ def halved_rates(name: str, sweep: Sweep[Any, Any], preset: Any, objective: Obje
         sweep, preset, asked(kind="grid", ranges=(f"lr=log:{lo}:{hi}:{grid}",), trials=grid, batch=grid), work
     )
     few = rate_of(
-        sweep, preset, asked(kind="qmc", ranges=(f"lr=log:{lo}:{hi}",), trials=9, batch=9, stop="halving"), work
+        sweep,
+        preset,
+        asked(
+            kind="qmc",
+            ranges=(f"lr=log:{lo}:{hi}",),
+            trials=rates,
+            batch=rates,
+            stop="halving",
+            rungs=bracket.rungs,
+        ),
+        work,
     )
-    for what, (lr, value, spent) in ((f"grid of {grid} rates", whole), ("nine rates with halving", few)):
+    for what, (lr, value, spent) in ((f"grid of {grid} rates", whole), (f"{rates} rates with halving", few)):
         print(f"{name}: {what}: lr={lr:.3g}, {objective.column}={value:.5f}, {spent:.0f} CPU s", flush=True)
     print(f"{name}: halving took {few[2] / whole[2]:.0%} of the grid's CPU seconds", flush=True)
 
@@ -257,17 +279,19 @@ def studies(which: str, architectures: Sequence[str]) -> None:
             PROXY_GAP.presets["local"],
             models=("standin-small",),
             depths=("mid",),
-            k=(16,),
             tokens=(327_680,),
-            seeds=(0,),
+            rungs="free",
         )
-        halved_rates("SAEs", PROXY_GAP, preset, Objective("ce_rec", "max"), train_pack, 16)
+        for k, seed in ((16, 0), (32, 1), (8, 2)):
+            one = replace(preset, k=(k,), seeds=(seed,))
+            name = f"SAEs, k = {k}, seed {seed}"
+            halved_rates(name, PROXY_GAP, one, Objective("ce_rec", "max"), train_pack, Bracket(6, 2, 16))
         return
     for architecture in architectures:
         study = replace(CODEC_LM.presets["local"], architectures=(architecture,), sample_s=0.0)
         objective = Objective("final_val_nll", "min")
         work = functools.partial(_codec_pack, study)
-        halved_rates(architecture, CODEC_LM, study, objective, work, 9)
+        halved_rates(architecture, CODEC_LM, study, objective, work, Bracket(9, 3, 9))
 
 
 def _codec_pack(study: Study, cells: Sequence[Any], context: PackContext) -> None:

@@ -27,6 +27,10 @@ def test_claims_are_the_rows_that_have_a_target() -> None:
         Claim("k = 32", "ours", "peer", "20.00 [20.00, 21.00]", "≥ 18", met=True),
         Claim("k = 32", "pure", "peer", "4.00 [4.00, 4.20]", "≥ 9", met=False),
     ]
+    memory = "| case | arm | peak MiB | ratio to ours | target | met |\n|---|\n| step | peer | 39 | 15.33 | ≥ 8 | yes |"
+    assert list(page.claims(f"{_report()}\n\n{memory}"))[2:] == [
+        Claim("step, peak memory", "peer", "ours", "15.33", "≥ 8", met=True)
+    ]
 
 
 def test_the_page_has_a_column_for_each_processor_and_shows_what_was_missed(tmp_path: Path) -> None:
