@@ -92,7 +92,7 @@ def _kept_tables() -> Path:
 
 
 def _empty(file: Path) -> bool:
-    with contextlib.closing(sqlite3.connect(file, timeout=60.0)) as database:
+    with contextlib.closing(sqlite3.connect(file, timeout=PATIENCE)) as database:
         return not database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
 
 
@@ -100,7 +100,7 @@ def _copy_tables(source: Path, target: Path) -> None:
     """Copy a database into another file's place, all of it or nothing."""
     with (
         contextlib.closing(sqlite3.connect(f"file:{quote(str(source))}?mode=ro", uri=True)) as kept,
-        contextlib.closing(sqlite3.connect(target, timeout=60.0)) as database,
+        contextlib.closing(sqlite3.connect(target, timeout=PATIENCE)) as database,
     ):
         kept.backup(database)
 

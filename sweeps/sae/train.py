@@ -253,9 +253,8 @@ class _PackRun:
         # of a block that block is read again, as only reading tells where the next one begins
         block, start = min(self.trajectories, key=lambda t: t.step_count).block
         parts: list[tuple[int, np.ndarray]] = []
-        with contextlib.closing(
-            self.stream.sequences(start)
-        ) as reader:  # closed with this generator: what reads ahead ends then
+        # closed with this generator: what reads ahead ends then
+        with contextlib.closing(self.stream.sequences(start)) as reader:
             for index, tokens_nT in reader:
                 if self.evaluation.text.training(index, tokens_nT):
                     self.context.note(self.evaluation.text.line())

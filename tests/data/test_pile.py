@@ -281,4 +281,5 @@ def test_ray_data_prints_nothing_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     (settings,) = seen
     assert settings.issue_detectors_config.detectors == []
     assert not settings.enable_progress_bars
+    assert len(settings.custom_execution_callback_classes) == 1  # the pause of its loop
     assert ray.data.DataContext.get_current().issue_detectors_config.detectors  # other pipelines keep theirs

@@ -51,6 +51,15 @@ def assert_copied_once(ledger: Ledger, uri: str) -> None:
         assert files_of(run) == {name: ledger.file(key, name) for name in cells[key].files}
 
 
+def assert_the_next_launch_copies_all(ledger: Ledger) -> None:
+    after = tracker(ledger, [])
+    after.start({}, {})
+    after.want(ledger.done())
+    assert after.finish("FINISHED", {}, [])
+    after.claims.release()
+    assert_copied_once(ledger, after.uri)
+
+
 class Slow(Tracker):
     """Its first copy waits until it is told to go on."""
 
@@ -266,12 +275,7 @@ def test_a_run_left_without_its_files_gets_them(ledger: Ledger, monkeypatch: pyt
         assert not broken.finish("FINISHED", {}, [])
         broken.claims.release()
     assert {run.info.status for run in runs_of_cells(broken.uri, "scale")} == {"RUNNING"}
-    after = tracker(ledger, [])
-    after.start({}, {})
-    after.want(ledger.done())
-    assert after.finish("FINISHED", {}, [])
-    after.claims.release()
-    assert_copied_once(ledger, after.uri)
+    assert_the_next_launch_copies_all(ledger)
 
 
 def test_a_file_that_stays_locked_is_waited_for_once(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,12 +304,7 @@ def test_a_file_that_stays_locked_is_waited_for_once(ledger: Ledger, monkeypatch
     assert set(waits[1:]) == {5}
     assert len(said) == 1
     assert "does not answer (database is locked)" in said[0]
-    after = tracker(ledger, [])
-    after.start({}, {})
-    after.want(ledger.done())
-    assert after.finish("FINISHED", {}, [])
-    after.claims.release()
-    assert_copied_once(ledger, after.uri)
+    assert_the_next_launch_copies_all(ledger)
 
 
 @pytest.mark.parametrize(
